@@ -1,0 +1,75 @@
+"""The one page that defines shapes, frames and orders of what travels between the rooms.
+
+N objects of one picture, P points of an object, M masks of an object. Points and boxes are pixels of the input frame
+(`images.py`), XY and XYXY, float32. g is the side of the embedding in tokens (64 at 1024 pixels): SAM's masks are
+4g x 4g logits that cover the padded square.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+
+from torch import Tensor, device
+
+
+@dataclass
+class Prompts:
+    """What N objects are asked for with; each kind is there for all N objects or None."""
+
+    points: Tensor | None = None  # N x P x 2
+    labels: Tensor | None = None  # N x P, int: 1 inside, 0 outside, -1 no point
+    boxes: Tensor | None = None  # N x 4
+    mask_logits: Tensor | None = None  # N x 1 x 4g x 4g
+    has_mask: Tensor | None = None  # N, bool: objects whose mask_logits count; None: all
+
+    def __len__(self) -> int:
+        given = [tensor for tensor in (self.points, self.boxes, self.mask_logits) if tensor is not None]
+        return len(given[0]) if given else 0
+
+    def __getitem__(self, index: slice | Tensor) -> "Prompts":
+        values = (getattr(self, entry.name) for entry in fields(self))
+        return Prompts(*(None if value is None else value[index] for value in values))
+
+    def to(self, target: device | str) -> "Prompts":
+        values = (getattr(self, entry.name) for entry in fields(self))
+        return Prompts(*(None if value is None else value.to(target) for value in values))
+
+
+@dataclass
+class Sample:
+    """One picture with those of its objects that are trained on or scored, their masks still compressed."""
+
+    image_id: int
+    file_name: str
+    original_size: tuple[int, int]
+    input_size: tuple[int, int]
+    image: Tensor  # 3 x h x w, uint8, RGB, input frame before padding
+    prompts: Prompts
+    rles: list[dict] = field(default_factory=list)  # N masks, original frame, pycocotools' compressed form
+    annotation_ids: list[int] = field(default_factory=list)  # N
+
+    def __len__(self) -> int:
+        return len(self.rles)
+
+    def to(self, target: device | str) -> "Sample":
+        return replace(self, image=self.image.to(target), prompts=self.prompts.to(target))
+
+
+@dataclass
+class Batch:
+    """The pictures of one forward pass; empty on a rank that has no picture left in the step."""
+
+    samples: list[Sample]
+
+    @property
+    def object_count(self) -> int:
+        return sum(len(sample) for sample in self.samples)
+
+    def to(self, target: device | str) -> "Batch":
+        return Batch([sample.to(target) for sample in self.samples])
+
+
+@dataclass
+class Predictions:
+    """What the decoder answers for N objects of one picture. M is 3, or 1 where one mask is asked for."""
+
+    logits: Tensor  # N x M x 4g x 4g, float32, inside where above 0
+    scores: Tensor  # N x M, float32: the IoU that the model expects

@@ -1,0 +1,240 @@
+"""The command line: `--mode`, one dotted flag per setting, `--config file.yaml`, and every mistake reported at once."""
+
+import dataclasses
+import difflib
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from finestsam.config import MODES, Config, build_config, find_problems, flatten_config, list_settings
+from finestsam.errors import UserError
+
+SHORT_NAMES = {"--dataset": "--dataset.path"}
+DESCRIPTION = "Fine-tune Segment Anything on your labelled pictures, and find their objects in new ones."
+USAGE = """
+  python -m finestsam --mode train --dataset path [--setting value ...]
+  python -m finestsam --mode predict --input img.png [--setting value ...]
+  python -m finestsam --mode evaluate --dataset path --model.checkpoint best.pth [--setting value ...]"""
+
+
+def parse_command_line(arguments: list[str]) -> tuple[str, Config]:
+    """Return the mode and its settings: defaults, then the file of --config or of the resumed run, then flags.
+
+    Raises:
+        UserError: with one line per problem.
+        SystemExit: with 0, after --help and --print_config.
+    """
+    words = [_lengthen(word) for word in arguments]
+    parser = _build_parser()
+    try:
+        parsed = parser.parse_args(_with_config_of_resumed_run(words))
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise UserError("\n".join(_diagnose(parser, words) or [_first_line(error)])) from None
+    values = _flatten_namespace(parsed)
+    mode = values.pop("mode", None)
+    problems = _check_mode(mode) + find_problems(mode, values)
+    if problems:
+        raise UserError("\n".join(problems))
+    return mode, build_config(values)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one mode and return the exit code."""
+    try:
+        mode, config = parse_command_line(sys.argv[1:] if arguments is None else arguments)
+        return _run(mode, config)
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"finestsam: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("finestsam: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(mode: str, config: Config) -> int:
+    # Imported here: torch and lightning take seconds, which --help and a mistyped flag must not wait for.
+    if mode == "train":
+        from finestsam.training.train import train as run
+    elif mode == "predict":
+        from finestsam.prediction.predict import predict as run
+    else:
+        from finestsam.evaluation.evaluate import evaluate as run
+    return run(config)
+
+
+def _build_parser() -> ArgumentParser:
+    parser = _Parser(
+        prog="python -m finestsam", usage=USAGE, description=DESCRIPTION, exit_on_error=False, allow_abbrev=False
+    )
+    parser.add_argument("--mode", choices=MODES, help="what to do")
+    parser.add_argument("--config", action="config", help="YAML file of settings, such as a run's own config.yaml")
+    groups: dict[str, Any] = {}
+    for name, entry in list_settings():
+        title = name.rpartition(".")[0]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title or "general")
+        extra = {"nargs": "+", "type": str} if name == "input" else {"type": entry.type}
+        default = entry.default if entry.default is not dataclasses.MISSING else entry.default_factory()
+        groups[title].add_argument(f"--{name}", default=default, help=_describe(name, entry), **extra)
+    return parser
+
+
+class _Parser(ArgumentParser):
+    """A parser whose errors are always raised: the house prints them, all together."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise ArgumentError(None, message)
+
+
+def _describe(name: str, entry: dataclasses.Field) -> str:
+    shorts = [short for short, long in SHORT_NAMES.items() if long == f"--{name}"]
+    text = f"({shorts[0]}) " if shorts else ""
+    text += entry.metadata["help"]
+    if entry.metadata["valid"]:
+        text += f"; in {entry.metadata['valid']}"
+    return text.replace("%", "%%")
+
+
+def _lengthen(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return SHORT_NAMES.get(name, name) + equals + value
+
+
+def _with_config_of_resumed_run(words: list[str]) -> list[str]:
+    resumed = _find_value(words, "--resume")
+    if resumed is None or _find_value(words, "--config") is not None:
+        return words
+    folder = find_run(resumed, Path(_find_value(words, "--sav_dir") or Config.sav_dir))
+    settings = folder / "config.yaml"
+    if not settings.is_file():
+        raise UserError(f"--resume {resumed}: {settings} is missing, so this is not the folder of a run")
+    return ["--config", str(settings), *words, "--resume", str(folder)]
+
+
+def find_run(name: str, sav_dir: Path) -> Path:
+    """Return the folder of the run to continue: the one named, below sav_dir or not, or the newest for `auto`."""
+    if name != "auto":
+        folder = Path(name) if Path(name).is_dir() else sav_dir / name
+        if not folder.is_dir():
+            raise UserError(f"--resume {name}: no such folder, here or in {sav_dir}")
+        return folder
+    runs = sorted(sav_dir.glob("*/last.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise UserError(f"--resume auto: no run with a last.ckpt in {sav_dir}")
+    return runs[-1].parent
+
+
+def _find_value(words: list[str], flag: str) -> str | None:
+    for word, following in zip(words, [*words[1:], None], strict=True):
+        if word == flag:
+            return following
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2]
+    return None
+
+
+def _check_mode(mode: str | None) -> list[str]:
+    return [] if mode in MODES else [f"--mode is missing: one of {', '.join(MODES)}"]
+
+
+def _flatten_namespace(parsed: Namespace) -> dict[str, Any]:
+    known = {name for name, _ in list_settings()} | {"mode"}
+    return {name: value for name, value in vars(parsed.as_flat()).items() if name in known}
+
+
+def _diagnose(parser: ArgumentParser, words: list[str]) -> list[str]:
+    """Return every problem of a command line that does not parse, one line each."""
+    known = {name for name, _ in list_settings()}
+    problems, sound = [], []
+    for flag, values in _group_words(words):
+        name = flag.removeprefix("--").partition("=")[0]
+        if name == "config":
+            file_problems, file_values = _diagnose_file(parser, Path(values[0] if values else flag.partition("=")[2]))
+            problems += file_problems
+            sound += file_values
+        elif name not in known | {"mode", "print_config", "help"}:
+            problems.append(_unknown(f"unknown flag {flag.partition('=')[0]}", name, "--"))
+        else:
+            problem = _try_parse(parser, [flag, *values])
+            problems += [problem] if problem else []
+            sound += [] if problem else [flag, *values]
+    parsed = _flatten_namespace(parser.parse_args(sound))
+    mode = parsed.pop("mode", None)
+    mode_is_given = any(word.partition("=")[0] == "--mode" for word in words)
+    return problems + ([] if mode_is_given else _check_mode(mode)) + find_problems(mode, parsed)
+
+
+def _diagnose_file(parser: ArgumentParser, path: Path) -> tuple[list[str], list[str]]:
+    """Return the problems of a settings file, and its sound settings as flags."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        return [f"--config {path}: {error.strerror}"], []
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return [f"--config {path}: not YAML: {_first_line(error)}"], []
+    if not isinstance(content, dict):
+        return [f"--config {path}: expected names and values, got {type(content).__name__}"], []
+    known = {name for name, _ in list_settings()} | {"mode"}
+    problems, sound = [], []
+    for name, value in flatten_config(content).items():
+        if name not in known:
+            problems.append(_unknown(f"{path}: unknown setting {name}", name))
+            continue
+        words = _as_flag(name, value)
+        problem = _try_parse(parser, words)
+        problems += [f"{path}: {problem}"] if problem else []
+        sound += [] if problem else words
+    return problems, sound
+
+
+def _as_flag(name: str, value: Any) -> list[str]:
+    if name == "input":
+        return [f"--{name}", *map(str, value)] if value else []
+    return [f"--{name}={yaml.safe_dump(value, default_flow_style=True).removesuffix('...' + chr(10)).strip()}"]
+
+
+def _try_parse(parser: ArgumentParser, words: list[str]) -> str | None:
+    """Return what is wrong with one flag and its values, or None."""
+    name, equals, value = words[0].removeprefix("--").partition("=")
+    try:
+        parser.parse_args(words)
+    except (ArgumentError, TypeError, ValueError):
+        given = value if equals else " ".join(words[1:])
+        return f"{name} must be {_name_type(name)}, got {given}" if given else f"--{name} needs a value"
+    return None
+
+
+def _name_type(name: str) -> str:
+    if name == "mode":
+        return f"one of {', '.join(MODES)}"
+    kind = dict(list_settings())[name].type
+    if getattr(kind, "__args__", None) and all(isinstance(choice, str) for choice in kind.__args__):
+        return f"one of {', '.join(kind.__args__)}"
+    names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+    return names.get(getattr(kind, "__name__", ""), str(kind).replace("typing.", "").replace("None", "null"))
+
+
+def _group_words(words: list[str]) -> list[tuple[str, list[str]]]:
+    groups: list[tuple[str, list[str]]] = []
+    for word in words:
+        if word.startswith("--") or not groups:
+            groups.append((word, []))
+        else:
+            groups[-1][1].append(word)
+    return groups
+
+
+def _unknown(text: str, name: str, prefix: str = "") -> str:
+    known = [known_name for known_name, _ in list_settings()] + ["mode", "config", *(s[2:] for s in SHORT_NAMES)]
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not nearest:  # `--learning_rate`: right word, section forgotten
+        nearest = [known_name for known_name in known if known_name.rpartition(".")[2] == name.rpartition(".")[2]]
+    return f"{text}; did you mean {prefix}{nearest[0]}?" if nearest else f"{text}; see --help"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,310 @@
+"""Every setting: its name, type, default, valid range and what it does.
+
+The command line, the YAML file, `--help` and the checks are all made from these dataclasses. Names that finestSAM has are
+kept. Nothing heavy is imported here, so that `--help` and a mistyped flag answer at once.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+MODES = ("train", "predict", "evaluate")
+
+
+def setting(default: Any, help: str, valid: str | None = None) -> Any:
+    """Declare one setting.
+
+    Args:
+        valid: the interval that numbers must lie in, in mathematical notation: "(0, 1]", "[0, inf)".
+    """
+    metadata = {"help": help, "valid": valid}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def section(kind: type) -> Any:
+    return field(default_factory=kind)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    type: Literal["auto", "vit_h", "vit_l", "vit_b", "vit_tiny", "vit_tiny_test"] = setting(
+        "auto", "SAM's size; auto: what the checkpoint holds, vit_b where there is none. vit_tiny suits a laptop"
+    )
+    checkpoint: str = setting(
+        "auto",
+        "weights to start from: a .pth or .safetensors file, none (random weights), or auto (Meta's file, downloaded when "
+        "it is missing; in predict and evaluate the newest run of sav_dir first)",
+    )
+    image_size: int | None = setting(
+        None, "pixels of the longest side that the model sees; default: what the weights were made for", "[32, 4096]"
+    )
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    use_boxes: bool = setting(False, "train with boxes")
+    use_points: bool = setting(True, "train with points, which is what the generator asks with")
+    use_masks: bool = setting(False, "train with a coarse, perturbed version of the mask as input")
+    use_logits: bool = setting(
+        False,
+        "train with the logits that the previous epoch gave for the object; before there are any, as use_masks says",
+    )
+    box_jitter_ratio: float = setting(0.1, "standard deviation of the noise on a box, as a share of its side", "[0, 1]")
+    box_jitter_max_pixels: float = setting(20.0, "largest noise on a side of a box, input pixels", "[0, inf)")
+
+
+@dataclass(frozen=True)
+class OptConfig:
+    learning_rate: float = setting(4e-5, "peak learning rate of AdamW; from scratch 1e-3 is a good start", "(0, 1]")
+    weight_decay: float = setting(1e-4, "AdamW's weight decay; norms, biases and embeddings have none", "[0, 1]")
+    clip_norm: float = setting(1.0, "largest norm of the gradient, 0: no clipping", "[0, inf)")
+    accumulate_batches: int = setting(1, "batches per optimizer step", "[1, inf)")
+
+
+@dataclass(frozen=True)
+class LambdaLRConfig:
+    decay_factor: float = setting(
+        10.0, "after the k-th entry of steps the rate is divided by this to the power k", "[1, inf)"
+    )
+    steps: list[int] = setting([], "optimizer steps after which the rate decays, rising", "[1, inf)")
+    warmup_steps: int = setting(50, "optimizer steps of linear warm-up, whose first is above zero", "[0, inf)")
+
+
+@dataclass(frozen=True)
+class ReduceLROnPlateauConfig:
+    decay_factor: float = setting(0.5, "the rate is multiplied by this", "(0, 1)")
+    epoch_patience: int = setting(10, "epochs without improvement before it is", "[0, inf)")
+    threshold: float = setting(1e-4, "smallest relative improvement that counts", "[0, 1]")
+    cooldown: int = setting(0, "evaluations to wait after a decay", "[0, inf)")
+    min_lr: float = setting(0.0, "the rate never falls below this", "[0, 1]")
+
+
+@dataclass(frozen=True)
+class SchedConfig:
+    type: Literal["LambdaLR", "ReduceLROnPlateau"] = setting(
+        "LambdaLR",
+        "LambdaLR: warm-up, then decay at given steps; ReduceLROnPlateau: decay when validation stands still",
+    )
+    LambdaLR: LambdaLRConfig = section(LambdaLRConfig)
+    ReduceLROnPlateau: ReduceLROnPlateauConfig = section(ReduceLROnPlateauConfig)
+
+
+@dataclass(frozen=True)
+class LossesConfig:
+    focal_ratio: float = setting(20.0, "weight of the focal loss", "[0, inf)")
+    dice_ratio: float = setting(1.0, "weight of the Dice loss", "[0, inf)")
+    iou_ratio: float = setting(1.0, "weight of the score head's squared error", "[0, inf)")
+    focal_alpha: float = setting(
+        0.8, "share of the focal loss given to pixels inside; below 0: no balancing", "[-1, 1]"
+    )
+    focal_gamma: float = setting(2.0, "how much easy pixels are played down", "[0, inf)")
+    resolution: Literal["original", "input", "low"] = setting(
+        "original",
+        "frame of the loss: the file's pixels, the resized picture's, or the decoder's own (a quarter of the input's side: "
+        "cheapest, but another gradient)",
+    )
+
+
+@dataclass(frozen=True)
+class FreezeConfig:
+    image_encoder: bool = setting(True, "keep the image encoder as it is")
+    prompt_encoder: bool = setting(True, "keep the prompt encoder as it is")
+    mask_decoder: bool = setting(False, "keep the mask decoder as it is")
+
+
+@dataclass(frozen=True)
+class ModelLayerConfig:
+    freeze: FreezeConfig = section(FreezeConfig)
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    path: str | None = setting(None, "folder of the labelled pictures; --dataset is short for it")
+    auto_split: bool | None = setting(
+        None, "true: split data/; false: read train/ and val/; default: whichever of the two is there"
+    )
+    seed: int = setting(42, "seed of the split", "[0, inf)")
+    val_size: float = setting(0.1, "share of the pictures that are validated on, at least one; 0: none", "[0, 1)")
+    use_cache: bool = setting(
+        False, "keep the index of the annotations in a file beside them, made anew when they change"
+    )
+    sav: str = setting("finestsam_index.json", "name of that file")
+    positive_points: int = setting(1, "points inside each object", "[0, 1000]")
+    negative_points: int = setting(0, "points outside each object, inside its box where there is room", "[0, 1000]")
+    use_center: bool = setting(True, "the first positive point is the centre: the pixel deepest inside")
+    snap_to_grid: bool = setting(
+        True, "positive points lie on the generator's grid wherever the object covers any of it"
+    )
+    min_area_pixels: float = setting(1.0, "objects of a smaller area in the input frame are left out", "[0, inf)")
+    max_objects: int = setting(
+        64, "objects of a picture in a training step, a random choice where there are more; 0: all", "[0, inf)"
+    )
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """The automatic mask generator's settings; null means: as stored beside the weights, else `GENERATOR_DEFAULTS`."""
+
+    points_per_side: int | None = setting(None, "points along each side of the generator's grid, SAM: 32", "[1, 512]")
+    points_per_batch: int = setting(64, "points decoded at a time: memory against speed", "[1, 4096]")
+    pred_iou_thresh: float | None = setting(None, "masks must have a predicted IoU above this, SAM: 0.88", "[0, 1]")
+    stability_score_thresh: float | None = setting(None, "masks must be at least this stable, SAM: 0.95", "[0, 1]")
+    stability_score_offset: float = setting(1.0, "how far the cutoff is moved to measure stability, logits", "(0, inf)")
+    box_nms_thresh: float | None = setting(
+        None, "of masks whose boxes overlap more than this, the best stays, SAM: 0.7", "[0, 1]"
+    )
+    crop_n_layers: int | None = setting(
+        None, "layers of crops that are searched as well, layer n in 4^n crops, SAM: 0", "[0, 4]"
+    )
+    crop_nms_thresh: float = setting(0.7, "as box_nms_thresh between crops, where the smaller crop wins", "[0, 1]")
+    crop_overlap_ratio: float = setting(
+        512 / 1500, "overlap of the first layer's crops, share of the short side", "[0, 1]"
+    )
+    crop_n_points_downscale_factor: int = setting(
+        1, "layer n has its grid's side divided by this to the power n", "[1, 16]"
+    )
+    min_mask_region_area: int | None = setting(
+        None, "holes and islands of fewer pixels are filled and dropped, SAM: 0", "[0, inf)"
+    )
+
+
+# segment_anything's own, chosen by its authors for vit_h.
+GENERATOR_DEFAULTS = {
+    "points_per_side": 32,
+    "pred_iou_thresh": 0.88,
+    "stability_score_thresh": 0.95,
+    "box_nms_thresh": 0.7,
+    "crop_n_layers": 0,
+    "min_mask_region_area": 0,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    device: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"] = setting("auto", "hardware; tpu is passed on, untried")
+    num_devices: int | list[int] | Literal["auto"] = setting("auto", "how many devices, or which ones: [0, 2]")
+    num_nodes: int = setting(1, "machines that train together", "[1, inf)")
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = setting(
+        "auto",
+        "of the image encoder; points, boxes, decoder, losses and scores are always float32. auto: bf16-mixed on GPUs that "
+        "compute in it, else 32-true",
+    )
+    seed_device: int | None = setting(
+        1337, "seed of everything drawn by chance; null: another one each time", "[0, inf)"
+    )
+    sav_dir: str = setting("sav", "folder of the runs")
+    run_name: str | None = setting(None, "folder of this run below sav_dir; default: the time it started")
+    out_dir: str = setting("out", "folder of predictions and evaluations")
+    resume: str | None = setting(None, "continue a run: its folder, or auto for the newest of sav_dir")
+    input: list[str] = setting([], "pictures to predict: files, folders, patterns")
+    opacity: float = setting(0.6, "of the masks laid over the picture, 0 invisible, 1 solid", "[0, 1]")
+
+    model: ModelConfig = section(ModelConfig)
+    seed_dataloader: int | None = setting(None, "seed of order and prompts; default: seed_device", "[0, inf)")
+    batch_size: int = setting(1, "pictures per step and device", "[1, inf)")
+    num_workers: int = setting(2, "processes that read pictures ahead; 0: none", "[0, inf)")
+    num_epochs: int = setting(30, "times that every picture is seen", "[1, inf)")
+    max_steps: int = setting(0, "stop after this many optimizer steps even so; 0: never", "[0, inf)")
+    eval_interval: int = setting(1, "epochs between validations; 0: only before and after", "[0, inf)")
+    early_stop_evaluations: int = setting(
+        0, "stop after this many validations without a better one; 0: never", "[0, inf)"
+    )
+    save_top_k: int = setting(0, "keep this many of the best weights, named {step}-{val_per_mask_iou}.pth", "[0, inf)")
+    chunk_objects: int = setting(
+        16, "objects decoded at a time in training and validation: memory against speed", "[1, inf)"
+    )
+    multimask_output: bool = setting(
+        True, "train and predict three masks for a prompt, the best of which counts; false: the decoder's single mask"
+    )
+    prompts: PromptsConfig = section(PromptsConfig)
+    opt: OptConfig = section(OptConfig)
+    sched: SchedConfig = section(SchedConfig)
+    losses: LossesConfig = section(LossesConfig)
+    model_layer: ModelLayerConfig = section(ModelLayerConfig)
+    dataset: DatasetConfig = section(DatasetConfig)
+    generator: GeneratorConfig = section(GeneratorConfig)
+
+
+def list_settings(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
+    """Yield every setting's dotted name and field, in the order of this page."""
+    for entry in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(entry.type):
+            yield from list_settings(entry.type, f"{prefix}{entry.name}.")
+        else:
+            yield prefix + entry.name, entry
+
+
+def build_config(values: dict[str, Any], kind: type = Config, prefix: str = "") -> Any:
+    """Make a Config from {dotted name: value}; what is not given has its default."""
+    arguments = {}
+    for entry in dataclasses.fields(kind):
+        name = prefix + entry.name
+        if dataclasses.is_dataclass(entry.type):
+            arguments[entry.name] = build_config(values, entry.type, f"{name}.")
+        elif name in values:
+            arguments[entry.name] = values[name]
+    return kind(**arguments)
+
+
+def flatten_config(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return {dotted name: value} of a Config, or of nested dictionaries."""
+    flat = {}
+    items = config.items() if isinstance(config, dict) else vars(config).items()
+    for name, value in items:
+        if isinstance(value, dict) or dataclasses.is_dataclass(value):
+            flat.update(flatten_config(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def find_problems(mode: str, values: dict[str, Any]) -> list[str]:
+    """Return every reason why these settings cannot work, one line each."""
+    problems = [
+        f"{name} must lie in {entry.metadata['valid']}, got {value}"
+        for name, entry in list_settings()
+        for value in _list_numbers(values[name])
+        if entry.metadata["valid"] and not _lies_in(value, entry.metadata["valid"])
+    ]
+    if mode == "train":
+        problems += _find_training_problems(build_config(values))
+    if mode in ("train", "evaluate") and not values["dataset.path"] and not (mode == "train" and values["resume"]):
+        problems.append(f"--mode {mode} needs --dataset FOLDER")
+    if mode == "predict" and not values["input"]:
+        problems.append("--mode predict needs --input PICTURE, a folder or a pattern")
+    return problems
+
+
+def _find_training_problems(config: Config) -> list[str]:
+    problems = []
+    prompts, losses, freeze = config.prompts, config.losses, config.model_layer.freeze
+    points = config.dataset.positive_points + config.dataset.negative_points
+    if not (prompts.use_boxes or prompts.use_points or prompts.use_masks):
+        problems.append("nothing is asked: turn on prompts.use_points, prompts.use_boxes or prompts.use_masks")
+    if prompts.use_points and points == 0:
+        problems.append("prompts.use_points needs dataset.positive_points or dataset.negative_points above 0")
+    if losses.focal_ratio == losses.dice_ratio == losses.iou_ratio == 0:
+        problems.append("nothing is learnt: losses.focal_ratio, dice_ratio and iou_ratio are all 0")
+    if freeze.image_encoder and freeze.prompt_encoder and freeze.mask_decoder:
+        problems.append("nothing trains: model_layer.freeze holds image_encoder, prompt_encoder and mask_decoder")
+    steps = config.sched.LambdaLR.steps
+    if steps and (steps != sorted(set(steps)) or steps[0] <= config.sched.LambdaLR.warmup_steps):
+        problems.append(
+            f"sched.LambdaLR.steps must rise and begin after warmup_steps {config.sched.LambdaLR.warmup_steps}, got {steps}"
+        )
+    return problems
+
+
+def _list_numbers(value: Any) -> list[float]:
+    values = value if isinstance(value, list) else [value]
+    return [number for number in values if isinstance(number, int | float) and not isinstance(number, bool)]
+
+
+def _lies_in(value: float, interval: str) -> bool:
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    return above and below

@@ -1,0 +1,23 @@
+"""What can go wrong that is not our bug."""
+
+
+class UserError(Exception):
+    """A setting, dataset, picture or checkpoint that cannot be used.
+
+    The text is one line that says what is wrong, with which value, in which file, and what would be right. The command
+    prints it without a traceback and exits with 2.
+    """
+
+
+class Defect(Exception):
+    """One picture or annotation that cannot be used: skipped, counted and reported, never fatal by itself.
+
+    Args:
+        code: short name of the kind of defect, the same in every report: `truncated_image`, `empty_segmentation`.
+        message: what is wrong, with the value, without the place, which the reader knows.
+    """
+
+    def __init__(self, code: str, message: str):
+        super().__init__(message)
+        self.code = code
+        self.message = message

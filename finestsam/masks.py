@@ -1,0 +1,184 @@
+"""Masks, run lengths, polygons and boxes, from one to the other.
+
+An `rle` is COCO's compressed run-length encoding as pycocotools keeps it: `{"size": [height, width], "counts": bytes}`,
+runs in column-major order, the first run outside the mask.
+"""
+
+import math
+
+import cv2
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from torch import Tensor
+
+from finestsam.errors import Defect
+
+# A coordinate further out than this many picture sides is a broken file, not an object that leaves the picture;
+# pycocotools allocates memory in proportion to it until the process is killed.
+MAX_SIDES_OUTSIDE = 10
+
+
+def segmentation_to_rle(segmentation: object, size: tuple[int, int]) -> dict:
+    """Read COCO's `segmentation` in any of its forms: polygons, compressed or uncompressed run lengths.
+
+    Args:
+        segmentation: a list of polygons [x0, y0, x1, y1, ...], one such polygon, or {"size": ..., "counts": ...}.
+        size: (height, width) of the picture.
+
+    Raises:
+        Defect: for a shape that gives no mask, before pycocotools sees it: given numbers that are not finite it takes
+            all memory, given short run lengths it returns memory that nobody wrote.
+    """
+    rle = _run_lengths_to_rle(segmentation, size) if isinstance(segmentation, dict) else None
+    if rle is None:
+        rle = _polygons_to_rle(segmentation, size)
+    if rle_area(rle) == 0:
+        raise Defect("empty_mask", "the mask has no pixel inside the picture")
+    return rle
+
+
+def _polygons_to_rle(segmentation: object, size: tuple[int, int]) -> dict:
+    polygons = [polygon for polygon in _list_polygons(segmentation, size) if len(polygon) >= 6]
+    if not polygons:
+        raise Defect("too_few_points", "no polygon with three points or more")
+    return coco_mask.merge(coco_mask.frPyObjects(polygons, *size))
+
+
+def _list_polygons(segmentation: object, size: tuple[int, int]) -> list[list[float]]:
+    if not isinstance(segmentation, list) or not segmentation or segmentation == [[]]:
+        raise Defect("empty_segmentation", "empty segmentation")
+    parts = segmentation if isinstance(segmentation[0], list) else [segmentation]
+    polygons = []
+    for part in parts:
+        try:
+            numbers = [float(number) for number in part]
+        except (TypeError, ValueError):
+            raise Defect("not_a_number", f"a polygon holds something that is not a number: {str(part)[:60]}") from None
+        if len(numbers) % 2:
+            raise Defect("odd_coordinates", f"a polygon has {len(numbers)} coordinates, x and y must come in pairs")
+        if not all(map(math.isfinite, numbers)):
+            raise Defect("not_finite", "a polygon has a coordinate that is not finite")
+        farthest = max(map(abs, numbers), default=0)
+        if farthest > MAX_SIDES_OUTSIDE * max(size):
+            raise Defect("far_outside", f"coordinate {farthest:g} in a picture of {size[1]} x {size[0]} pixels")
+        polygons.append(numbers)
+    return polygons
+
+
+def _run_lengths_to_rle(segmentation: dict, size: tuple[int, int]) -> dict:
+    rle_size, counts = segmentation.get("size"), segmentation.get("counts")
+    if not isinstance(rle_size, list) or list(rle_size) != list(size):
+        raise Defect("rle_size", f"run lengths of size {rle_size} in a picture of height and width {list(size)}")
+    if isinstance(counts, str | bytes):
+        counts = counts.encode("ascii", "replace") if isinstance(counts, str) else counts
+        runs = _decode_counts(counts)
+    elif isinstance(counts, list) and all(type(run) is int for run in counts):
+        runs = np.array(counts, dtype=np.int64)
+    else:
+        raise Defect("rle_counts", f"run lengths must be a string or a list of integers: {str(counts)[:60]}")
+    if (runs < 0).any() or int(runs.sum()) != size[0] * size[1]:
+        raise Defect("rle_counts", f"run lengths cover {int(runs.sum())} of {size[0] * size[1]} pixels")
+    if isinstance(counts, bytes):
+        return {"size": list(size), "counts": counts}
+    return coco_mask.frPyObjects({"size": list(size), "counts": counts}, *size)
+
+
+def _decode_counts(text: bytes) -> np.ndarray:
+    """Decode the string form of run lengths: 5 bits a character, lowest first, runs from the third on as differences.
+
+    Source: `rleFrString` in pycocotools' maskApi.c.
+    """
+    codes = np.frombuffer(text, dtype=np.uint8).astype(np.int64) - 48
+    if len(codes) == 0 or codes.min() < 0 or codes.max() > 63 or codes[-1] & 0x20:
+        raise Defect("rle_counts", f"run lengths are cut or garbled: {text[:40]!r}")
+    ends = np.flatnonzero((codes & 0x20) == 0)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    if (ends - starts).max() > 8:
+        raise Defect("rle_counts", "a run length is longer than any picture")
+    places = np.arange(len(codes)) - np.repeat(starts, ends - starts + 1)
+    values = np.add.reduceat((codes & 0x1F) << (5 * places), starts)
+    values -= np.where(codes[ends] & 0x10, 1 << (5 * (ends - starts + 1)), 0)
+    values[1::2] = values[1::2].cumsum()
+    values[2::2] = values[2::2].cumsum()
+    return values
+
+
+def encode_mask(mask: np.ndarray) -> dict:
+    """Compress one mask, H x W, bool."""
+    return coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+
+
+def encode_masks(masks: Tensor) -> list[dict]:
+    """Compress N x H x W masks, bool, on any device."""
+    columns = masks.to(torch.uint8).cpu().numpy().transpose(1, 2, 0)  # H x W x N
+    return coco_mask.encode(np.asfortranarray(columns))
+
+
+def decode_rle(rle: dict) -> np.ndarray:
+    """Return the mask, H x W, bool."""
+    return coco_mask.decode(rle).astype(bool)
+
+
+def decode_rles(rles: list[dict]) -> Tensor:
+    """Return the masks of one picture, N x H x W, bool; they must be of one size and at least one."""
+    masks = coco_mask.decode(rles)  # H x W x N
+    return torch.from_numpy(np.ascontiguousarray(masks.transpose(2, 0, 1))).bool()
+
+
+def rle_area(rle: dict) -> int:
+    """Return the number of pixels inside."""
+    return int(coco_mask.area(rle))
+
+
+def rle_box(rle: dict) -> list[int]:
+    """Return the box around the pixels inside, [x, y, width, height]."""
+    return [int(side) for side in coco_mask.toBbox(rle)]
+
+
+def rle_to_json(rle: dict) -> dict:
+    """Return the same run lengths with the counts as text, which json can hold."""
+    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
+
+
+def rle_from_json(rle: dict) -> dict:
+    """Return the run lengths that `rle_to_json` wrote."""
+    return {"size": list(rle["size"]), "counts": rle["counts"].encode("ascii")}
+
+
+def rasterize(polygon: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Fill one polygon, K x 2, XY pixels, and return the mask, H x W, bool."""
+    mask = np.zeros(size, dtype=np.uint8)
+    # 4 bits of fraction keep edges between pixels where they are.
+    cv2.fillPoly(mask, [np.round(polygon * 16).astype(np.int32)], 1, shift=4)
+    return mask.astype(bool)
+
+
+def distance_inside(mask: np.ndarray) -> np.ndarray:
+    """Return how far each pixel inside is from the nearest pixel outside, H x W, float32, pixels.
+
+    Beyond the picture's edge counts as outside, so that an object cut by the edge does not have its centre there.
+    """
+    framed = np.pad(mask.astype(np.uint8), 1)
+    return cv2.distanceTransform(framed, cv2.DIST_L2, 5)[1:-1, 1:-1]
+
+
+def remove_small_regions(mask: np.ndarray, min_area_pixels: int) -> np.ndarray:
+    """Fill holes and drop islands of fewer pixels than `min_area_pixels`; the largest island always stays.
+
+    Args:
+        mask: H x W, bool.
+    """
+    filled = mask | _small_regions(~mask, min_area_pixels)
+    islands = _small_regions(filled, min_area_pixels)
+    if islands.any() and (islands == filled).all():
+        count, regions, stats, _ = cv2.connectedComponentsWithStats(filled.astype(np.uint8), connectivity=8)
+        return regions == 1 + int(np.argmax(stats[1:count, cv2.CC_STAT_AREA]))
+    return filled & ~islands
+
+
+def _small_regions(mask: np.ndarray, min_area_pixels: int) -> np.ndarray:
+    _, regions, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    is_small = stats[:, cv2.CC_STAT_AREA] < min_area_pixels
+    is_small[0] = False  # label 0 is everything outside the mask
+    return is_small[regions]

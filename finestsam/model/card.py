@@ -1,0 +1,53 @@
+"""`best.json`: what must be known about weights to use them, in a file of the same name beside them."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finestsam.errors import UserError
+
+
+@dataclass
+class Card:
+    """Written by training; read by prediction, evaluation and export, so that nothing is given twice."""
+
+    model_type: str
+    image_size: int  # pixels of the longest side
+    multimask_output: bool  # which of the decoder's tokens were trained
+    categories: list[str]
+    generator: dict[str, Any] = field(default_factory=dict)  # thresholds, by their names in GeneratorConfig
+    metrics: dict[str, float] = field(default_factory=dict)
+    floor: dict[str, float] = field(default_factory=dict)  # the same metrics of the untouched model
+    step: int = 0
+    started_from: str = "random weights"
+    started_from_sha256: str | None = None
+    finestsam_version: str = ""
+
+
+def read_card(weights: Path) -> Card | None:
+    """Return the card beside a weights file; None where there is none.
+
+    Raises:
+        UserError: the file is there and is no card.
+    """
+    path = weights.with_suffix(".json")
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        known = {entry.name for entry in dataclasses.fields(Card)}
+        return Card(**{name: value for name, value in values.items() if name in known})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: not a description of weights ({error}); move it away to use {weights.name} without it"
+        ) from None
+
+
+def write_card(weights: Path, card: Card) -> None:
+    """Write the card beside a weights file."""
+    path = weights.with_suffix(".json")
+    partial = path.with_name(f".{path.name}.part")
+    partial.write_text(json.dumps(dataclasses.asdict(card), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(path)
