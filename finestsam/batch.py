@@ -45,6 +45,7 @@ class Sample:
     prompts: Prompts
     rles: list[dict] = field(default_factory=list)  # N masks, original frame, pycocotools' compressed form
     annotation_ids: list[int] = field(default_factory=list)  # N
+    rows: list[int] = field(default_factory=list)  # N, the objects' places in the whole set, counted through
 
     def __len__(self) -> int:
         return len(self.rles)

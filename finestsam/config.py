@@ -134,7 +134,9 @@ class DatasetConfig:
     sav: str = setting("finestsam_index.json", "name of that file")
     positive_points: int = setting(1, "points inside each object", "[0, 1000]")
     negative_points: int = setting(0, "points outside each object, inside its box where there is room", "[0, 1000]")
-    use_center: bool = setting(True, "the first positive point is the centre: the pixel deepest inside")
+    use_center: bool = setting(
+        False, "the first positive point is the centre, the pixel deepest inside, in every epoch; false: all vary"
+    )
     snap_to_grid: bool = setting(
         True, "positive points lie on the generator's grid wherever the object covers any of it"
     )

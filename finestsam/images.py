@@ -136,3 +136,14 @@ def write_image(path: Path, image: np.ndarray) -> None:
     partial = path.with_name(f".{path.name}.part")
     Image.fromarray(image).save(partial, format=Image.registered_extensions()[path.suffix.lower()])
     partial.replace(path)
+
+
+def build_point_grid(points_per_side: int) -> np.ndarray:
+    """Return the generator's grid, K x 2, XY, in shares of the picture's width and height, row by row."""
+    places = (np.arange(points_per_side) + 0.5) / points_per_side
+    return np.stack(np.meshgrid(places, places), axis=-1).reshape(-1, 2)
+
+
+def use_one_thread() -> None:
+    """Keep OpenCV to one thread in this process: in worker processes its threads would only be in each other's way."""
+    cv2.setNumThreads(1)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from finestsam.errors import Defect
 
-# A coordinate further out than this many picture sides is a broken file, not an object that leaves the picture;
-# pycocotools allocates memory in proportion to it until the process is killed.
-MAX_SIDES_OUTSIDE = 10
+# A coordinate further out than this is a broken file, not an object that leaves the picture: pycocotools allocates
+# memory in proportion to it (60 bytes a pixel) until the process is killed.
+MAX_COORDINATE_PIXELS = 100_000
 
 
 def segmentation_to_rle(segmentation: object, size: tuple[int, int]) -> dict:
@@ -60,7 +60,7 @@ def _list_polygons(segmentation: object, size: tuple[int, int]) -> list[list[flo
         if not all(map(math.isfinite, numbers)):
             raise Defect("not_finite", "a polygon has a coordinate that is not finite")
         farthest = max(map(abs, numbers), default=0)
-        if farthest > MAX_SIDES_OUTSIDE * max(size):
+        if farthest > max(MAX_COORDINATE_PIXELS, 10 * max(size)):
             raise Defect("far_outside", f"coordinate {farthest:g} in a picture of {size[1]} x {size[0]} pixels")
         polygons.append(numbers)
     return polygons

@@ -1,0 +1,36 @@
+"""DataLoaders whose order, prompts and number of processes never change what is learnt."""
+
+import signal
+
+import torch
+from torch.utils.data import DataLoader
+
+from finestsam.data.dataset import SampleDataset, StepSampler, collate
+from finestsam.images import use_one_thread
+
+
+def build_train_loader(dataset: SampleDataset, sampler: StepSampler, num_workers: int) -> DataLoader:
+    """Return the loader of (batch, messages) in the sampler's order; set the sampler's epoch before iterating."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=num_workers,
+        worker_init_fn=_start_worker,
+        persistent_workers=num_workers > 0,
+    )
+
+
+def build_validation_loader(dataset: SampleDataset, num_workers: int, rank: int = 0, world_size: int = 1) -> DataLoader:
+    """Return the loader of one rank's share of the pictures, one at a time, none twice, always with the same prompts."""
+    mine = [[(0, position)] for position in range(rank, len(dataset), world_size)]
+    return DataLoader(
+        dataset, batch_sampler=mine, collate_fn=collate, num_workers=num_workers, worker_init_fn=_start_worker
+    )
+
+
+def _start_worker(_: int) -> None:
+    # The main process alone answers Ctrl-C; workers end with it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    use_one_thread()

@@ -1,0 +1,63 @@
+"""The logits that the previous epoch gave for each object, kept on disk.
+
+Two files take turns: epoch e reads what e - 1 wrote and writes its own. So a run that is cut off in the middle of an epoch
+and continued from its last checkpoint finds exactly what it had found before. Memory is the page cache's; the files are
+float16, 128 KB an object at 1024 pixels, and only the objects that were seen take up disk.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class PreviousLogits:
+    """Rows of 4g x 4g logits, one per object of the training set.
+
+    Args:
+        folder: where the files lie; every rank and worker opens the same ones.
+        object_count: rows.
+        side: 4g, a quarter of the model's image size.
+    """
+
+    def __init__(self, folder: Path, object_count: int, side: int):
+        self.folder = folder
+        self.shape = (object_count, side, side)
+
+    def create(self) -> None:
+        """Make the files where they are missing; on one rank, before the others read."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for parity in (0, 1):
+            for path, bytes_per_row in (
+                (self._path(parity), 2 * self.shape[1] * self.shape[2]),
+                (self._marks(parity), 8),
+            ):
+                if not path.exists():
+                    with path.open("wb") as file:
+                        file.truncate(self.shape[0] * bytes_per_row)  # sparse: nothing is written yet
+
+    def read(self, epoch: int, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """Return what the epoch before `epoch` wrote: N x 1 x 4g x 4g, float32, and which of the N it did write."""
+        parity = (epoch - 1) % 2
+        written_in = self._open_marks(parity, "r")[rows]
+        logits = torch.from_numpy(self._open(parity, "r")[rows].astype(np.float32))[:, None]
+        return logits, torch.from_numpy(written_in == epoch)  # marked with the epoch + 1, so that 0 means never
+
+    def write(self, epoch: int, rows: list[int], logits: Tensor) -> None:
+        """Keep the logits (N x 4g x 4g) of the epoch that runs."""
+        if rows:
+            self._open(epoch % 2, "r+")[rows] = logits.detach().cpu().numpy().astype(np.float16)
+            self._open_marks(epoch % 2, "r+")[rows] = epoch + 1
+
+    def _open(self, parity: int, mode: str) -> np.memmap:
+        return np.memmap(self._path(parity), dtype=np.float16, mode=mode, shape=self.shape)
+
+    def _open_marks(self, parity: int, mode: str) -> np.memmap:
+        return np.memmap(self._marks(parity), dtype=np.int64, mode=mode, shape=self.shape[:1])
+
+    def _path(self, parity: int) -> Path:
+        return self.folder / f"logits_{parity}.f16"
+
+    def _marks(self, parity: int) -> Path:
+        return self.folder / f"epochs_{parity}.i64"

@@ -1,0 +1,88 @@
+"""Score the masks that prompts on known objects give: IoU and Dice per object, in the original frame."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from finestsam.batch import Batch, Predictions, Sample
+from finestsam.masks import decode_rles
+from finestsam.model.sam import FinestSam, upscale_logits
+
+# Of float32 logits upscaled at a time.
+PIECE_PIXELS = 16_000_000
+
+
+@dataclass(frozen=True)
+class ObjectScore:
+    """One prompted object, measured."""
+
+    image_id: int
+    annotation_id: int
+    iou: float  # of the mask that the model itself prefers
+    dice: float  # of the same mask
+    best_iou: float  # of the best of its masks
+    score: float  # the IoU that the model expected of the preferred mask
+
+
+@torch.no_grad()
+def score_batches(
+    model: FinestSam, batches: Iterable[tuple[Batch, list[str]]], chunk_objects: int
+) -> list[ObjectScore]:
+    """Prompt every object of the batches and measure the masks.
+
+    Args:
+        batches: as `data.dataset.collate` makes them.
+        chunk_objects: decoded at a time.
+    """
+    scores = []
+    for batch, _ in batches:
+        for sample in batch.to(model.device).samples:
+            embedding = model.encode([sample.image])
+            for first in range(0, len(sample), chunk_objects):
+                predictions = model(embedding, sample.prompts[first : first + chunk_objects])
+                scores += _score_objects(predictions, sample, first, model.image_size)
+    return scores
+
+
+def _score_objects(predictions: Predictions, sample: Sample, first: int, image_size: int) -> list[ObjectScore]:
+    count, mask_count = predictions.scores.shape
+    piece = max(1, PIECE_PIXELS // (max(math.prod(sample.original_size), image_size**2) * mask_count))
+    scores = []
+    for start in range(0, count, piece):
+        logits = predictions.logits[start : start + piece]
+        masks = upscale_logits(logits, image_size, sample.input_size, sample.original_size) > 0  # n x M x H x W
+        places = range(first + start, first + start + len(masks))
+        truth = decode_rles([sample.rles[place] for place in places]).to(masks.device)[:, None]
+        shared = (masks & truth).sum(dim=(-2, -1)).double().cpu()
+        sizes = (masks.sum(dim=(-2, -1)) + truth.sum(dim=(-2, -1))).double().cpu()
+        ious, dices = shared / (sizes - shared), 2 * shared / sizes  # the truth is never empty, so neither is a union
+        for row, place in enumerate(places):
+            expected = predictions.scores[start + row]
+            chosen = int(expected.argmax())
+            scores.append(
+                ObjectScore(
+                    sample.image_id,
+                    sample.annotation_ids[place],
+                    float(ious[row, chosen]),
+                    float(dices[row, chosen]),
+                    float(ious[row].max()),
+                    float(expected[chosen]),
+                )
+            )
+    return scores
+
+
+def summarize_scores(scores: list[ObjectScore]) -> dict[str, float]:
+    """Return means over objects, exactly rounded, so that they do not depend on the order or on who measured what."""
+    count = len(scores)
+    if count == 0:
+        return {}
+    return {
+        "iou": math.fsum(score.iou for score in scores) / count,
+        "dice": math.fsum(score.dice for score in scores) / count,
+        "best_iou": math.fsum(score.best_iou for score in scores) / count,
+        "score": math.fsum(score.score for score in scores) / count,
+        "objects": count,
+    }

@@ -1,0 +1,132 @@
+"""From the settings to a model that is ready: which weights, which size, which device."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from segment_anything.modeling import Sam
+
+from finestsam.config import Config
+from finestsam.errors import UserError
+from finestsam.model.build import ARCHITECTURES, build_sam
+from finestsam.model.card import Card, read_card
+from finestsam.model.sam import FinestSam
+from finestsam.model.weights import (
+    META_WEIGHTS,
+    check_matches,
+    find_meta_weights,
+    identify,
+    image_size_of,
+    load_state_dict,
+)
+
+RANDOM_WEIGHTS = "random weights"
+
+
+@dataclass
+class LoadedModel:
+    """A model in evaluation mode, and what is known about it."""
+
+    model: FinestSam
+    model_type: str
+    card: Card | None  # None: the weights have no best.json beside them
+    source: str  # for the screen: the weights' path, or "random weights"
+    path: Path | None  # None: random weights
+
+
+def load_model(config: Config, prefer_runs: bool = False, device: torch.device | None = None) -> LoadedModel:
+    """Build the model that the settings name.
+
+    Args:
+        prefer_runs: where no checkpoint is named, take the best weights of the newest run in sav_dir; and answer with the
+            masks that the weights were trained for, whatever the settings say.
+        device: where it goes; None: where the settings say.
+
+    Raises:
+        UserError: weights that are missing, broken, or of another type or size than asked for.
+    """
+    device = device or choose_device(config.device)
+    path = find_weights(config, prefer_runs)
+    card = read_card(path) if path else None
+    sam, model_type = _build_with_weights(config, path)
+    multimask_output = card.multimask_output if card and prefer_runs else config.multimask_output
+    model = FinestSam(sam, multimask_output, choose_encoder_dtype(config.precision, device))
+    return LoadedModel(model.to(device).eval(), model_type, card, str(path or RANDOM_WEIGHTS), path)
+
+
+def _build_with_weights(config: Config, path: Path | None) -> tuple[Sam, str]:
+    asked_type, asked_size = config.model.type, config.model.image_size
+    if path is None:
+        model_type = "vit_b" if asked_type == "auto" else asked_type
+        if asked_size is not None and asked_size % 16:
+            raise UserError(f"model.image_size must be a multiple of 16, got {asked_size}")
+        return build_sam(model_type, asked_size), model_type
+    state_dict = load_state_dict(path)
+    model_type = identify(state_dict)
+    if asked_type != "auto":
+        check_matches(state_dict, asked_type, path)
+    size = image_size_of(state_dict)
+    if asked_size not in (None, size):
+        raise UserError(f"{path} was made for model.image_size {size}, the settings say {asked_size}")
+    sam = build_sam(model_type, size)
+    try:
+        sam.load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise UserError(f"{path}: not the weights of a {model_type}: {str(error).splitlines()[1].strip()}") from None
+    return sam, model_type
+
+
+def find_weights(config: Config, prefer_runs: bool = False) -> Path | None:
+    """Return the weights file that the settings mean, downloaded where needed; None for random weights."""
+    name = config.model.checkpoint
+    if name == "none":
+        return None
+    if name != "auto":
+        candidates = [Path(name), Path(config.sav_dir) / name]
+        path = next((candidate for candidate in candidates if candidate.exists()), candidates[0])
+        return path / "best.pth" if path.is_dir() else path
+    newest = _find_newest_run(config) if prefer_runs else None
+    if newest:
+        return newest
+    model_type = "vit_b" if config.model.type == "auto" else config.model.type
+    return find_meta_weights(model_type) if model_type in META_WEIGHTS else None
+
+
+def _find_newest_run(config: Config) -> Path | None:
+    paths = sorted(Path(config.sav_dir).glob("*/best.pth"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in paths:
+        card = read_card(path)
+        if card and card.model_type in ARCHITECTURES and config.model.type in ("auto", card.model_type):
+            return path
+    return None
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device for one process.
+
+    Raises:
+        UserError: the one asked for is not there. A silent fallback to the CPU would cost the user hours.
+    """
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return torch.device(next(kind for kind, is_there in available.items() if is_there))
+    if name == "tpu":
+        raise UserError("device tpu: only training passes it on; predict and evaluate on another device")
+    if name == "gpu":
+        name = "mps" if available["mps"] else "cuda"
+    if not available[name]:
+        raise UserError(f"device {name}: none found; --device cpu runs without, --device auto takes what is there")
+    return torch.device(name)
+
+
+def choose_encoder_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """Return what the image encoder computes in; None: float32."""
+    if precision == "auto":
+        # Before Ampere bfloat16 is emulated, slower than float32.
+        native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if native else None
+    return {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[precision]

@@ -1,0 +1,242 @@
+"""Weights on disk: where Meta's are, how a file becomes a state dict, and which SAM a state dict belongs to."""
+
+import os
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finestsam.errors import UserError
+from finestsam.model.build import ARCHITECTURES
+from finestsam.model.download import download
+
+
+@dataclass(frozen=True)
+class MetaFile:
+    """One of the checkpoints that Meta published with Segment Anything."""
+
+    url: str
+    sha256: str
+    size_bytes: int
+
+    @property
+    def file_name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+
+META_WEIGHTS = {
+    "vit_b": MetaFile(
+        "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_b_01ec64.pth",
+        "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
+        375_042_383,
+    ),
+    "vit_l": MetaFile(
+        "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_l_0b3195.pth",
+        "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
+        1_249_524_607,
+    ),
+    "vit_h": MetaFile(
+        "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_h_4b8939.pth",
+        "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
+        2_564_550_879,
+    ),
+}
+WITHOUT_META = "--model.type vit_tiny --model.checkpoint none trains without it"
+
+WRAPPERS = ("model", "state_dict")  # keys of a training checkpoint that hold the weights
+PREFIXES = ("module.", "model.", "sam.")  # from DistributedDataParallel, Lightning modules, FinestSam
+FAMILIES = {  # part of a key: who writes such keys
+    "mask_decoder.hf_": "HQ-SAM",  # first, as the rest of HQ-SAM is named like SAM or MobileSAM
+    "image_encoder.trunk.": "SAM 2",
+    "sam_mask_decoder.": "SAM 2",
+    "image_encoder.layers.": "MobileSAM",
+    "image_encoder.patch_embed.seq.": "MobileSAM",
+    "vision_encoder.": "a Hugging Face SamModel",
+}
+
+
+def find_meta_weights(model_type: str, download: bool = True) -> Path:
+    """Return Meta's checkpoint of this type: from `weights_dir`, the current folder or its sav/, else downloaded."""
+    if model_type not in META_WEIGHTS:
+        raise UserError(
+            f"Meta has published no weights for {model_type}; --model.checkpoint none starts from random ones"
+        )
+    meta = META_WEIGHTS[model_type]
+    folders = (weights_dir(), Path(), Path("sav"))
+    for folder in folders:
+        if (folder / meta.file_name).is_file():
+            return folder / meta.file_name
+    if download:
+        return _download_meta(meta)
+    raise UserError(
+        f"{meta.file_name} is not in {', '.join(map(str, folders))}; to fetch it by hand, save {meta.url} as "
+        f"{folders[0] / meta.file_name} (sha256 {meta.sha256}); {WITHOUT_META}"
+    )
+
+
+def weights_dir() -> Path:
+    """Return the folder of downloaded weights: $FINESTSAM_CACHE, or finestsam/ in the user's cache folder."""
+    if own := os.environ.get("FINESTSAM_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finestsam"
+
+
+def _download_meta(meta: MetaFile) -> Path:
+    try:
+        return download(meta.url, weights_dir() / meta.file_name, meta.sha256, meta.size_bytes)
+    except UserError as error:
+        raise UserError(f"{error}; {WITHOUT_META}") from None
+
+
+def load_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read a checkpoint as names and CPU tensors in SAM's own naming, without running any code that it contains.
+
+    The tensors of a .pth are mapped from the file: copy them into a model before the file is replaced.
+    """
+    _check_file(path)
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    while isinstance(content, Mapping) and (wrapper := _find_wrapper(content)):
+        content = content[wrapper]
+    _check_content(path, content)
+    return _strip_prefixes({name: tensor.detach() for name, tensor in content.items()})
+
+
+def _check_file(path: Path) -> None:
+    try:
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder, expected a checkpoint file such as {path / 'best.pth'}")
+        with open(path, "rb") as file:
+            start = file.read(512)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; give one, auto for Meta's weights, or none for random ones") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if not start:
+        raise UserError(f"{path}: is empty, 0 bytes{_expected_size(path)}; download it again")
+    if start.lstrip(b"\xef\xbb\xbf \t\r\n")[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise UserError(
+            f"{path}: is a web page, not a checkpoint; download the file itself, not the page that shows it"
+        )
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: is a Git LFS pointer, not the checkpoint itself; fetch it with git lfs pull")
+    if start.startswith(b"PK") and not _is_zip(path):
+        raise UserError(_describe_truncated(path))
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether this is a whole zip file, as torch writes them: the table of contents stands at the end."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return False
+
+
+def _describe_truncated(path: Path) -> str:
+    return f"{path}: is truncated at {path.stat().st_size:,} bytes{_expected_size(path)}; download or copy it again"
+
+
+def _expected_size(path: Path) -> str:
+    sizes = {meta.file_name: meta.size_bytes for meta in META_WEIGHTS.values()}
+    return f", expected {sizes[path.name]:,}" if path.name in sizes else ""
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on pickle protocols and TorchScript; we have one line
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a damaged file makes the reader stumble over
+        # Without torch's own text: it recommends weights_only=False, which runs the code.
+        raise UserError(_describe_unreadable(path, error)) from None
+
+
+def _describe_unreadable(path: Path, error: Exception) -> str:
+    with open(path, "rb") as file:
+        is_pickle = file.read(2).startswith((b"PK", b"\x80"))
+    if is_pickle and isinstance(error, pickle.UnpicklingError):
+        needs = re.search(r"GLOBAL ([\w.]+)", str(error))
+        code = f" (it calls {needs[1]})" if needs else ""
+        return f"{path}: file contains code, refused{code}; save model.state_dict() alone and give that file"
+    if isinstance(error, EOFError) or "unexpected EOF" in str(error):
+        return _describe_truncated(path)
+    return f"{path}: is not a checkpoint that torch can read: damaged, or another kind of file"
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError(f"{path}: to read this kind of file, first run: pip install safetensors") from None
+    try:
+        return load_file(path, device="cpu")
+    except SafetensorError as error:
+        raise UserError(f"{path}: is truncated or not a safetensors file: {' '.join(str(error).split())}") from None
+
+
+def _find_wrapper(content: Mapping) -> str | None:
+    return next((name for name in WRAPPERS if isinstance(content.get(name), Mapping)), None)
+
+
+def _check_content(path: Path, content: Any) -> None:
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: is not a state dict but a {type(content).__name__}; save model.state_dict()")
+    if not content:
+        raise UserError(f"{path}: is a state dict without any weights")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise UserError(f"{path}: is not a state dict: {name!r} is a {type(value).__name__}, expected a tensor")
+
+
+def _strip_prefixes(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in PREFIXES:
+        if all(name.startswith(prefix) for name in state_dict):
+            return _strip_prefixes({name.removeprefix(prefix): tensor for name, tensor in state_dict.items()})
+    return state_dict
+
+
+def check_matches(state_dict: dict[str, Tensor], model_type: str, path: Path) -> None:
+    """Raise unless the state dict, which came from `path`, is a SAM of this type."""
+    actual = identify(state_dict, path)
+    if actual != model_type:
+        raise UserError(
+            f"{path} is {actual}, the settings say {model_type}; use --model.type {actual} (or auto), or other weights"
+        )
+
+
+def identify(state_dict: dict[str, Tensor], path: Path | str = "the file") -> str:
+    """Return the key of `ARCHITECTURES` that these weights belong to, told by their shapes.
+
+    Args:
+        path: where they came from, for the message.
+    """
+    for part, family in FAMILIES.items():
+        if any(part in name for name in state_dict):
+            raise UserError(
+                f"{path} is a checkpoint of {family}, expected one in the layout of Meta's segment_anything"
+            )
+    position = state_dict.get("image_encoder.pos_embed")
+    if position is None or position.ndim != 4 or "image_encoder.patch_embed.proj.weight" not in state_dict:
+        raise UserError(f"{path} is not a SAM checkpoint (first keys: {', '.join(list(state_dict)[:3])})")
+    width = position.shape[-1]
+    depth = len({name.split(".")[2] for name in state_dict if name.startswith("image_encoder.blocks.")})
+    for model_type, architecture in ARCHITECTURES.items():
+        if (architecture.width, architecture.depth) == (width, depth):
+            return model_type
+    known = ", ".join(f"{name} {entry.width} and {entry.depth}" for name, entry in ARCHITECTURES.items())
+    raise UserError(f"{path} is a SAM of unknown size: width {width} and {depth} blocks, known are {known}")
+
+
+def image_size_of(state_dict: dict[str, Tensor]) -> int:
+    """Return the side of the square that these weights see, pixels."""
+    patch_size = state_dict["image_encoder.patch_embed.proj.weight"].shape[-1]
+    return state_dict["image_encoder.pos_embed"].shape[1] * patch_size

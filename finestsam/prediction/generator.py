@@ -1,0 +1,292 @@
+"""The automatic mask generator: ask SAM at every point of a grid, and keep the answers that are good, stable and new.
+
+The masks, scores and boxes are those of segment_anything's `SamAutomaticMaskGenerator`, found with less work and memory:
+scores are filtered before anything is upscaled, survivors are upscaled a few at a time, and only what overlapping boxes
+leave over is compressed.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+import torch
+from segment_anything.utils.amg import generate_crop_boxes, is_box_near_crop_edge
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops import nms
+
+from finestsam.batch import Prompts
+from finestsam.config import GENERATOR_DEFAULTS, GeneratorConfig
+from finestsam.images import build_point_grid, compute_input_size, resize_image, scale_points
+from finestsam.masks import decode_rle, encode_mask, encode_masks, remove_small_regions, rle_area, rle_box
+from finestsam.model.card import Card
+from finestsam.model.sam import FinestSam, upscale_logits
+
+# 64 MB of float32: large enough to keep a GPU busy, small enough for any picture's masks.
+UPSCALED_PIXELS = 16_000_000
+
+
+@dataclass
+class FilterReport:
+    """What became of a picture's candidates, to tell which threshold leaves nothing over."""
+
+    candidates: int = 0
+    low_score: int = 0  # removed by pred_iou_thresh
+    unstable: int = 0  # removed by stability_score_thresh
+    cut_by_crop: int = 0  # removed because a crop, not the picture, cuts them
+    duplicates: int = 0  # removed by box_nms_thresh and crop_nms_thresh
+    best_score: float = -np.inf  # of all candidates; -inf: no score was a number
+    best_stability: float = -np.inf  # of those whose score is good enough; -inf: there are none
+
+    def count_scores(self, scores: Tensor, is_kept: Tensor) -> None:
+        self.candidates += len(scores)
+        self.low_score += int((~is_kept).sum())
+        self.best_score = max([self.best_score, *scores[scores.isfinite()].tolist()])
+
+    def count_stability(self, stability: Tensor, is_kept: Tensor) -> None:
+        self.unstable += int((~is_kept).sum())
+        self.best_stability = max([self.best_stability, *stability.tolist()])
+
+
+@dataclass
+class GeneratedMasks:
+    """The K masks of one picture, the largest first. All in the original frame."""
+
+    rles: list[dict]  # K, compressed
+    boxes_xywh: np.ndarray  # K x 4, int, around the pixels inside
+    scores: np.ndarray  # K, the IoU that the model expects
+    stability: np.ndarray  # K, the IoU of the mask cut at a higher and at a lower logit
+    areas: np.ndarray  # K, int, pixels
+    points: np.ndarray  # K x 2, XY: the prompt that found the mask
+    crop_boxes_xywh: np.ndarray  # K x 4, int: the part of the picture that the model saw
+    report: FilterReport = field(default_factory=FilterReport)
+
+    def __len__(self) -> int:
+        return len(self.rles)
+
+    def __getitem__(self, index: np.ndarray) -> "GeneratedMasks":
+        arrays = [getattr(self, entry.name)[index] for entry in fields(self)[1:-1]]
+        return GeneratedMasks([self.rles[i] for i in index], *arrays, self.report)
+
+
+@dataclass
+class _Crop:
+    """A part of the picture as the model sees it; the first is the whole picture."""
+
+    box: list[int]  # XYXY, original pixels
+    original_size: tuple[int, int]  # of the whole picture
+    size: tuple[int, int]
+    input_size: tuple[int, int]
+    embedding: Tensor  # 1 x C x g x g
+    points: np.ndarray  # P x 2, XY, pixels of the crop
+
+
+@dataclass
+class _Candidates:
+    """K masks of one crop that are still in the running, in the order of the grid."""
+
+    logits: Tensor  # K x 4g x 4g
+    scores: Tensor  # K
+    points: Tensor  # K x 2, XY, pixels of the crop
+    stability: Tensor  # K
+    boxes: Tensor  # K x 4, XYXY, pixels of the crop; both corners lie inside the mask
+
+    def __getitem__(self, index: Tensor) -> "_Candidates":
+        return _Candidates(*(getattr(self, entry.name)[index] for entry in fields(self)))
+
+
+def resolve_generator(settings: GeneratorConfig, card: Card | None) -> GeneratorConfig:
+    """Fill what the settings leave open, first from what is stored beside the weights, then with segment_anything's."""
+    known = GENERATOR_DEFAULTS | (card.generator if card else {})
+    open_names = [name for name in GENERATOR_DEFAULTS if getattr(settings, name) is None]
+    return dataclasses.replace(settings, **{name: known[name] for name in open_names})
+
+
+@torch.no_grad()
+def generate_masks(
+    model: FinestSam, image: np.ndarray, settings: GeneratorConfig, embedding: Tensor | None = None
+) -> GeneratedMasks:
+    """Find every object of a picture.
+
+    Args:
+        image: H x W x 3, uint8, RGB.
+        settings: without None, as `resolve_generator` returns them.
+        embedding: 1 x C x g x g, of the whole picture, where it is known.
+
+    Raises:
+        Defect: the picture is too thin for the model.
+    """
+    report = FilterReport()
+    found = [_search(model, crop, settings, report) for crop in _cut_crops(model, image, settings, embedding)]
+    masks = _join(found, report)
+    if len(found) > 1:
+        crop_areas = torch.from_numpy(masks.crop_boxes_xywh[:, 2:].prod(axis=1))
+        masks = _drop_duplicates(masks, 1 / crop_areas, settings.crop_nms_thresh)  # the smaller crop saw more detail
+    if settings.min_mask_region_area > 0:
+        masks = _clean_regions(masks, settings)
+    order = np.lexsort([*masks.boxes_xywh.T[::-1], -masks.areas])  # the last key counts first
+    return masks[order]
+
+
+def _cut_crops(
+    model: FinestSam, image: np.ndarray, settings: GeneratorConfig, embedding: Tensor | None
+) -> Iterator[_Crop]:
+    original_size = image.shape[:2]
+    boxes, layers = generate_crop_boxes(original_size, settings.crop_n_layers, settings.crop_overlap_ratio)
+    for box, layer in zip(boxes, layers, strict=True):
+        part = image[box[1] : box[3], box[0] : box[2]]
+        size = part.shape[:2]
+        if 0 in size:
+            continue  # tiny pictures have fewer pixels than crops
+        input_size = compute_input_size(size, model.image_size)
+        if layer > 0 or embedding is None:
+            inputs = torch.tensor(resize_image(part, input_size), device=model.device)  # h x w x 3
+            part_embedding = model.encode([inputs.permute(2, 0, 1)])
+        else:
+            part_embedding = embedding
+        points_per_side = int(settings.points_per_side / settings.crop_n_points_downscale_factor**layer)
+        points = build_point_grid(max(points_per_side, 1)) * size[::-1]
+        yield _Crop(box, original_size, size, input_size, part_embedding, points)
+
+
+def _search(model: FinestSam, crop: _Crop, settings: GeneratorConfig, report: FilterReport) -> GeneratedMasks:
+    """Return the masks of one crop, best score first, without those whose boxes repeat a better one's."""
+    batches = [
+        _ask(model, crop, crop.points[start : start + settings.points_per_batch], settings, report)
+        for start in range(0, len(crop.points), settings.points_per_batch)
+    ]
+    candidates = _Candidates(*(torch.cat([getattr(b, entry.name) for b in batches]) for entry in fields(_Candidates)))
+    kept = nms(candidates.boxes.float(), candidates.scores, settings.box_nms_thresh)
+    report.duplicates += len(candidates.scores) - len(kept)
+    return _compress(candidates[kept], model, crop)
+
+
+def _ask(
+    model: FinestSam, crop: _Crop, points: np.ndarray, settings: GeneratorConfig, report: FilterReport
+) -> _Candidates:
+    """Decode the masks of some points of a crop, and return those that are good, stable and whole."""
+    inputs = torch.tensor(scale_points(points, crop.size, crop.input_size), dtype=torch.float32, device=model.device)
+    labels = torch.ones(len(points), 1, dtype=torch.int, device=model.device)
+    predictions = model(crop.embedding, Prompts(inputs[:, None], labels))
+    scores = predictions.scores.flatten()
+    points_of_masks = torch.from_numpy(points.repeat(predictions.scores.shape[1], axis=0)).to(model.device)
+    # A threshold of 0 lets every number pass, as in segment_anything: the score head may answer below 0.
+    is_good = scores > (settings.pred_iou_thresh or -np.inf)
+    logits = predictions.logits.flatten(0, 1)[is_good]
+    stability, boxes = _measure(logits, model, crop, settings.stability_score_offset)
+    candidates = _Candidates(logits, scores[is_good], points_of_masks[is_good], stability, boxes)
+    report.count_scores(scores, is_good)
+    return _filter_measured(candidates, crop, settings, report)
+
+
+def _measure(logits: Tensor, model: FinestSam, crop: _Crop, offset: float) -> tuple[Tensor, Tensor]:
+    """Return the stability, K, and the boxes, K x 4, of masks at the crop's own size."""
+    stability, boxes = [], []
+    for part in _upscale(logits, model, crop):
+        inner, outer = (_count(part > cutoff) for cutoff in (offset, -offset))
+        stability.append(inner / outer.clamp(min=1))  # an empty mask has stability 0, not 0/0
+        boxes.append(_find_boxes(part > 0))
+    return torch.cat(stability), torch.cat(boxes)
+
+
+def _upscale(logits: Tensor, model: FinestSam, crop: _Crop) -> Iterator[Tensor]:
+    """Yield a few masks at a time at the crop's own size, ... x h x w; nothing is an empty part, too."""
+    pixels_per_mask = max(model.image_size**2, crop.size[0] * crop.size[1])
+    for part in logits.split(max(UPSCALED_PIXELS // pixels_per_mask, 1)):
+        yield upscale_logits(part[:, None], model.image_size, crop.input_size, crop.size)[:, 0]
+
+
+def _count(masks: Tensor) -> Tensor:
+    return masks.sum(dim=2, dtype=torch.int32).sum(dim=1, dtype=torch.int32)
+
+
+def _find_boxes(masks: Tensor) -> Tensor:
+    """Return the first and last pixel inside, K x 4, XYXY; an empty mask has its first behind its last."""
+    firsts, lasts = [], []
+    for dim in (1, 2):
+        is_inside = masks.view(torch.uint8).amax(dim).bool()  # K x w, then K x h; as bytes far faster than `any`
+        places = torch.arange(is_inside.shape[1], device=masks.device)
+        firsts.append(torch.where(is_inside, places, len(places)).amin(1))
+        lasts.append(torch.where(is_inside, places, -1).amax(1))
+    return torch.stack([*firsts, *lasts], dim=1)
+
+
+def _filter_measured(
+    candidates: _Candidates, crop: _Crop, settings: GeneratorConfig, report: FilterReport
+) -> _Candidates:
+    is_empty = candidates.boxes[:, 2] < candidates.boxes[:, 0]
+    is_stable = (candidates.stability >= settings.stability_score_thresh) & ~is_empty
+    report.count_stability(candidates.stability, is_stable)
+    candidates = candidates[is_stable]
+    height, width = crop.original_size
+    is_cut = is_box_near_crop_edge(candidates.boxes, crop.box, [0, 0, width, height])
+    report.cut_by_crop += int(is_cut.sum())
+    return candidates[~is_cut]
+
+
+def _compress(candidates: _Candidates, model: FinestSam, crop: _Crop) -> GeneratedMasks:
+    """Bring masks to the original frame, as run lengths."""
+    x0, y0, x1, y1 = crop.box
+    height, width = crop.original_size
+    rles = []
+    for part in _upscale(candidates.logits, model, crop):
+        rles += encode_masks(F.pad(part > 0, (x0, width - x1, y0, height - y1)))
+    return GeneratedMasks(
+        rles=rles,
+        boxes_xywh=np.array([rle_box(rle) for rle in rles], dtype=np.int64).reshape(-1, 4),
+        scores=candidates.scores.cpu().numpy(),
+        stability=candidates.stability.cpu().numpy(),
+        areas=np.array([rle_area(rle) for rle in rles], dtype=np.int64),
+        points=candidates.points.cpu().numpy() + [x0, y0],
+        crop_boxes_xywh=np.tile(np.array([[x0, y0, x1 - x0, y1 - y0]]), (len(rles), 1)),
+    )
+
+
+def _join(found: list[GeneratedMasks], report: FilterReport) -> GeneratedMasks:
+    names = [entry.name for entry in fields(GeneratedMasks)[1:-1]]
+    arrays = [np.concatenate([getattr(masks, name) for masks in found]) for name in names]
+    return GeneratedMasks([rle for masks in found for rle in masks.rles], *arrays, report)
+
+
+def _drop_duplicates(masks: GeneratedMasks, priorities: Tensor, max_overlap: float) -> GeneratedMasks:
+    """Return masks by falling priority, K, without those whose box overlaps an earlier one's too much."""
+    first, size = masks.boxes_xywh[:, :2], masks.boxes_xywh[:, 2:]
+    corners = torch.from_numpy(np.concatenate([first, first + size - 1], axis=1))  # first and last pixel, as above
+    kept = nms(corners.float(), priorities.float(), max_overlap)
+    masks.report.duplicates += len(masks) - len(kept)
+    return masks[kept.numpy()]
+
+
+def _clean_regions(masks: GeneratedMasks, settings: GeneratorConfig) -> GeneratedMasks:
+    """Fill small holes, drop small islands, then drop what has become a duplicate, rather of the changed masks."""
+    min_area = settings.min_mask_region_area
+    was_clean = torch.zeros(len(masks))
+    for i, rle in enumerate(masks.rles):
+        mask = decode_rle(rle)
+        cleaned = remove_small_regions(mask, min_area)
+        if masks.areas[i] >= min_area and (cleaned == mask).all():
+            was_clean[i] = 1
+            continue
+        masks.rles[i] = encode_mask(cleaned)
+        masks.boxes_xywh[i] = rle_box(masks.rles[i])
+        masks.areas[i] = rle_area(masks.rles[i])
+    return _drop_duplicates(masks, was_clean, max(settings.box_nms_thresh, settings.crop_nms_thresh))
+
+
+def explain_no_masks(report: FilterReport, settings: GeneratorConfig) -> str:
+    """Say which threshold left nothing over, with the best figures seen."""
+    if report.best_score == -np.inf:
+        return f"none of the {report.candidates} predicted IoUs is a number: the weights are broken"
+    reasons = [
+        f"{report.low_score} of {report.candidates} candidates have a predicted IoU of at most "
+        f"generator.pred_iou_thresh {settings.pred_iou_thresh:g} (best {report.best_score:.3f})"
+    ]
+    if report.unstable:
+        reasons.append(
+            f"{report.unstable} are empty or less stable than generator.stability_score_thresh "
+            f"{settings.stability_score_thresh:g} (best {report.best_stability:.3f})"
+        )
+    if report.cut_by_crop:
+        reasons.append(f"{report.cut_by_crop} are cut by the edge of a crop")
+    return ", ".join(reasons)

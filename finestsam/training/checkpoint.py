@@ -1,0 +1,311 @@
+"""What a run keeps on disk: its folder, its checkpoints, its best weights.
+
+Whatever happens while a file is written (a kill, a full disk), a whole one is there before and after.
+"""
+
+import errno
+import hashlib
+import itertools
+import math
+import os
+import pickle
+import random
+import re
+import shutil
+import sys
+import time
+import zipfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finestsam.errors import UserError
+
+LAST = "last.ckpt"  # everything needed to continue
+PREVIOUS = "last.prev.ckpt"  # the one before, for the day on which the last one is damaged
+WRAPPERS = ("module", "_forward_module", "_orig_mod", "model", "sam")  # parts of names that are not SAM's
+
+
+class CheckpointNotSaved(OSError):
+    """The disk is full or fails; what was there before is untouched, and training can go on."""
+
+
+def create_run_folder(sav_dir: Path, name: str | None) -> Path:
+    """Make a new folder below sav_dir and return it.
+
+    Args:
+        name: None: the local time. Runs that start in the same second get folders of their own.
+
+    Raises:
+        UserError: nothing can be written there, or the name belongs to another run.
+    """
+    if sav_dir.resolve() == Path(sav_dir.resolve().anchor):
+        raise UserError(f"sav_dir {sav_dir} is the root of the disk, expected a folder below it")
+    try:
+        if sav_dir.exists() and not sav_dir.is_dir():
+            raise UserError(f"sav_dir {sav_dir} is a file, expected a folder")
+        sav_dir.mkdir(parents=True, exist_ok=True)
+        folder = _create_dated_folder(sav_dir) if name is None else _create_named_folder(sav_dir, name)
+    except OSError as error:
+        raise UserError(f"sav_dir {sav_dir}: cannot make the run's folder in it: {error.strerror}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{folder} is not writable; choose another --sav_dir")
+    return folder
+
+
+def _create_dated_folder(sav_dir: Path) -> Path:
+    now = time.strftime("%Y-%m-%d_%H-%M-%S")
+    for number in itertools.count(1):
+        folder = sav_dir / (now if number == 1 else f"{now}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+
+
+def _create_named_folder(sav_dir: Path, name: str) -> Path:
+    if name in ("", "..") or Path(name).name != name or not name.isprintable():
+        raise UserError(f"run_name {name!r} is not the plain name of a folder; --sav_dir says where it lies")
+    folder = sav_dir / name
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose another --run_name")
+    folder.mkdir(exist_ok=True)
+    if any(folder.iterdir()):
+        raise UserError(f"{folder} holds files; choose another --run_name, or continue that run with --resume {folder}")
+    return folder
+
+
+def save_last(path: Path, state: dict) -> None:
+    """Write last.ckpt and keep the one before it as last.prev.ckpt."""
+    save_file(path, state, previous=path.with_name(PREVIOUS))
+
+
+def save_weights(path: Path, state_dict: Mapping[str, Tensor]) -> None:
+    """Write a plain SAM state dict, which segment_anything's sam_model_registry loads on any machine."""
+    save_file(path, {_unwrap_name(name): _plain_tensor(tensor) for name, tensor in state_dict.items()})
+
+
+def _unwrap_name(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def _plain_tensor(tensor: Tensor) -> Tensor:
+    plain = tensor.detach().to("cpu", torch.float32).contiguous()
+    # torch.save writes all the memory that a view looks into.
+    return plain.clone() if plain.untyped_storage().nbytes() > plain.nbytes else plain
+
+
+def save_file(path: Path, content: object, previous: Path | None = None) -> None:
+    """Write a file with torch.save, beside the old one, which it replaces only when it is safe on the disk.
+
+    Args:
+        previous: the name that the old one gets; None: it goes.
+
+    Raises:
+        CheckpointNotSaved: the disk is full or fails.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    needed = int(1.1 * _count_bytes(content))
+    try:
+        if shutil.disk_usage(path.parent).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        _write_verified(partial, content)
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        # torch says "unexpected pos 768 vs 662" while it handles the error of the disk.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise CheckpointNotSaved(_describe_failure(cause, path.parent, needed)) from None
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def _count_bytes(content: object) -> int:
+    """Return how much the tensors take up in a file."""
+    if isinstance(content, Tensor):
+        return content.untyped_storage().nbytes()
+    if isinstance(content, Mapping):
+        return sum(_count_bytes(value) for value in content.values())
+    return sum(map(_count_bytes, content)) if isinstance(content, list | tuple) else 0
+
+
+def _write_verified(path: Path, content: object) -> None:
+    with path.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+        size = file.tell()
+    if path.stat().st_size != size or _is_damaged(path):
+        raise OSError(errno.EIO, "the file does not read back as it was written")
+
+
+def _is_damaged(path: Path) -> bool:
+    """Whether the checksums of a file of torch.save are wrong, which torch.load does not look at."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is not None
+    except (zipfile.BadZipFile, EOFError, NotImplementedError):
+        return True
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring the new name to the disk; the content is there already."""
+    with suppress(OSError):  # Windows and some network drives cannot
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _describe_failure(error: OSError, folder: Path, needed: int) -> str:
+    free = "nothing"
+    with suppress(OSError):
+        free = _format_size(shutil.disk_usage(folder).free)
+    reason = error.strerror or error
+    return f"checkpoint not saved: {reason} (need {_format_size(needed)}, free {free} at {folder})"
+
+
+def _format_size(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """Return what last.ckpt holds, on the CPU; where it is damaged, what last.prev.ckpt holds, with a warning.
+
+    Raises:
+        UserError: neither can be read.
+    """
+    last, previous = folder / LAST, folder / PREVIOUS
+    if not last.exists() and not previous.exists():
+        raise UserError(f"{folder}: there is no {LAST} to resume from")
+    try:
+        return _read_state(last)
+    except UserError as error:
+        reason = str(error)
+    try:
+        state = _read_state(previous)
+    except UserError as error:
+        raise UserError(f"{reason}; {error}; no checkpoint is left to resume from") from None
+    print(f"finestsam: warning: {reason}; resuming from {PREVIOUS}, the checkpoint before it", file=sys.stderr)
+    return state
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        if not path.exists():
+            raise UserError(f"{path} is missing")
+        if _is_damaged(path):
+            raise UserError(f"{path} is damaged")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except pickle.UnpicklingError:
+        # Without torch's own text: it recommends weights_only=False, which runs the code.
+        raise UserError(f"{path} contains code, refused") from None
+    except (RuntimeError, ValueError, KeyError):
+        raise UserError(f"{path} is not a checkpoint that torch can read") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}, not the state of a run")
+    return state
+
+
+def remove_stale_files(folder: Path) -> None:
+    """Remove what processes that were killed while they saved have left."""
+    for path in folder.glob(".*.tmp"):
+        pid = path.name.split(".")[-2]
+        if pid.isdecimal() and not _is_alive(int(pid)):
+            with suppress(OSError):  # Windows: refuses while another process writes it
+                path.unlink()
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether another process has this number. In a container a new run often has the number of the one before it."""
+    if pid == os.getpid() or os.name == "nt":  # Windows' os.kill would end the process
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+class TopWeights:
+    """The best weights of a run, in files named {step}-{val_per_mask_iou}.pth; best.pth is another file.
+
+    Args:
+        count: how many are kept.
+    """
+
+    def __init__(self, folder: Path, count: int):
+        self.folder = folder
+        self.count = count
+        self._metrics: dict[str, float] = {}  # by file name
+
+    def save(self, state_dict: Mapping[str, Tensor], step: int, metric: float) -> Path | None:
+        """Write the weights if they are among the best, drop what no longer is, and return the path or None."""
+        if math.isnan(metric):
+            return None
+        name = f"{step}-{metric:.2f}.pth"
+        others = {other: value for other, value in self._metrics.items() if _step_of(other) != step}
+        # Of equals the earlier one: it was good first.
+        ranked = sorted((others | {name: metric}).items(), key=lambda item: (-item[1], _step_of(item[0])))
+        kept = dict(ranked[: self.count])
+        if name not in kept:
+            return None
+        save_weights(self.folder / name, state_dict)
+        for dropped in self._metrics.keys() - kept.keys():
+            (self.folder / dropped).unlink(missing_ok=True)
+            (self.folder / dropped).with_suffix(".json").unlink(missing_ok=True)
+        self._metrics = kept
+        return self.folder / name
+
+    def state_dict(self) -> dict[str, float]:
+        return dict(self._metrics)
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Take up the files that are there; the state knows their metric to more digits than their names."""
+        names = {path.name for path in self.folder.glob("*.pth") if re.fullmatch(r"\d+-\d+\.\d\d\.pth", path.name)}
+        self._metrics = {name: state.get(name, float(Path(name).stem.split("-")[1])) for name in sorted(names)}
+
+
+def _step_of(name: str) -> int:
+    return int(name.partition("-")[0])
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of every global generator of this process, in types that torch.load accepts as plain data."""
+    numpy_state = np.random.get_state(legacy=False)
+    numpy_state["state"] = {"key": numpy_state["state"]["key"].tolist(), "pos": int(numpy_state["state"]["pos"])}
+    state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numpy_state}
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()  # of this process's device: asking the others would occupy them
+    return state
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Continue every global generator where `random_state` found it."""
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,43 @@
+"""What a user should know before the first step."""
+
+from finestsam.config import Config
+from finestsam.model.sam import FinestSam
+
+
+def describe_training(model: FinestSam, model_type: str) -> str:
+    """Return one line: what trains, and how many weights of how many."""
+    parts = []
+    for name, part in model.sam.named_children():
+        count = sum(weight.numel() for weight in part.parameters() if weight.requires_grad)
+        if count:
+            parts.append(f"{name} {_in_millions(count)}")
+    total = sum(weight.numel() for weight in model.parameters())
+    return f"{model_type} at {model.image_size} pixels, {_in_millions(total)} weights; trains {', '.join(parts)}"
+
+
+def list_mismatches(config: Config, starts_from_nothing: bool) -> list[str]:
+    """Return warnings about settings that train what prediction will not read."""
+    warnings = []
+    prompts, data, freeze = config.prompts, config.dataset, config.model_layer.freeze
+    if not prompts.use_points or data.positive_points == 0:
+        warnings.append(
+            "trains without positive points, but the generator asks with points alone: it will find little; "
+            "--prompts.use_points true --dataset.positive_points 1 trains what it reads"
+        )
+    elif prompts.use_boxes or prompts.use_masks or data.positive_points > 1 or data.negative_points > 0:
+        warnings.append(
+            "every training prompt holds more than the one point that the generator asks with; "
+            "what is learnt from them need not show in its masks"
+        )
+    if prompts.use_points and not data.snap_to_grid:
+        warnings.append("points are not snapped to the generator's grid (dataset.snap_to_grid false)")
+    if starts_from_nothing and freeze.image_encoder:
+        warnings.append(
+            "starts from random weights and freezes the image encoder, which then never learns to see; "
+            "--model_layer.freeze.image_encoder false --model_layer.freeze.prompt_encoder false trains all of it"
+        )
+    return warnings
+
+
+def _in_millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M"

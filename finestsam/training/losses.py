@@ -1,0 +1,191 @@
+"""Focal, Dice and score losses per object, in float32, and the memory-bounded way to take them.
+
+Every function returns one value per object or mask; sums and averages are taken by the training step, over the objects of
+the whole step.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from finestsam.batch import Predictions, Sample
+from finestsam.config import LossesConfig
+from finestsam.images import shrink_mask
+from finestsam.masks import decode_rle
+from finestsam.model.sam import upscale_logits
+
+# +1 keeps an empty target with an empty prediction at loss 0, not 0/0.
+DICE_SMOOTH = 1.0
+# Of float32 logits in one piece of the loss: larger pieces fall out of the processor's cache and are slower.
+PIECE_PIXELS = 4_000_000
+
+
+def focal_loss(logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Return the focal loss (arXiv 1708.02002) averaged over pixels, one value per mask.
+
+    Args:
+        logits: ... x H x W.
+        targets: the same shape, 0 or 1.
+        alpha: weight of the pixels inside, 1 - alpha of those outside; below 0: no weights.
+    """
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    # 1 - p_t, from the logits, so that a confident pixel does not lose its last digits in 1 - p.
+    missed = torch.sigmoid(torch.where(targets > 0.5, -logits, logits))
+    loss = cross_entropy * missed**gamma
+    if alpha >= 0:
+        loss = loss * torch.where(targets > 0.5, alpha, 1 - alpha)
+    return loss.mean(dim=(-2, -1))
+
+
+def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return 1 - Dice of the probabilities, one value per mask; both empty gives 0.
+
+    Args:
+        logits: ... x H x W.
+        targets: the same shape, 0 or 1.
+    """
+    inside = torch.sigmoid(logits)
+    overlap = 2 * (inside * targets).sum(dim=(-2, -1))
+    total = inside.sum(dim=(-2, -1)) + targets.sum(dim=(-2, -1))
+    return 1 - (overlap + DICE_SMOOTH) / (total + DICE_SMOOTH)
+
+
+def measure_overlap(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return IoU and Dice of the masks (logits above 0) with the truth; 1 where both are empty.
+
+    Args:
+        logits: ... x H x W.
+        targets: the same shape, or one that broadcasts to it, 0 or 1.
+    """
+    masks, truth = logits > 0, targets > 0.5
+    shared = (masks & truth).sum(dim=(-2, -1)).double()
+    sizes = masks.sum(dim=(-2, -1)).double() + truth.sum(dim=(-2, -1)).double()
+    iou = torch.where(sizes > 0, shared / (sizes - shared).clamp(min=1), 1.0)
+    dice = torch.where(sizes > 0, 2 * shared / sizes.clamp(min=1), 1.0)
+    return iou.float(), dice.float()
+
+
+@dataclass
+class ObjectLosses:
+    """One value per object, N; the parts are unweighted and carry no gradient, `total` carries it."""
+
+    total: Tensor
+    focal: Tensor
+    dice: Tensor
+    iou_error: Tensor  # mean squared error of the scores of all M masks
+    iou: Tensor  # measured, of the mask that is trained
+    score: Tensor  # predicted, of the same mask
+    best: Tensor  # which of the M masks that is
+
+
+def object_losses(
+    predictions: Predictions, sample: Sample, first: int, settings: LossesConfig, image_size: int
+) -> ObjectLosses:
+    """Return the losses of the objects `first`, `first` + 1, ... of a sample.
+
+    Each object trains its best mask, the one with the lowest loss (SAM paper, section 3); the scores of all its masks are
+    taught the IoU that was measured.
+
+    The loss is taken piece by piece in the frame that the settings name, keeping only its derivative by the decoder's small
+    logits: memory depends on the piece, not on the number of objects, and the gradient is that of the whole.
+    """
+    piece = _choose_piece_size(sample, settings.resolution, image_size, predictions.logits.shape[1])
+    parts = []
+    for start in range(0, len(predictions.logits), piece):
+        rles = sample.rles[first + start : first + start + piece]
+        targets = _render_targets(rles, sample, settings.resolution).to(predictions.logits.device)
+        parts.append((predictions.logits[start : start + piece], targets))
+    mask_loss, focal, dice, best, ious = zip(
+        *(_best_mask_loss(logits, targets, sample, settings, image_size) for logits, targets in parts), strict=True
+    )
+    best, ious = torch.cat(best), torch.cat(ious)
+    iou_error = (predictions.scores - ious).square().mean(dim=1)
+    total = torch.cat(mask_loss) + settings.iou_ratio * iou_error
+    rows = torch.arange(len(best), device=best.device)
+    score = predictions.scores.detach()[rows, best]
+    return ObjectLosses(total, torch.cat(focal), torch.cat(dice), iou_error.detach(), ious[rows, best], score, best)
+
+
+def _best_mask_loss(
+    logits: Tensor, targets: Tensor, sample: Sample, settings: LossesConfig, image_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the weighted mask loss of each object's best mask, its parts, which mask that is, and the IoU of all M."""
+    with torch.no_grad():
+        focal, dice = _mask_losses(logits, targets, sample, settings, image_size)
+        large = _to_frame(logits.detach(), sample, settings.resolution, image_size)
+        ious, _ = measure_overlap(large, targets[:, None])
+        best = (settings.focal_ratio * focal + settings.dice_ratio * dice).argmin(dim=1)
+    rows = torch.arange(len(best), device=best.device)
+    chosen = logits[rows, best][:, None]  # n x 1 x 4g x 4g
+    loss = _SmallGradient.apply(chosen, lambda small: _weighted_mask_loss(small, targets, sample, settings, image_size))
+    return loss, focal[rows, best], dice[rows, best], best, ious
+
+
+class _SmallGradient(torch.autograd.Function):
+    """Take a loss of large masks made from small logits, and keep its derivative by the small ones alone."""
+
+    @staticmethod
+    def forward(ctx, small: Tensor, loss_of: object) -> Tensor:
+        needs_gradient = ctx.needs_input_grad[0]
+        with torch.set_grad_enabled(needs_gradient):
+            leaf = small.detach().requires_grad_(needs_gradient)
+            losses = loss_of(leaf)  # n, each of its own row only
+            if needs_gradient:
+                (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+                ctx.save_for_backward(gradient)
+        return losses.detach()
+
+    @staticmethod
+    def backward(ctx, factors: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * factors[:, None, None, None], None
+
+
+def _weighted_mask_loss(
+    logits: Tensor, targets: Tensor, sample: Sample, settings: LossesConfig, image_size: int
+) -> Tensor:
+    focal, dice = _mask_losses(logits, targets, sample, settings, image_size)
+    return (settings.focal_ratio * focal + settings.dice_ratio * dice)[:, 0]
+
+
+def _mask_losses(
+    logits: Tensor, targets: Tensor, sample: Sample, settings: LossesConfig, image_size: int
+) -> tuple[Tensor, Tensor]:
+    """Return focal and Dice losses, n x M each."""
+    large = _to_frame(logits, sample, settings.resolution, image_size)
+    truth = targets[:, None].expand_as(large)
+    return focal_loss(large, truth, settings.focal_alpha, settings.focal_gamma), dice_loss(large, truth)
+
+
+def _to_frame(logits: Tensor, sample: Sample, resolution: str, image_size: int) -> Tensor:
+    if resolution == "low":
+        height, width = _find_target_size(sample, resolution)
+        return logits[..., :height, :width]
+    original_size = sample.original_size if resolution == "original" else None
+    return upscale_logits(logits, image_size, sample.input_size, original_size)
+
+
+def _find_target_size(sample: Sample, resolution: str) -> tuple[int, int]:
+    if resolution == "low":
+        # The decoder's grid has 4 input pixels to a cell; a cell that is partly picture counts.
+        height, width = (math.ceil(side / 4) for side in sample.input_size)
+        return height, width
+    return sample.original_size if resolution == "original" else sample.input_size
+
+
+def _render_targets(rles: list[dict], sample: Sample, resolution: str) -> Tensor:
+    """Return n x H x W, float32, 0 or 1, in the frame of the loss."""
+    size = _find_target_size(sample, resolution)
+    masks = [decode_rle(rle) for rle in rles]
+    if size != sample.original_size:
+        masks = [shrink_mask(mask, size) > 0.5 for mask in masks]
+    return torch.stack([torch.from_numpy(mask) for mask in masks]).float()
+
+
+def _choose_piece_size(sample: Sample, resolution: str, image_size: int, mask_count: int) -> int:
+    height, width = _find_target_size(sample, resolution)
+    pixels = max(height * width, image_size**2 if resolution != "low" else 0) * mask_count
+    return max(1, PIECE_PIXELS // pixels)

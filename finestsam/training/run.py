@@ -1,0 +1,189 @@
+"""Build everything that a run works with, and bring a run that is continued to where it was."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import yaml
+from lightning.fabric import Fabric
+from torch.utils.data import DataLoader
+
+from finestsam.config import GENERATOR_DEFAULTS, Config, flatten_config
+from finestsam.data.dataset import SampleDataset, SampleSettings, StepSampler
+from finestsam.data.loaders import build_train_loader, build_validation_loader
+from finestsam.data.previous_logits import PreviousLogits
+from finestsam.data.read import LabelledSet, read_training_set
+from finestsam.errors import UserError
+from finestsam.model.load import LoadedModel, load_model
+from finestsam.training import checkpoint
+from finestsam.training.schedules import build_optimizer, build_scheduler
+from finestsam.training.step import MEASURES, Stepper
+from finestsam.training.trainable import freeze_
+
+
+@dataclass
+class Progress:
+    """How far a run has come: what is saved beside weights, optimizer and scheduler to continue exactly."""
+
+    epoch: int = 0  # complete ones
+    batches_done: int = 0  # per rank, of the epoch that runs
+    step: int = 0
+    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MEASURES, 0.0))  # of the epoch that runs
+    objects: int = 0  # behind the sums
+    seconds: float = 0.0  # of the epoch that runs
+    skipped_steps: int = 0  # in a row, because their gradient was not finite
+    best: float | None = None
+    floor: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)  # of the newest validation
+    evaluations_without_better: int = 0
+    started_from: str = ""
+    started_from_sha256: str | None = None
+
+
+@dataclass
+class Run:
+    """What one run works with."""
+
+    config: Config
+    fabric: Fabric
+    folder: Path
+    data: LabelledSet
+    loaded: LoadedModel
+    stepper: Stepper
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    sampler: StepSampler
+    train_loader: DataLoader
+    val_loader: DataLoader | None  # None: nothing to validate on
+    progress: Progress
+    top: checkpoint.TopWeights
+
+    @property
+    def is_first_rank(self) -> bool:
+        return self.fabric.global_rank == 0
+
+
+def build_run(fabric: Fabric, config: Config) -> Run:
+    """Read the data, build the model, restore a run that is continued."""
+    state = checkpoint.load_state(Path(config.resume)) if config.resume else None
+    with fabric.rank_zero_first():  # one download
+        loaded = load_model(_start_from(config, state), device=fabric.device)
+    data = read_training_set(config.dataset, loaded.model.image_size)
+    folder = _prepare_folder(fabric, config, data)
+    progress = _restore_progress(state, data) if state else _begin_progress(fabric, loaded)
+    stepper, scheduler = _build_stepper(fabric, config, loaded, data, folder)
+    settings = _choose_sample_settings(config, loaded.model.image_size)
+    sampler = StepSampler(len(data.train), config.batch_size, settings.seed, fabric.global_rank, fabric.world_size)
+    train_set = SampleDataset(data.train, settings, stepper.previous_logits)
+    run = Run(
+        config, fabric, folder, data, loaded, stepper, scheduler, sampler,
+        build_train_loader(train_set, sampler, config.num_workers),
+        _build_validation_loader(fabric, config, data, settings),
+        progress, checkpoint.TopWeights(folder, config.save_top_k),
+    )  # fmt: skip
+    if state is not None:
+        _restore(run, state)
+    return run
+
+
+def _start_from(config: Config, state: dict | None) -> Config:
+    """Return settings that name the weights to start with: those of the run that is continued, where there is one."""
+    if state is None:
+        return config
+    last = checkpoint.find_last(Path(config.resume))
+    return replace(config, model=replace(config.model, checkpoint=str(last)))
+
+
+def _prepare_folder(fabric: Fabric, config: Config, data: LabelledSet) -> Path:
+    """Return the run's folder, the same on every rank, with the settings, the report and the split in it."""
+    if config.resume:
+        return Path(config.resume)
+    folder = None
+    if fabric.global_rank == 0:
+        folder = checkpoint.create_run_folder(Path(config.sav_dir), config.run_name)
+        settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "resume"}
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        data.report.write(folder / "dataset_report.json")
+        split = {
+            side: [{"id": record.image_id, "file_name": record.file_name} for record in records]
+            for side, records in (("train", data.train), ("val", data.val))
+        }
+        (folder / "split.json").write_text(json.dumps(split, indent=1) + "\n", encoding="utf-8")
+    return fabric.broadcast(folder)
+
+
+def _begin_progress(fabric: Fabric, loaded: LoadedModel) -> Progress:
+    digest = checkpoint.file_sha256(loaded.path) if loaded.path and fabric.global_rank == 0 else None
+    return Progress(started_from=loaded.source, started_from_sha256=fabric.broadcast(digest))
+
+
+def _restore_progress(state: dict, data: LabelledSet) -> Progress:
+    if state["dataset"] != data.fingerprint():
+        raise UserError("--resume: the dataset is not the one that the run was trained on; start a new run with it")
+    return Progress(**state["progress"])
+
+
+def _build_stepper(
+    fabric: Fabric, config: Config, loaded: LoadedModel, data: LabelledSet, folder: Path
+) -> tuple[Stepper, torch.optim.lr_scheduler.LRScheduler]:
+    model = loaded.model.train()
+    freeze_(model, config)
+    optimizer = build_optimizer(model, config.opt)
+    scheduler = build_scheduler(optimizer, config.sched, config.eval_interval)
+    wrapped, optimizer = fabric.setup(model, optimizer)
+    # float16 alone overflows; bfloat16 has float32's range.
+    scaler = torch.amp.GradScaler(fabric.device.type, enabled=model.encoder_dtype == torch.float16)
+    previous = None
+    if config.prompts.use_logits:
+        count = sum(len(record.annotations) for record in data.train)
+        previous = PreviousLogits(folder / "previous_logits", count, model.image_size // 4)
+        if fabric.global_rank == 0:
+            previous.create()
+        fabric.barrier()
+    return Stepper(fabric, config, model, wrapped, optimizer, scaler, previous), scheduler
+
+
+def _choose_sample_settings(config: Config, image_size: int) -> SampleSettings:
+    seed = config.seed_device if config.seed_dataloader is None else config.seed_dataloader
+    points_per_side = config.generator.points_per_side or GENERATOR_DEFAULTS["points_per_side"]
+    return SampleSettings(image_size, points_per_side, seed, config.prompts, config.dataset, config.dataset.max_objects)
+
+
+def _build_validation_loader(
+    fabric: Fabric, config: Config, data: LabelledSet, settings: SampleSettings
+) -> DataLoader | None:
+    records = [record for record in data.val if record.annotations]
+    if not records:
+        return None
+    # All objects, and boxes as they are: what is measured must not depend on the noise of training.
+    prompts = replace(config.prompts, box_jitter_ratio=0.0)
+    dataset = SampleDataset(records, replace(settings, max_objects=0, prompts=prompts))
+    return build_validation_loader(dataset, config.num_workers, fabric.global_rank, fabric.world_size)
+
+
+def save_last(run: Run) -> None:
+    """Write last.ckpt: everything that is needed to continue."""
+    if not run.is_first_rank:
+        return
+    state = {
+        "model": run.loaded.model.sam.state_dict(),
+        "optimizer": run.stepper.optimizer.state_dict(),
+        "scheduler": run.scheduler.state_dict(),
+        "scaler": run.stepper.scaler.state_dict(),
+        "progress": dataclasses.asdict(run.progress),
+        "top": run.top.state_dict(),
+        "random": checkpoint.random_state(),
+        "config": json.dumps(flatten_config(run.config)),
+        "dataset": run.data.fingerprint(),
+    }
+    checkpoint.save_last(run.folder / "last.ckpt", state)
+
+
+def _restore(run: Run, state: dict) -> None:
+    run.stepper.optimizer.load_state_dict(state["optimizer"])
+    run.scheduler.load_state_dict(state["scheduler"])
+    if run.stepper.scaler.is_enabled():
+        run.stepper.scaler.load_state_dict(state["scaler"])
+    run.top.load_state_dict(state["top"])
+    checkpoint.restore_random_state(state["random"])

@@ -1,0 +1,154 @@
+"""One optimizer step: batches in, gradients of the whole step's mean loss, weights changed."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from finestsam.batch import Batch, Prompts
+from finestsam.config import Config
+from finestsam.data.previous_logits import PreviousLogits
+from finestsam.model.sam import FinestSam
+from finestsam.training.losses import ObjectLosses, object_losses
+
+# What is summed over objects, in this order; the losses with their weights, so that they add up to the total.
+MEASURES = ("total_loss", "focal_loss", "dice_loss", "iou_loss", "iou", "predicted_iou")
+
+
+@dataclass
+class Stepper:
+    """Everything that a step needs and keeps.
+
+    Args:
+        wrapped: the model as Fabric's strategy wraps it; `model` is the same one bare.
+        previous_logits: where prompts.use_logits finds an epoch's answers; None: not used.
+    """
+
+    fabric: Fabric
+    config: Config
+    model: FinestSam
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    previous_logits: PreviousLogits | None = None
+
+    def step(self, batches: list[Batch], epoch: int, wants_stop: bool) -> tuple[dict[str, float], int, bool, bool]:
+        """Learn from the batches as one.
+
+        Every rank calls this with the same number of batches. The loss is the mean over the objects of all of them, on all
+        ranks, so that neither accumulation nor the number of ranks changes the gradient.
+
+        Returns:
+            Sums of `MEASURES` over the objects, their number, whether the weights were changed (not where the gradient
+            is not finite), and whether any rank wants to stop.
+        """
+        count, stops = self._sum_over_ranks([sum(batch.object_count for batch in batches), float(wants_stop)]).tolist()
+        sums = torch.zeros(len(MEASURES), dtype=torch.float64)
+        if count == 0:
+            return dict(zip(MEASURES, sums.tolist(), strict=True)), 0, True, stops > 0
+        self.optimizer.zero_grad()
+        # The strategy averages gradients over ranks; the mean wanted is over objects.
+        weight = self.fabric.world_size / count
+        for place, batch in enumerate(batches):
+            sums += self._add_gradients(batch, epoch, weight, is_last=place == len(batches) - 1)
+        is_finite = self._change_weights()
+        sums = self._sum_over_ranks(sums.tolist())
+        return dict(zip(MEASURES, sums.tolist(), strict=True)), int(count), is_finite, stops > 0
+
+    def _add_gradients(self, batch: Batch, epoch: int, weight: float, is_last: bool) -> Tensor:
+        """Add the gradient of `weight` times the batch's summed loss, in chunks of objects.
+
+        The decoder's gradients are taken chunk by chunk against a copy of the embeddings. The last chunk is decoded from
+        the embeddings themselves and carries what the others left on the copy, so that the encoder is gone through once,
+        and the strategy synchronises once.
+        """
+        sums = torch.zeros(len(MEASURES), dtype=torch.float64)
+        samples = [sample for sample in batch.samples if len(sample)]
+        if not samples:
+            self._join_without_objects(is_last)
+            return sums
+        embeddings = self._encode([sample.image for sample in samples])
+        copies = embeddings.detach().requires_grad_(embeddings.requires_grad)
+        chunks = list(self._list_chunks([len(sample) for sample in samples]))
+        for number, (place, first, end) in enumerate(chunks):
+            is_final = number == len(chunks) - 1
+            with self.fabric.no_backward_sync(self.wrapped, enabled=not (is_last and is_final)):
+                source = embeddings if is_final else copies
+                sample = samples[place]
+                predictions = self.wrapped(source[place : place + 1], sample.prompts[first:end])
+                losses = object_losses(predictions, sample, first, self.config.losses, self.model.image_size)
+                loss = losses.total.sum() * weight
+                if is_final:
+                    loss = loss + self._carry(embeddings, copies.grad) + self._connect_all(is_last)
+                self.fabric.backward(self.scaler.scale(loss))
+            if self.previous_logits is not None:
+                rows = torch.arange(end - first, device=losses.best.device)
+                self.previous_logits.write(epoch, sample.rows[first:end], predictions.logits[rows, losses.best])
+            sums += self._sum_measures(losses)
+        return sums
+
+    def _encode(self, images: list[Tensor]) -> Tensor:
+        trains = any(weight.requires_grad for weight in self.model.sam.image_encoder.parameters())
+        with nullcontext() if trains else torch.no_grad():
+            return self.model.encode(images)
+
+    def _list_chunks(self, counts: list[int]) -> Iterator[tuple[int, int, int]]:
+        size = self.config.chunk_objects
+        for place, count in enumerate(counts):
+            for first in range(0, count, size):
+                yield place, first, min(first + size, count)
+
+    def _carry(self, embeddings: Tensor, gradient: Tensor | None) -> Tensor | float:
+        if gradient is None:
+            return 0.0
+        # The gradient on the copies is scaled already, and the sum below will be scaled once more.
+        return (embeddings * (gradient / self.scaler.get_scale())).sum()
+
+    def _connect_all(self, is_last: bool) -> Tensor | float:
+        """Return zero, by way of every weight that trains: several ranks wait for a gradient from each of them."""
+        if not is_last or self.fabric.world_size == 1:
+            return 0.0
+        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        return sum((weight.flatten()[:1].sum() * 0 for weight in trained), torch.zeros((), device=self.model.device))
+
+    def _join_without_objects(self, is_last: bool) -> None:
+        if is_last and self.fabric.world_size > 1:
+            self.wrapped(None, Prompts())
+            self.fabric.backward(self._connect_all(is_last))
+
+    def _change_weights(self) -> bool:
+        """Clip and step; leave the weights alone where the gradient is not finite, on every rank together."""
+        raw_optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        trained = [weight for group in raw_optimizer.param_groups for weight in group["params"]]
+        for weight in trained:
+            if weight.grad is None:  # out of reach in this step; several ranks would have given it a zero
+                weight.grad = torch.zeros_like(weight)
+        self.scaler.unscale_(raw_optimizer)
+        limit = self.config.opt.clip_norm or float("inf")
+        norm = nn.utils.clip_grad_norm_(trained, limit)
+        is_finite = bool(torch.isfinite(norm))
+        if is_finite or self.scaler.is_enabled():  # the scaler skips by itself, and lowers its scale
+            self.scaler.step(raw_optimizer)
+            self.scaler.update()
+        return is_finite
+
+    def _sum_measures(self, losses: ObjectLosses) -> Tensor:
+        weights = self.config.losses
+        columns = (
+            losses.total.detach(),
+            weights.focal_ratio * losses.focal,
+            weights.dice_ratio * losses.dice,
+            weights.iou_ratio * losses.iou_error,
+            losses.iou,
+            losses.score,
+        )
+        return torch.stack([column.double().sum().cpu() for column in columns])
+
+    def _sum_over_ranks(self, values: list[float]) -> Tensor:
+        # float64 on the CPU and float32 where the device has no other (mps).
+        dtype = torch.float32 if self.fabric.device.type == "mps" else torch.float64
+        local = torch.tensor(values, dtype=dtype, device=self.fabric.device)
+        return self.fabric.all_reduce(local, reduce_op="sum").cpu().double()

@@ -1,0 +1,289 @@
+"""`--mode train`: learn epoch by epoch, validate, keep the best weights and everything needed to continue."""
+
+import math
+import random
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import torch
+from lightning.fabric import Fabric
+from tqdm import tqdm
+
+from finestsam import __version__
+from finestsam.batch import Batch
+from finestsam.config import Config
+from finestsam.evaluation.prompt_scores import score_batches, summarize_scores
+from finestsam.model.card import Card, write_card
+from finestsam.model.load import RANDOM_WEIGHTS, choose_device
+from finestsam.training.checkpoint import CheckpointNotSaved, save_weights
+from finestsam.training.hints import describe_training, list_mismatches
+from finestsam.training.interruption import Interruption
+from finestsam.training.log import RunLog
+from finestsam.training.plots import draw_curves
+from finestsam.training.run import Run, build_run, save_last
+from finestsam.training.step import MEASURES
+
+# Steps in a row without a finite gradient after which a run has gone wrong for good.
+MAX_SKIPPED_STEPS = 10
+EXIT_NUMERICAL = 3
+BEST_METRIC = "val_per_mask_iou"
+
+
+def train(config: Config) -> int:
+    """Fine-tune as the settings say, and return the exit code."""
+    if config.device != "tpu":
+        choose_device(config.device)  # so that a device that is not there is told in our words
+    fabric = Fabric(
+        accelerator=config.device,
+        devices=config.num_devices,
+        num_nodes=config.num_nodes,
+        precision="32-true",  # the model itself autocasts its encoder; Fabric would round coordinates as well
+    )
+    return fabric.launch(_train, config)
+
+
+def _train(fabric: Fabric, config: Config) -> int:
+    seed = fabric.broadcast(random.getrandbits(31) if config.seed_device is None else config.seed_device)
+    fabric.seed_everything(seed, verbose=False)
+    with Interruption() as interruption:
+        run = build_run(fabric, replace(config, seed_device=seed))
+        log = RunLog(run.folder, run.progress.epoch if config.resume else None) if run.is_first_rank else None
+        _say_start(run)
+        if _is_complete(run):
+            fabric.print(f"already complete: {run.progress.epoch} epochs; --num_epochs above that continues")
+            return 0
+        return run_epochs(run, log, interruption)
+
+
+def run_epochs(run: Run, log: RunLog | None, interruption: Interruption) -> int:
+    """Validate the untouched model, then learn and validate until the end, a signal, or numbers that are not finite."""
+    progress = run.progress
+    if progress.step == 0 and not progress.floor:
+        validate(run)
+        progress.floor = dict(progress.metrics)
+        _keep_if_best(run)
+        _write_row(run, log, learning_rate=None, epoch=0)
+    while not _is_complete(run):
+        wants_stop = train_epoch(run, log, interruption)
+        if progress.skipped_steps >= MAX_SKIPPED_STEPS:
+            run.fabric.print(f"stopped: {MAX_SKIPPED_STEPS} steps in a row without a finite gradient", file=sys.stderr)
+            return EXIT_NUMERICAL
+        if wants_stop:
+            _save_and_say(run)
+            return interruption.exit_code
+        finish_epoch(run, log)
+        _save_last_or_warn(run)
+    _say_end(run)
+    return 0
+
+
+def train_epoch(run: Run, log: RunLog | None, interruption: Interruption) -> bool:
+    """Take the steps of one epoch that are left, or as many as max_steps allows; return whether a stop was asked for."""
+    progress, sampler = run.progress, run.sampler
+    sampler.epoch, sampler.first_batch = progress.epoch, progress.batches_done
+    accumulate = run.config.opt.accumulate_batches
+    started = time.perf_counter()
+    windows = _group_batches(run.train_loader, accumulate)
+    total = math.ceil(len(sampler) / accumulate)
+    wants_stop = False
+    for batches in _show_progress(windows, f"epoch {progress.epoch + 1}", total, run.is_first_rank):
+        on_device = [batch.to(run.fabric.device) for batch in batches]
+        sums, objects, is_finite, wants_stop = run.stepper.step(
+            on_device, progress.epoch, interruption.received is not None
+        )
+        progress.batches_done += len(batches)
+        _count_step(run, log, sums, objects, is_finite)
+        if wants_stop or progress.skipped_steps >= MAX_SKIPPED_STEPS or 0 < run.config.max_steps <= progress.step:
+            break
+    progress.seconds += time.perf_counter() - started
+    return wants_stop
+
+
+def _count_step(run: Run, log: RunLog | None, sums: dict[str, float], objects: int, is_finite: bool) -> None:
+    progress = run.progress
+    if not is_finite:
+        progress.skipped_steps += 1
+        run.fabric.print(f"step {progress.step + 1} skipped: its gradient is not finite", file=sys.stderr)
+        return
+    if objects == 0:
+        return
+    progress.skipped_steps = 0
+    progress.step += 1
+    progress.objects += objects
+    for name, value in sums.items():
+        progress.sums[name] += value
+    if log:
+        means = {name: value / objects for name, value in sums.items()}
+        log.log_step(progress.step, means | {"learning_rate": _learning_rate(run)})
+    if run.config.sched.type == "LambdaLR":
+        run.scheduler.step()
+
+
+def validate(run: Run) -> None:
+    """Score the prompted masks of the validation pictures, shared by the ranks, into `progress.metrics`."""
+    if run.val_loader is None:
+        run.progress.metrics = {}
+        return
+    model = run.loaded.model.eval()
+    batches = _show_progress(run.val_loader, "validation", len(run.val_loader), run.is_first_rank)
+    mine = score_batches(model, batches, run.config.chunk_objects)
+    model.train()
+    scores = summarize_scores([score for share in _gather(run.fabric, mine) for score in share])
+    run.progress.metrics = {
+        "val_per_mask_iou": scores["iou"],
+        "val_per_mask_dice": scores["dice"],
+        "val_best_iou": scores["best_iou"],
+    }
+
+
+def finish_epoch(run: Run, log: RunLog | None) -> None:
+    """Validate where it is due, step the plateau, keep the best, write the row and the curves, begin the next epoch.
+
+    An epoch that max_steps cut short is validated and written like a whole one, and stays open for a run that is continued
+    with more steps.
+    """
+    progress, interval = run.progress, run.config.eval_interval
+    is_whole = progress.batches_done >= run.sampler.batches_per_epoch
+    progress.epoch += is_whole
+    is_due = interval > 0 and progress.epoch % interval == 0
+    learning_rate = _learning_rate(run)
+    progress.metrics = {}
+    if is_due or _is_complete(run):
+        validate(run)
+        if run.config.sched.type == "ReduceLROnPlateau":
+            fallback = -progress.sums["total_loss"] / max(progress.objects, 1)
+            run.scheduler.step(progress.metrics.get(BEST_METRIC, fallback))
+        _keep_if_best(run)
+    _write_row(run, log, learning_rate, epoch=progress.epoch + (not is_whole))
+    if is_whole:
+        progress.batches_done, progress.objects, progress.seconds = 0, 0, 0.0
+        progress.sums = dict.fromkeys(MEASURES, 0.0)
+
+
+def _keep_if_best(run: Run) -> None:
+    """Save the weights as best.pth where they are better than all before; the untouched model is the first to beat."""
+    progress = run.progress
+    value = progress.metrics.get(BEST_METRIC)
+    is_better = value is None or progress.best is None or value > progress.best
+    progress.evaluations_without_better = 0 if is_better else progress.evaluations_without_better + 1
+    if value is not None and is_better:
+        progress.best = value
+    if not run.is_first_rank:
+        return
+    weights = run.loaded.model.sam.state_dict()
+    if value is not None and progress.step > 0:
+        run.top.offer(progress.step, value, weights)
+    if is_better:
+        save_weights(run.folder / "best.pth", weights)
+        write_card(run.folder / "best.pth", _make_card(run))
+
+
+def _make_card(run: Run) -> Card:
+    progress, model = run.progress, run.loaded.model
+    return Card(
+        model_type=run.loaded.model_type,
+        image_size=model.image_size,
+        multimask_output=model.multimask_output,
+        categories=run.data.categories,
+        metrics=progress.metrics,
+        floor=progress.floor or progress.metrics,
+        step=progress.step,
+        started_from=progress.started_from,
+        started_from_sha256=progress.started_from_sha256,
+        finestsam_version=__version__,
+    )
+
+
+def _write_row(run: Run, log: RunLog | None, learning_rate: float | None, epoch: int) -> None:
+    if log is None:
+        return
+    progress = run.progress
+    means = {name: value / progress.objects for name, value in progress.sums.items()} if progress.objects else {}
+    row = {"epoch": epoch, "step": progress.step, "seconds": progress.seconds or None, **means}
+    log.log_epoch(row | {"learning_rate": learning_rate} | progress.metrics, floor=progress.floor.get(BEST_METRIC))
+    try:
+        draw_curves(log.read_rows(), run.folder)
+    except OSError as error:
+        print(f"curves not drawn: {error}", file=sys.stderr)
+
+
+def _is_complete(run: Run) -> bool:
+    config, progress = run.config, run.progress
+    patience = config.early_stop_evaluations
+    return (
+        progress.epoch >= config.num_epochs
+        or 0 < config.max_steps <= progress.step
+        or 0 < patience <= progress.evaluations_without_better
+    )
+
+
+def _learning_rate(run: Run) -> float:
+    return run.stepper.optimizer.param_groups[0]["lr"]
+
+
+def _group_batches(loader: Iterable[tuple[Batch, list[str]]], count: int) -> Iterator[list[Batch]]:
+    """Yield `count` batches at a time, and what is left at the end of the epoch."""
+    group = []
+    for batch, messages in loader:
+        for message in messages:
+            print(f"skipped: {message}", file=sys.stderr)
+        group.append(batch)
+        if len(group) == count:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _gather(fabric: Fabric, mine: list) -> list[list]:
+    """Return every rank's list, on every rank."""
+    if fabric.world_size == 1:
+        return [mine]
+    shares = [None] * fabric.world_size
+    torch.distributed.all_gather_object(shares, mine)
+    return shares
+
+
+def _show_progress(items: Iterable, title: str, total: int, is_first_rank: bool) -> Iterable:
+    is_quiet = not (is_first_rank and sys.stderr.isatty())
+    return tqdm(items, desc=title, total=total, disable=is_quiet, leave=False)
+
+
+def _save_last_or_warn(run: Run) -> None:
+    try:
+        save_last(run)
+    except CheckpointNotSaved as error:
+        print(f"warning: {error}", file=sys.stderr)
+
+
+def _save_and_say(run: Run) -> None:
+    save_last(run)
+    run.fabric.print(f"stopped at step {run.progress.step}; to go on: --mode train --resume {run.folder}")
+
+
+def _say_start(run: Run) -> None:
+    say = run.fabric.print
+    report = run.data.report
+    say(f"layout: {run.data.layout}")
+    say("\n".join([report.summarize(), *report.list_examples()]))
+    say(f"training on {len(run.data.train)} images, validating on {len(run.data.val)}")
+    say(f"{run.progress.started_from}: {describe_training(run.loaded.model, run.loaded.model_type)}")
+    for warning in list_mismatches(run.config, run.progress.started_from == RANDOM_WEIGHTS):
+        say(f"warning: {warning}")
+    if run.val_loader is None:
+        say("warning: nothing to validate on; best.pth is the newest weights")
+    say(f"run: {run.folder}")
+
+
+def _say_end(run: Run) -> None:
+    progress = run.progress
+    if progress.best is not None:
+        floor = progress.floor[BEST_METRIC]
+        if progress.best > floor:
+            run.fabric.print(f"best {BEST_METRIC} {progress.best:.4f}, untouched model {floor:.4f}")
+        else:
+            run.fabric.print(f"no epoch beat the untouched model ({floor:.4f}): best.pth holds its weights")
+    for title, name in (("weights", "best.pth"), ("curves", "plots"), ("figures", "metrics.csv")):
+        run.fabric.print(f"{title}: {run.folder / name}")

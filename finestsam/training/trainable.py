@@ -1,0 +1,47 @@
+"""Decide which weights train."""
+
+from segment_anything.modeling import Sam
+
+from finestsam.config import Config
+from finestsam.model.sam import FinestSam
+
+
+def freeze_(model: FinestSam, config: Config) -> None:
+    """Turn gradients off, in place, for the parts that the settings freeze and for weights that no prompt can reach.
+
+    A weight out of reach would get a gradient of zero, and AdamW's decay would still wear it down.
+    """
+    sam, freeze = model.sam, config.model_layer.freeze
+    sam.image_encoder.requires_grad_(not freeze.image_encoder)
+    sam.prompt_encoder.requires_grad_(not freeze.prompt_encoder)
+    sam.mask_decoder.requires_grad_(not freeze.mask_decoder)
+    _freeze_unused_mask_tokens_(sam, config.multimask_output)
+    _freeze_unused_prompts_(sam, config)
+
+
+def _freeze_unused_mask_tokens_(sam: Sam, multimask_output: bool) -> None:
+    networks = sam.mask_decoder.output_hypernetworks_mlps
+    for network in networks[:1] if multimask_output else networks[1:]:
+        network.requires_grad_(False)
+
+
+def _freeze_unused_prompts_(sam: Sam, config: Config) -> None:
+    prompts, encoder = config.prompts, sam.prompt_encoder
+    points, boxes = prompts.use_points, prompts.use_boxes
+    masks = prompts.use_masks or prompts.use_logits
+    # point_embeddings: outside, inside, upper left corner, lower right corner.
+    is_used = [
+        points and config.dataset.negative_points > 0,
+        points and config.dataset.positive_points > 0,
+        boxes,
+        boxes,
+    ]
+    for embedding, used in zip(encoder.point_embeddings, is_used, strict=True):
+        if not used:
+            embedding.requires_grad_(False)
+    if not points:
+        encoder.not_a_point_embed.requires_grad_(False)
+    if not masks:
+        encoder.mask_downscaling.requires_grad_(False)
+    if prompts.use_masks:  # every object has one
+        encoder.no_mask_embed.requires_grad_(False)

@@ -1,0 +1,134 @@
+import json
+
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+from finestsam.data.scenes import CATEGORIES, KINDS, draw_scene, write_scenes
+from finestsam.images import read_image
+
+EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
+
+
+@EVERY_KIND
+def test_a_scene_is_a_function_of_its_seed_and_index(kind):
+    first, again = draw_scene(3, 7, (96, 128), kind), draw_scene(3, 7, (96, 128), kind)
+
+    np.testing.assert_array_equal(first.image, again.image)
+    np.testing.assert_array_equal(first.masks, again.masks)
+    for other in (draw_scene(3, 8, (96, 128), kind), draw_scene(4, 7, (96, 128), kind)):
+        assert (first.image != other.image).any()
+        assert len(first.masks) != len(other.masks) or (np.stack(first.masks) != other.masks).any()
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("size", [(64, 64), (256, 256), (180, 260)])
+def test_masks_are_bool_disjoint_and_large_enough_to_see(kind, size):
+    for index in range(6):
+        scene = draw_scene(0, index, size, kind)
+
+        assert scene.image.shape == (*size, 3) and scene.image.dtype == np.uint8
+        assert all(mask.shape == size and mask.dtype == bool for mask in scene.masks)
+        assert min(mask.mean() for mask in scene.masks) >= 0.002
+        assert np.sum(scene.masks, axis=0).max() == 1
+
+
+@EVERY_KIND
+def test_every_kind_draws_objects_of_many_sizes(kind):
+    scenes = [draw_scene(1, index, (128, 128), kind) for index in range(20)]
+
+    assert all(5 <= len(scene.masks) <= 60 for scene in scenes)
+    assert all(scene.categories == [CATEGORIES[kind]] * len(scene.masks) for scene in scenes)
+    fractions = [mask.mean() for scene in scenes for mask in scene.masks]
+    assert max(fractions) < 0.25
+    assert max(fractions) > 20 * min(fractions)
+
+
+def test_without_a_kind_the_seed_draws_every_kind():
+    drawn = {draw_scene(0, index, (64, 64)).categories[0] for index in range(20)}
+
+    assert drawn == set(CATEGORIES.values())
+
+
+def test_parcels_are_outlined_in_dark_ink():
+    for index in range(5):
+        scene = draw_scene(0, index, kind="parcels")
+        parcels = np.any(scene.masks, axis=0)
+        rim = np.zeros_like(parcels)
+        rim[:, 1:] |= parcels[:, :-1]
+        rim[:, :-1] |= parcels[:, 1:]
+        rim &= ~parcels
+
+        assert scene.image[rim].mean() < 0.8 * scene.image[parcels].mean()
+
+
+def test_neighbouring_parcels_are_never_joined():
+    scene = draw_scene(0, 0, kind="parcels")
+    labels = sum(number * mask for number, mask in enumerate(scene.masks, start=1))
+
+    left, right = labels[:, :-1], labels[:, 1:]
+    assert not ((left != right) & (left > 0) & (right > 0)).any()
+
+
+def test_blobs_touch_each_other():
+    scene = draw_scene(0, 0, kind="blobs")
+    labels = sum(number * mask for number, mask in enumerate(scene.masks, start=1))
+
+    left, right = labels[:, :-1], labels[:, 1:]
+    assert ((left != right) & (left > 0) & (right > 0)).any()
+
+
+@EVERY_KIND
+def test_objects_differ_from_what_surrounds_them(kind):
+    """A mask that is shifted against the picture would have its edges where the picture is smooth."""
+    on_edges, elsewhere = [], []
+    for index in range(8):
+        scene = draw_scene(2, index, kind=kind)
+        labels = sum(number * mask for number, mask in enumerate(scene.masks, start=1))
+        steps = np.abs(np.diff(scene.image.astype(float), axis=1)).mean(axis=2)
+        is_edge = np.diff(labels, axis=1) != 0
+        on_edges.append(steps[is_edge].mean())
+        elsewhere.append(steps[~is_edge].mean())
+
+    assert np.mean(on_edges) > 1.5 * np.mean(elsewhere)
+
+
+def test_written_scenes_read_back_as_they_were_drawn(tmp_path):
+    root = write_scenes(tmp_path, count=4, seed=5, size=(96, 96))
+
+    coco = COCO(root / "data" / "annotations.json")
+    assert {category["name"] for category in coco.loadCats(coco.getCatIds())} == set(CATEGORIES.values())
+    sizes = set()
+    for index, image in enumerate(coco.loadImgs(coco.getImgIds())):
+        size = (image["height"], image["width"])
+        scene = draw_scene(5, index, size)
+        annotations = coco.loadAnns(coco.getAnnIds(imgIds=image["id"]))
+        np.testing.assert_array_equal(read_image(root / "data" / "images" / image["file_name"]), scene.image)
+        np.testing.assert_array_equal([coco.annToMask(annotation) for annotation in annotations], scene.masks)
+        names = [coco.cats[annotation["category_id"]]["name"] for annotation in annotations]
+        assert names == scene.categories
+        sizes.add(size)
+    assert sizes == {(96, 96), (84, 108), (108, 84)}
+
+
+def test_areas_and_boxes_are_those_of_pycocotools(tmp_path):
+    write_scenes(tmp_path, count=3, size=(96, 96))
+
+    annotations = json.loads((tmp_path / "data" / "annotations.json").read_text())["annotations"]
+    assert [annotation["id"] for annotation in annotations] == list(range(1, len(annotations) + 1))
+    for annotation in annotations:
+        assert annotation["area"] == coco_mask.area(annotation["segmentation"])
+        assert annotation["bbox"] == coco_mask.toBbox(annotation["segmentation"]).tolist()
+        assert annotation["iscrowd"] == 0
+
+
+def test_the_same_seed_writes_the_same_bytes(tmp_path):
+    first, again, other = (
+        {path.name: path.read_bytes() for path in write_scenes(tmp_path / name, 3, seed, (64, 64)).rglob("*.*")}
+        for name, seed in (("first", 1), ("again", 1), ("other", 2))
+    )
+
+    assert sorted(first) == ["annotations.json", "scene_0000.png", "scene_0001.png", "scene_0002.png"]
+    assert first == again
+    assert all(first[name] != other[name] for name in first)

@@ -1,0 +1,345 @@
+"""Every download here goes over a real connection to a small server on this machine."""
+
+import contextlib
+import hashlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.request import Request
+
+import pytest
+
+import finestsam
+from finestsam.errors import UserError
+from finestsam.model import download as download_module
+from finestsam.model.download import download
+
+CONTENT = bytes(range(256)) * 4000  # 1 MB
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+HALF = len(CONTENT) // 2
+
+
+class Site:
+    """A server of one file, and how it behaves."""
+
+    def __init__(self):
+        self.content = CONTENT
+        self.headers = {"ETag": '"first"'}
+        self.has_ranges = True
+        self.redirect_to = None
+        self.failures = []  # status codes that the next requests get
+        self.cuts = []  # the next bodies end after so many bytes
+        self.pause_seconds = 0.0  # in the middle of every body
+        self.hangs = False  # a cut body stays open, silent, until the client gives up
+        self.requests = []  # the headers of each
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._make_handler())
+        self.url = f"http://127.0.0.1:{self.server.server_port}/weights.pth"
+
+    def _make_handler(site):
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                site.requests.append(dict(self.headers))
+                site.answer(self)
+
+            def log_message(self, *args):
+                pass
+
+        return Handler
+
+    def answer(self, handler):
+        if self.failures or self.redirect_to:
+            handler.send_response(self.failures.pop(0) if self.failures else 302)
+            handler.send_header("Location", self.redirect_to or "")
+            handler.end_headers()
+            return
+        start = self._find_start(handler.headers)
+        if start >= len(self.content):
+            handler.send_error(416)
+            return
+        body = self.content[start:]
+        handler.send_response(206 if start else 200)
+        if start:
+            handler.send_header("Content-Range", f"bytes {start}-{len(self.content) - 1}/{len(self.content)}")
+        for name, value in {"Content-Length": str(len(body)), **self.headers}.items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        self._send(handler, body, self.cuts.pop(0) if self.cuts else len(body))
+
+    def _find_start(self, headers):
+        is_same = headers["If-Range"] in self.headers.values()
+        if not (self.has_ranges and "Range" in headers and is_same):
+            return 0
+        return int(headers["Range"].removeprefix("bytes=").removesuffix("-"))
+
+    def _send(self, handler, body, length):
+        handler.wfile.write(body[: length // 2])
+        time.sleep(self.pause_seconds)
+        handler.wfile.write(body[length // 2 : length])
+        if self.hangs and length < len(body):
+            with contextlib.suppress(ConnectionError):
+                handler.connection.recv(1)
+
+
+@pytest.fixture
+def site(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(download_module, "PAUSES_SECONDS", (0.01, 0.01))
+    site = Site()
+    threading.Thread(target=site.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield site
+    site.server.shutdown()
+    site.server.server_close()
+
+
+@pytest.fixture
+def target(tmp_path):
+    return tmp_path / "cache" / "weights.pth"
+
+
+def part_of(target):
+    return target.with_name(".weights.pth.part")
+
+
+def fetch_half(site, target):
+    """Leave half of the file behind, as an interrupted run does."""
+    site.cuts = [HALF] + [0] * len(download_module.PAUSES_SECONDS)
+    with pytest.raises(UserError, match="the connection ended after 512,000 of 1,024,000 bytes, try again to continue"):
+        download(site.url, target, SHA256, len(CONTENT))
+    assert part_of(target).stat().st_size == HALF and not target.exists()
+    site.requests.clear()
+
+
+def start_process(site, target):
+    code = "import sys; from pathlib import Path; from finestsam.model.download import download\n"
+    code += "download(sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))"
+    command = [sys.executable, "-c", code, site.url, str(target), SHA256, str(len(CONTENT))]
+    environment = os.environ | {"PYTHONPATH": str(Path(finestsam.__file__).parents[1])}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(is_true):
+    end = time.monotonic() + 10
+    while not is_true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_a_download_arrives_whole_and_leaves_no_part_behind(site, target, capfd):
+    assert download(site.url, target, SHA256, len(CONTENT)) == target
+
+    assert target.read_bytes() == CONTENT
+    assert [path.name for path in target.parent.glob(".*part*")] == []
+    assert capfd.readouterr().err == ""  # not a terminal: no progress bar
+
+
+def test_a_file_that_is_there_is_not_fetched(site, target):
+    target.parent.mkdir()
+    target.write_bytes(b"mine")
+
+    assert download(site.url, target, SHA256, len(CONTENT)).read_bytes() == b"mine"
+    assert site.requests == []
+
+
+@pytest.mark.parametrize("sha256, size_bytes", [(SHA256, len(CONTENT)), (None, None)])
+def test_a_dropped_connection_is_continued_where_it_stopped(site, target, sha256, size_bytes):
+    site.cuts = [HALF]
+
+    download(site.url, target, sha256, size_bytes)
+
+    assert target.read_bytes() == CONTENT
+    assert [request.get("Range") for request in site.requests] == [None, f"bytes={HALF}-"]
+    assert site.requests[1]["If-Range"] == '"first"'
+
+
+def test_an_interrupted_run_is_continued_by_the_next(site, target):
+    fetch_half(site, target)
+
+    download(site.url, target, SHA256, len(CONTENT))
+
+    assert target.read_bytes() == CONTENT
+    assert [request["Range"] for request in site.requests] == [f"bytes={HALF}-"]
+
+
+def test_a_silent_connection_is_given_up_and_continued(site, target, monkeypatch):
+    monkeypatch.setattr(download_module, "TIMEOUT_SECONDS", 0.3)
+    site.cuts, site.hangs = [HALF], True
+
+    download(site.url, target, SHA256, len(CONTENT))
+
+    assert target.read_bytes() == CONTENT
+    assert [request.get("Range") for request in site.requests] == [None, f"bytes={HALF}-"]
+
+
+def test_a_slow_connection_is_waited_for(site, target):
+    site.pause_seconds = 0.3
+
+    assert download(site.url, target, SHA256, len(CONTENT)).read_bytes() == CONTENT
+    assert len(site.requests) == 1
+
+
+def test_a_server_without_ranges_is_asked_for_the_whole_again(site, target):
+    site.cuts, site.has_ranges = [HALF], False
+
+    assert download(site.url, target, SHA256, len(CONTENT)).read_bytes() == CONTENT
+    assert len(site.requests) == 2
+
+
+@pytest.mark.parametrize("headers", [{}, {"ETag": 'W/"weak"'}])
+def test_a_file_that_cannot_be_told_from_its_next_version_is_not_continued(site, target, headers):
+    site.cuts, site.headers = [HALF], headers
+
+    assert download(site.url, target, SHA256, len(CONTENT)).read_bytes() == CONTENT
+    assert "Range" not in site.requests[1]
+
+
+def test_a_date_serves_where_there_is_no_tag(site, target):
+    site.cuts, site.headers = [HALF], {"Last-Modified": "Wed, 05 Apr 2023 10:00:00 GMT"}
+
+    assert download(site.url, target, SHA256, len(CONTENT)).read_bytes() == CONTENT
+    assert site.requests[1]["If-Range"] == "Wed, 05 Apr 2023 10:00:00 GMT"
+
+
+def test_a_file_that_changed_between_two_tries_is_not_mixed(site, target):
+    fetch_half(site, target)
+    site.content, site.headers = CONTENT[::-1], {"ETag": '"second"'}
+
+    assert download(site.url, target, None, None).read_bytes() == CONTENT[::-1]
+
+
+def test_a_whole_part_is_used_without_asking_again(site, target):
+    fetch_half(site, target)
+    part_of(target).write_bytes(CONTENT)
+
+    assert download(site.url, target, SHA256, len(CONTENT)).read_bytes() == CONTENT
+    assert site.requests == []
+
+
+def test_a_part_that_is_too_long_is_thrown_away(site, target):
+    fetch_half(site, target)
+    part_of(target).write_bytes(CONTENT + b"more")
+
+    assert download(site.url, target, SHA256, len(CONTENT)).read_bytes() == CONTENT
+
+
+def test_a_wrong_hash_is_told_with_both_hashes_and_the_file_removed(site, target):
+    site.content = CONTENT[::-1]
+    wrong = hashlib.sha256(site.content).hexdigest()
+
+    with pytest.raises(UserError, match=f"its sha256 is {wrong}, expected {SHA256}; what came was removed, try again"):
+        download(site.url, target, SHA256, len(CONTENT))
+    assert not target.exists() and not part_of(target).exists()
+
+    site.content = CONTENT
+    assert download(site.url, target, SHA256, len(CONTENT)).read_bytes() == CONTENT
+
+
+def test_a_wrong_size_is_told_before_anything_is_fetched(site, target):
+    with pytest.raises(UserError, match="the server offers 1,024,000 bytes, expected 99"):
+        download(site.url, target, SHA256, 99)
+    assert not target.exists() and not part_of(target).exists()
+
+
+def test_a_wrong_size_is_told_even_if_the_server_never_says_it(site, target):
+    site.headers = {"Content-Length": ""}
+
+    with pytest.raises(UserError, match=r"[\d,]+ bytes came, expected 99; what came was removed"):
+        download(site.url, target, None, 99)
+    assert not target.exists()
+
+
+def test_a_server_that_is_busy_for_a_moment_is_asked_again(site, target):
+    site.failures = [503, 429]
+
+    assert download(site.url, target, SHA256, len(CONTENT)).read_bytes() == CONTENT
+
+
+def test_a_file_that_the_server_lacks_is_told_at_once(site, target):
+    site.failures = [404, 404]
+
+    with pytest.raises(UserError, match="cannot download http://127.0.0.1:.*: HTTP Error 404"):
+        download(site.url, target, SHA256, len(CONTENT))
+    assert len(site.requests) == 1
+
+
+def test_offline_tells_how_to_fetch_the_file_by_hand_in_one_line(target):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/weights.pth"
+        with pytest.raises(UserError) as caught:
+            download(url, target, SHA256, len(CONTENT))
+
+    assert f"cannot download {url}: " in str(caught.value)
+    assert f"to fetch it by hand, save it as {target} (sha256 {SHA256})" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_made_is_told(site, tmp_path):
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(UserError, match=r"cannot download .*file"):
+        download(site.url, tmp_path / "file" / "weights.pth", SHA256, len(CONTENT))
+
+
+@pytest.mark.parametrize("url", ["http://example.org/w.pth", "ftp://127.0.0.1/w.pth", "file:///etc/hosts", "w.pth"])
+def test_only_https_is_downloaded(url, target):
+    with pytest.raises(UserError, match="only https addresses are downloaded"):
+        download(url, target, None, None)
+
+
+@pytest.mark.parametrize(
+    "elsewhere, message",
+    [
+        ("http://example.org/w.pth", "redirected to http://example.org/w.pth, which is not https, refused"),
+        ("ftp://127.0.0.1/w.pth", "redirected to ftp://127.0.0.1/w.pth, which is not https, refused"),
+        ("file:///etc/hosts", "Redirection to url 'file:///etc/hosts' is not allowed"),
+    ],
+)
+def test_a_redirect_that_leaves_https_is_refused(site, target, elsewhere, message):
+    site.redirect_to = elsewhere
+
+    with pytest.raises(UserError, match=message):
+        download(site.url, target, None, None)
+
+
+def test_a_redirect_from_https_to_http_is_refused_even_on_this_machine():
+    request = Request("https://127.0.0.1/w.pth")
+
+    with pytest.raises(UserError, match="redirected to http://127.0.0.1/w.pth, which is not https, refused"):
+        download_module._Redirects().redirect_request(request, None, 302, "Found", {}, "http://127.0.0.1/w.pth")
+
+
+def test_a_redirect_on_this_machine_is_followed(site, target):
+    other = Site()
+    other.redirect_to = site.url
+    threading.Thread(target=other.server.handle_request, daemon=True).start()
+
+    assert download(other.url, target, SHA256, len(CONTENT)).read_bytes() == CONTENT
+    other.server.server_close()
+
+
+def test_two_processes_download_once(site, target):
+    site.pause_seconds = 1.5  # the second process starts meanwhile, and says after a second that it waits
+    processes = [start_process(site, target) for _ in range(2)]
+
+    errors = [process.communicate(timeout=20)[1] for process in processes]
+
+    assert [process.returncode for process in processes] == [0, 0]
+    assert len(site.requests) == 1
+    assert target.read_bytes() == CONTENT
+    assert "".join(errors) in ("", f"waiting for another process that downloads {target}\n")
+
+
+def test_the_lock_and_the_part_of_a_killed_process_are_taken_over(site, target):
+    site.cuts, site.hangs = [HALF], True
+    process = start_process(site, target)
+    wait_for(lambda: part_of(target).exists() and part_of(target).stat().st_size == HALF)
+    process.kill()
+    process.communicate()
+
+    assert download(site.url, target, SHA256, len(CONTENT)).read_bytes() == CONTENT
+    assert site.requests[-1]["Range"] == f"bytes={HALF}-"

@@ -1,0 +1,382 @@
+import contextlib
+import hashlib
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from finestsam.errors import UserError
+from finestsam.model.build import build_sam
+from finestsam.training import checkpoint
+from finestsam.training.checkpoint import (
+    CheckpointNotSaved,
+    TopWeights,
+    create_run_folder,
+    file_sha256,
+    load_state,
+    random_state,
+    remove_stale_files,
+    restore_random_state,
+    save_file,
+    save_last,
+    save_weights,
+)
+
+WEIGHTS = {"image_encoder.pos_embed": torch.ones(1)}
+
+
+@contextlib.contextmanager
+def files_limited_to(size: int):
+    """Let the system refuse to write longer files, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def list_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+# --- writing -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_saved_loads_as_plain_data(tmp_path):
+    state = {"weights": torch.randn(3, 4), "epoch": 2, "config": "{}", "best": None}
+    save_file(tmp_path / "a.ckpt", state)
+
+    loaded = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    torch.testing.assert_close(loaded.pop("weights"), state.pop("weights"), rtol=0, atol=0)
+    assert loaded == state
+    assert list_names(tmp_path) == ["a.ckpt"]
+
+
+def test_a_write_that_fails_half_way_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "last.ckpt"
+    save_last(path, {"step": 1})
+    before = path.read_bytes()
+
+    with files_limited_to(100_000), pytest.raises(CheckpointNotSaved, match=r"^checkpoint not saved: File too large \("):
+        save_last(path, {"step": 2, "weights": torch.zeros(100_000)})
+
+    assert path.read_bytes() == before
+    assert list_names(tmp_path) == ["last.ckpt"]
+
+
+def test_a_disk_without_room_is_named_before_anything_is_written(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**12, 10**12, 200_000_000))
+    message = rf"^checkpoint not saved: No space left on device \(need 1.1 GB, free 0.2 GB at {tmp_path}\)$"
+    weights = torch.empty(1, device="meta").expand(1)
+    weights = torch.empty(250_000_000)  # 1 GB of address space, never touched
+    with pytest.raises(CheckpointNotSaved, match=message):
+        save_file(tmp_path / "a.ckpt", {"model": {"weights": weights}})
+    assert list_names(tmp_path) == []
+
+
+def test_a_file_that_reads_back_differently_does_not_replace_the_old_one(tmp_path, monkeypatch):
+    save_file(tmp_path / "a.ckpt", {"step": 1})
+    monkeypatch.setattr(os, "fsync", lambda descriptor: os.ftruncate(descriptor, 500))
+    with pytest.raises(CheckpointNotSaved, match="does not read back"):
+        save_file(tmp_path / "a.ckpt", {"step": 2})
+    monkeypatch.undo()
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True) == {"step": 1}
+
+
+def test_a_folder_that_is_gone_is_not_saved_into(tmp_path):
+    with pytest.raises(CheckpointNotSaved, match=r"No such file or directory \(need .*, free nothing at"):
+        save_file(tmp_path / "gone" / "a.ckpt", {"step": 1})
+
+
+def test_an_error_of_our_own_keeps_its_traceback_and_leaves_nothing(tmp_path):
+    with pytest.raises(Exception, match="pickle") as caught:
+        save_file(tmp_path / "a.ckpt", {"step": lambda: 1})
+    assert not isinstance(caught.value, CheckpointNotSaved)
+    assert list_names(tmp_path) == []
+
+
+@pytest.mark.parametrize("moment", ["fsync", "replace"])
+def test_a_kill_while_saving_leaves_a_checkpoint_and_the_next_start_tidies_up(tmp_path, moment):
+    save_last(tmp_path / "last.ckpt", {"step": 1})
+    save_last(tmp_path / "last.ckpt", {"step": 2})
+    script = f"""
+        import os, signal
+        from pathlib import Path
+        import torch
+        from finestsam.training.checkpoint import save_last
+        os.{moment} = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+        save_last(Path({str(tmp_path)!r}) / "last.ckpt", {{"step": 3, "weights": torch.zeros(1000)}})
+    """
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".*.tmp"))) == 1
+
+    remove_stale_files(tmp_path)
+
+    assert load_state(tmp_path) == {"step": 2}
+    assert list_names(tmp_path) == ["last.ckpt", "last.prev.ckpt"]
+
+
+def test_a_kill_between_the_two_renames_leaves_the_previous_checkpoint(tmp_path, capsys):
+    save_last(tmp_path / "last.ckpt", {"step": 1})
+    os.replace(tmp_path / "last.ckpt", tmp_path / "last.prev.ckpt")
+    assert load_state(tmp_path) == {"step": 1}
+    assert "last.ckpt is missing; resuming from last.prev.ckpt" in capsys.readouterr().err
+
+
+def test_only_the_unfinished_files_of_dead_processes_are_removed(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    kept = [f".last.ckpt.{os.getppid()}.tmp", ".notes.tmp", "a.tmp", "last.ckpt"]
+    for name in [*kept, f".best.pth.{dead.pid}.tmp", f".last.ckpt.{os.getpid()}.tmp"]:
+        (tmp_path / name).touch()
+    remove_stale_files(tmp_path)
+    assert list_names(tmp_path) == sorted(kept)
+
+
+# --- reading -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate, lambda path: path.write_bytes(b""), Path.unlink])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(tmp_path, capsys, damage):
+    for step in (1, 2, 3):
+        save_last(tmp_path / "last.ckpt", {"step": step, "weights": torch.zeros(1000)})
+    assert load_state(tmp_path)["step"] == 3
+    assert capsys.readouterr().err == ""
+
+    damage(tmp_path / "last.ckpt")
+
+    assert load_state(tmp_path)["step"] == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"finestsam: warning: {tmp_path / 'last.ckpt'} is ")
+    assert error.count("\n") == 1
+
+
+def test_two_damaged_checkpoints_are_an_error(tmp_path):
+    for step in (1, 2):
+        save_last(tmp_path / "last.ckpt", {"step": step})
+    truncate(tmp_path / "last.ckpt")
+    (tmp_path / "last.prev.ckpt").write_text("<html>not found</html>")
+    with pytest.raises(UserError, match=r"last.ckpt is damaged; .*last.prev.ckpt is damaged; no checkpoint is left"):
+        load_state(tmp_path)
+
+
+def test_a_folder_without_a_checkpoint_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="there is no last.ckpt to resume from"):
+        load_state(tmp_path)
+
+
+class Command:
+    def __init__(self, line: str):
+        self.line = line
+
+    def __reduce__(self):
+        return os.system, (self.line,)
+
+
+def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
+    torch.save({"model": Command(f"touch {tmp_path / 'ran'}")}, tmp_path / "last.ckpt")
+    with pytest.raises(UserError, match="last.ckpt contains code, refused") as caught:
+        load_state(tmp_path)
+    assert "weights_only" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_that_holds_something_else_is_an_error(tmp_path):
+    torch.save([1, 2], tmp_path / "last.ckpt")
+    with pytest.raises(UserError, match="last.ckpt holds a list, not the state of a run"):
+        load_state(tmp_path)
+
+
+def test_random_numbers_continue_where_they_were_saved(tmp_path):
+    def draw() -> list[float]:
+        return [torch.rand(()).item(), random.random(), np.random.rand(), random.gauss(0, 1), np.random.randn()]
+
+    draw()  # leaves half a pair of normal numbers behind
+    save_last(tmp_path / "last.ckpt", {"random": random_state()})
+    expected = draw()
+    draw()
+    restore_random_state(load_state(tmp_path)["random"])
+    assert draw() == expected
+
+
+# --- weights -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["", "sam.", "module.sam.", "_forward_module.module.", "_orig_mod.model."])
+def test_weights_are_a_plain_state_dict_of_sam(tmp_path, prefix):
+    sam = build_sam("vit_tiny_test")
+    save_weights(tmp_path / "best.pth", {prefix + name: tensor for name, tensor in sam.state_dict().items()})
+
+    loaded = torch.load(tmp_path / "best.pth", weights_only=True)
+    assert type(loaded) is dict
+    assert list(loaded) == list(sam.state_dict())
+    for name, tensor in sam.state_dict().items():
+        torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=0)
+    build_sam("vit_tiny_test").load_state_dict(loaded)
+
+
+def test_weights_are_contiguous_float32_and_drag_no_memory_along(tmp_path):
+    large = torch.randn(1000, 1000)
+    save_weights(tmp_path / "a.pth", {"a": large[:2], "b": large[:, :2], "c": large[0].bfloat16()})
+
+    loaded = torch.load(tmp_path / "a.pth", weights_only=True)
+    assert all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in loaded.values())
+    torch.testing.assert_close(loaded["b"], large[:, :2], rtol=0, atol=0)
+    assert (tmp_path / "a.pth").stat().st_size < 30_000
+
+
+def test_weights_of_a_compiled_part_have_their_usual_names(tmp_path):
+    save_weights(tmp_path / "a.pth", {"sam.image_encoder._orig_mod.pos_embed": torch.ones(1)})
+    assert list(torch.load(tmp_path / "a.pth", weights_only=True)) == ["image_encoder.pos_embed"]
+
+
+def test_the_hash_of_a_file_is_sha256(tmp_path):
+    content = os.urandom(3_000_000)
+    (tmp_path / "a").write_bytes(content)
+    assert file_sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+# --- the best weights --------------------------------------------------------------------------------------------------
+
+
+def test_the_best_weights_stay_and_best_and_last_are_left_alone(tmp_path):
+    for name in ("best.pth", "last.ckpt", "last.prev.ckpt"):
+        (tmp_path / name).touch()
+    top = TopWeights(tmp_path, 2)
+    written = []
+    for step, metric in [(10, 0.5), (20, 0.7), (30, 0.4), (40, 0.6), (50, float("nan")), (60, 0.704)]:
+        path = top.save(WEIGHTS, step, metric)
+        if path:
+            path.with_suffix(".json").touch()
+            written.append(path.name)
+
+    assert written == ["10-0.50.pth", "20-0.70.pth", "40-0.60.pth", "60-0.70.pth"]
+    assert list_names(tmp_path) == [
+        "20-0.70.json",
+        "20-0.70.pth",
+        "60-0.70.json",
+        "60-0.70.pth",
+        "best.pth",
+        "last.ckpt",
+        "last.prev.ckpt",
+    ]
+
+
+def test_no_best_weights_are_kept_when_none_are_asked_for(tmp_path):
+    assert TopWeights(tmp_path, 0).save(WEIGHTS, 1, 0.9) is None
+    assert list_names(tmp_path) == []
+
+
+def test_of_equal_weights_the_earlier_stay(tmp_path):
+    top = TopWeights(tmp_path, 1)
+    assert top.save(WEIGHTS, 9, 0.5)
+    assert top.save(WEIGHTS, 10, 0.5) is None
+    assert list_names(tmp_path) == ["9-0.50.pth"]
+
+
+def test_the_best_weights_of_a_resumed_run_are_those_of_an_unbroken_one(tmp_path):
+    metrics = {1: 0.501, 2: 0.504, 3: 0.503, 4: 0.502, 5: 0.3}
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    for folder in (unbroken, broken):
+        folder.mkdir()
+    top = TopWeights(unbroken, 2)
+    for step, metric in metrics.items():
+        top.save(WEIGHTS, step, metric)
+
+    first, resumed = TopWeights(broken, 2), TopWeights(broken, 2)
+    first.save(WEIGHTS, 1, metrics[1])
+    first.save(WEIGHTS, 2, metrics[2])
+    state = first.state_dict()
+    first.save(WEIGHTS, 3, metrics[3])  # after the last checkpoint: the resumed run comes here again
+    resumed.load_state_dict(state)
+    for step in (3, 4, 5):
+        resumed.save(WEIGHTS, step, metrics[step])
+
+    assert list_names(broken) == list_names(unbroken) == ["2-0.50.pth", "3-0.50.pth"]
+    assert resumed.state_dict() == top.state_dict()
+
+
+def test_the_worst_weights_go_only_when_the_new_ones_are_written(tmp_path):
+    top = TopWeights(tmp_path, 1)
+    top.save(WEIGHTS, 1, 0.1)
+    with files_limited_to(100), pytest.raises(CheckpointNotSaved):
+        top.save(WEIGHTS, 2, 0.2)
+    assert list_names(tmp_path) == ["1-0.10.pth"]
+
+
+# --- the folder of a run -----------------------------------------------------------------------------------------------
+
+
+def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.time, "strftime", lambda form: "2026-11-21_01-30-00")
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: create_run_folder(tmp_path / "sav", None), range(8)))
+    assert len(set(folders)) == 8
+    names = ["2026-11-21_01-30-00", *(f"2026-11-21_01-30-00-{number}" for number in range(2, 9))]
+    assert list_names(tmp_path / "sav") == names
+
+
+def test_a_run_has_the_name_that_it_is_given(tmp_path):
+    folder = create_run_folder(tmp_path / "sav", "nuclei first")
+    assert folder == tmp_path / "sav" / "nuclei first"
+    assert create_run_folder(tmp_path / "sav", "nuclei first") == folder  # nothing is in it yet
+
+
+def test_the_name_of_another_run_is_refused(tmp_path):
+    folder = create_run_folder(tmp_path, "a")
+    (folder / "last.ckpt").touch()
+    with pytest.raises(UserError, match=rf"{folder} holds files; .* continue that run with --resume {folder}"):
+        create_run_folder(tmp_path, "a")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is a file; choose another --run_name"):
+        create_run_folder(tmp_path, "file")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "/a", "a\nb", "a\0b"])
+def test_a_name_that_leads_elsewhere_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match="is not the plain name of a folder"):
+        create_run_folder(tmp_path / "sav", name)
+    assert list_names(tmp_path / "sav") == []
+
+
+def test_a_place_where_no_run_can_be_written_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is the root of the disk, expected a folder below it"):
+        create_run_folder(Path("/"), None)
+    with pytest.raises(UserError, match="sav_dir .*file is a file, expected a folder"):
+        create_run_folder(tmp_path / "file", None)
+    with pytest.raises(UserError, match="sav_dir .*cannot make the run's folder in it: Not a directory"):
+        create_run_folder(tmp_path / "file" / "sav", None)
+    with pytest.raises(UserError, match="cannot make the run's folder in it: File name too long"):
+        create_run_folder(tmp_path, "a" * 300)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_is_read_only_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="cannot make the run's folder in it: Permission denied"):
+        create_run_folder(tmp_path, None)
