@@ -62,7 +62,7 @@ def _build_with_weights(config: Config, path: Path | None) -> tuple[Sam, str]:
             raise UserError(f"model.image_size must be a multiple of 16, got {asked_size}")
         return build_sam(model_type, asked_size), model_type
     state_dict = load_state_dict(path)
-    model_type = identify(state_dict)
+    model_type = identify(state_dict, path)
     if asked_type != "auto":
         check_matches(state_dict, asked_type, path)
     size = image_size_of(state_dict)

@@ -1,13 +1,13 @@
 """The automatic mask generator: ask SAM at every point of a grid, and keep the answers that are good, stable and new.
 
-The masks, scores and boxes are those of segment_anything's `SamAutomaticMaskGenerator`, found with less work and memory:
-scores are filtered before anything is upscaled, survivors are upscaled a few at a time, and only what overlapping boxes
-leave over is compressed.
+The masks and scores are those of segment_anything's `SamAutomaticMaskGenerator`, found with less work and memory:
+scores are filtered before anything is upscaled, survivors are upscaled a few at a time, and only those that are no
+duplicate are compressed.
 """
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -22,52 +22,10 @@ from finestsam.images import build_point_grid, compute_input_size, resize_image,
 from finestsam.masks import decode_rle, encode_mask, encode_masks, remove_small_regions, rle_area, rle_box
 from finestsam.model.card import Card
 from finestsam.model.sam import FinestSam, upscale_logits
+from finestsam.prediction.results import FilterReport, GeneratedMasks
 
 # 64 MB of float32: large enough to keep a GPU busy, small enough for any picture's masks.
 UPSCALED_PIXELS = 16_000_000
-
-
-@dataclass
-class FilterReport:
-    """What became of a picture's candidates, to tell which threshold leaves nothing over."""
-
-    candidates: int = 0
-    low_score: int = 0  # removed by pred_iou_thresh
-    unstable: int = 0  # removed by stability_score_thresh
-    cut_by_crop: int = 0  # removed because a crop, not the picture, cuts them
-    duplicates: int = 0  # removed by box_nms_thresh and crop_nms_thresh
-    best_score: float = -np.inf  # of all candidates; -inf: no score was a number
-    best_stability: float = -np.inf  # of those whose score is good enough; -inf: there are none
-
-    def count_scores(self, scores: Tensor, is_kept: Tensor) -> None:
-        self.candidates += len(scores)
-        self.low_score += int((~is_kept).sum())
-        self.best_score = max([self.best_score, *scores[scores.isfinite()].tolist()])
-
-    def count_stability(self, stability: Tensor, is_kept: Tensor) -> None:
-        self.unstable += int((~is_kept).sum())
-        self.best_stability = max([self.best_stability, *stability.tolist()])
-
-
-@dataclass
-class GeneratedMasks:
-    """The K masks of one picture, the largest first. All in the original frame."""
-
-    rles: list[dict]  # K, compressed
-    boxes_xywh: np.ndarray  # K x 4, int, around the pixels inside
-    scores: np.ndarray  # K, the IoU that the model expects
-    stability: np.ndarray  # K, the IoU of the mask cut at a higher and at a lower logit
-    areas: np.ndarray  # K, int, pixels
-    points: np.ndarray  # K x 2, XY: the prompt that found the mask
-    crop_boxes_xywh: np.ndarray  # K x 4, int: the part of the picture that the model saw
-    report: FilterReport = field(default_factory=FilterReport)
-
-    def __len__(self) -> int:
-        return len(self.rles)
-
-    def __getitem__(self, index: np.ndarray) -> "GeneratedMasks":
-        arrays = [getattr(self, entry.name)[index] for entry in fields(self)[1:-1]]
-        return GeneratedMasks([self.rles[i] for i in index], *arrays, self.report)
 
 
 @dataclass
@@ -119,7 +77,7 @@ def generate_masks(
     """
     report = FilterReport()
     found = [_search(model, crop, settings, report) for crop in _cut_crops(model, image, settings, embedding)]
-    masks = _join(found, report)
+    masks = GeneratedMasks.join(found, report)
     if len(found) > 1:
         crop_areas = torch.from_numpy(masks.crop_boxes_xywh[:, 2:].prod(axis=1))
         masks = _drop_duplicates(masks, 1 / crop_areas, settings.crop_nms_thresh)  # the smaller crop saw more detail
@@ -243,12 +201,6 @@ def _compress(candidates: _Candidates, model: FinestSam, crop: _Crop) -> Generat
     )
 
 
-def _join(found: list[GeneratedMasks], report: FilterReport) -> GeneratedMasks:
-    names = [entry.name for entry in fields(GeneratedMasks)[1:-1]]
-    arrays = [np.concatenate([getattr(masks, name) for masks in found]) for name in names]
-    return GeneratedMasks([rle for masks in found for rle in masks.rles], *arrays, report)
-
-
 def _drop_duplicates(masks: GeneratedMasks, priorities: Tensor, max_overlap: float) -> GeneratedMasks:
     """Return masks by falling priority, K, without those whose box overlaps an earlier one's too much."""
     first, size = masks.boxes_xywh[:, :2], masks.boxes_xywh[:, 2:]
@@ -272,21 +224,3 @@ def _clean_regions(masks: GeneratedMasks, settings: GeneratorConfig) -> Generate
         masks.boxes_xywh[i] = rle_box(masks.rles[i])
         masks.areas[i] = rle_area(masks.rles[i])
     return _drop_duplicates(masks, was_clean, max(settings.box_nms_thresh, settings.crop_nms_thresh))
-
-
-def explain_no_masks(report: FilterReport, settings: GeneratorConfig) -> str:
-    """Say which threshold left nothing over, with the best figures seen."""
-    if report.best_score == -np.inf:
-        return f"none of the {report.candidates} predicted IoUs is a number: the weights are broken"
-    reasons = [
-        f"{report.low_score} of {report.candidates} candidates have a predicted IoU of at most "
-        f"generator.pred_iou_thresh {settings.pred_iou_thresh:g} (best {report.best_score:.3f})"
-    ]
-    if report.unstable:
-        reasons.append(
-            f"{report.unstable} are empty or less stable than generator.stability_score_thresh "
-            f"{settings.stability_score_thresh:g} (best {report.best_stability:.3f})"
-        )
-    if report.cut_by_crop:
-        reasons.append(f"{report.cut_by_crop} are cut by the edge of a crop")
-    return ", ".join(reasons)

@@ -92,15 +92,15 @@ def object_losses(
     The loss is taken piece by piece in the frame that the settings name, keeping only its derivative by the decoder's small
     logits: memory depends on the piece, not on the number of objects, and the gradient is that of the whole.
     """
-    piece = _choose_piece_size(sample, settings.resolution, image_size, predictions.logits.shape[1])
-    parts = []
-    for start in range(0, len(predictions.logits), piece):
-        rles = sample.rles[first + start : first + start + piece]
-        targets = _render_targets(rles, sample, settings.resolution).to(predictions.logits.device)
-        parts.append((predictions.logits[start : start + piece], targets))
-    mask_loss, focal, dice, best, ious = zip(
-        *(_best_mask_loss(logits, targets, sample, settings, image_size) for logits, targets in parts), strict=True
-    )
+    count, mask_count = predictions.scores.shape
+    piece = _choose_piece_size(sample, settings.resolution, image_size, mask_count)
+    results = []
+    for start in range(0, count, piece):
+        logits = predictions.logits[start : start + piece]
+        rles = sample.rles[first + start : first + start + len(logits)]
+        targets = _render_targets(rles, sample, settings.resolution).to(logits.device)
+        results.append(_best_mask_loss(logits, targets, sample, settings, image_size))
+    mask_loss, focal, dice, best, ious = zip(*results, strict=True)
     best, ious = torch.cat(best), torch.cat(ious)
     iou_error = (predictions.scores - ious).square().mean(dim=1)
     total = torch.cat(mask_loss) + settings.iou_ratio * iou_error

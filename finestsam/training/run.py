@@ -10,7 +10,7 @@ import yaml
 from lightning.fabric import Fabric
 from torch.utils.data import DataLoader
 
-from finestsam.config import GENERATOR_DEFAULTS, Config, flatten_config
+from finestsam.config import GENERATOR_DEFAULTS, Config, ModelConfig, flatten_config
 from finestsam.data.dataset import SampleDataset, SampleSettings, StepSampler
 from finestsam.data.loaders import build_train_loader, build_validation_loader
 from finestsam.data.previous_logits import PreviousLogits
@@ -88,11 +88,10 @@ def build_run(fabric: Fabric, config: Config) -> Run:
 
 
 def _start_from(config: Config, state: dict | None) -> Config:
-    """Return settings that name the weights to start with: those of the run that is continued, where there is one."""
+    """Return settings that name the weights to start with; a run that is continued brings its own, put in later."""
     if state is None:
         return config
-    last = checkpoint.find_last(Path(config.resume))
-    return replace(config, model=replace(config.model, checkpoint=str(last)))
+    return replace(config, model=ModelConfig(state["model_type"], "none", state["image_size"]))
 
 
 def _prepare_folder(fabric: Fabric, config: Config, data: LabelledSet) -> Path:
@@ -167,6 +166,8 @@ def save_last(run: Run) -> None:
     if not run.is_first_rank:
         return
     state = {
+        "model_type": run.loaded.model_type,
+        "image_size": run.loaded.model.image_size,
         "model": run.loaded.model.sam.state_dict(),
         "optimizer": run.stepper.optimizer.state_dict(),
         "scheduler": run.scheduler.state_dict(),
@@ -181,6 +182,7 @@ def save_last(run: Run) -> None:
 
 
 def _restore(run: Run, state: dict) -> None:
+    run.loaded.model.sam.load_state_dict(state["model"])
     run.stepper.optimizer.load_state_dict(state["optimizer"])
     run.scheduler.load_state_dict(state["scheduler"])
     if run.stepper.scaler.is_enabled():

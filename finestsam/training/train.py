@@ -174,7 +174,9 @@ def _keep_if_best(run: Run) -> None:
         return
     weights = run.loaded.model.sam.state_dict()
     if value is not None and progress.step > 0:
-        run.top.offer(progress.step, value, weights)
+        path = run.top.save(weights, progress.step, value)
+        if path:
+            write_card(path, _make_card(run))
     if is_better:
         save_weights(run.folder / "best.pth", weights)
         write_card(run.folder / "best.pth", _make_card(run))

@@ -1,0 +1,129 @@
+"""What the generator found in a picture, and the COCO json that it is written to."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from finestsam.config import GeneratorConfig
+from finestsam.masks import rle_to_json
+
+
+@dataclass
+class FilterReport:
+    """What became of a picture's candidates, to tell which threshold leaves nothing over."""
+
+    candidates: int = 0
+    low_score: int = 0  # removed by pred_iou_thresh
+    unstable: int = 0  # removed by stability_score_thresh
+    cut_by_crop: int = 0  # removed because a crop, not the picture, cuts them
+    duplicates: int = 0  # removed by box_nms_thresh and crop_nms_thresh
+    best_score: float = -np.inf  # of all candidates; -inf: no score was a number
+    best_stability: float = -np.inf  # of those whose score is good enough; -inf: there are none
+
+    def count_scores(self, scores: Tensor, is_kept: Tensor) -> None:
+        self.candidates += len(scores)
+        self.low_score += int((~is_kept).sum())
+        self.best_score = max([self.best_score, *scores[scores.isfinite()].tolist()])
+
+    def count_stability(self, stability: Tensor, is_kept: Tensor) -> None:
+        self.unstable += int((~is_kept).sum())
+        self.best_stability = max([self.best_stability, *stability.tolist()])
+
+    def explain_no_masks(self, settings: GeneratorConfig) -> str:
+        """Say which threshold left nothing over, with the best figures seen."""
+        if self.best_score == -np.inf:
+            return f"none of the {self.candidates} predicted IoUs is a number, so the weights are broken"
+        reasons = []
+        if self.low_score:
+            reasons.append(
+                f"{self.low_score} of {self.candidates} candidates have a predicted IoU of at most "
+                f"generator.pred_iou_thresh {settings.pred_iou_thresh:g} (best {self.best_score:.3f})"
+            )
+        if self.unstable:
+            reasons.append(
+                f"{self.unstable} are empty or less stable than generator.stability_score_thresh "
+                f"{settings.stability_score_thresh:g} (best {self.best_stability:.3f})"
+            )
+        if self.cut_by_crop:
+            reasons.append(f"{self.cut_by_crop} are cut by the edge of a crop")
+        return ", ".join(reasons)
+
+
+@dataclass
+class GeneratedMasks:
+    """The K masks of one picture, the largest first, in its original frame."""
+
+    rles: list[dict]  # K, compressed
+    boxes_xywh: np.ndarray  # K x 4, int, around the pixels inside
+    scores: np.ndarray  # K, the IoU that the model expects
+    stability: np.ndarray  # K, the IoU of the mask cut at a higher and at a lower logit
+    areas: np.ndarray  # K, int, pixels
+    points: np.ndarray  # K x 2, XY: the prompt that found the mask
+    crop_boxes_xywh: np.ndarray  # K x 4, int: the part of the picture that the model saw
+    report: FilterReport = field(default_factory=FilterReport)
+
+    def __len__(self) -> int:
+        return len(self.rles)
+
+    def __getitem__(self, index: np.ndarray) -> "GeneratedMasks":
+        arrays = [getattr(self, name)[index] for name in ARRAY_NAMES]
+        return GeneratedMasks([self.rles[i] for i in index], *arrays, self.report)
+
+    @staticmethod
+    def join(parts: list["GeneratedMasks"], report: FilterReport) -> "GeneratedMasks":
+        arrays = [np.concatenate([getattr(part, name) for part in parts]) for name in ARRAY_NAMES]
+        return GeneratedMasks([rle for part in parts for rle in part.rles], *arrays, report)
+
+
+ARRAY_NAMES = [entry.name for entry in fields(GeneratedMasks) if entry.name not in ("rles", "report")]
+
+
+class Results:
+    """A COCO dataset of predictions that grows picture by picture; `loadRes` takes its annotations as they are."""
+
+    def __init__(self, category: str, settings: GeneratorConfig):
+        self.images: list[dict] = []
+        self.annotations: list[dict] = []
+        self.category = category
+        self.settings = settings
+
+    def add(self, file_name: str, size: tuple[int, int], masks: GeneratedMasks) -> None:
+        image_id = len(self.images) + 1
+        self.images.append({"id": image_id, "file_name": file_name, "width": size[1], "height": size[0]})
+        for index in range(len(masks)):
+            ids = {"id": len(self.annotations) + 1, "image_id": image_id, "category_id": 1}
+            self.annotations.append(ids | _describe(masks, index))
+
+    def write(self, path: Path) -> None:
+        """Write the json; a reader never meets half a file."""
+        content = {
+            "info": {
+                "description": "objects found by finestsam",
+                "generator": dataclasses.asdict(self.settings),
+            },
+            "images": self.images,
+            "annotations": self.annotations,
+            "categories": [{"id": 1, "name": self.category}],
+        }
+        partial = path.with_name(f".{path.name}.part")
+        partial.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+
+def _describe(masks: GeneratedMasks, index: int) -> dict:
+    # Six digits are what float32 holds; more would only be noise that changes from machine to machine.
+    score = round(float(masks.scores[index]), 6)
+    return {
+        "segmentation": rle_to_json(masks.rles[index]),
+        "bbox": masks.boxes_xywh[index].tolist(),
+        "area": int(masks.areas[index]),
+        "iscrowd": 0,
+        "score": score,
+        "predicted_iou": score,
+        "stability_score": round(float(masks.stability[index]), 6),
+        "point": [round(float(place), 3) for place in masks.points[index]],
+    }

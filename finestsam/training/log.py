@@ -1,0 +1,156 @@
+"""What a run says about itself: a row and a line for every epoch, and TensorBoard where it is installed."""
+
+import csv
+import io
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from lightning.fabric.loggers import TensorBoardLogger
+
+TRAINING_COLUMNS = ("total_loss", "focal_loss", "dice_loss", "iou_loss", "iou", "predicted_iou")
+VALIDATION_COLUMNS = ("val_per_mask_iou", "val_per_mask_dice", "val_best_iou")
+COLUMNS = ("epoch", "step", "seconds", "learning_rate", *TRAINING_COLUMNS, *VALIDATION_COLUMNS)
+
+Row = dict[str, float | None]
+
+
+class RunLog:
+    """`metrics.csv` and `tensorboard/` in the folder of a run; only the first rank has one.
+
+    A disk that is full never ends a run: it is told once, the rows wait in memory and are written with the next one.
+
+    Args:
+        resumed_epoch: complete epochs of the checkpoint that the run continues from, whose rows stay; None: a new run.
+        num_epochs: for the line on the screen.
+    """
+
+    def __init__(self, folder: Path, resumed_epoch: int | None = None, num_epochs: int | None = None):
+        self.folder = folder
+        self.num_epochs = num_epochs
+        self._is_resumed = resumed_epoch is not None
+        self._rows: list[Row] = []
+        self._tensorboard: TensorBoardLogger | None = None
+        self._warned: set[str] = set()
+        if resumed_epoch is not None:
+            self._rows = [row for row in read_metrics(self.path) if row["epoch"] <= resumed_epoch]
+            self._write_rows()
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "metrics.csv"
+
+    def log_step(self, step: int, values: Mapping[str, float]) -> None:
+        """Hand the losses of an optimizer step to TensorBoard."""
+        self._send({f"train/{name}": value for name, value in values.items()}, step)
+
+    def log_epoch(self, row: Mapping[str, float | None], floor: float | None = None) -> None:
+        """Write the row of an epoch in place of those from it on, and say it in one line.
+
+        Args:
+            row: by `COLUMNS`; what is missing, None or not finite is an empty field. Epoch 0 is the untouched model.
+            floor: val_per_mask_iou of the untouched model.
+        """
+        unknown = row.keys() - set(COLUMNS)
+        assert not unknown, f"metrics.csv has no columns {sorted(unknown)}"
+        whole = {name: _finite_or_none(row.get(name)) for name in COLUMNS}
+        self._rows = [earlier for earlier in self._rows if earlier["epoch"] < whole["epoch"]] + [whole]
+        self._write_rows()
+        measured = {f"validation/{name}": whole[name] for name in VALIDATION_COLUMNS}
+        self._send(measured, whole["step"])
+        print(describe_epoch(whole, self.num_epochs, floor), flush=True)
+
+    def read_rows(self) -> list[Row]:
+        """Return the rows so far, the first epoch first."""
+        return [dict(row) for row in self._rows]
+
+    def close(self) -> None:
+        """Bring what TensorBoard still holds back to the disk."""
+        if self._tensorboard is not None:
+            self._tensorboard.finalize("success")
+
+    def _write_rows(self) -> None:
+        """Replace the file by a whole one: a run that is killed leaves no half row, and a resumed one none twice."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: _format_number(value) for name, value in row.items()} for row in self._rows)
+        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        try:
+            partial.write_text(text.getvalue(), encoding="utf-8")
+            os.replace(partial, self.path)
+        except OSError as error:
+            self._warn_once(self.path.name, error)
+
+    def _send(self, values: Mapping[str, float | None], step: int) -> None:
+        known = {name: value for name, value in values.items() if _finite_or_none(value) is not None}
+        if not known or "tensorboard" in self._warned:
+            return
+        try:
+            if self._tensorboard is None:
+                self._tensorboard = self._open_tensorboard(step)
+            self._tensorboard.log_metrics(known, step)
+        except ImportError:  # not installed: it is for those who want it
+            self._warned.add("tensorboard")
+        except (OSError, ValueError) as error:  # Fabric's logger makes a ValueError of whatever goes wrong
+            self._warn_once("tensorboard", error.__cause__ or error)
+
+    def _open_tensorboard(self, step: int) -> TensorBoardLogger:
+        # What the run had logged from this step on before it was cut off is hidden, as it comes again.
+        purge_step = step if self._is_resumed else None
+        return TensorBoardLogger(self.folder, name="", version="tensorboard", purge_step=purge_step)
+
+    def _warn_once(self, what: str, error: BaseException) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            print(f"warning: {self.folder / what} not written: {error}", file=sys.stderr)
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """Return the rows of a metrics.csv; none where there is no such file."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return [{name: _parse_number(name, line.get(name)) for name in COLUMNS} for line in csv.DictReader(file)]
+
+
+def describe_epoch(row: Row, num_epochs: int | None = None, floor: float | None = None) -> str:
+    """Return the line for the screen, without what the row lacks.
+
+    `epoch 3/30 step 108 loss 0.412 iou 0.61 val 0.58 (floor 0.21, +0.37) lr 4.0e-05 12.3 s`
+    """
+    parts = [f"epoch {row['epoch']}" + (f"/{num_epochs}" if num_epochs else ""), f"step {row['step']}"]
+    forms = {
+        "total_loss": "loss {:.3f}",
+        "iou": "iou {:.2f}",
+        "val_per_mask_iou": "val {:.2f}",
+        "learning_rate": "lr {:.1e}",
+        "seconds": "{:.1f} s",
+    }
+    for name, form in forms.items():
+        if row[name] is None:
+            continue
+        parts.append(form.format(row[name]))
+        if name == "val_per_mask_iou" and row["epoch"] == 0:
+            parts.append("(the untouched model: the floor)")
+        elif name == "val_per_mask_iou" and floor is not None:
+            parts.append(f"(floor {floor:.2f}, {row[name] - floor:+.2f})")
+    return " ".join(parts)
+
+
+def _finite_or_none(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _format_number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, int) else f"{value:.6g}"
+
+
+def _parse_number(name: str, text: str | None) -> float | None:
+    if not text:
+        return None
+    return int(text) if name in ("epoch", "step") else float(text)

@@ -1,0 +1,68 @@
+"""What the tests build: drawn scenes, a SAM of 0.2 M weights, a run of two epochs."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from finestsam.cli import main
+from finestsam.data.coco import Record, read_coco
+from finestsam.data.layouts import find_layout
+from finestsam.data.scenes import write_scenes
+from finestsam.images import write_image
+from finestsam.model.build import build_sam
+from finestsam.model.sam import FinestSam
+
+FROM_SCRATCH = [
+    "--model.checkpoint=none",
+    "--model_layer.freeze.image_encoder=false",
+    "--model_layer.freeze.prompt_encoder=false",
+    "--opt.learning_rate=1e-3",
+]
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> Path:
+    """A dataset of six drawn scenes in finestSAM's auto-split layout."""
+    return write_scenes(tmp_path_factory.mktemp("scenes"), count=6, seed=1, size=(96, 96))
+
+
+@pytest.fixture(scope="session")
+def records(scenes) -> list[Record]:
+    return read_coco(find_layout(scenes).parts["all"]).records
+
+
+@pytest.fixture
+def tiny_sam() -> FinestSam:
+    """A model of 64 pixels with random weights, always the same."""
+    torch.manual_seed(0)
+    return FinestSam(build_sam("vit_tiny_test"))
+
+
+@pytest.fixture
+def coco_folder(tmp_path):
+    """Return a function that writes a plain dataset of one 12 x 10 picture with the annotations given to it."""
+
+    def write(annotations: object, **changes: object) -> Path:
+        (tmp_path / "images").mkdir(exist_ok=True)
+        write_image(tmp_path / "images" / "a.png", np.full((10, 12, 3), 128, dtype=np.uint8))
+        content = {
+            "images": [{"id": 1, "file_name": "a.png", "width": 12, "height": 10}],
+            "annotations": annotations,
+            "categories": [{"id": 1, "name": "thing"}],
+        } | changes
+        (tmp_path / "annotations.json").write_text(json.dumps(content))
+        return tmp_path
+
+    return write
+
+
+def run_training(scenes: Path, folder: Path, *flags: str) -> Path:
+    """Run the real command on the scenes with the smallest model, and return the run's folder."""
+    arguments = ["--mode=train", f"--dataset={scenes}", "--model.type=vit_tiny_test", f"--sav_dir={folder}"]
+    arguments += ["--device=cpu", "--num_workers=0", "--num_epochs=2", *FROM_SCRATCH, *flags]
+    before = set(folder.glob("*"))
+    assert main(arguments) == 0
+    return next(iter(set(folder.glob("*")) - before), folder)

@@ -1,0 +1,163 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+
+from finestsam.errors import Defect
+from finestsam.masks import (
+    decode_rle,
+    decode_rles,
+    distance_inside,
+    encode_mask,
+    encode_masks,
+    rasterize,
+    remove_small_regions,
+    rle_area,
+    rle_box,
+    rle_from_json,
+    rle_to_json,
+    segmentation_to_rle,
+)
+
+SIZE = (10, 12)
+
+
+def draw_random_mask(seed: int, size: tuple[int, int] = SIZE) -> np.ndarray:
+    return np.random.default_rng(seed).random(size) > 0.5
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_form_of_run_lengths_gives_the_mask_that_pycocotools_encoded(seed):
+    mask = draw_random_mask(seed)
+    compressed = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    columns = mask.T.flatten()
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], columns, [1 - columns[-1]]]))).tolist()
+    runs = np.diff([0, *edges]).tolist()
+
+    as_text = segmentation_to_rle({"size": list(SIZE), "counts": compressed["counts"].decode()}, SIZE)
+    as_list = segmentation_to_rle({"size": list(SIZE), "counts": runs}, SIZE)
+
+    assert as_text == as_list == compressed
+    assert (decode_rle(as_text) == mask).all()
+
+
+def test_long_runs_with_falling_differences_are_decoded_like_pycocotools(seed=3):
+    mask = draw_random_mask(seed, (500, 700))
+    mask[100:400, 50:650] = True
+    mask[200:210, 300:310] = False
+    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+
+    assert segmentation_to_rle(rle_to_json(rle), (500, 700)) == rle
+
+
+def test_a_multi_part_polygon_is_one_object():
+    parts = [[1, 1, 4, 1, 4, 4, 1, 4], [7, 5, 10, 5, 10, 8, 7, 8]]
+
+    rle = segmentation_to_rle(parts, SIZE)
+
+    expected = coco_mask.merge(coco_mask.frPyObjects(parts, *SIZE))
+    assert rle == expected
+    assert rle_area(rle) == 18
+    assert rle_box(rle) == [1, 1, 9, 7]
+
+
+def test_a_flat_list_of_numbers_and_numbers_as_text_are_one_polygon():
+    polygon = [1, 1, 4, 1, 4, 4, 1, 4]
+
+    assert segmentation_to_rle(polygon, SIZE) == segmentation_to_rle([polygon], SIZE)
+    assert segmentation_to_rle([[str(number) for number in polygon]], SIZE) == segmentation_to_rle([polygon], SIZE)
+
+
+def test_a_polygon_far_larger_than_the_picture_is_clipped_to_it():
+    assert rle_area(segmentation_to_rle([[-9000, -9000, 9000, -9000, 9000, 9000, -9000, 9000]], SIZE)) == 120
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "code"),
+    [
+        ([], "empty_segmentation"),
+        ([[]], "empty_segmentation"),
+        (None, "empty_segmentation"),
+        ([[1, 1, 5, 5]], "too_few_points"),
+        ([[1, 1]], "too_few_points"),
+        ([[1, 1, 5, 5, 7]], "odd_coordinates"),
+        ([[1, 1, 5, float("nan"), 7, 7]], "not_finite"),
+        ([[1, 1, 5, float("inf"), 7, 7]], "not_finite"),
+        ([[1, 1, 5, 1e12, 7, 7]], "far_outside"),
+        ([[1, 1, 5, 2e8, 7, 7]], "far_outside"),
+        ([["a", 1, 5, 5, 7, 7]], "not_a_number"),
+        ([[1, 1, 5, 5, 9, 9]], "empty_mask"),
+        ([[20, 20, 30, 20, 30, 30]], "empty_mask"),
+        ({"size": [12, 10], "counts": [120]}, "rle_size"),
+        ({"counts": [120]}, "rle_size"),
+        ({"size": [100000, 100000], "counts": [10**10]}, "rle_size"),
+        ({"size": [10, 12], "counts": [60, 50]}, "rle_counts"),
+        ({"size": [10, 12], "counts": [60, 70]}, "rle_counts"),
+        ({"size": [10, 12], "counts": [70, -10, 60]}, "rle_counts"),
+        ({"size": [10, 12], "counts": [60.0, 60.0]}, "rle_counts"),
+        ({"size": [10, 12], "counts": ""}, "rle_counts"),
+        ({"size": [10, 12], "counts": "é~~"}, "rle_counts"),
+        ({"size": [10, 12], "counts": "o" * 40}, "rle_counts"),
+        ({"size": [10, 12]}, "rle_counts"),
+        ({"size": [10, 12], "counts": [120]}, "empty_mask"),
+    ],
+)
+def test_a_segmentation_without_a_mask_is_named_before_pycocotools_sees_it(segmentation, code):
+    with pytest.raises(Defect) as caught:
+        segmentation_to_rle(segmentation, SIZE)
+
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize("cut", range(1, 8))
+def test_a_cut_string_of_run_lengths_never_gives_a_mask(cut):
+    counts = encode_mask(draw_random_mask(5))["counts"].decode()
+
+    with pytest.raises(Defect, match="run lengths"):
+        segmentation_to_rle({"size": list(SIZE), "counts": counts[:-cut]}, SIZE)
+
+
+def test_masks_come_back_from_run_lengths_and_from_json():
+    masks = torch.from_numpy(np.stack([draw_random_mask(seed) for seed in range(3)]))
+
+    rles = encode_masks(masks)
+
+    assert torch.equal(decode_rles(rles), masks)
+    assert [rle_from_json(json.loads(json.dumps(rle_to_json(rle)))) for rle in rles] == rles
+    assert rles[1] == encode_mask(masks[1].numpy())
+
+
+def test_the_deepest_pixel_of_an_object_cut_by_the_edge_is_away_from_the_edge():
+    distances = distance_inside(np.ones((9, 9), dtype=bool))
+
+    assert np.unravel_index(distances.argmax(), distances.shape) == (4, 4)
+
+
+def test_a_rasterized_square_covers_its_pixels():
+    mask = rasterize(np.array([[2, 3], [6, 3], [6, 7], [2, 7]], dtype=float), SIZE)
+
+    assert mask[3:8, 2:7].all()
+    assert mask.sum() == 25
+
+
+def test_small_holes_are_filled_and_small_islands_dropped_as_segment_anything_does():
+    from segment_anything.utils.amg import remove_small_regions as reference
+
+    for seed in range(10):
+        mask = np.random.default_rng(seed).random((30, 30)) > 0.45
+        expected, _ = reference(mask, 12, mode="holes")
+        expected, _ = reference(expected, 12, mode="islands")
+
+        assert (remove_small_regions(mask, 12) == expected).all()
+
+
+def test_the_largest_island_stays_however_small():
+    mask = np.zeros((10, 10), dtype=bool)
+    mask[1, 1] = mask[5:7, 5:7] = True
+
+    cleaned = remove_small_regions(mask, 100)
+
+    assert cleaned.sum() == 4
+    assert cleaned[5, 5]
