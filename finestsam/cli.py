@@ -27,7 +27,7 @@ def parse_command_line(arguments: list[str]) -> tuple[str, Config]:
         UserError: with one line per problem.
         SystemExit: with 0, after --help and --print_config.
     """
-    words = [_lengthen(word) for word in arguments]
+    words = _complete_switches([_lengthen(word) for word in arguments])
     parser = _build_parser()
     try:
         parsed = parser.parse_args(_with_config_of_resumed_run(words))
@@ -102,6 +102,16 @@ def _describe(name: str, entry: dataclasses.Field) -> str:
 def _lengthen(word: str) -> str:
     name, equals, value = word.partition("=")
     return SHORT_NAMES.get(name, name) + equals + value
+
+
+def _complete_switches(words: list[str]) -> list[str]:
+    """Let a switch stand alone: `--strict` is `--strict=true`."""
+    switches = {f"--{name}" for name, entry in list_settings() if entry.type is bool}
+    following = [*words[1:], "--"]
+    return [
+        f"{word}=true" if word in switches and after.startswith("--") else word
+        for word, after in zip(words, following, strict=True)
+    ]
 
 
 def _with_config_of_resumed_run(words: list[str]) -> list[str]:

@@ -200,6 +200,7 @@ class Config:
     sav_dir: str = setting("sav", "folder of the runs")
     run_name: str | None = setting(None, "folder of this run below sav_dir; default: the time it started")
     out_dir: str = setting("out", "folder of predictions and evaluations")
+    strict: bool = setting(False, "refuse a dataset with any defect, where else it is skipped and reported")
     resume: str | None = setting(None, "continue a run: its folder, or auto for the newest of sav_dir")
     input: list[str] = setting([], "pictures to predict: files, folders, patterns")
     opacity: float = setting(0.6, "of the masks laid over the picture, 0 invisible, 1 solid", "[0, 1]")

@@ -171,9 +171,9 @@ def remove_small_regions(mask: np.ndarray, min_area_pixels: int) -> np.ndarray:
     """
     filled = mask | _small_regions(~mask, min_area_pixels)
     islands = _small_regions(filled, min_area_pixels)
-    if islands.any() and (islands == filled).all():
-        count, regions, stats, _ = cv2.connectedComponentsWithStats(filled.astype(np.uint8), connectivity=8)
-        return regions == 1 + int(np.argmax(stats[1:count, cv2.CC_STAT_AREA]))
+    if filled.any() and (islands == filled).all():
+        _, regions, stats, _ = cv2.connectedComponentsWithStats(filled.astype(np.uint8), connectivity=8)
+        return regions == 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))
     return filled & ~islands
 
 

@@ -157,7 +157,7 @@ def test_the_largest_island_stays_however_small():
     mask = np.zeros((10, 10), dtype=bool)
     mask[1, 1] = mask[5:7, 5:7] = True
 
-    cleaned = remove_small_regions(mask, 100)
+    cleaned = remove_small_regions(mask, 50)
 
     assert cleaned.sum() == 4
     assert cleaned[5, 5]

@@ -24,6 +24,11 @@ class LabelledSet:
     report: DatasetReport
     layout: str  # for the screen
 
+    def refuse_defects(self) -> None:
+        """Raise a UserError with everything that was found wrong, if anything was."""
+        if self.report.defect_count:
+            raise UserError("\n".join([f"--strict: {self.report.summarize()}", *self.report.list_examples()]))
+
     def fingerprint(self) -> str:
         """Return a hash of every picture's name and masks on either side: the same for the same training."""
         digest = hashlib.sha256()

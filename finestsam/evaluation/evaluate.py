@@ -25,6 +25,8 @@ PROMPT_KINDS = {
 def evaluate(config: Config) -> int:
     """Measure the masks that one point and one box per object give, and write `evaluation.json` into out_dir."""
     data = read_evaluation_set(config.dataset)
+    if config.strict:
+        data.refuse_defects()
     records = [record for record in data.val if record.annotations]
     if not records:
         raise UserError(f"dataset {config.dataset.path}: no picture with objects to evaluate on")

@@ -196,7 +196,7 @@ def load_state(folder: Path) -> dict[str, Any]:
         state = _read_state(previous)
     except UserError as error:
         raise UserError(f"{reason}; {error}; no checkpoint is left to resume from") from None
-    print(f"finestsam: warning: {reason}; resuming from {PREVIOUS}, the checkpoint before it", file=sys.stderr)
+    print(f"warning: {reason}; resuming from {PREVIOUS}, the checkpoint before it", file=sys.stderr)
     return state
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from lightning.fabric.loggers import TensorBoardLogger
 
+from finestsam.errors import UserError
+
 TRAINING_COLUMNS = ("total_loss", "focal_loss", "dice_loss", "iou_loss", "iou", "predicted_iou")
 VALIDATION_COLUMNS = ("val_per_mask_iou", "val_per_mask_dice", "val_best_iou")
 COLUMNS = ("epoch", "step", "seconds", "learning_rate", *TRAINING_COLUMNS, *VALIDATION_COLUMNS)
@@ -25,6 +27,9 @@ class RunLog:
     Args:
         resumed_epoch: complete epochs of the checkpoint that the run continues from, whose rows stay; None: a new run.
         num_epochs: for the line on the screen.
+
+    Raises:
+        UserError: the metrics.csv of a run that is continued is not as it was written.
     """
 
     def __init__(self, folder: Path, resumed_epoch: int | None = None, num_epochs: int | None = None):
@@ -59,7 +64,7 @@ class RunLog:
         self._rows = [earlier for earlier in self._rows if earlier["epoch"] < whole["epoch"]] + [whole]
         self._write_rows()
         measured = {f"validation/{name}": whole[name] for name in VALIDATION_COLUMNS}
-        self._send(measured, whole["step"])
+        self._send(measured, whole["step"], flush=True)
         print(describe_epoch(whole, self.num_epochs, floor), flush=True)
 
     def read_rows(self) -> list[Row]:
@@ -67,9 +72,10 @@ class RunLog:
         return [dict(row) for row in self._rows]
 
     def close(self) -> None:
-        """Bring what TensorBoard still holds back to the disk."""
+        """Bring to the disk what TensorBoard holds back of an epoch that did not end."""
         if self._tensorboard is not None:
             self._tensorboard.finalize("success")
+            self._tensorboard = None
 
     def _write_rows(self) -> None:
         """Replace the file by a whole one: a run that is killed leaves no half row, and a resumed one none twice."""
@@ -84,7 +90,7 @@ class RunLog:
         except OSError as error:
             self._warn_once(self.path.name, error)
 
-    def _send(self, values: Mapping[str, float | None], step: int) -> None:
+    def _send(self, values: Mapping[str, float | None], step: int, flush: bool = False) -> None:
         known = {name: value for name, value in values.items() if _finite_or_none(value) is not None}
         if not known or "tensorboard" in self._warned:
             return
@@ -92,6 +98,8 @@ class RunLog:
             if self._tensorboard is None:
                 self._tensorboard = self._open_tensorboard(step)
             self._tensorboard.log_metrics(known, step)
+            if flush:
+                self._tensorboard.save()
         except ImportError:  # not installed: it is for those who want it
             self._warned.add("tensorboard")
         except (OSError, ValueError) as error:  # Fabric's logger makes a ValueError of whatever goes wrong
@@ -112,8 +120,19 @@ def read_metrics(path: Path) -> list[Row]:
     """Return the rows of a metrics.csv; none where there is no such file."""
     if not path.exists():
         return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return [{name: _parse_number(name, line.get(name)) for name in COLUMNS} for line in csv.DictReader(file)]
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return [_parse_line(line) for line in csv.DictReader(file)]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{path}: not as finestsam wrote it ({error}); move it away to continue without it") from None
+
+
+def _parse_line(line: dict[str, str | None]) -> Row:
+    missing = set(COLUMNS) - line.keys()
+    if missing:
+        raise ValueError(f"no columns {sorted(missing)}")
+    row = {name: float(line[name]) if line[name] else None for name in COLUMNS}
+    return row | {"epoch": int(line["epoch"] or ""), "step": int(line["step"] or "")}
 
 
 def describe_epoch(row: Row, num_epochs: int | None = None, floor: float | None = None) -> str:
@@ -148,9 +167,3 @@ def _format_number(value: float | None) -> str:
     if value is None:
         return ""
     return str(value) if isinstance(value, int) else f"{value:.6g}"
-
-
-def _parse_number(name: str, text: str | None) -> float | None:
-    if not text:
-        return None
-    return int(text) if name in ("epoch", "step") else float(text)

@@ -70,6 +70,8 @@ def build_run(fabric: Fabric, config: Config) -> Run:
     with fabric.rank_zero_first():  # one download
         loaded = load_model(_start_from(config, state), device=fabric.device)
     data = read_training_set(config.dataset, loaded.model.image_size)
+    if config.strict:
+        data.refuse_defects()
     folder = _prepare_folder(fabric, config, data)
     progress = _restore_progress(state, data) if state else _begin_progress(fabric, loaded)
     stepper, scheduler = _build_stepper(fabric, config, loaded, data, folder)

@@ -164,7 +164,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(tmp_path, capsys, d
 
     assert load_state(tmp_path)["step"] == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"finestsam: warning: {tmp_path / 'last.ckpt'} is ")
+    assert error.startswith(f"warning: {tmp_path / 'last.ckpt'} is ")
     assert error.count("\n") == 1
 
 

@@ -1,0 +1,151 @@
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from finestsam.cli import main, parse_command_line
+from finestsam.config import Config, flatten_config, list_settings
+from finestsam.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+# DESIGN's list of the settings that finestSAM has.
+FINESTSAM_NAMES = """
+device num_devices num_nodes seed_device sav_dir out_dir model.type model.checkpoint seed_dataloader batch_size num_workers
+num_epochs eval_interval prompts.use_boxes prompts.use_points prompts.use_masks prompts.use_logits multimask_output
+opt.learning_rate opt.weight_decay sched.type sched.LambdaLR.decay_factor sched.LambdaLR.steps sched.LambdaLR.warmup_steps
+sched.ReduceLROnPlateau.decay_factor sched.ReduceLROnPlateau.epoch_patience sched.ReduceLROnPlateau.threshold
+sched.ReduceLROnPlateau.cooldown sched.ReduceLROnPlateau.min_lr losses.focal_ratio losses.dice_ratio losses.iou_ratio
+losses.focal_alpha losses.focal_gamma model_layer.freeze.image_encoder model_layer.freeze.prompt_encoder
+model_layer.freeze.mask_decoder dataset.auto_split dataset.seed dataset.use_cache dataset.sav dataset.val_size
+dataset.positive_points dataset.negative_points dataset.use_center dataset.snap_to_grid opacity
+""".split()
+
+
+def list_problems(*flags: str) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        parse_command_line(list(flags))
+    return str(caught.value).splitlines()
+
+
+def test_every_setting_of_finestsam_keeps_its_name():
+    assert set(FINESTSAM_NAMES) <= {name for name, _ in list_settings()}
+
+
+def test_the_owners_two_commands_need_nothing_more():
+    mode, config = parse_command_line(["--mode", "train", "--dataset", "path"])
+    assert (mode, config.dataset.path) == ("train", "path")
+
+    mode, config = parse_command_line(["--mode", "predict", "--input", "a.png", "b.png", "--opacity", "0.4"])
+    assert (mode, config.input, config.opacity) == ("predict", ["a.png", "b.png"], 0.4)
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
+    (tmp_path / "c.yaml").write_text("batch_size: 3\nsched:\n  LambdaLR:\n    steps: [100, 200]\nnum_epochs: 7\n")
+
+    _, config = parse_command_line(
+        ["--mode=train", "--dataset=d", f"--config={tmp_path / 'c.yaml'}", "--num_epochs", "9"]
+    )
+
+    assert (config.batch_size, config.num_epochs, config.sched.LambdaLR.steps) == (3, 9, [100, 200])
+    assert config.opt.learning_rate == Config().opt.learning_rate
+
+
+def test_every_problem_of_a_command_line_is_reported_at_once():
+    problems = list_problems(
+        "--mode", "train", "--datset", "x", "--batch_size", "0", "--opt.learning_rate", "abc", "--learning_rate", "3"
+    )  # fmt: skip
+
+    assert problems == [
+        "unknown flag --datset; did you mean --dataset?",
+        "opt.learning_rate must be a number, got abc",
+        "unknown flag --learning_rate; did you mean --opt.learning_rate?",
+        "batch_size must lie in [1, inf), got 0",
+        "--mode train needs --dataset FOLDER",
+    ]
+
+
+def test_every_problem_of_a_file_is_reported_with_the_file(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("batchsize: 3\nopt:\n  learning_rate: fast\ndataset:\n  val_size: 2\n")
+
+    assert list_problems("--mode=train", "--dataset=d", "--config", str(path)) == [
+        f"{path}: unknown setting batchsize; did you mean batch_size?",
+        f"{path}: opt.learning_rate must be a number, got fast",
+        "dataset.val_size must lie in [0, 1), got 2.0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("a: [", "not YAML"), ("- 1\n- 2", "expected names and values"), ("a: !!python/object:os.system {}", "not YAML")],
+)
+def test_a_file_that_is_no_settings_file_is_refused(tmp_path, content, message):
+    path = tmp_path / "c.yaml"
+    path.write_text(content)
+
+    assert any(message in problem for problem in list_problems("--mode=train", "--dataset=d", f"--config={path}"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mode", "fly"], "mode must be one of train, predict, evaluate, got fly"),
+        ([], "--mode is missing"),
+        (["--mode", "predict"], "--mode predict needs --input"),
+        (["--mode", "evaluate"], "--mode evaluate needs --dataset"),
+        (["--mode=predict", "--input=a", "--opacity=1.5"], "opacity must lie in [0, 1], got 1.5"),
+        (["--mode=train", "--dataset=d", "--prompts.use_points=false"], "nothing is asked"),
+        (["--mode=train", "--dataset=d", "--model_layer.freeze.mask_decoder=true"], "nothing trains"),
+        (["--mode=train", "--dataset=d", "--sched.LambdaLR.steps=[200,100]"], "must rise"),
+        (["--mode=train", "--dataset=d", "--model.type=vit_x"], "model.type must be one of auto, vit_h"),
+        (
+            ["--mode=train", "--dataset=d", "--losses.focal_ratio=0", "--losses.dice_ratio=0", "--losses.iou_ratio=0"],
+            "nothing is learnt",
+        ),
+        (["--mode=train", "--resume=nowhere"], "--resume nowhere: no such folder"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(flags, message):
+    assert any(message in problem for problem in list_problems(*flags))
+
+
+def test_a_mistake_prints_lines_and_exits_with_2(capsys):
+    assert main(["--mode", "train"]) == 2
+    assert capsys.readouterr().err == "finestsam: --mode train needs --dataset FOLDER\n"
+
+
+def test_a_flag_without_a_value_turns_a_switch_on():
+    _, config = parse_command_line(["--mode=train", "--dataset=d", "--prompts.use_boxes", "--strict"])
+
+    assert config.prompts.use_boxes
+    assert config.strict
+
+
+def test_the_printed_settings_are_the_settings(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_command_line(["--mode=train", "--dataset=d", "--batch_size=5", "--print_config"])
+
+    assert caught.value.code in (0, None)
+    printed = flatten_config(yaml.safe_load(capsys.readouterr().out))
+    assert printed["batch_size"] == 5
+    assert {name for name, _ in list_settings()} <= set(printed)
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["--mode", "train", "--bach_size", "3"]])
+def test_help_and_mistakes_answer_at_once(flags):
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        result = subprocess.run(
+            [sys.executable, "-m", "finestsam", *flags], cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        seconds.append(time.perf_counter() - started)
+
+    assert result.returncode == (0 if "--help" in flags else 2)
+    assert "Traceback" not in result.stderr
+    # 0.3 s on two idle cores; tests run beside other work.
+    assert min(seconds) < 1.0

@@ -1,0 +1,58 @@
+"""The direction in which rooms may import each other, and what importing may not do."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "finestsam"
+# Lowest first. A room may import rooms of lower levels and its own.
+LEVELS = {
+    "errors": 0, "config": 1, "batch": 1, "masks": 1, "images": 1, "data": 2, "model": 2, "prediction": 3,
+    "evaluation": 4, "training": 5, "cli": 6, "__main__": 7, "__init__": 0,
+}  # fmt: skip
+# Where each library may be touched.
+PLACES = {
+    "cv2": {"images", "masks", "overlay"},
+    "segment_anything": {"build", "sam", "load", "trainable", "generator", "decoder", "encoder"},
+    "pycocotools": {"masks", "coco", "coco_scores"},
+    "matplotlib": {"plots", "report"},
+}
+
+
+def list_imports(path: Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def find_room(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_one_way(path):
+    room = find_room(path)
+    for name in list_imports(path):
+        if name.startswith("finestsam."):
+            other = name.split(".")[1]
+            if other == "__version__":
+                continue
+            assert LEVELS[other] < LEVELS[room] or other == room, f"{room} imports {name}"
+            assert {room, other} != {"data", "model"}, f"{room} imports {name}"
+        for library, places in PLACES.items():
+            if name.split(".")[0] == library:
+                assert path.stem in places, f"{path.stem} imports {library}"
+
+
+def test_parsing_a_command_line_imports_neither_torch_nor_lightning():
+    code = "import sys, finestsam.cli; sys.exit(any(name in sys.modules for name in ('torch', 'lightning', 'cv2')))"
+
+    assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, timeout=60).returncode == 0
