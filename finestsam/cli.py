@@ -107,7 +107,7 @@ def _lengthen(word: str) -> str:
 def _complete_switches(words: list[str]) -> list[str]:
     """Let a switch stand alone: `--strict` is `--strict=true`."""
     switches = {f"--{name}" for name, entry in list_settings() if entry.type is bool}
-    following = [*words[1:], "--"]
+    following = [*words, "--"][1:]
     return [
         f"{word}=true" if word in switches and after.startswith("--") else word
         for word, after in zip(words, following, strict=True)

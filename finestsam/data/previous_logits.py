@@ -42,7 +42,8 @@ class PreviousLogits:
         parity = (epoch - 1) % 2
         written_in = self._open_marks(parity, "r")[rows]
         logits = torch.from_numpy(self._open(parity, "r")[rows].astype(np.float32))[:, None]
-        return logits, torch.from_numpy(written_in == epoch)  # marked with the epoch + 1, so that 0 means never
+        # Marked with the epoch + 1, so that 0 means never.
+        return logits, torch.from_numpy((written_in == epoch) & (written_in > 0))
 
     def write(self, epoch: int, rows: list[int], logits: Tensor) -> None:
         """Keep the logits (N x 4g x 4g) of the epoch that runs."""

@@ -116,11 +116,10 @@ def choose_device(name: str) -> torch.device:
         return torch.device(next(kind for kind, is_there in available.items() if is_there))
     if name == "tpu":
         raise UserError("device tpu: only training passes it on; predict and evaluate on another device")
-    if name == "gpu":
-        name = "mps" if available["mps"] else "cuda"
-    if not available[name]:
+    kind = ("mps" if available["mps"] else "cuda") if name == "gpu" else name
+    if not available[kind]:
         raise UserError(f"device {name}: none found; --device cpu runs without, --device auto takes what is there")
-    return torch.device(name)
+    return torch.device(kind)
 
 
 def choose_encoder_dtype(precision: str, device: torch.device) -> torch.dtype | None:

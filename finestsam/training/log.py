@@ -113,7 +113,8 @@ class RunLog:
     def _warn_once(self, what: str, error: BaseException) -> None:
         if what not in self._warned:
             self._warned.add(what)
-            print(f"warning: {self.folder / what} not written: {error}", file=sys.stderr)
+            reason = getattr(error, "strerror", None) or error
+            print(f"warning: {self.folder / what} not written: {reason}", file=sys.stderr)
 
 
 def read_metrics(path: Path) -> list[Row]:

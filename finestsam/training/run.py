@@ -99,6 +99,8 @@ def _start_from(config: Config, state: dict | None) -> Config:
 def _prepare_folder(fabric: Fabric, config: Config, data: LabelledSet) -> Path:
     """Return the run's folder, the same on every rank, with the settings, the report and the split in it."""
     if config.resume:
+        if fabric.global_rank == 0:
+            checkpoint.remove_stale_files(Path(config.resume))
         return Path(config.resume)
     folder = None
     if fabric.global_rank == 0:

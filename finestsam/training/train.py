@@ -4,7 +4,8 @@ import math
 import random
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 
 import torch
@@ -49,12 +50,19 @@ def _train(fabric: Fabric, config: Config) -> int:
     fabric.seed_everything(seed, verbose=False)
     with Interruption() as interruption:
         run = build_run(fabric, replace(config, seed_device=seed))
-        log = RunLog(run.folder, run.progress.epoch if config.resume else None) if run.is_first_rank else None
         _say_start(run)
         if _is_complete(run):
             fabric.print(f"already complete: {run.progress.epoch} epochs; --num_epochs above that continues")
             return 0
-        return run_epochs(run, log, interruption)
+        with _open_log(run) as log:
+            return run_epochs(run, log, interruption)
+
+
+def _open_log(run: Run) -> AbstractContextManager[RunLog | None]:
+    if not run.is_first_rank:
+        return nullcontext()
+    resumed_epoch = run.progress.epoch if run.config.resume else None
+    return closing(RunLog(run.folder, resumed_epoch, run.config.num_epochs))
 
 
 def run_epochs(run: Run, log: RunLog | None, interruption: Interruption) -> int:
@@ -74,7 +82,7 @@ def run_epochs(run: Run, log: RunLog | None, interruption: Interruption) -> int:
             _save_and_say(run)
             return interruption.exit_code
         finish_epoch(run, log)
-        _save_last_or_warn(run)
+        _warn_if_not_saved(lambda: save_last(run))
     _say_end(run)
     return 0
 
@@ -172,14 +180,18 @@ def _keep_if_best(run: Run) -> None:
         progress.best = value
     if not run.is_first_rank:
         return
-    weights = run.loaded.model.sam.state_dict()
-    if value is not None and progress.step > 0:
-        path = run.top.save(weights, progress.step, value)
+    _warn_if_not_saved(lambda: _save_best(run, value, is_better))
+
+
+def _save_best(run: Run, value: float | None, is_better: bool) -> None:
+    weights, card = run.loaded.model.sam.state_dict(), _make_card(run)
+    if value is not None and run.progress.step > 0:
+        path = run.top.save(weights, run.progress.step, value)
         if path:
-            write_card(path, _make_card(run))
+            write_card(path, card)
     if is_better:
         save_weights(run.folder / "best.pth", weights)
-        write_card(run.folder / "best.pth", _make_card(run))
+        write_card(run.folder / "best.pth", card)
 
 
 def _make_card(run: Run) -> Card:
@@ -253,9 +265,10 @@ def _show_progress(items: Iterable, title: str, total: int, is_first_rank: bool)
     return tqdm(items, desc=title, total=total, disable=is_quiet, leave=False)
 
 
-def _save_last_or_warn(run: Run) -> None:
+def _warn_if_not_saved(save: Callable[[], None]) -> None:
+    """Save; where the disk is full the old files are whole, and training goes on."""
     try:
-        save_last(run)
+        save()
     except CheckpointNotSaved as error:
         print(f"warning: {error}", file=sys.stderr)
 

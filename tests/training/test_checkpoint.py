@@ -76,7 +76,10 @@ def test_a_write_that_fails_half_way_leaves_the_old_file_and_no_other(tmp_path):
     save_last(path, {"step": 1})
     before = path.read_bytes()
 
-    with files_limited_to(100_000), pytest.raises(CheckpointNotSaved, match=r"^checkpoint not saved: File too large \("):
+    with (
+        files_limited_to(100_000),
+        pytest.raises(CheckpointNotSaved, match=r"^checkpoint not saved: File too large \("),
+    ):
         save_last(path, {"step": 2, "weights": torch.zeros(100_000)})
 
     assert path.read_bytes() == before

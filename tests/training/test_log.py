@@ -1,8 +1,4 @@
 import csv
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -34,10 +30,10 @@ def test_every_epoch_has_a_row_and_the_untouched_model_only_its_validation(tmp_p
     log.log_epoch(make_row(1, learning_rate=4e-05, step=1234567))
     with (tmp_path / "metrics.csv").open() as file:
         header, first, second = csv.reader(file)
-    assert header == (
-        "epoch step seconds learning_rate total_loss focal_loss dice_loss iou_loss iou predicted_iou "
-        "val_per_mask_iou val_per_mask_dice val_best_iou"
-    ).split(" ")
+    assert ",".join(header) == (
+        "epoch,step,seconds,learning_rate,total_loss,focal_loss,dice_loss,iou_loss,iou,predicted_iou,"
+        "val_per_mask_iou,val_per_mask_dice,val_best_iou"
+    )
     assert first == ["0", "0"] + [""] * 8 + ["0.21", "0.3", "0.4"]
     assert second[:5] == ["1", "1234567", "1.125", "4e-05", "1.25"]
 
@@ -100,10 +96,14 @@ def test_a_new_run_begins_an_empty_table_and_a_run_without_one_can_be_resumed(tm
     assert RunLog(tmp_path, resumed_epoch=1).read_rows() == []
 
 
-@pytest.mark.parametrize("text", ["a,b\n1,2\n", ",".join(COLUMNS) + "\n1,2,x\n", ",".join(COLUMNS) + "\n,2\n", "\xff\n1"])
+@pytest.mark.parametrize(
+    "text", ["a,b\n1,2\n", ",".join(COLUMNS) + "\n1,2,x\n", ",".join(COLUMNS) + "\n,2\n", "\xff\n1"]
+)
 def test_a_table_that_was_changed_by_hand_is_named(tmp_path, text):
     (tmp_path / "metrics.csv").write_text(text)
-    with pytest.raises(UserError, match="metrics.csv: not as finestsam wrote it .*; move it away to continue without it"):
+    with pytest.raises(
+        UserError, match="metrics.csv: not as finestsam wrote it .*; move it away to continue without it"
+    ):
         RunLog(tmp_path, resumed_epoch=1)
 
 
@@ -117,9 +117,7 @@ def test_a_table_that_cannot_be_written_is_told_once_and_written_later(tmp_path,
     log.path.mkdir()
     log.log_epoch(make_row(1))
     log.log_epoch(make_row(2))
-    assert capsys.readouterr().err == f"warning: {log.path} not written: [Errno 21] Is a directory\n".replace(
-        "Is a directory", f"Is a directory: '{tmp_path / f'.metrics.csv.{os.getpid()}.tmp'}' -> '{log.path}'"
-    )
+    assert capsys.readouterr().err == f"warning: {log.path} not written: Is a directory\n"
     log.path.rmdir()
     log.log_epoch(make_row(3))
     assert read_metrics(log.path) == [make_row(epoch) for epoch in (1, 2, 3)]
@@ -161,26 +159,14 @@ def test_a_broken_tensorboard_is_told_once_and_the_table_goes_on(tmp_path, capsy
     assert len(read_metrics(log.path)) == 2
 
 
-def test_without_tensorboard_the_log_is_silent(tmp_path):
-    script = f"""
-        import importlib.metadata, sys
-        from pathlib import Path
-        find = importlib.metadata.distribution
-        def distribution(name):
-            if name.startswith("tensorboard"):
-                raise importlib.metadata.PackageNotFoundError(name)
-            return find(name)
-        importlib.metadata.distribution = distribution
-        sys.modules["tensorboard"] = sys.modules["tensorboardX"] = None
-        from finestsam.training.log import RunLog
-        log = RunLog(Path({str(tmp_path)!r}))
-        log.log_step(1, {{"total_loss": 1.0}})
-        log.log_epoch({{"epoch": 1, "step": 1}})
-        log.close()
-    """
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "epoch 1 step 1\n", "")
+def test_without_tensorboard_the_log_is_silent(tmp_path, monkeypatch, capsys):
+    for package in ("TENSORBOARD", "TENSORBOARDX"):
+        monkeypatch.setattr(f"lightning.fabric.loggers.tensorboard._{package}_AVAILABLE", False)
+    log = RunLog(tmp_path)
+    log.log_step(1, {"total_loss": 1.0})
+    log.log_epoch(FLOOR)
+    log.close()
+    assert capsys.readouterr().err == ""
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
 
 

@@ -1,0 +1,74 @@
+"""Lay masks over a picture, each in a colour of its own."""
+
+import cv2
+import numpy as np
+
+from finestsam.masks import decode_rle, rle_area, rle_box
+
+# Hues a golden angle apart at three lightnesses (OKLCH), so that colours near in the list are far apart to the eye.
+PALETTE = np.array(
+    [
+        tuple(bytes.fromhex(colour))
+        for colour in (
+            "ff7362 0688ed bec90a ee6bd3 0a999d ffa755 9a96fe 01a235 ff9dae 0bb3ee a08405 "
+            "e39efe 0fbfa6 de5206 9dbdff 88b708 d7449a 0ad5f0 dc9305 9464ee 09e090"
+        ).split()
+    ],
+    dtype=np.uint8,
+)
+OUTLINE_SHADE = 0.35  # of the mask's own colour, so that neighbours part even where their colours are close
+OUTLINE_WIDTH = 1 / 900  # of the picture's longest side
+
+
+def draw_overlay(image: np.ndarray, rles: list[dict], opacity: float) -> np.ndarray:
+    """Return the picture in its own size with masks and their outlines over it, the small above the large.
+
+    Args:
+        image: H x W x 3, uint8, RGB.
+        rles: masks of the same H x W.
+        opacity: 0 leaves the picture as it is, 1 hides it under the masks.
+    """
+    rles = sorted(rles, key=rle_area, reverse=True)
+    boxes = np.array([rle_box(rle) for rle in rles], dtype=np.int64).reshape(-1, 4)
+    colours = PALETTE[choose_colours(boxes)]
+    filled = image.copy()
+    outlines = []  # drawn after every mask is filled, so that a mask does not hide the outline of the one below
+    for rle, (x, y, width, height), colour in zip(rles, boxes.tolist(), colours, strict=True):
+        mask = decode_rle(rle)[y : y + height, x : x + width]
+        filled[y : y + height, x : x + width][mask] = colour
+        outlines.append(_trace(mask, (x, y)))
+    blended = _blend(image, filled, opacity)
+    outlined = blended.copy()
+    thickness = max(round(max(image.shape) * OUTLINE_WIDTH), 1)
+    for contours, colour in zip(outlines, colours, strict=True):
+        shade = (colour * OUTLINE_SHADE).tolist()
+        cv2.polylines(outlined, contours, isClosed=True, color=shade, thickness=thickness, lineType=cv2.LINE_AA)
+    return _blend(blended, outlined, opacity**0.5)  # thin lines need more to be seen through the same veil
+
+
+def choose_colours(boxes_xywh: np.ndarray) -> np.ndarray:
+    """Return an index into PALETTE for each mask, the same from run to run.
+
+    Where a mask lies decides its colour, so that it keeps it when others come and go; only where a mask before it in the
+    list has that colour already and its box touches, the next colour is taken.
+    """
+    first, behind = boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]
+    # Two large primes scatter places that are near each other over the whole palette.
+    places = (first + behind) // 2 @ np.array([73_856_093, 19_349_663]) % len(PALETTE)
+    chosen = np.zeros(len(boxes_xywh), dtype=np.int64)
+    for i, place in enumerate(places):
+        touches = ((first[:i] <= behind[i]) & (first[i] <= behind[:i])).all(axis=1)
+        uses = np.bincount(chosen[:i][touches], minlength=len(PALETTE))
+        preferred = (place + np.arange(len(PALETTE))) % len(PALETTE)
+        chosen[i] = preferred[np.argmin(uses[preferred])]
+    return chosen
+
+
+def _trace(mask: np.ndarray, offset: tuple[int, int]) -> list[np.ndarray]:
+    """Return the closed lines around a mask and around its holes, each K x 1 x 2, XY."""
+    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE, offset=offset)
+    return list(contours)
+
+
+def _blend(below: np.ndarray, above: np.ndarray, opacity: float) -> np.ndarray:
+    return cv2.addWeighted(below, 1 - opacity, above, opacity, 0)

@@ -1,0 +1,144 @@
+"""Draw a run's curves from the rows of its metrics.csv.
+
+Figures are made without pyplot, which would take over the settings of a notebook that calls this.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+Rows = Sequence[Mapping[str, float | None]]
+
+# Title and colour (Okabe and Ito's, told apart by the colour-blind too) of what is drawn against epochs.
+TITLES = {
+    "total_loss": "Total loss",
+    "focal_loss": "Focal loss",
+    "dice_loss": "Dice loss",
+    "iou_loss": "IoU loss",
+    "iou": "IoU",
+    "predicted_iou": "Predicted IoU",
+    "learning_rate": "Learning rate",
+}
+COLORS = {
+    "total_loss": "black",
+    "focal_loss": "#D55E00",
+    "dice_loss": "#0072B2",
+    "iou_loss": "#CC79A7",
+    "iou": "#009E73",
+    "predicted_iou": "#56B4E9",
+    "learning_rate": "#666666",
+}
+VALIDATION = "val_per_mask_iou"
+VALIDATION_COLOR = "#E69F00"
+MARKED_POINTS = 30  # lines of more points are drawn without a marker on each
+
+
+def draw_curves(rows: Rows, folder: Path) -> list[Path]:
+    """Write a PNG for every curve, and one of all together, to `folder/plots`, and return their paths.
+
+    Args:
+        rows: of a RunLog; epoch 0 is the untouched model, whose validation is the floor.
+        folder: of the run.
+    """
+    plots = folder / "plots"
+    plots.mkdir(parents=True, exist_ok=True)
+    figures = {name: _draw_one(rows, name) for name in TITLES} | {"all_metrics": _draw_all(rows)}
+    paths = []
+    for name, figure in figures.items():
+        paths.append(plots / f"{name}.png")
+        figure.savefig(paths[-1])
+    return paths
+
+
+def _draw_one(rows: Rows, name: str) -> Figure:
+    figure, axes = _make_figure(width=7, right=0.96)
+    _draw_line(axes, rows, name, "Training")
+    if name == "iou":
+        _draw_validation(axes, rows)
+    if name == "learning_rate":
+        _scale_rate(axes, rows)
+    _finish(axes, TITLES[name], TITLES[name])
+    axes.spines["right"].set_visible(False)
+    if len(axes.lines) > 1:
+        axes.legend(edgecolor="none", framealpha=0.8)
+    return figure
+
+
+def _draw_all(rows: Rows) -> Figure:
+    """Losses and IoU share the left axis; the total loss, which is far larger, has the right one."""
+    figure, left = _make_figure(width=10, right=0.72)
+    for name in ("focal_loss", "dice_loss", "iou_loss", "iou", "predicted_iou"):
+        _draw_line(left, rows, name, TITLES[name])
+    _draw_validation(left, rows)
+    _finish(left, "Training and validation", "Losses, IoU")
+    if any(row.get("total_loss") is not None for row in rows):
+        right = left.twinx()
+        _draw_line(right, rows, "total_loss", "Total loss (right axis)", linestyle="--")
+        right.set_ylabel("Total loss")
+        right.spines["top"].set_visible(False)
+    if left.lines:
+        figure.legend(loc="upper left", bbox_to_anchor=(0.785, 0.91), frameon=False)
+    return figure
+
+
+def _make_figure(width: float, right: float) -> tuple[Figure, Axes]:
+    """Return an empty figure of `width` inches whose axes end at the share `right` of it."""
+    figure = Figure(figsize=(width, 4.5), dpi=110)
+    FigureCanvasAgg(figure)
+    # Fixed margins: to have them fitted would take as long as to draw.
+    figure.subplots_adjust(left=0.8 / width, right=right, bottom=0.13, top=0.88)
+    return figure, figure.add_subplot()
+
+
+def _draw_line(axes: Axes, rows: Rows, name: str, label: str, linestyle: str = "-") -> None:
+    epochs, values = _list_points(rows, name)
+    marker = "o" if len(epochs) <= MARKED_POINTS else None
+    if epochs:
+        axes.plot(
+            epochs, values, linestyle, color=COLORS[name], marker=marker, markersize=4, linewidth=1.6, label=label
+        )
+
+
+def _draw_validation(axes: Axes, rows: Rows) -> None:
+    epochs, values = _list_points(rows, VALIDATION)
+    if not epochs:
+        return
+    style = {"color": VALIDATION_COLOR, "linewidth": 1.6}
+    axes.plot(epochs, values, marker="D", markersize=4.5, label="Validation IoU", **style)
+    if epochs[0] == 0:
+        axes.axhline(values[0], linestyle=":", label="Untouched model", **style)
+
+
+def _list_points(rows: Rows, name: str) -> tuple[list[float], list[float]]:
+    """Return the epochs in which something was measured, and what was."""
+    points = [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
+    return [epoch for epoch, _ in points], [value for _, value in points]
+
+
+def _scale_rate(axes: Axes, rows: Rows) -> None:
+    rates = _list_points(rows, "learning_rate")[1]
+    if rates and min(rates) > 0 and max(rates) / min(rates) >= 10:
+        axes.set_yscale("log")
+    else:
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+
+
+def _finish(axes: Axes, title: str, y_label: str) -> None:
+    axes.set_title(title, fontweight="bold", pad=12)
+    axes.set_xlabel("Epoch")
+    axes.set_ylabel(y_label)
+    axes.spines["top"].set_visible(False)
+    if not axes.lines:
+        axes.set(xticks=[], yticks=[])
+        axes.text(0.5, 0.5, "nothing measured yet", ha="center", va="center", color="#888888", transform=axes.transAxes)
+        return
+    low, high = axes.get_xlim()
+    if high - low < 1:  # a single epoch
+        axes.set_xlim(low - 0.4, high + 1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.grid(color="#DDDDDD", linewidth=0.8)
+    axes.set_axisbelow(True)

@@ -1,0 +1,183 @@
+import json
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from finestsam.data.cache import read_coco_cached
+from finestsam.data.coco import FileFinder, read_coco
+from finestsam.data.layouts import Part, find_layout
+from finestsam.errors import Defect, UserError
+from finestsam.images import write_image
+from finestsam.masks import decode_rle, encode_mask, rle_to_json
+
+SQUARE = [[1, 1, 4, 1, 4, 4, 1, 4]]
+
+
+def make_annotation(number: int, **changes: object) -> dict:
+    return {"id": number, "image_id": 1, "category_id": 1, "iscrowd": 0, "segmentation": SQUARE} | changes
+
+
+def read_plain(folder):
+    return read_coco(find_layout(folder).parts["all"])
+
+
+def test_a_sound_dataset_is_read_with_boxes_and_areas_of_the_masks(coco_folder):
+    index = read_plain(coco_folder([make_annotation(7, bbox=[0, 0, -3, 1], area=9999)]))
+
+    (record,) = index.records
+    (annotation,) = record.annotations
+    assert (record.size, annotation.id, annotation.area, annotation.box) == ((10, 12), 7, 9, [1, 1, 3, 3])
+    assert decode_rle(record.rle(annotation)).sum() == 9
+    assert index.categories == {1: "thing"}
+    assert index.report.summarize() == "dataset: 1 images, 1 usable; 1 annotations, 1 usable"
+
+
+def test_what_cannot_be_used_is_skipped_counted_and_shown(coco_folder):
+    index = read_plain(
+        coco_folder(
+            [
+                make_annotation(1),
+                make_annotation(2, segmentation=[]),
+                make_annotation(3, image_id=99),
+                make_annotation(4, iscrowd=1),
+                make_annotation(5, segmentation=[[1, 1, 5, 5]]),
+                make_annotation(6, segmentation=None),
+                "nonsense",
+            ]
+        )
+    )
+
+    assert [annotation.id for annotation in index.records[0].annotations] == [1]
+    assert index.report.summarize() == (
+        "dataset: 1 images, 1 usable; 7 annotations, 1 usable, 6 skipped "
+        "(2 empty segmentation, 2 unknown image, 1 crowd, 1 too few points)"
+    )
+    assert "  a.png annotation 2: empty segmentation" in index.report.list_examples()
+    assert index.report.defect_count == 5  # a crowd is no defect
+
+
+def test_ids_written_as_text_or_floats_are_the_same_ids(coco_folder):
+    images = [{"id": "1", "file_name": "a.png", "width": "12", "height": 10.0}]
+    folder = coco_folder([make_annotation(1, image_id=1.0), make_annotation("2", image_id="1")], images=images)
+
+    assert [annotation.id for annotation in read_plain(folder).records[0].annotations] == [1, 2]
+
+
+def test_duplicate_and_missing_annotation_ids_lose_no_annotation(coco_folder):
+    missing = make_annotation(0)
+    del missing["id"]
+    index = read_plain(coco_folder([make_annotation(0), make_annotation(0), make_annotation(0), missing]))
+
+    assert len({annotation.id for annotation in index.records[0].annotations}) == 4
+    assert any("3 annotations had no id or another's" in line for line in index.report.list_examples())
+
+
+def test_a_missing_size_is_taken_from_the_file_and_a_wrong_one_refused(coco_folder):
+    index = read_plain(coco_folder([make_annotation(1)], images=[{"id": 1, "file_name": "a.png"}]))
+    assert index.records[0].size == (10, 12)
+
+    folder = coco_folder([make_annotation(1)], images=[{"id": 1, "file_name": "a.png", "width": 40, "height": 30}])
+    with pytest.raises(UserError, match="size mismatch: the annotations say 40 x 30, the file has 12 x 10"):
+        read_plain(folder)
+
+
+def test_a_byte_order_mark_is_read_over(coco_folder):
+    folder = coco_folder([make_annotation(1)])
+    path = folder / "annotations.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+
+    assert len(read_plain(folder).records) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON: .* at line 1 column"),
+        ("[]", "expected an object with images, annotations and categories, got a list"),
+        ('[{"image_id": 1, "score": 0.5}]', "looks like a list of COCO results"),
+        ("3", "expected an object"),
+        ('{"images": [], "categories": []}', "`annotations` is missing"),
+        ('{"annotations": []}', "`images` is missing"),
+        ('{"shapes": [], "imagePath": "a.png"}', "labelme"),
+        ("[" * 200_000, "nested too deeply|not JSON"),
+        ('{"images": [], "annotations": [], "categories": []}', "nothing to train on"),
+    ],
+)
+def test_a_file_that_is_no_coco_annotations_is_refused(coco_folder, text, message):
+    folder = coco_folder([])
+    (folder / "annotations.json").write_text(text)
+
+    with pytest.raises(UserError, match=message):
+        read_plain(folder)
+
+
+def test_one_image_id_for_two_files_is_refused(coco_folder):
+    images = [{"id": 1, "file_name": "a.png"}, {"id": 1, "file_name": "b.png"}]
+    folder = coco_folder([make_annotation(1)], images=images)
+    write_image(folder / "images" / "b.png", np.zeros((10, 12, 3), dtype=np.uint8))
+
+    with pytest.raises(UserError, match="image id 1 stands for a.png and for b.png"):
+        read_plain(folder)
+
+
+@pytest.mark.parametrize("name", ["a.png", "images\\a.png", "..\\upload\\a.png", "../../a.png", "/tmp/a.png", "C:\\a.png"])
+def test_a_picture_is_found_inside_the_dataset_alone(coco_folder, name):
+    folder = coco_folder([])
+
+    assert FileFinder(folder / "images")(name) == folder / "images" / "a.png"
+
+
+@pytest.mark.parametrize("name", ["../annotations.json", "/etc/passwd", "..\\..\\etc\\passwd", "http://host/x.png"])
+def test_a_name_that_leads_outside_is_never_opened(coco_folder, name):
+    folder = coco_folder([])
+
+    with pytest.raises(Defect, match="leads outside the dataset"):
+        FileFinder(folder / "images")(name)
+
+
+def test_the_cached_index_is_the_index_until_the_annotations_change(coco_folder):
+    folder = coco_folder([make_annotation(1), make_annotation(2, segmentation=[])])
+    part = Part(folder / "images", folder / "annotations.json")
+
+    first = read_coco_cached(part, "index.json")
+    again = read_coco_cached(part, "index.json")
+
+    assert again.records == first.records == read_coco(part).records
+    assert again.categories == first.categories
+    assert again.report == first.report
+    coco_folder([make_annotation(5)])
+    assert [annotation.id for annotation in read_coco_cached(part, "index.json").records[0].annotations] == [5]
+    (folder / "index.json").write_text("{garbage")
+    assert [annotation.id for annotation in read_coco_cached(part, "index.json").records[0].annotations] == [5]
+
+
+@pytest.mark.slow
+def test_an_index_of_the_size_of_coco_val2017_takes_seconds_and_little_memory(tmp_path):
+    """5 000 pictures, 36 000 objects: 20-gons and run lengths as large as COCO's."""
+    generator = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    write_image(tmp_path / "images" / "0.png", np.zeros((480, 640, 3), dtype=np.uint8))
+    data = (tmp_path / "images" / "0.png").read_bytes()
+    images = []
+    for number in range(5000):
+        (tmp_path / "images" / f"{number}.png").write_bytes(data)
+        images.append({"id": number, "file_name": f"{number}.png", "width": 640, "height": 480})
+    rle = rle_to_json(encode_mask(generator.random((480, 640)) > 0.999))
+    angles = np.linspace(0, 2 * np.pi, 20, endpoint=False)
+    circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    annotations = []
+    for number in range(36_000):
+        polygon = circle * generator.uniform(5, 120, size=2) + generator.uniform((0, 0), (640, 480))
+        segmentation = rle if number % 100 == 0 else [polygon.flatten().round(2).tolist()]
+        annotations.append(make_annotation(number, image_id=number % 5000, segmentation=segmentation))
+    (tmp_path / "annotations.json").write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": []})
+    )
+
+    tracemalloc.start()
+    index = read_plain(tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+
+    assert index.report.usable_annotation_count > 34_000
+    assert peak < 500e6

@@ -1,0 +1,173 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from finestsam.batch import Batch
+from finestsam.config import build_config
+from finestsam.data.dataset import SampleDataset, SampleSettings, StepSampler, collate
+from finestsam.data.loaders import build_train_loader, build_validation_loader
+from finestsam.data.previous_logits import PreviousLogits
+from finestsam.images import compute_input_size
+from finestsam.masks import decode_rle
+
+
+def make_settings(**changes: object) -> SampleSettings:
+    config = build_config(
+        {"prompts.use_boxes": True, "prompts.use_masks": True, "dataset.positive_points": 2, "dataset.negative_points": 1}
+    )
+    settings = SampleSettings(64, 16, 0, config.prompts, config.dataset)
+    return replace(settings, **changes)
+
+
+def assert_same(one, other):
+    assert one.annotation_ids == other.annotation_ids
+    assert torch.equal(one.image, other.image)
+    for name in ("points", "labels", "boxes", "mask_logits"):
+        assert torch.equal(getattr(one.prompts, name), getattr(other.prompts, name)), name
+
+
+def test_a_sample_has_the_shapes_and_the_frame_that_the_batch_page_defines(records):
+    sample = SampleDataset(records, make_settings())[(0, 2)]
+    record, count = records[2], len(records[2].annotations)
+    height, width = compute_input_size(record.size, 64)
+
+    assert sample.image.shape == (3, height, width)
+    assert sample.image.dtype == torch.uint8
+    assert sample.prompts.points.shape == (count, 3, 2)
+    assert sample.prompts.labels.tolist()[0][2] in (0, -1)
+    assert sample.prompts.boxes.shape == (count, 4)
+    assert sample.prompts.mask_logits.shape == (count, 1, 16, 16)
+    assert len(sample.prompts) == len(sample) == count
+    assert (sample.prompts.boxes[:, 2:] <= torch.tensor([width, height])).all()
+
+
+def test_positive_points_lie_inside_and_negative_points_outside_their_objects(records):
+    dataset = SampleDataset(records, make_settings())
+    for position, record in enumerate(records):
+        sample = dataset[(3, position)]
+        scale = 64 / max(record.size)
+        for row, rle in enumerate(sample.rles):
+            mask = decode_rle(rle)
+            for point, label in zip(sample.prompts.points[row], sample.prompts.labels[row], strict=True):
+                if label == 1:  # the pixel that SAM means, half a pixel on in the input frame
+                    x, y = np.floor((point.numpy() + 0.5) / scale + 1e-4).astype(int)
+                    around = mask[max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2]
+                    assert mask[min(y, mask.shape[0] - 1), min(x, mask.shape[1] - 1)] or around.any()
+
+
+def test_prompts_change_from_epoch_to_epoch_and_nothing_else_changes_them(records):
+    first, again = (SampleDataset(records, make_settings()) for _ in range(2))
+    again[(5, 0)]  # what was asked for before must not matter
+
+    assert_same(first[(1, 2)], again[(1, 2)])
+    assert not torch.equal(first[(1, 2)].prompts.boxes, first[(2, 2)].prompts.boxes)
+    assert not torch.equal(first[(1, 2)].prompts.points, first[(2, 2)].prompts.points)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_worker_processes_give_the_same_samples_in_the_same_order(records, num_workers):
+    sampler = StepSampler(len(records), batch_size=2, seed=5)
+    loader = build_train_loader(SampleDataset(records, make_settings()), sampler, num_workers)
+    for epoch in (0, 1):
+        sampler.epoch = epoch
+        expected = [SampleDataset(records, make_settings())[key] for keys in sampler for key in keys]
+        found = [sample for batch, _ in loader for sample in batch.samples]
+        for one, other in zip(expected, found, strict=True):
+            assert_same(one, other)
+
+
+def test_a_picture_with_too_many_objects_gives_a_choice_that_changes(records):
+    dataset = SampleDataset(records, make_settings(max_objects=3))
+
+    chosen = [tuple(dataset[(epoch, 0)].annotation_ids) for epoch in range(6)]
+
+    assert all(len(ids) == 3 for ids in chosen)
+    assert len(set(chosen)) > 1
+    assert dataset[(0, 0)].rows == [
+        [annotation.id for annotation in records[0].annotations].index(number) for number in chosen[0]
+    ]
+
+
+def test_a_picture_that_broke_since_the_check_is_named_and_left_out(records):
+    broken = [replace(records[0], path=records[0].path.with_name("gone.png")), records[1]]
+    dataset = SampleDataset(broken, make_settings())
+
+    batch, messages = collate([dataset[(0, 0)], dataset[(0, 1)]])
+
+    assert len(batch.samples) == 1
+    assert messages == [f"{records[0].file_name}: no such file"]
+
+
+@pytest.mark.parametrize("length", [1, 4, 7, 12])
+def test_the_ranks_share_every_step_as_one_process_would_take_it(length):
+    whole = list(StepSampler(length, batch_size=4, seed=1))
+    shares = [list(StepSampler(length, batch_size=2, seed=1, rank=rank, world_size=2)) for rank in range(2)]
+
+    assert len(shares[0]) == len(shares[1]) == len(whole)
+    for step, keys in enumerate(whole):
+        assert sorted(shares[0][step] + shares[1][step]) == sorted(keys)
+
+
+def test_an_epoch_is_continued_in_its_middle_and_reshuffled_in_the_next():
+    sampler = StepSampler(10, batch_size=3, seed=1)
+    whole = list(sampler)
+    sampler.first_batch = 2
+    assert list(sampler) == whole[2:]
+    assert len(sampler) == 2
+    sampler.first_batch, sampler.epoch = 0, 1
+    assert [key[1] for keys in sampler for key in keys] != [key[1] for keys in whole for key in keys]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_validation_sees_every_picture_once_whatever_the_number_of_ranks(records, world_size):
+    dataset = SampleDataset(records, make_settings())
+    loaders = [build_validation_loader(dataset, 0, rank, world_size) for rank in range(world_size)]
+
+    seen = [sample.image_id for loader in loaders for batch, _ in loader for sample in batch.samples]
+
+    assert sorted(seen) == sorted(record.image_id for record in records)
+
+
+def test_previous_logits_are_those_of_the_epoch_before(tmp_path):
+    memory = PreviousLogits(tmp_path, object_count=5, side=4)
+    memory.create()
+    logits = torch.arange(32).reshape(2, 4, 4).float()
+
+    memory.write(0, [1, 3], logits)
+    found, is_known = memory.read(1, [3, 0, 1])
+
+    assert is_known.tolist() == [True, False, True]
+    assert torch.equal(found[0, 0], logits[1])
+    # Written in the epoch that runs: not to be read before the next.
+    memory.write(1, [3], -logits[:1])
+    assert torch.equal(memory.read(1, [3])[0][0, 0], logits[1])
+    assert torch.equal(memory.read(2, [3])[0][0, 0], -logits[0])
+    assert memory.read(2, [1])[1].tolist() == [False]  # two epochs old
+    assert memory.read(3, [3])[1].tolist() == [False]
+
+
+def test_previous_logits_become_mask_prompts_where_they_are_known(records, tmp_path):
+    config = build_config({"prompts.use_logits": True})
+    count = sum(len(record.annotations) for record in records)
+    memory = PreviousLogits(tmp_path, count, side=16)
+    memory.create()
+    dataset = SampleDataset(records, make_settings(prompts=config.prompts), memory)
+    first = dataset[(0, 0)]
+    assert not first.prompts.has_mask.any()
+
+    memory.write(0, first.rows[:2], torch.full((2, 16, 16), 2.5))
+    second = dataset[(1, 0)]
+
+    assert second.prompts.has_mask.tolist() == [True, True] + [False] * (len(second) - 2)
+    assert (second.prompts.mask_logits[0] == 2.5).all()
+
+
+def test_a_batch_counts_its_objects_and_goes_to_a_device_whole(records):
+    dataset = SampleDataset(records, make_settings())
+    batch = Batch([dataset[(0, 0)], dataset[(0, 1)]])
+
+    assert batch.object_count == len(records[0].annotations) + len(records[1].annotations)
+    moved = batch.to("meta")
+    assert moved.samples[0].image.device.type == moved.samples[1].prompts.boxes.device.type == "meta"

@@ -1,0 +1,207 @@
+"""The real commands, on the smallest model and drawn scenes."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import FROM_SCRATCH, run_training
+
+from finestsam.cli import main
+from finestsam.config import build_config
+from finestsam.model.load import load_model
+from finestsam.training.hints import list_mismatches
+
+ROOT = Path(__file__).parents[2]
+
+
+def read_csv(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def load_last(run: Path) -> dict:
+    return torch.load(run / "last.ckpt", weights_only=True)
+
+
+def assert_same_weights(one: Path, other: Path, **tolerance: float) -> None:
+    first, second = load_last(one)["model"], load_last(other)["model"]
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+@pytest.fixture(scope="module")
+def finished(scenes, tmp_path_factory) -> Path:
+    return run_training(scenes, tmp_path_factory.mktemp("sav"), "--num_epochs=3", "--save_top_k=2")
+
+
+def test_a_run_leaves_everything_that_is_needed_to_use_repeat_and_continue_it(finished):
+    names = {path.name for path in finished.iterdir()}
+
+    assert {"config.yaml", "dataset_report.json", "split.json", "metrics.csv", "best.pth", "best.json", "last.ckpt"} <= names
+    assert (finished / "plots" / "all_metrics.png").stat().st_size > 5000
+    assert [path for path in finished.glob("*-0.*.pth") if path.with_suffix(".json").is_file()]
+    card = json.loads((finished / "best.json").read_text())
+    assert (card["model_type"], card["image_size"], card["multimask_output"]) == ("vit_tiny_test", 64, True)
+    assert set(card["floor"]) == {"val_per_mask_iou", "val_per_mask_dice", "val_best_iou"}
+
+
+def test_the_figures_have_a_row_for_the_untouched_model_and_one_per_epoch(finished):
+    rows = read_csv(finished)
+
+    assert [int(row["epoch"]) for row in rows] == [0, 1, 2, 3]
+    assert rows[0]["total_loss"] == ""
+    assert float(rows[3]["total_loss"]) < float(rows[1]["total_loss"])
+    for row in rows[1:]:
+        parts = sum(float(row[name]) for name in ("focal_loss", "dice_loss", "iou_loss"))
+        assert parts == pytest.approx(float(row["total_loss"]), rel=1e-4)
+
+
+def test_best_weights_load_anywhere_and_are_never_worse_than_the_untouched_model(finished):
+    state_dict = torch.load(finished / "best.pth", weights_only=True)
+    loaded = load_model(build_config({"model.checkpoint": str(finished), "device": "cpu"}))
+
+    assert set(state_dict) == set(loaded.model.sam.state_dict())
+    assert all(value.device.type == "cpu" and value.dtype == torch.float32 for value in state_dict.values())
+    card = json.loads((finished / "best.json").read_text())
+    assert card["metrics"]["val_per_mask_iou"] >= card["floor"]["val_per_mask_iou"]
+
+
+def test_the_settings_of_a_run_repeat_it(finished, tmp_path):
+    assert main([f"--config={finished / 'config.yaml'}", "--mode=train", f"--sav_dir={tmp_path}", "--run_name=again"]) == 0
+
+    assert_same_weights(finished, tmp_path / "again")
+    assert yaml.safe_load((finished / "config.yaml").read_text())["seed_device"] == 1337
+
+
+@pytest.mark.parametrize(
+    ("steps", "flags"),
+    [(2, []), (5, ["--prompts.use_logits=true"]), (3, ["--sched.type=ReduceLROnPlateau"])],
+    ids=["in the first epoch", "in a later epoch", "between two epochs"],
+)
+def test_a_resumed_run_matches_an_unbroken_one(scenes, tmp_path, steps, flags):
+    flags = [*flags, "--dataset.val_size=0.2", "--opt.accumulate_batches=2", "--batch_size=1"]
+    run_training(scenes, tmp_path, "--run_name=whole", "--num_epochs=3", *flags)
+    run_training(scenes, tmp_path, "--run_name=broken", "--num_epochs=3", f"--max_steps={steps}", *flags)
+
+    assert main(["--mode=train", f"--resume={tmp_path / 'broken'}", "--max_steps=0"]) == 0
+
+    assert_same_weights(tmp_path / "whole", tmp_path / "broken")
+    drop = ("seconds",)
+    whole, broken = (
+        [{name: value for name, value in row.items() if name not in drop} for row in read_csv(tmp_path / name)]
+        for name in ("whole", "broken")
+    )
+    assert whole == broken
+
+
+def test_a_finished_run_says_so_and_goes_on_with_more_epochs(finished, capsys):
+    assert main(["--mode=train", f"--resume={finished}"]) == 0
+    assert "already complete: 3 epochs" in capsys.readouterr().out
+
+    assert main(["--mode=train", f"--resume={finished}", "--num_epochs=4"]) == 0
+    assert [int(row["epoch"]) for row in read_csv(finished)] == [0, 1, 2, 3, 4]
+
+
+def test_another_dataset_is_not_resumed(finished, coco_folder, capsys):
+    square = {"id": 1, "image_id": 1, "category_id": 1, "segmentation": [[1, 1, 9, 1, 9, 9, 1, 9]]}
+    folder = coco_folder([square])
+
+    assert main(["--mode=train", f"--resume={finished}", f"--dataset={folder}", "--dataset.val_size=0"]) == 2
+    assert "the dataset is not the one that the run was trained on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--multimask_output=false"],
+        ["--prompts.use_points=false", "--prompts.use_boxes=true"],
+        ["--prompts.use_masks=true", "--dataset.negative_points=2", "--dataset.positive_points=3"],
+        ["--losses.resolution=low", "--precision=bf16-mixed"],
+        ["--dataset.val_size=0"],
+        ["--dataset.use_center=true", "--dataset.snap_to_grid=false", "--dataset.max_objects=4"],
+        ["--early_stop_evaluations=1", "--opt.learning_rate=1e-9"],
+    ],
+)
+def test_every_way_to_train_runs(scenes, tmp_path, flags):
+    run = run_training(scenes, tmp_path, "--num_epochs=1", *flags)
+
+    assert (run / "best.pth").is_file()
+
+
+def test_a_strict_run_refuses_a_dataset_with_a_defect(coco_folder, capsys):
+    square = {"id": 1, "image_id": 1, "category_id": 1, "segmentation": [[1, 1, 9, 1, 9, 9, 1, 9]]}
+    folder = coco_folder([square, {"id": 2, "image_id": 1, "category_id": 1, "segmentation": []}])
+
+    flags = ["--mode=train", f"--dataset={folder}", "--dataset.val_size=0", "--model.type=vit_tiny_test", "--strict"]
+    assert main([*flags, "--device=cpu", f"--sav_dir={folder / 'sav'}", *FROM_SCRATCH]) == 2
+    assert "1 skipped (1 empty segmentation)" in capsys.readouterr().err
+
+
+def test_evaluation_gives_the_figures_of_validation(scenes, finished, tmp_path, capsys):
+    flags = ["--mode=evaluate", f"--dataset={scenes}", f"--model.checkpoint={finished}", "--device=cpu"]
+    assert main([*flags, f"--out_dir={tmp_path}", "--num_workers=0", "--seed_device=1337"]) == 0
+
+    figures = json.loads((tmp_path / "evaluation.json").read_text())
+    card = json.loads((finished / "best.json").read_text())
+    assert figures["point/iou"] == pytest.approx(card["metrics"]["val_per_mask_iou"], abs=1e-6)
+    assert 0 <= figures["box/iou"] <= figures["box/best_iou"] <= 1
+
+
+def start_command(scenes: Path, folder: Path, *flags: str) -> subprocess.Popen:
+    arguments = ["--mode=train", f"--dataset={scenes}", "--model.type=vit_tiny_test", f"--sav_dir={folder}"]
+    arguments += ["--device=cpu", "--num_workers=2", *FROM_SCRATCH, *flags]
+    command = [sys.executable, "-m", "finestsam", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops_and_the_run_can_be_continued(scenes, tmp_path, number):
+    process = start_command(scenes, tmp_path, "--num_epochs=100000", "--eval_interval=0", "--run_name=run")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "last.ckpt").is_file() and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+    process.send_signal(number)
+    out, error = process.communicate(timeout=60)
+
+    assert process.returncode == 128 + number
+    assert "to go on: --mode train --resume" in out
+    assert "Traceback" not in error
+    progress = load_last(tmp_path / "run")["progress"]
+    assert progress["step"] > 0
+    flags = ["--mode=train", f"--resume={tmp_path / 'run'}", f"--num_epochs={progress['epoch'] + 1}"]
+    assert main([*flags, "--num_workers=0"]) == 0
+
+
+@pytest.mark.parametrize("flags", [[], ["--model_layer.freeze.image_encoder=true", "--prompts.use_boxes=true"]])
+def test_two_processes_learn_what_one_learns_at_the_same_global_batch(scenes, tmp_path, flags):
+    flags = ["--num_epochs=2", "--dataset.val_size=0.5", *flags]  # 3 pictures a side: shares are never equal
+    one = start_command(scenes, tmp_path, "--run_name=one", "--batch_size=2", *flags)
+    assert one.wait(timeout=300) == 0, one.stderr.read()
+    two = start_command(scenes, tmp_path, "--run_name=two", "--batch_size=1", "--num_devices=2", *flags)
+    assert two.wait(timeout=300) == 0, two.stderr.read()
+
+    assert_same_weights(tmp_path / "one", tmp_path / "two", rtol=1e-3, atol=1e-5)
+    for first, second in zip(read_csv(tmp_path / "one"), read_csv(tmp_path / "two"), strict=True):
+        for name in ("total_loss", "val_per_mask_iou", "val_best_iou"):
+            if first[name]:
+                assert float(second[name]) == pytest.approx(float(first[name]), abs=1e-3)
+    assert len(list(tmp_path.iterdir())) == 2  # only one rank makes a folder
+
+
+def test_settings_that_train_what_prediction_does_not_read_are_named():
+    def warn(**values: object) -> str:
+        return " ".join(list_mismatches(build_config(values), starts_from_nothing=False))
+
+    assert warn() == ""
+    assert "without positive points" in warn(**{"prompts.use_points": False, "prompts.use_boxes": True})
+    assert "more than the one point" in warn(**{"prompts.use_boxes": True})
+    assert "not snapped" in warn(**{"dataset.snap_to_grid": False})
+    assert "never learns to see" in list_mismatches(build_config({}), starts_from_nothing=True)[0]
