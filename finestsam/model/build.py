@@ -5,12 +5,15 @@ from functools import partial
 
 import torch
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from segment_anything.modeling.transformer import Attention
 from torch import nn
 
 PATCH_SIZE = 16
 # ImageNet's channel means and deviations, as in segment_anything's build_sam.py.
 PIXEL_MEAN = [123.675, 116.28, 103.53]
 PIXEL_STD = [58.395, 57.12, 57.375]
+# How sharply a decoder with random weights attends to the place of its prompt.
+POSITION_GAIN = 2.5
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ def build_sam(model_type: str, image_size: int | None = None) -> Sam:
     )
     # segment_anything leaves the positions at zero, waiting for a checkpoint; from scratch, tokens must differ by place.
     nn.init.trunc_normal_(sam.image_encoder.pos_embed, std=0.02)
+    _align_positions_(sam.mask_decoder)
     return sam.eval()
 
 
@@ -102,3 +106,15 @@ def _build_mask_decoder(architecture: Architecture) -> MaskDecoder:
         iou_head_depth=3,
         iou_head_hidden_dim=256,
     )
+
+
+def _align_positions_(decoder: MaskDecoder) -> None:
+    """Let queries and keys begin with the same projection, so that a prompt attends to its own place from the start.
+
+    Prompts and picture carry the same positional encoding, but two random projections of it have nothing in common; a
+    decoder that starts so predicts empty masks for its first 200 steps, until it has found that out.
+    """
+    for attention in decoder.modules():
+        if isinstance(attention, Attention):
+            with torch.no_grad():
+                attention.k_proj.weight.copy_(attention.q_proj.weight.mul_(POSITION_GAIN))

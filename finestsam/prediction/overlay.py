@@ -6,16 +6,13 @@ import numpy as np
 from finestsam.masks import decode_rle, rle_area, rle_box
 
 # Hues a golden angle apart at three lightnesses (OKLCH), so that colours near in the list are far apart to the eye.
-PALETTE = np.array(
-    [
-        tuple(bytes.fromhex(colour))
-        for colour in (
-            "ff7362 0688ed bec90a ee6bd3 0a999d ffa755 9a96fe 01a235 ff9dae 0bb3ee a08405 "
-            "e39efe 0fbfa6 de5206 9dbdff 88b708 d7449a 0ad5f0 dc9305 9464ee 09e090"
-        ).split()
-    ],
+PALETTE = np.frombuffer(
+    bytes.fromhex(
+        "ff7362 0688ed bec90a ee6bd3 0a999d ffa755 9a96fe 01a235 ff9dae 0bb3ee a08405 "
+        "e39efe 0fbfa6 de5206 9dbdff 88b708 d7449a 0ad5f0 dc9305 9464ee 09e090"
+    ),
     dtype=np.uint8,
-)
+).reshape(-1, 3)
 OUTLINE_SHADE = 0.35  # of the mask's own colour, so that neighbours part even where their colours are close
 OUTLINE_WIDTH = 1 / 900  # of the picture's longest side
 
@@ -49,8 +46,8 @@ def draw_overlay(image: np.ndarray, rles: list[dict], opacity: float) -> np.ndar
 def choose_colours(boxes_xywh: np.ndarray) -> np.ndarray:
     """Return an index into PALETTE for each mask, the same from run to run.
 
-    Where a mask lies decides its colour, so that it keeps it when others come and go; only where a mask before it in the
-    list has that colour already and its box touches, the next colour is taken.
+    Where a mask lies decides its colour, so that it keeps it when others come and go. Only where an earlier mask of the
+    list has that colour and a box that touches, the next colour is taken.
     """
     first, behind = boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]
     # Two large primes scatter places that are near each other over the whole palette.

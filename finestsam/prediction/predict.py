@@ -1,16 +1,18 @@
 """`--mode predict`: find the objects of pictures, and write an overlay of each and one COCO json of all."""
 
 import glob
+import itertools
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from finestsam.config import Config, GeneratorConfig
+from finestsam.config import Config
 from finestsam.errors import Defect, UserError
 from finestsam.images import IMAGE_SUFFIXES, read_image, write_image
 from finestsam.model.card import Card
@@ -18,33 +20,164 @@ from finestsam.model.load import load_model
 from finestsam.model.sam import FinestSam
 from finestsam.prediction.generator import generate_masks, resolve_generator
 from finestsam.prediction.overlay import draw_overlay
-from finestsam.prediction.results import GeneratedMasks, Results
+from finestsam.prediction.results import Results
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".wmv", ".flv", ".mpg", ".mpeg"}
 RESULTS_NAME = "predictions.json"
-# Overlays beside their pictures carry it, so that they overwrite none and are not taken for pictures the next time.
-OWN_SUFFIX = ".finestsam.png"
-MAX_STEM_BYTES = 200  # file systems allow 255 a name, of which a suffix and a number need some
+# Overlays that lie beside their pictures end so: they overwrite none, and are not taken for pictures the next time.
+BESIDE_SUFFIX = ".finestsam.png"
+MAX_STEM_BYTES = 200  # of the 255 that file systems allow a name; a number and the suffix follow
 
 
 def predict(config: Config) -> int:
     """Run the mode and return the exit code.
 
     Raises:
-        UserError: nothing could be predicted, or an output cannot be written.
+        UserError: there is nothing to predict, or nowhere to write it.
     """
     paths = find_pictures(config.input)
     out_dir = _make_folder(Path(config.out_dir))
     loaded = load_model(config, prefer_runs=True)
     settings = resolve_generator(config.generator, loaded.card)
-    print(f"model: {loaded.model_type}, {loaded.source}")
+    print(f"model: {loaded.model_type}, {printable(loaded.source)}")
     results = Results(_name_category(loaded.card), settings)
     start = time.perf_counter()
-    overlays = _predict_all(paths, out_dir, loaded.model, config.opacity, results)
+    overlays = _predict_all(paths, name_overlays(paths, out_dir), loaded.model, config.opacity, results)
     seconds = (time.perf_counter() - start) / len(overlays)
     with _writing(out_dir / RESULTS_NAME):
         results.write(out_dir / RESULTS_NAME)
     shown = overlays[0] if len(overlays) == 1 else f"{out_dir}{os.sep} ({len(overlays)} overlays)"
-    print(f"pictures: {_printable(shown)}\nCOCO json: {_printable(out_dir / RESULTS_NAME)}")
-    print(f"{_count(len(results.annotations), 'mask')} in {_count(len(overlays), 'picture')}, {seconds:.2f} s a picture")
+    print(f"pictures: {printable(shown)}")
+    print(f"COCO json: {printable(out_dir / RESULTS_NAME)}")
+    print(
+        f"{_count(len(results.annotations), 'mask')} in {_count(len(overlays), 'picture')}, {seconds:.2f} s a picture"
+    )
     return 0
+
+
+def find_pictures(inputs: list[str]) -> list[Path]:
+    """Return the pictures that files, folders and patterns name, each once, in the order given.
+
+    Raises:
+        UserError: with a line for each input that names no picture.
+    """
+    found, problems = {}, []
+    for text in inputs:
+        try:
+            found |= {path.resolve(): path for path in _expand(text) if path.resolve() not in found}
+        except UserError as error:
+            problems.append(f"--input {printable(text)}: {error}")
+    if problems:
+        raise UserError("\n".join(problems))
+    return list(found.values())
+
+
+def _expand(text: str) -> list[Path]:
+    path = Path(text)
+    if os.path.isdir(text):
+        return _list_folder(path)
+    if os.path.exists(text):  # Path.exists raises on a name that is too long
+        if path.suffix.lower() in VIDEO_SUFFIXES:
+            raise UserError("a video; cut it into pictures first, as in: ffmpeg -i video.mp4 frames/%05d.png")
+        return [path]
+    if not glob.has_magic(text):
+        raise UserError("no such file or folder")
+    pictures = [Path(name) for name in sorted(glob.glob(text, recursive=True)) if _is_picture(Path(name))]
+    if not pictures:
+        raise UserError("no picture matches this pattern")
+    return pictures
+
+
+def _list_folder(folder: Path) -> list[Path]:
+    try:
+        pictures = sorted(path for path in folder.iterdir() if _is_picture(path))
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}") from None
+    if not pictures:
+        raise UserError(f"no picture in this folder; for those of its subfolders ask for '{folder / '**' / '*'}'")
+    return pictures
+
+
+def _is_picture(path: Path) -> bool:
+    is_ours = path.name.endswith(BESIDE_SUFFIX)
+    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and not path.name.startswith(".") and not is_ours
+
+
+def _make_folder(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out_dir {printable(folder)}: cannot be made: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"out_dir {printable(folder)}: not writable")
+    return folder
+
+
+def name_overlays(paths: list[Path], out_dir: Path) -> list[Path]:
+    """Return where each picture's overlay goes: named after it, no two alike, and none over an input."""
+    # Without regard to case, as on Windows and macOS, where a.png is A.png.
+    taken = {path.name.casefold() for path in paths if path.parent.samefile(out_dir)}
+    suffix = BESIDE_SUFFIX if taken else ".png"
+    overlays = []
+    for path in paths:
+        stem = _sanitize(path.stem)
+        tails = itertools.chain([""], (f"_{number}" for number in itertools.count(2)))
+        names = (f"{stem}{tail}{suffix}" for tail in tails)
+        overlays.append(out_dir / next(name for name in names if name.casefold() not in taken))
+        taken.add(overlays[-1].name.casefold())
+    return overlays
+
+
+def _sanitize(stem: str) -> str:
+    safe = "".join(letter if letter.isprintable() and letter not in '<>:"/\\|?*' else "_" for letter in stem)
+    return safe.encode()[:MAX_STEM_BYTES].decode(errors="ignore").strip(". ") or "picture"
+
+
+def _predict_all(
+    paths: list[Path], overlays: list[Path], model: FinestSam, opacity: float, results: Results
+) -> list[Path]:
+    """Predict picture by picture into `results`, skip what cannot be read, and return the overlays written."""
+    is_one_folder = len({path.parent for path in paths}) == 1
+    written = []
+    for path, overlay in zip(tqdm(paths, unit="picture", disable=len(paths) == 1 or None), overlays, strict=True):
+        try:
+            image = read_image(path)
+            masks = generate_masks(model, image, results.settings)
+        except Defect as defect:
+            if len(paths) == 1:
+                raise UserError(f"{printable(path)}: {defect.message}") from None
+            tqdm.write(f"finestsam: skipped {printable(path)}: {defect.message}", file=sys.stderr)
+            continue
+        except torch.OutOfMemoryError:
+            advice = f"lower generator.points_per_batch, which is {results.settings.points_per_batch}"
+            raise UserError(f"{printable(path)}: the memory of {model.device} is too small; {advice}") from None
+        with _writing(overlay):
+            write_image(overlay, draw_overlay(image, masks.rles, opacity))
+        results.add(path.name if is_one_folder else path.as_posix(), image.shape[:2], masks)
+        written.append(overlay)
+        if len(masks) == 0:
+            tqdm.write(f"{printable(path)}: no masks: {masks.report.explain_no_masks(results.settings)}")
+    if not written:
+        raise UserError(f"none of the {len(paths)} pictures can be predicted")
+    return written
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{printable(path)}: cannot be written: {error.strerror or error}") from None
+
+
+def _name_category(card: Card | None) -> str:
+    return card.categories[0] if card and len(card.categories) == 1 else "object"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def printable(name: object) -> str:
+    """Return a file's name for the screen: a name may hold line breaks, terminal codes and bytes that are no text."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(name))

@@ -121,7 +121,9 @@ def test_one_image_id_for_two_files_is_refused(coco_folder):
         read_plain(folder)
 
 
-@pytest.mark.parametrize("name", ["a.png", "images\\a.png", "..\\upload\\a.png", "../../a.png", "/tmp/a.png", "C:\\a.png"])
+@pytest.mark.parametrize(
+    "name", ["a.png", "images\\a.png", "..\\upload\\a.png", "../../a.png", "/tmp/a.png", "C:\\a.png"]
+)
 def test_a_picture_is_found_inside_the_dataset_alone(coco_folder, name):
     folder = coco_folder([])
 

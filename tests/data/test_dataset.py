@@ -15,7 +15,12 @@ from finestsam.masks import decode_rle
 
 def make_settings(**changes: object) -> SampleSettings:
     config = build_config(
-        {"prompts.use_boxes": True, "prompts.use_masks": True, "dataset.positive_points": 2, "dataset.negative_points": 1}
+        {
+            "prompts.use_boxes": True,
+            "prompts.use_masks": True,
+            "dataset.positive_points": 2,
+            "dataset.negative_points": 1,
+        }
     )
     settings = SampleSettings(64, 16, 0, config.prompts, config.dataset)
     return replace(settings, **changes)

@@ -37,7 +37,9 @@ def test_two_layouts_at_once_need_a_word(tmp_path):
 def test_a_folder_without_annotations_names_what_was_expected_and_what_was_found(tmp_path):
     (tmp_path / "labels.json").write_text("{}")
 
-    with pytest.raises(UserError, match=r"data/annotations.json is missing; expected .*; json files found: labels.json"):
+    with pytest.raises(
+        UserError, match=r"data/annotations.json is missing; expected .*; json files found: labels.json"
+    ):
         find_layout(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         find_layout(tmp_path / "nowhere")

@@ -51,7 +51,9 @@ def test_the_gradient_is_that_of_the_mean_loss_over_all_objects(tiny_sam, batche
     for name, weight in plain.named_parameters():
         if weight.requires_grad:
             expected = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+            torch.testing.assert_close(
+                found[name], expected, rtol=1e-3, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}"
+            )
 
 
 @pytest.mark.parametrize("chunk_objects", [1, 4, 1000])

@@ -44,7 +44,15 @@ def finished(scenes, tmp_path_factory) -> Path:
 def test_a_run_leaves_everything_that_is_needed_to_use_repeat_and_continue_it(finished):
     names = {path.name for path in finished.iterdir()}
 
-    assert {"config.yaml", "dataset_report.json", "split.json", "metrics.csv", "best.pth", "best.json", "last.ckpt"} <= names
+    assert {
+        "config.yaml",
+        "dataset_report.json",
+        "split.json",
+        "metrics.csv",
+        "best.pth",
+        "best.json",
+        "last.ckpt",
+    } <= names
     assert (finished / "plots" / "all_metrics.png").stat().st_size > 5000
     assert [path for path in finished.glob("*-0.*.pth") if path.with_suffix(".json").is_file()]
     card = json.loads((finished / "best.json").read_text())
@@ -74,7 +82,9 @@ def test_best_weights_load_anywhere_and_are_never_worse_than_the_untouched_model
 
 
 def test_the_settings_of_a_run_repeat_it(finished, tmp_path):
-    assert main([f"--config={finished / 'config.yaml'}", "--mode=train", f"--sav_dir={tmp_path}", "--run_name=again"]) == 0
+    assert (
+        main([f"--config={finished / 'config.yaml'}", "--mode=train", f"--sav_dir={tmp_path}", "--run_name=again"]) == 0
+    )
 
     assert_same_weights(finished, tmp_path / "again")
     assert yaml.safe_load((finished / "config.yaml").read_text())["seed_device"] == 1337

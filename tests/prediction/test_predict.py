@@ -1,0 +1,311 @@
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+
+from finestsam.cli import main
+from finestsam.data.scenes import draw_scene
+from finestsam.errors import UserError
+from finestsam.images import read_image, write_image
+from finestsam.masks import decode_rle, rle_area, rle_box, rle_from_json
+from finestsam.model.build import build_sam
+from finestsam.model.card import Card, write_card
+from finestsam.prediction.predict import find_pictures, name_overlays
+
+# Random weights give low scores and vague masks with the same box, which these let through.
+THRESHOLDS = {
+    "generator.points_per_side": 4,
+    "generator.pred_iou_thresh": 0,
+    "generator.stability_score_thresh": 0.3,
+    "generator.stability_score_offset": 0.05,
+    "generator.box_nms_thresh": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(0)
+    sam = build_sam("vit_tiny_test")
+    for head in sam.mask_decoder.output_hypernetworks_mlps:
+        head.layers[-1].weight.data *= 10
+    path = tmp_path_factory.mktemp("weights") / "tiny.pth"
+    torch.save(sam.state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with pictures/ of three shapes."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    for index, size in enumerate([(64, 96), (80, 60), (70, 70)]):
+        write_image(tmp_path / "pictures" / f"scene_{index}.png", draw_scene(0, index, size).image)
+    return tmp_path
+
+
+@pytest.fixture
+def predict(weights, capsys):
+    """Run the command and return its exit code, stdout and stderr."""
+
+    def run(*inputs, **settings):
+        flags = {"model.checkpoint": weights, "device": "cpu", **THRESHOLDS} | settings
+        words = ["--mode", "predict", "--input", *map(str, inputs)]
+        words += [f"--{name}={value}" for name, value in flags.items()]
+        code = main(words)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def load(path):
+    def refuse(literal):
+        raise AssertionError(f"{literal} is no JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def test_one_picture_gives_an_overlay_of_its_size_and_a_json(predict, folder):
+    code, out, err = predict("pictures/scene_0.png")
+
+    assert (code, err) == (0, "")
+    assert sorted(path.name for path in (folder / "out").iterdir()) == ["predictions.json", "scene_0.png"]
+    image, overlay = (read_image(folder / place / "scene_0.png") for place in ("pictures", "out"))
+    assert overlay.shape == image.shape and (overlay != image).any()
+    count = len(load(folder / "out/predictions.json")["annotations"])
+    assert "tiny.pth" in out and "vit_tiny_test" in out
+    assert "out/scene_0.png" in out and "out/predictions.json" in out
+    assert f"{count} masks in 1 picture, " in out and " s a picture" in out
+
+
+def test_the_json_is_a_coco_dataset_that_pycocotools_reads_as_results(predict, folder, capsys):
+    predict("pictures")
+
+    content = load(folder / "out/predictions.json")
+    coco = COCO(folder / "out/predictions.json")
+    results = coco.loadRes(content["annotations"])
+    assert [image["file_name"] for image in content["images"]] == ["scene_0.png", "scene_1.png", "scene_2.png"]
+    assert [(image["width"], image["height"]) for image in content["images"]] == [(96, 64), (60, 80), (70, 70)]
+    assert content["categories"] == [{"id": 1, "name": "object"}]
+    assert [annotation["id"] for annotation in content["annotations"]] == list(range(1, len(results.anns) + 1))
+    sizes = {image["id"]: [image["height"], image["width"]] for image in content["images"]}
+    for annotation in content["annotations"]:
+        rle = rle_from_json(annotation["segmentation"])
+        assert rle["size"] == sizes[annotation["image_id"]]
+        assert annotation["area"] == rle_area(rle) == coco.annToMask(annotation).sum()
+        assert annotation["bbox"] == rle_box(rle)
+        assert annotation["score"] == annotation["predicted_iou"]
+        assert 0.3 <= annotation["stability_score"] <= 1
+        assert annotation["iscrowd"] == 0 and annotation["category_id"] == 1
+        assert 0 < annotation["point"][0] < rle["size"][1] and 0 < annotation["point"][1] < rle["size"][0]
+
+
+def test_the_same_pictures_give_the_same_bytes(predict, folder):
+    first, second = (predict("pictures", out_dir=name) and (folder / name) for name in ("first", "second"))
+
+    for path in first.iterdir():
+        assert path.read_bytes() == (second / path.name).read_bytes()
+
+
+def test_an_exif_rotated_picture_is_predicted_upright(predict, folder):
+    picture, exif = Image.open("pictures/scene_0.png"), Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    picture.save("turned.jpg", exif=exif, quality=95)
+
+    predict("turned.jpg")
+
+    content = load(folder / "out/predictions.json")
+    assert (content["images"][0]["width"], content["images"][0]["height"]) == (64, 96)
+    assert read_image(folder / "out/turned.png").shape == (96, 64, 3)
+    assert all(a["segmentation"]["size"] == [96, 64] for a in content["annotations"])
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("L", "png"), ("RGBA", "png"), ("P", "gif"), ("CMYK", "jpg")])
+def test_pictures_of_every_kind_get_an_overlay_in_colour(predict, folder, mode, suffix):
+    Image.open("pictures/scene_0.png").convert(mode).save(f"kind.{suffix}")
+
+    code, _, _ = predict(f"kind.{suffix}", opacity=1)
+
+    overlay = read_image(folder / "out/kind.png")
+    assert code == 0
+    assert overlay.shape == (64, 96, 3) and np.ptp(overlay.astype(int), axis=2).max() > 50
+
+
+def test_a_picture_without_masks_is_copied_and_the_threshold_named(predict, folder):
+    code, out, err = predict(
+        "pictures/scene_0.png", **{"generator.pred_iou_thresh": 0.99, "generator.crop_n_layers": 1}
+    )
+
+    content = load(folder / "out/predictions.json")
+    assert (code, err) == (0, "")
+    assert content["annotations"] == [] and len(content["images"]) == 1
+    assert (read_image(folder / "out/scene_0.png") == read_image(folder / "pictures/scene_0.png")).all()
+    assert "pictures/scene_0.png: no masks: 240 of 240 candidates have a predicted IoU of at most" in out
+    assert "generator.pred_iou_thresh 0.99 (best 0." in out
+    assert "0 masks in 1 picture" in out
+
+
+def test_one_broken_picture_among_many_is_named_and_the_rest_is_done(predict, folder):
+    whole = (folder / "pictures/scene_1.png").read_bytes()
+    (folder / "pictures/scene_1.png").write_bytes(whole[: len(whole) // 2])
+
+    code, out, err = predict("pictures")
+
+    assert code == 0
+    assert err.count("\n") == 1 and "finestsam: skipped pictures/scene_1.png: truncated or broken image" in err
+    assert sorted(path.name for path in (folder / "out").iterdir()) == [
+        "predictions.json",
+        "scene_0.png",
+        "scene_2.png",
+    ]
+    assert " in 2 pictures" in out and "(2 overlays)" in out
+
+
+def test_only_broken_pictures_are_an_error(predict, folder):
+    (folder / "a.png").write_text("<html>")
+    (folder / "b.png").write_bytes(b"")
+
+    code_of_one, _, err_of_one = predict("a.png")
+    code_of_both, _, err_of_both = predict("a.png", "b.png")
+
+    assert (code_of_one, code_of_both) == (2, 2)
+    assert err_of_one.startswith("finestsam: a.png: not an image") and err_of_one.count("\n") == 1
+    assert err_of_both.splitlines()[-1] == "finestsam: none of the 2 pictures can be predicted"
+    assert not (folder / "out/predictions.json").exists()
+
+
+def test_a_picture_too_thin_for_the_model_is_an_error_in_one_line(predict, folder):
+    Image.new("RGB", (4000, 1)).save("thin.png")
+
+    code, _, err = predict("thin.png")
+
+    assert (code, err) == (2, "finestsam: thin.png: 4000 x 1 pixels shrink to nothing at 64\n")
+
+
+def test_outputs_beside_the_pictures_overwrite_none_and_are_not_predicted_the_next_time(predict, folder):
+    shutil.copy("pictures/scene_0.png", "pictures/scene_1.jpg")
+    before = {path.name: path.read_bytes() for path in (folder / "pictures").iterdir()}
+
+    codes = [predict("pictures", out_dir="pictures")[0] for _ in range(2)]
+
+    after = {path.name: path.read_bytes() for path in (folder / "pictures").iterdir()}
+    assert codes == [0, 0]
+    assert {name: after[name] for name in before} == before
+    assert sorted(after.keys() - before.keys()) == [
+        "predictions.json",
+        "scene_0.finestsam.png",
+        "scene_1.finestsam.png",
+        "scene_1_2.finestsam.png",
+        "scene_2.finestsam.png",
+    ]
+
+
+def test_thresholds_and_category_come_from_the_card_beside_the_weights(predict, folder, weights):
+    shutil.copy(weights, "best.pth")
+    card = Card("vit_tiny_test", 64, False, ["cell"], generator={"pred_iou_thresh": 0.97, "points_per_side": 2})
+    write_card(folder / "best.pth", card)
+
+    _, out, _ = predict(
+        "pictures/scene_0.png",
+        **{"model.checkpoint": "best.pth", "generator.pred_iou_thresh": "null", "generator.points_per_side": "null"},
+    )
+
+    assert "4 of 4 candidates have a predicted IoU of at most generator.pred_iou_thresh 0.97" in out
+    content = load(folder / "out/predictions.json")
+    assert content["categories"] == [{"id": 1, "name": "cell"}]
+    assert content["info"]["generator"]["pred_iou_thresh"] == 0.97
+
+
+def test_inputs_that_name_no_picture_are_reported_together_before_anything_is_loaded(predict, folder):
+    (folder / "clip.MP4").write_bytes(b"")
+    (folder / "empty").mkdir()
+
+    code, _, err = predict("missing.png", "no*.png", "clip.MP4", "empty", **{"model.checkpoint": "missing.pth"})
+
+    assert code == 2
+    assert err.splitlines() == [
+        "finestsam: --input missing.png: no such file or folder",
+        "finestsam: --input no*.png: no picture matches this pattern",
+        "finestsam: --input clip.MP4: a video; cut it into pictures first, as in: ffmpeg -i video.mp4 frames/%05d.png",
+        "finestsam: --input empty: no picture in this folder; for those of its subfolders ask for 'empty/**/*'",
+    ]
+
+
+def test_an_out_dir_that_is_a_file_is_an_error(predict, folder):
+    (folder / "taken").write_text("")
+
+    code, _, err = predict("pictures", out_dir="taken")
+
+    assert code == 2
+    assert err == "finestsam: out_dir taken: cannot be made: File exists\n"
+
+
+def test_an_overlay_that_cannot_be_written_is_an_error(predict, folder):
+    (folder / "out/scene_0.png").mkdir(parents=True)
+
+    code, _, err = predict("pictures/scene_0.png")
+
+    assert code == 2
+    assert err == "finestsam: out/scene_0.png: cannot be written: Is a directory\n"
+
+
+def test_folders_and_patterns_are_expanded_in_order_without_repeats(folder):
+    (folder / "pictures/notes.txt").write_text("")
+    (folder / "pictures/.hidden.png").write_bytes(b"")
+    (folder / "pictures/sub").mkdir()
+    shutil.copy("pictures/scene_0.png", "pictures/sub/DEEP.PNG")
+    shutil.copy("pictures/scene_0.png", "scene[1].png")
+
+    def list_names(*inputs):
+        return [path.as_posix() for path in find_pictures(list(inputs))]
+
+    assert list_names("pictures") == [f"pictures/scene_{index}.png" for index in range(3)]
+    assert list_names("pictures/*_[02]*", "pictures/scene_0.png") == ["pictures/scene_0.png", "pictures/scene_2.png"]
+    assert list_names("pictures/**/*")[-1] == "pictures/sub/DEEP.PNG"
+    assert list_names("scene[1].png") == ["scene[1].png"]  # a file of that name comes before the pattern
+    with pytest.raises(UserError, match="no such file or folder"):
+        find_pictures(["x" * 5000])
+
+
+def test_overlays_have_different_safe_names_that_are_no_input_s(tmp_path):
+    stems = ["a.png", "sub/a.jpg", "sub/A.bmp", "sub/a_2.png", "sub/..png", 'sub/q"?\n\x1b[1m.png', f"{'é' * 200}.png"]
+    (tmp_path / "sub").mkdir()
+    paths = [tmp_path / stem for stem in stems]
+
+    names = [path.name for path in name_overlays(paths, tmp_path / "sub/..")]
+
+    assert names[:4] == ["a.finestsam.png", "a_2.finestsam.png", "A_3.finestsam.png", "a_2_2.finestsam.png"]
+    assert names[4:6] == ["picture.finestsam.png", "q______[1m.finestsam.png"]
+    assert len(names[6].encode()) < 255 and len({name.casefold() for name in names}) == len(names)
+    (tmp_path / "other").mkdir()
+    assert [path.name for path in name_overlays(paths[:2], tmp_path / "other")] == ["a.png", "a_2.png"]
+    ours_as_input = [tmp_path / "a.png", tmp_path / "a.finestsam.png"]
+    assert name_overlays(ours_as_input, tmp_path)[0].name == "a_2.finestsam.png"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows allows no such names")
+def test_names_with_line_breaks_and_bytes_that_are_no_text_are_predicted(predict, folder):
+    name = os.fsdecode(b"line\nbreak\xff.png")
+    shutil.copy("pictures/scene_0.png", name)
+
+    code, out, _ = predict(name, **{"generator.pred_iou_thresh": 0.99})
+
+    assert code == 0
+    assert "line?break?.png: no masks" in out
+    assert load(folder / "out/predictions.json")["images"][0]["file_name"] == name
+
+
+def test_masks_of_the_json_are_those_of_the_overlay(predict, folder):
+    predict("pictures/scene_0.png", opacity=1)
+
+    content = load(folder / "out/predictions.json")
+    masks = [decode_rle(rle_from_json(a["segmentation"])) for a in content["annotations"]]
+    image, overlay = (read_image(folder / place / "scene_0.png") for place in ("pictures", "out"))
+    outside = ~np.any(masks, axis=0)
+    inner_outside = outside & np.roll(outside, 3, 0) & np.roll(outside, -3, 0) & np.roll(outside, 3, 1)
+    assert (image != overlay).any(axis=2)[~outside].all()
+    assert (image == overlay)[inner_outside & np.roll(outside, -3, 1)].all()
