@@ -1,7 +1,7 @@
 """Every setting: its name, type, default, valid range and what it does.
 
-The command line, the YAML file, `--help` and the checks are all made from these dataclasses. Names that finestSAM has are
-kept. Nothing heavy is imported here, so that `--help` and a mistyped flag answer at once.
+The command line, the YAML file, `--help` and the checks are all made from these dataclasses. Names that finestSAM has
+are kept. Nothing heavy is imported here, so that `--help` and a mistyped flag answer at once.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ class ModelConfig:
     )
     checkpoint: str = setting(
         "auto",
-        "weights to start from: a .pth or .safetensors file, none (random weights), or auto (Meta's file, downloaded when "
-        "it is missing; in predict and evaluate the newest run of sav_dir first)",
+        "weights to start from: a .pth or .safetensors file, a run, none (random weights), or auto (Meta's file, "
+        "downloaded when it is missing; in predict and evaluate the newest run of sav_dir first)",
     )
     image_size: int | None = setting(
         None, "pixels of the longest side that the model sees; default: what the weights were made for", "[32, 4096]"
@@ -103,8 +103,8 @@ class LossesConfig:
     focal_gamma: float = setting(2.0, "how much easy pixels are played down", "[0, inf)")
     resolution: Literal["original", "input", "low"] = setting(
         "original",
-        "frame of the loss: the file's pixels, the resized picture's, or the decoder's own (a quarter of the input's side: "
-        "cheapest, but another gradient)",
+        "frame of the loss: the file's pixels, the resized picture's, or the decoder's own (a quarter of the input's "
+        "side: cheapest, but another gradient)",
     )
 
 
@@ -191,8 +191,8 @@ class Config:
     num_nodes: int = setting(1, "machines that train together", "[1, inf)")
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = setting(
         "auto",
-        "of the image encoder; points, boxes, decoder, losses and scores are always float32. auto: bf16-mixed on GPUs that "
-        "compute in it, else 32-true",
+        "of the image encoder; points, boxes, decoder, losses and scores are always float32. auto: bf16-mixed on GPUs "
+        "that compute in it, else 32-true",
     )
     seed_device: int | None = setting(
         1337, "seed of everything drawn by chance; null: another one each time", "[0, inf)"
@@ -293,11 +293,9 @@ def _find_training_problems(config: Config) -> list[str]:
         problems.append("nothing is learnt: losses.focal_ratio, dice_ratio and iou_ratio are all 0")
     if freeze.image_encoder and freeze.prompt_encoder and freeze.mask_decoder:
         problems.append("nothing trains: model_layer.freeze holds image_encoder, prompt_encoder and mask_decoder")
-    steps = config.sched.LambdaLR.steps
-    if steps and (steps != sorted(set(steps)) or steps[0] <= config.sched.LambdaLR.warmup_steps):
-        problems.append(
-            f"sched.LambdaLR.steps must rise and begin after warmup_steps {config.sched.LambdaLR.warmup_steps}, got {steps}"
-        )
+    steps, warmup_steps = config.sched.LambdaLR.steps, config.sched.LambdaLR.warmup_steps
+    if steps and (steps != sorted(set(steps)) or steps[0] <= warmup_steps):
+        problems.append(f"sched.LambdaLR.steps must rise and begin after warmup_steps {warmup_steps}, got {steps}")
     return problems
 
 

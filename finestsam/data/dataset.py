@@ -6,7 +6,6 @@ A sample is a pure function of (seed, epoch, picture): worker processes, their n
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -61,7 +60,7 @@ class SampleDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample | Defect:
-        """Return the sample, or the defect of a picture that could be read when the dataset was checked and now cannot."""
+        """Return the sample, or the defect of a picture that broke since the dataset was checked."""
         epoch, position = key
         record = self.records[position]
         try:
@@ -137,7 +136,7 @@ class SampleDataset(Dataset):
     def _draw_mask_prompt(
         self, mask: np.ndarray, input_size: tuple[int, int], generator: np.random.Generator
     ) -> np.ndarray | None:
-        """Return a coarse mask as logits of the padded square, 4g x 4g; all background where only its place is needed."""
+        """Return a coarse mask as logits of the padded square, 4g x 4g; zeros where only its place is needed."""
         if not (self.settings.prompts.use_masks or self.settings.prompts.use_logits):
             return None
         side = self.settings.image_size // 4

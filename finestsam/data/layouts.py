@@ -43,7 +43,7 @@ def find_layout(root: Path, auto_split: bool | None = None) -> Layout:
     has_data, has_train = (_holds_annotations(root / name) for name in ("data", "train"))
     if has_data and has_train and auto_split is None:
         raise UserError(
-            f"dataset {root} holds data/ and train/: --dataset.auto_split true splits data/, false reads train/ and val/"
+            f"dataset {root} holds data/ and train/: --dataset.auto_split true splits the first, false reads the other"
         )
     if has_train and not (has_data and auto_split):
         if auto_split:

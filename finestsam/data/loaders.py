@@ -22,7 +22,7 @@ def build_train_loader(dataset: SampleDataset, sampler: StepSampler, num_workers
 
 
 def build_validation_loader(dataset: SampleDataset, num_workers: int, rank: int = 0, world_size: int = 1) -> DataLoader:
-    """Return the loader of one rank's share of the pictures, one at a time, none twice, always with the same prompts."""
+    """Return the loader of one rank's share of the pictures: one at a time, none twice, always the same prompts."""
     mine = [[(0, position)] for position in range(rank, len(dataset), world_size)]
     return DataLoader(
         dataset, batch_sampler=mine, collate_fn=collate, num_workers=num_workers, worker_init_fn=_start_worker

@@ -1,8 +1,8 @@
 """The logits that the previous epoch gave for each object, kept on disk.
 
-Two files take turns: epoch e reads what e - 1 wrote and writes its own. So a run that is cut off in the middle of an epoch
-and continued from its last checkpoint finds exactly what it had found before. Memory is the page cache's; the files are
-float16, 128 KB an object at 1024 pixels, and only the objects that were seen take up disk.
+Two files take turns: epoch e reads what e - 1 wrote and writes its own. So a run that is cut off in the middle of an
+epoch and continued from its last checkpoint finds exactly what it had found before. Memory is the page cache's; the
+files are float16, 128 KB an object at 1024 pixels, and only the objects that were seen take up disk.
 """
 
 from pathlib import Path

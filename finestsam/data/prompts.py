@@ -73,8 +73,8 @@ def build_image_grid(points_per_side: int, original_size: tuple[int, int]) -> np
 def find_grid_points_inside(found: ObjectMask, grid: np.ndarray, scale: float) -> np.ndarray:
     """Return the points of the grid that lie inside the mask, K x 2, XY, original frame.
 
-    SAM takes a coordinate in the input frame as the index of a pixel and adds half a pixel to reach its middle; the pixel
-    meant by a point of the grid is the one that this middle falls into.
+    SAM takes a coordinate in the input frame as the index of a pixel and adds half a pixel to reach its middle; the
+    pixel meant by a point of the grid is the one that this middle falls into.
 
     Args:
         scale: input pixels per original pixel.

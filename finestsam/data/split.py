@@ -9,7 +9,7 @@ from finestsam.errors import UserError
 def split_records(records: list[Record], val_size: float, seed: int) -> tuple[list[Record], list[Record]]:
     """Return the training and the validation pictures, each by image id.
 
-    Entries of one file stay on one side. At least one picture is validated on and one trained on, unless `val_size` is 0.
+    Entries of one file stay on one side. At least one picture lies on each side, unless `val_size` is 0.
     """
     groups: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: record.image_id):

@@ -38,8 +38,8 @@ def load_model(config: Config, prefer_runs: bool = False, device: torch.device |
     """Build the model that the settings name.
 
     Args:
-        prefer_runs: where no checkpoint is named, take the best weights of the newest run in sav_dir; and answer with the
-            masks that the weights were trained for, whatever the settings say.
+        prefer_runs: where no checkpoint is named, take the best weights of the newest run in sav_dir; and answer with
+            the masks that the weights were trained for, whatever the settings say.
         device: where it goes; None: where the settings say.
 
     Raises:

@@ -1,7 +1,7 @@
 """A SAM cut where finestsam cuts it: picture -> embedding, and embedding + prompts -> logits and scores.
 
-Training, validation and prediction all go through these two calls, so that an embedding can come from a store and objects
-can be decoded in chunks.
+Training, validation and prediction all go through these two calls, so that an embedding can come from a store and
+objects can be decoded in chunks.
 """
 
 import torch
@@ -18,8 +18,8 @@ class FinestSam(nn.Module):
     Args:
         sam: its weights are shared, not copied.
         multimask_output: answer with the three masks of decoder tokens 1 to 3, or with the one of token 0.
-        encoder_dtype: the image encoder computes in this under autocast; None: in float32. Coordinates never pass through
-            it: bfloat16 would round 1001.3 to 1000.
+        encoder_dtype: the image encoder computes in this under autocast; None: in float32. Coordinates never pass
+            through it: bfloat16 would round 1001.3 to 1000.
     """
 
     def __init__(self, sam: Sam, multimask_output: bool = True, encoder_dtype: torch.dtype | None = None):

@@ -1,7 +1,7 @@
 """Focal, Dice and score losses per object, in float32, and the memory-bounded way to take them.
 
-Every function returns one value per object or mask; sums and averages are taken by the training step, over the objects of
-the whole step.
+Every function returns one value per object or mask; sums and averages are taken by the training step, over the objects
+of the whole step.
 """
 
 import math
@@ -86,11 +86,11 @@ def object_losses(
 ) -> ObjectLosses:
     """Return the losses of the objects `first`, `first` + 1, ... of a sample.
 
-    Each object trains its best mask, the one with the lowest loss (SAM paper, section 3); the scores of all its masks are
-    taught the IoU that was measured.
+    Each object trains its best mask, the one with the lowest loss (SAM paper, section 3); the scores of all its masks
+    are taught the IoU that was measured.
 
-    The loss is taken piece by piece in the frame that the settings name, keeping only its derivative by the decoder's small
-    logits: memory depends on the piece, not on the number of objects, and the gradient is that of the whole.
+    The loss is taken piece by piece in the frame that the settings name, keeping only its derivative by the decoder's
+    small logits: memory depends on the piece, not on the number of objects, and the gradient is that of the whole.
     """
     count, mask_count = predictions.scores.shape
     piece = _choose_piece_size(sample, settings.resolution, image_size, mask_count)

@@ -38,8 +38,8 @@ class Stepper:
     def step(self, batches: list[Batch], epoch: int, wants_stop: bool) -> tuple[dict[str, float], int, bool, bool]:
         """Learn from the batches as one.
 
-        Every rank calls this with the same number of batches. The loss is the mean over the objects of all of them, on all
-        ranks, so that neither accumulation nor the number of ranks changes the gradient.
+        Every rank calls this with the same number of batches. The loss is the mean over the objects of all of them, on
+        all ranks, so that neither accumulation nor the number of ranks changes the gradient.
 
         Returns:
             Sums of `MEASURES` over the objects, their number, whether the weights were changed (not where the gradient
@@ -61,9 +61,9 @@ class Stepper:
     def _add_gradients(self, batch: Batch, epoch: int, weight: float, is_last: bool) -> Tensor:
         """Add the gradient of `weight` times the batch's summed loss, in chunks of objects.
 
-        The decoder's gradients are taken chunk by chunk against a copy of the embeddings. The last chunk is decoded from
-        the embeddings themselves and carries what the others left on the copy, so that the encoder is gone through once,
-        and the strategy synchronises once.
+        The decoder's gradients are taken chunk by chunk against a copy of the embeddings. The last chunk is decoded
+        from the embeddings themselves and carries what the others left on the copy, so that the encoder is gone through
+        once, and the strategy synchronises once.
         """
         sums = torch.zeros(len(MEASURES), dtype=torch.float64)
         samples = [sample for sample in batch.samples if len(sample)]

@@ -88,7 +88,7 @@ def run_epochs(run: Run, log: RunLog | None, interruption: Interruption) -> int:
 
 
 def train_epoch(run: Run, log: RunLog | None, interruption: Interruption) -> bool:
-    """Take the steps of one epoch that are left, or as many as max_steps allows; return whether a stop was asked for."""
+    """Take the steps of one epoch that are left, at most to max_steps; return whether a stop was asked for."""
     progress, sampler = run.progress, run.sampler
     sampler.epoch, sampler.first_batch = progress.epoch, progress.batches_done
     accumulate = run.config.opt.accumulate_batches
@@ -149,8 +149,8 @@ def validate(run: Run) -> None:
 def finish_epoch(run: Run, log: RunLog | None) -> None:
     """Validate where it is due, step the plateau, keep the best, write the row and the curves, begin the next epoch.
 
-    An epoch that max_steps cut short is validated and written like a whole one, and stays open for a run that is continued
-    with more steps.
+    An epoch that max_steps cut short is validated and written like a whole one, and stays open for a run that is
+    continued with more steps.
     """
     progress, interval = run.progress, run.config.eval_interval
     is_whole = progress.batches_done >= run.sampler.batches_per_epoch
