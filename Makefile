@@ -23,9 +23,9 @@ demo: setup
 	$(RUN) -m finestsam --mode train --dataset $(DEMO)/dataset --sav_dir $(DEMO) --run_name run \
 		--model.type vit_tiny --model.image_size 256 --model.checkpoint none \
 		--model_layer.freeze.image_encoder false --model_layer.freeze.prompt_encoder false \
-		--opt.learning_rate 1e-3 --batch_size 2 --num_epochs 12 --eval_interval 3
+		--opt.learning_rate 5e-4 --dataset.max_objects 16 --num_epochs 12 --eval_interval 2
 	$(RUN) -m finestsam --mode predict --input $(DEMO)/unseen/data/images --model.checkpoint $(DEMO)/run/best.pth \
-		--out_dir $(DEMO)/predictions --generator.pred_iou_thresh 0.5 --generator.stability_score_thresh 0.7
+		--out_dir $(DEMO)/predictions --generator.pred_iou_thresh 0.5 --generator.stability_score_thresh 0.8
 	@echo
 	@echo "overlays: $(DEMO)/predictions/*.png"
 	@echo "json:     $(DEMO)/predictions/predictions.json"

@@ -34,7 +34,7 @@ def list_problems(*flags: str) -> list[str]:
 
 
 def test_every_setting_of_finestsam_keeps_its_name():
-    assert FINESTSAM_NAMES <= {name for name, _ in list_settings()}
+    assert {name for name, _ in list_settings()} >= FINESTSAM_NAMES
 
 
 def test_the_owners_two_commands_need_nothing_more():

@@ -70,7 +70,7 @@ def build_sam(model_type: str, image_size: int | None = None) -> Sam:
         pixel_mean=PIXEL_MEAN,
         pixel_std=PIXEL_STD,
     )
-    # segment_anything leaves the positions at zero, for a checkpoint to fill; from scratch, tokens must differ by place.
+    # segment_anything leaves positions at zero, for a checkpoint to fill; from scratch, tokens must differ by place.
     nn.init.trunc_normal_(sam.image_encoder.pos_embed, std=0.02)
     _align_positions_(sam.mask_decoder)
     return sam.eval()

@@ -158,14 +158,15 @@ def _check(url: str, part: Path, sha256: str | None, size_bytes: int | None) -> 
     size = part.stat().st_size
     if size_bytes is not None and size != size_bytes:
         problem = f"{size:,} bytes came, expected {size_bytes:,}"
-    elif sha256 is not None and (actual := _hash_file(part)) != sha256:
+    elif sha256 is not None and (actual := hash_file(part)) != sha256:
         problem = f"its sha256 is {actual}, expected {sha256}"
     if problem:
         part.unlink()
         raise UserError(f"{url}: {problem}; what came was removed, try again")
 
 
-def _hash_file(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(BLOCK_BYTES):

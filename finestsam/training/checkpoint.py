@@ -4,7 +4,6 @@ Whatever happens while a file is written (a kill, a full disk), a whole one is t
 """
 
 import errno
-import hashlib
 import itertools
 import math
 import os
@@ -301,11 +300,3 @@ def restore_random_state(state: dict[str, Any]) -> None:
     np.random.set_state(state["numpy"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -16,6 +16,7 @@ from finestsam.data.loaders import build_train_loader, build_validation_loader
 from finestsam.data.previous_logits import PreviousLogits
 from finestsam.data.read import LabelledSet, read_training_set
 from finestsam.errors import UserError
+from finestsam.model.download import hash_file
 from finestsam.model.load import LoadedModel, load_model
 from finestsam.training import checkpoint
 from finestsam.training.schedules import build_optimizer, build_scheduler
@@ -117,7 +118,7 @@ def _prepare_folder(fabric: Fabric, config: Config, data: LabelledSet) -> Path:
 
 
 def _begin_progress(fabric: Fabric, loaded: LoadedModel) -> Progress:
-    digest = checkpoint.file_sha256(loaded.path) if loaded.path and fabric.global_rank == 0 else None
+    digest = hash_file(loaded.path) if loaded.path and fabric.global_rank == 0 else None
     return Progress(started_from=loaded.source, started_from_sha256=fabric.broadcast(digest))
 
 

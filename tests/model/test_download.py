@@ -17,7 +17,7 @@ import pytest
 import finestsam
 from finestsam.errors import UserError
 from finestsam.model import download as download_module
-from finestsam.model.download import download
+from finestsam.model.download import download, hash_file
 
 CONTENT = bytes(range(256)) * 4000  # 1 MB
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -343,3 +343,9 @@ def test_the_lock_and_the_part_of_a_killed_process_are_taken_over(site, target):
 
     assert download(site.url, target, SHA256, len(CONTENT)).read_bytes() == CONTENT
     assert site.requests[-1]["Range"] == f"bytes={HALF}-"
+
+
+def test_the_hash_of_a_file_is_sha256(tmp_path):
+    content = os.urandom(3_000_000)
+    (tmp_path / "a").write_bytes(content)
+    assert hash_file(tmp_path / "a") == hashlib.sha256(content).hexdigest()

@@ -1,5 +1,4 @@
 import contextlib
-import hashlib
 import os
 import random
 import resource
@@ -23,7 +22,6 @@ from finestsam.training.checkpoint import (
     CheckpointNotSaved,
     TopWeights,
     create_run_folder,
-    file_sha256,
     load_state,
     random_state,
     remove_stale_files,
@@ -245,12 +243,6 @@ def test_weights_are_contiguous_float32_and_drag_no_memory_along(tmp_path):
 def test_weights_of_a_compiled_part_have_their_usual_names(tmp_path):
     save_weights(tmp_path / "a.pth", {"sam.image_encoder._orig_mod.pos_embed": torch.ones(1)})
     assert list(torch.load(tmp_path / "a.pth", weights_only=True)) == ["image_encoder.pos_embed"]
-
-
-def test_the_hash_of_a_file_is_sha256(tmp_path):
-    content = os.urandom(3_000_000)
-    (tmp_path / "a").write_bytes(content)
-    assert file_sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()
 
 
 def test_the_best_weights_stay_and_best_and_last_are_left_alone(tmp_path):
