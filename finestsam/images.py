@@ -5,6 +5,8 @@ padding at the right and bottom.
 """
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import cv2
@@ -41,7 +43,7 @@ def read_image(path: Path, expected_size: tuple[int, int] | None = None) -> np.n
             return _to_rgb(_turn_upright(picture, expected_size))
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise Defect("not_an_image", f"not an image that can be read ({error.__class__.__name__})") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
         raise Defect("broken_image", f"truncated or broken image ({error})") from None
 
 
@@ -134,8 +136,11 @@ def blur(image: np.ndarray, sigma: float) -> np.ndarray:
 def write_image(path: Path, image: np.ndarray) -> None:
     """Write an RGB uint8 picture; the suffix names the format. A reader never meets half a file."""
     partial = path.with_name(f".{path.name}.part")
-    Image.fromarray(image).save(partial, format=Image.registered_extensions()[path.suffix.lower()])
-    partial.replace(path)
+    try:
+        Image.fromarray(image).save(partial, format=Image.registered_extensions()[path.suffix.lower()])
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def build_point_grid(points_per_side: int) -> np.ndarray:

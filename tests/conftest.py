@@ -1,7 +1,11 @@
 """What the tests build: drawn scenes, a SAM of 0.2 M weights, a run of two epochs."""
 
 import json
+import os
 from pathlib import Path
+
+# Threads of several processes on two cores wait for each other: tests of 1 s took 40 s. Read when torch is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest

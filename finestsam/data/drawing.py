@@ -1,6 +1,7 @@
 """Draw the three kinds of scenes: textured shapes, parcels of an old plan, cells under a microscope.
 
-Each kind draws a canvas (H x W x 3, float32, 0 to 255) and a label map (H x W, int: 0 is background, k the k-th object).
+Each kind draws a canvas (H x W x 3, float32, 0 to 255) and a label map (H x W, int: 0 is background, k the k-th
+object).
 """
 
 from __future__ import annotations
