@@ -1,0 +1,36 @@
+"""Awkward annotation files by other people, where they lie beside the checkout."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from finestsam.data.coco import read_coco
+from finestsam.data.layouts import find_layout
+from finestsam.images import read_image
+
+AWKWARD = Path(__file__).parents[3] / "shared" / "data" / "awkward"
+FOLDERS = [path for path in sorted(AWKWARD.glob("*")) if (path / "annotations.json").is_file()]
+
+
+@pytest.mark.skipif(not FOLDERS, reason="the samples are not here")
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
+def test_awkward_files_give_the_objects_that_are_expected(folder):
+    expected = json.loads((folder / "EXPECTED.json").read_text())
+
+    index = read_coco(find_layout(folder).parts["all"])
+
+    found = [(a.id, a.area, a.box) for record in index.records for a in record.annotations]
+    skipped = {finding.annotation_id for finding in index.report.findings if finding.action == "skipped_annotation"}
+    if "usable" in expected:
+        assert sorted(found) == sorted((entry["id"], entry["area"], entry["box"]) for entry in expected["usable"])
+    if "usable_each" in expected:
+        each = [(entry["area"], entry["box"]) for entry in expected["usable_each"]]
+        assert [found[1:] for found in found] == each * len(index.records)
+    assert skipped >= set(expected.get("skip", [])) | set(expected.get("crowd", []))
+    if "present" in expected:
+        assert sorted(record.file_name for record in index.records) == sorted(expected["present"])
+    for record in index.records:
+        image = read_image(record.path, record.size)
+        assert image.shape == (*record.size, 3)
+        assert 5 < image.mean() < 250
