@@ -1,25 +1,21 @@
-"""What a run keeps on disk: its folder, its checkpoints, its best weights.
+"""What a run keeps on disk: its checkpoints and its best weights.
 
 Whatever happens while a file is written (a kill, a full disk), a whole one is there before and after.
 """
 
 import errno
-import itertools
 import math
 import os
 import pickle
-import random
 import re
 import shutil
 import sys
-import time
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,50 +28,6 @@ WRAPPERS = ("module", "_forward_module", "_orig_mod", "model", "sam")  # parts o
 
 class CheckpointNotSaved(OSError):
     """The disk is full or fails; what was there before is untouched, and training can go on."""
-
-
-def create_run_folder(sav_dir: Path, name: str | None) -> Path:
-    """Make a new folder below sav_dir and return it.
-
-    Args:
-        name: None: the local time. Runs that start in the same second get folders of their own.
-
-    Raises:
-        UserError: nothing can be written there, or the name belongs to another run.
-    """
-    if sav_dir.resolve() == Path(sav_dir.resolve().anchor):
-        raise UserError(f"sav_dir {sav_dir} is the root of the disk, expected a folder below it")
-    try:
-        if sav_dir.exists() and not sav_dir.is_dir():
-            raise UserError(f"sav_dir {sav_dir} is a file, expected a folder")
-        sav_dir.mkdir(parents=True, exist_ok=True)
-        folder = _create_dated_folder(sav_dir) if name is None else _create_named_folder(sav_dir, name)
-    except OSError as error:
-        raise UserError(f"sav_dir {sav_dir}: cannot make the run's folder in it: {error.strerror}") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{folder} is not writable; choose another --sav_dir")
-    return folder
-
-
-def _create_dated_folder(sav_dir: Path) -> Path:
-    now = time.strftime("%Y-%m-%d_%H-%M-%S")
-    for number in itertools.count(1):
-        folder = sav_dir / (now if number == 1 else f"{now}-{number}")
-        with suppress(FileExistsError):
-            folder.mkdir()
-            return folder
-
-
-def _create_named_folder(sav_dir: Path, name: str) -> Path:
-    if name in ("", "..") or Path(name).name != name or not name.isprintable():
-        raise UserError(f"run_name {name!r} is not the plain name of a folder; --sav_dir says where it lies")
-    folder = sav_dir / name
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; choose another --run_name")
-    folder.mkdir(exist_ok=True)
-    if any(folder.iterdir()):
-        raise UserError(f"{folder} holds files; choose another --run_name, or continue that run with --resume {folder}")
-    return folder
 
 
 def save_last(path: Path, state: dict) -> None:
@@ -281,22 +233,3 @@ class TopWeights:
 
 def _step_of(name: str) -> int:
     return int(name.partition("-")[0])
-
-
-def random_state() -> dict[str, Any]:
-    """Return the state of every global generator of this process, in types that torch.load accepts as plain data."""
-    numpy_state = np.random.get_state(legacy=False)
-    numpy_state["state"] = {"key": numpy_state["state"]["key"].tolist(), "pos": int(numpy_state["state"]["pos"])}
-    state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numpy_state}
-    if torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()  # of this process's device: asking the others would occupy them
-    return state
-
-
-def restore_random_state(state: dict[str, Any]) -> None:
-    """Continue every global generator where `random_state` found it."""
-    torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -19,6 +19,8 @@ from finestsam.errors import UserError
 from finestsam.model.download import hash_file
 from finestsam.model.load import LoadedModel, load_model
 from finestsam.training import checkpoint
+from finestsam.training.random_state import random_state, restore_random_state
+from finestsam.training.run_folder import create_run_folder
 from finestsam.training.schedules import build_optimizer, build_scheduler
 from finestsam.training.step import MEASURES, Stepper
 from finestsam.training.trainable import freeze_
@@ -105,7 +107,7 @@ def _prepare_folder(fabric: Fabric, config: Config, data: LabelledSet) -> Path:
         return Path(config.resume)
     folder = None
     if fabric.global_rank == 0:
-        folder = checkpoint.create_run_folder(Path(config.sav_dir), config.run_name)
+        folder = create_run_folder(Path(config.sav_dir), config.run_name)
         settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "resume"}
         (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
         data.report.write(folder / "dataset_report.json")
@@ -179,7 +181,7 @@ def save_last(run: Run) -> None:
         "scaler": run.stepper.scaler.state_dict(),
         "progress": dataclasses.asdict(run.progress),
         "top": run.top.state_dict(),
-        "random": checkpoint.random_state(),
+        "random": random_state(),
         "config": json.dumps(flatten_config(run.config)),
         "dataset": run.data.fingerprint(),
     }
@@ -193,4 +195,4 @@ def _restore(run: Run, state: dict) -> None:
     if run.stepper.scaler.is_enabled():
         run.stepper.scaler.load_state_dict(state["scaler"])
     run.top.load_state_dict(state["top"])
-    checkpoint.restore_random_state(state["random"])
+    restore_random_state(state["random"])

@@ -4,7 +4,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 
@@ -12,13 +12,11 @@ import torch
 from lightning.fabric import Fabric
 from tqdm import tqdm
 
-from finestsam import __version__
 from finestsam.batch import Batch
 from finestsam.config import Config
 from finestsam.evaluation.prompt_scores import score_batches, summarize_scores
-from finestsam.model.card import Card, write_card
 from finestsam.model.load import RANDOM_WEIGHTS, choose_device
-from finestsam.training.checkpoint import CheckpointNotSaved, save_weights
+from finestsam.training.best import BEST_METRIC, keep_if_best, warn_if_not_saved
 from finestsam.training.hints import describe_training, list_mismatches
 from finestsam.training.interruption import Interruption
 from finestsam.training.log import RunLog
@@ -29,7 +27,6 @@ from finestsam.training.step import MEASURES
 # Steps in a row without a finite gradient after which a run has gone wrong for good.
 MAX_SKIPPED_STEPS = 10
 EXIT_NUMERICAL = 3
-BEST_METRIC = "val_per_mask_iou"
 
 
 def train(config: Config) -> int:
@@ -71,7 +68,7 @@ def run_epochs(run: Run, log: RunLog | None, interruption: Interruption) -> int:
     if progress.step == 0 and not progress.floor:
         validate(run)
         progress.floor = dict(progress.metrics)
-        _keep_if_best(run)
+        keep_if_best(run)
         _write_row(run, log, learning_rate=None, epoch=0)
     while not _is_complete(run):
         wants_stop = train_epoch(run, log, interruption)
@@ -82,7 +79,7 @@ def run_epochs(run: Run, log: RunLog | None, interruption: Interruption) -> int:
             _save_and_say(run)
             return interruption.exit_code
         finish_epoch(run, log)
-        _warn_if_not_saved(lambda: save_last(run))
+        warn_if_not_saved(lambda: save_last(run))
     _say_end(run)
     return 0
 
@@ -163,51 +160,11 @@ def finish_epoch(run: Run, log: RunLog | None) -> None:
         if run.config.sched.type == "ReduceLROnPlateau":
             fallback = -progress.sums["total_loss"] / max(progress.objects, 1)
             run.scheduler.step(progress.metrics.get(BEST_METRIC, fallback))
-        _keep_if_best(run)
+        keep_if_best(run)
     _write_row(run, log, learning_rate, epoch=progress.epoch + (not is_whole))
     if is_whole:
         progress.batches_done, progress.objects, progress.seconds = 0, 0, 0.0
         progress.sums = dict.fromkeys(MEASURES, 0.0)
-
-
-def _keep_if_best(run: Run) -> None:
-    """Save the weights as best.pth where they are better than all before; the untouched model is the first to beat."""
-    progress = run.progress
-    value = progress.metrics.get(BEST_METRIC)
-    is_better = value is None or progress.best is None or value > progress.best
-    progress.evaluations_without_better = 0 if is_better else progress.evaluations_without_better + 1
-    if value is not None and is_better:
-        progress.best = value
-    if not run.is_first_rank:
-        return
-    _warn_if_not_saved(lambda: _save_best(run, value, is_better))
-
-
-def _save_best(run: Run, value: float | None, is_better: bool) -> None:
-    weights, card = run.loaded.model.sam.state_dict(), _make_card(run)
-    if value is not None and run.progress.step > 0:
-        path = run.top.save(weights, run.progress.step, value)
-        if path:
-            write_card(path, card)
-    if is_better:
-        save_weights(run.folder / "best.pth", weights)
-        write_card(run.folder / "best.pth", card)
-
-
-def _make_card(run: Run) -> Card:
-    progress, model = run.progress, run.loaded.model
-    return Card(
-        model_type=run.loaded.model_type,
-        image_size=model.image_size,
-        multimask_output=model.multimask_output,
-        categories=run.data.categories,
-        metrics=progress.metrics,
-        floor=progress.floor or progress.metrics,
-        step=progress.step,
-        started_from=progress.started_from,
-        started_from_sha256=progress.started_from_sha256,
-        finestsam_version=__version__,
-    )
 
 
 def _write_row(run: Run, log: RunLog | None, learning_rate: float | None, epoch: int) -> None:
@@ -263,14 +220,6 @@ def _gather(fabric: Fabric, mine: list) -> list[list]:
 def _show_progress(items: Iterable, title: str, total: int, is_first_rank: bool) -> Iterable:
     is_quiet = not (is_first_rank and sys.stderr.isatty())
     return tqdm(items, desc=title, total=total, disable=is_quiet, leave=False)
-
-
-def _warn_if_not_saved(save: Callable[[], None]) -> None:
-    """Save; where the disk is full the old files are whole, and training goes on."""
-    try:
-        save()
-    except CheckpointNotSaved as error:
-        print(f"warning: {error}", file=sys.stderr)
 
 
 def _save_and_say(run: Run) -> None:

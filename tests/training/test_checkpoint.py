@@ -17,19 +17,18 @@ import torch
 
 from finestsam.errors import UserError
 from finestsam.model.build import build_sam
-from finestsam.training import checkpoint
+from finestsam.training import checkpoint, run_folder
 from finestsam.training.checkpoint import (
     CheckpointNotSaved,
     TopWeights,
-    create_run_folder,
     load_state,
-    random_state,
     remove_stale_files,
-    restore_random_state,
     save_file,
     save_last,
     save_weights,
 )
+from finestsam.training.random_state import random_state, restore_random_state
+from finestsam.training.run_folder import create_run_folder
 
 WEIGHTS = {"image_encoder.pos_embed": torch.ones(1)}
 
@@ -311,7 +310,7 @@ def test_the_worst_weights_go_only_when_the_new_ones_are_written(tmp_path):
 
 
 def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.time, "strftime", lambda form: "2026-11-21_01-30-00")
+    monkeypatch.setattr(run_folder.time, "strftime", lambda form: "2026-11-21_01-30-00")
     with ThreadPoolExecutor(8) as pool:
         folders = list(pool.map(lambda _: create_run_folder(tmp_path / "sav", None), range(8)))
     assert len(set(folders)) == 8

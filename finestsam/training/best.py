@@ -1,0 +1,59 @@
+"""Keep the best weights of a run, and say what they are."""
+
+import sys
+from collections.abc import Callable
+
+from finestsam import __version__
+from finestsam.model.card import Card, write_card
+from finestsam.training.checkpoint import CheckpointNotSaved, save_weights
+from finestsam.training.run import Run
+
+BEST_METRIC = "val_per_mask_iou"
+
+
+def keep_if_best(run: Run) -> None:
+    """Save the weights as best.pth where they are better than all before; the untouched model is the first to beat."""
+    progress = run.progress
+    value = progress.metrics.get(BEST_METRIC)
+    is_better = value is None or progress.best is None or value > progress.best
+    progress.evaluations_without_better = 0 if is_better else progress.evaluations_without_better + 1
+    if value is not None and is_better:
+        progress.best = value
+    if not run.is_first_rank:
+        return
+    warn_if_not_saved(lambda: _save_best(run, value, is_better))
+
+
+def _save_best(run: Run, value: float | None, is_better: bool) -> None:
+    weights, card = run.loaded.model.sam.state_dict(), _make_card(run)
+    if value is not None and run.progress.step > 0:
+        path = run.top.save(weights, run.progress.step, value)
+        if path:
+            write_card(path, card)
+    if is_better:
+        save_weights(run.folder / "best.pth", weights)
+        write_card(run.folder / "best.pth", card)
+
+
+def _make_card(run: Run) -> Card:
+    progress, model = run.progress, run.loaded.model
+    return Card(
+        model_type=run.loaded.model_type,
+        image_size=model.image_size,
+        multimask_output=model.multimask_output,
+        categories=run.data.categories,
+        metrics=progress.metrics,
+        floor=progress.floor or progress.metrics,
+        step=progress.step,
+        started_from=progress.started_from,
+        started_from_sha256=progress.started_from_sha256,
+        finestsam_version=__version__,
+    )
+
+
+def warn_if_not_saved(save: Callable[[], None]) -> None:
+    """Save; where the disk is full the old files are whole, and training goes on."""
+    try:
+        save()
+    except CheckpointNotSaved as error:
+        print(f"warning: {error}", file=sys.stderr)

@@ -1,0 +1,53 @@
+"""Make the folder of a run."""
+
+import itertools
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from finestsam.errors import UserError
+
+
+def create_run_folder(sav_dir: Path, name: str | None) -> Path:
+    """Make a new folder below sav_dir and return it.
+
+    Args:
+        name: None: the local time. Runs that start in the same second get folders of their own.
+
+    Raises:
+        UserError: nothing can be written there, or the name belongs to another run.
+    """
+    if sav_dir.resolve() == Path(sav_dir.resolve().anchor):
+        raise UserError(f"sav_dir {sav_dir} is the root of the disk, expected a folder below it")
+    try:
+        if sav_dir.exists() and not sav_dir.is_dir():
+            raise UserError(f"sav_dir {sav_dir} is a file, expected a folder")
+        sav_dir.mkdir(parents=True, exist_ok=True)
+        folder = _create_dated_folder(sav_dir) if name is None else _create_named_folder(sav_dir, name)
+    except OSError as error:
+        raise UserError(f"sav_dir {sav_dir}: cannot make the run's folder in it: {error.strerror}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{folder} is not writable; choose another --sav_dir")
+    return folder
+
+
+def _create_dated_folder(sav_dir: Path) -> Path:
+    now = time.strftime("%Y-%m-%d_%H-%M-%S")
+    for number in itertools.count(1):
+        folder = sav_dir / (now if number == 1 else f"{now}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+
+
+def _create_named_folder(sav_dir: Path, name: str) -> Path:
+    if name in ("", "..") or Path(name).name != name or not name.isprintable():
+        raise UserError(f"run_name {name!r} is not the plain name of a folder; --sav_dir says where it lies")
+    folder = sav_dir / name
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose another --run_name")
+    folder.mkdir(exist_ok=True)
+    if any(folder.iterdir()):
+        raise UserError(f"{folder} holds files; choose another --run_name, or continue that run with --resume {folder}")
+    return folder
