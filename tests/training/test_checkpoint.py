@@ -17,7 +17,7 @@ import torch
 
 from finestsam.errors import UserError
 from finestsam.model.build import build_sam
-from finestsam.training import checkpoint, run_folder
+from finestsam.training import run_folder
 from finestsam.training.checkpoint import (
     CheckpointNotSaved,
     TopWeights,
