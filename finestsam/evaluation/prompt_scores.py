@@ -55,8 +55,8 @@ def _score_objects(predictions: Predictions, sample: Sample, first: int, image_s
         masks = upscale_logits(logits, image_size, sample.input_size, sample.original_size) > 0  # n x M x H x W
         places = range(first + start, first + start + len(masks))
         truth = decode_rles([sample.rles[place] for place in places]).to(masks.device)[:, None]
-        shared = (masks & truth).sum(dim=(-2, -1)).double().cpu()
-        sizes = (masks.sum(dim=(-2, -1)) + truth.sum(dim=(-2, -1))).double().cpu()
+        shared = (masks & truth).sum(dim=(-2, -1)).cpu().double()
+        sizes = (masks.sum(dim=(-2, -1)) + truth.sum(dim=(-2, -1))).cpu().double()
         ious, dices = shared / (sizes - shared), 2 * shared / sizes  # the truth is never empty, so neither is a union
         for row, place in enumerate(places):
             expected = predictions.scores[start + row]

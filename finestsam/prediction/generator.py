@@ -46,7 +46,7 @@ class _Candidates:
 
     logits: Tensor  # K x 4g x 4g
     scores: Tensor  # K
-    points: Tensor  # K x 2, XY, pixels of the crop
+    point_indices: Tensor  # K, into the crop's points
     stability: Tensor  # K
     boxes: Tensor  # K x 4, XYXY, pixels of the crop; both corners lie inside the mask
 
@@ -111,7 +111,7 @@ def _cut_crops(
 def _search(model: FinestSam, crop: _Crop, settings: GeneratorConfig, report: FilterReport) -> GeneratedMasks:
     """Return the masks of one crop, best score first, without those whose boxes repeat a better one's."""
     batches = [
-        _ask(model, crop, crop.points[start : start + settings.points_per_batch], settings, report)
+        _ask(model, crop, range(start, min(start + settings.points_per_batch, len(crop.points))), settings, report)
         for start in range(0, len(crop.points), settings.points_per_batch)
     ]
     candidates = _Candidates(*(torch.cat([getattr(b, entry.name) for b in batches]) for entry in fields(_Candidates)))
@@ -120,20 +120,19 @@ def _search(model: FinestSam, crop: _Crop, settings: GeneratorConfig, report: Fi
     return _compress(candidates[kept], model, crop)
 
 
-def _ask(
-    model: FinestSam, crop: _Crop, points: np.ndarray, settings: GeneratorConfig, report: FilterReport
-) -> _Candidates:
+def _ask(model: FinestSam, crop: _Crop, indices: range, settings: GeneratorConfig, report: FilterReport) -> _Candidates:
     """Decode the masks of some points of a crop, and return those that are good, stable and whole."""
+    points = crop.points[indices.start : indices.stop]
     inputs = torch.tensor(scale_points(points, crop.size, crop.input_size), dtype=torch.float32, device=model.device)
     labels = torch.ones(len(points), 1, dtype=torch.int, device=model.device)
     predictions = model(crop.embedding, Prompts(inputs[:, None], labels))
     scores = predictions.scores.flatten()
-    points_of_masks = torch.from_numpy(points.repeat(predictions.scores.shape[1], axis=0)).to(model.device)
+    point_indices = torch.tensor(indices, device=model.device).repeat_interleave(predictions.scores.shape[1])
     # A threshold of 0 lets every number pass, as in segment_anything: the score head may answer below 0.
     is_good = scores > (settings.pred_iou_thresh or -np.inf)
     logits = predictions.logits.flatten(0, 1)[is_good]
     stability, boxes = _measure(logits, model, crop, settings.stability_score_offset)
-    candidates = _Candidates(logits, scores[is_good], points_of_masks[is_good], stability, boxes)
+    candidates = _Candidates(logits, scores[is_good], point_indices[is_good], stability, boxes)
     report.count_scores(scores, is_good)
     return _filter_measured(candidates, crop, settings, report)
 
@@ -196,7 +195,7 @@ def _compress(candidates: _Candidates, model: FinestSam, crop: _Crop) -> Generat
         scores=candidates.scores.cpu().numpy(),
         stability=candidates.stability.cpu().numpy(),
         areas=np.array([rle_area(rle) for rle in rles], dtype=np.int64),
-        points=candidates.points.cpu().numpy() + [x0, y0],
+        points=crop.points[candidates.point_indices.cpu().numpy()] + [x0, y0],
         crop_boxes_xywh=np.tile(np.array([[x0, y0, x1 - x0, y1 - y0]]), (len(rles), 1)),
     )
 

@@ -61,11 +61,11 @@ def measure_overlap(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         targets: the same shape, or one that broadcasts to it, 0 or 1.
     """
     masks, truth = logits > 0, targets > 0.5
-    shared = (masks & truth).sum(dim=(-2, -1)).double()
-    sizes = masks.sum(dim=(-2, -1)).double() + truth.sum(dim=(-2, -1)).double()
+    shared = (masks & truth).sum(dim=(-2, -1))
+    sizes = masks.sum(dim=(-2, -1)) + truth.sum(dim=(-2, -1))
     iou = torch.where(sizes > 0, shared / (sizes - shared).clamp(min=1), 1.0)
     dice = torch.where(sizes > 0, 2 * shared / sizes.clamp(min=1), 1.0)
-    return iou.float(), dice.float()
+    return iou, dice
 
 
 @dataclass

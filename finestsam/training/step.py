@@ -145,7 +145,7 @@ class Stepper:
             losses.iou,
             losses.score,
         )
-        return torch.stack([column.double().sum().cpu() for column in columns])
+        return torch.stack([column.cpu().double().sum() for column in columns])
 
     def _sum_over_ranks(self, values: list[float]) -> Tensor:
         # float64 on the CPU and float32 where the device has no other (mps).
