@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from finestsam.config import GENERATOR_DEFAULTS, Config, ModelConfig, flatten_config
 from finestsam.data.dataset import SampleDataset, SampleSettings, StepSampler
+from finestsam.data.layouts import find_layout
 from finestsam.data.loaders import build_train_loader, build_validation_loader
 from finestsam.data.previous_logits import PreviousLogits
 from finestsam.data.read import LabelledSet, read_training_set
@@ -70,6 +71,7 @@ class Run:
 def build_run(fabric: Fabric, config: Config) -> Run:
     """Read the data, build the model, restore a run that is continued."""
     state = checkpoint.load_state(Path(config.resume)) if config.resume else None
+    find_layout(Path(config.dataset.path), config.dataset.auto_split)  # a mistyped folder is told before any download
     with fabric.rank_zero_first():  # one download
         loaded = load_model(_start_from(config, state), device=fabric.device)
     data = read_training_set(config.dataset, loaded.model.image_size)

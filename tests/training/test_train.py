@@ -154,6 +154,13 @@ def test_a_strict_run_refuses_a_dataset_with_a_defect(coco_folder, capsys):
     assert "1 skipped (1 empty segmentation)" in capsys.readouterr().err
 
 
+def test_a_mistyped_folder_is_told_before_anything_is_downloaded(tmp_path, capsys):
+    assert main(["--mode=train", f"--dataset={tmp_path / 'datset'}", "--device=cpu", f"--sav_dir={tmp_path}"]) == 2
+
+    assert "datset: no such folder" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_evaluation_gives_the_figures_of_validation(scenes, finished, tmp_path, capsys):
     flags = ["--mode=evaluate", f"--dataset={scenes}", f"--model.checkpoint={finished}", "--device=cpu"]
     assert main([*flags, f"--out_dir={tmp_path}", "--num_workers=0", "--seed_device=1337"]) == 0
