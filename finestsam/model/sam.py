@@ -93,11 +93,3 @@ def upscale_logits(
     if original_size is None or tuple(original_size) == tuple(input_size):
         return inside
     return F.interpolate(inside, original_size, mode="bilinear", align_corners=False)
-
-
-def choose_by_score(predictions: Predictions, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the logits and the score of each object's mask with the highest score, N x ... and N."""
-    logits = predictions.logits if logits is None else logits
-    best = predictions.scores.argmax(dim=1)
-    rows = torch.arange(len(best), device=best.device)
-    return logits[rows, best], predictions.scores[rows, best]

@@ -2,9 +2,9 @@ import pytest
 import torch
 from segment_anything.modeling import Sam
 
-from finestsam.batch import Predictions, Prompts
+from finestsam.batch import Prompts
 from finestsam.model.build import ARCHITECTURES, build_sam
-from finestsam.model.sam import FinestSam, choose_by_score, upscale_logits
+from finestsam.model.sam import FinestSam, upscale_logits
 
 ORIGINAL_SIZE, INPUT_SIZE = (90, 120), (48, 64)
 
@@ -100,16 +100,6 @@ def test_upscaling_is_segment_anythings(tiny_sam):
     for original in [(90, 120), (300, 400), (48, 64)]:
         expected = tiny_sam.sam.postprocess_masks(logits, INPUT_SIZE, original)
         torch.testing.assert_close(upscale_logits(logits, 64, INPUT_SIZE, original), expected)
-
-
-def test_each_object_keeps_its_own_best_mask():
-    logits = torch.arange(6.0).reshape(2, 3, 1, 1)
-    predictions = Predictions(logits, torch.tensor([[0.1, 0.9, 0.2], [0.8, 0.3, 0.1]]))
-
-    chosen, scores = choose_by_score(predictions)
-
-    assert chosen.flatten().tolist() == [1, 3]
-    torch.testing.assert_close(scores, torch.tensor([0.9, 0.8]))
 
 
 @pytest.mark.parametrize("model_type", ["vit_tiny", "vit_tiny_test"])
