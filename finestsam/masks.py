@@ -126,6 +126,17 @@ def decode_rles(rles: list[dict]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(masks.transpose(2, 0, 1))).bool()
 
 
+def count_overlap(masks: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many pixels lie in both masks, and the sum of the two areas: what IoU and Dice are made of.
+
+    Args:
+        masks: ... x H x W, bool.
+        truth: the same shape, or one that broadcasts to it, bool.
+    """
+    shared = (masks & truth).sum(dim=(-2, -1))
+    return shared, masks.sum(dim=(-2, -1)) + truth.sum(dim=(-2, -1))
+
+
 def rle_area(rle: dict) -> int:
     """Return the number of pixels inside."""
     return int(coco_mask.area(rle))

@@ -5,7 +5,7 @@ A sample is a pure function of (seed, epoch, picture): worker processes, their n
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from finestsam.config import DatasetConfig, PromptsConfig
 from finestsam.data.coco import Annotation, Record
 from finestsam.data.previous_logits import PreviousLogits
 from finestsam.data.prompts import (
+    MASK_LOGIT,
     PointCounts,
     build_image_grid,
     coarsen_mask,
@@ -143,7 +144,7 @@ class SampleDataset(Dataset):
         square = np.zeros((side, side), dtype=np.float32)
         if self.settings.prompts.use_masks:
             height, width = (max(1, math.ceil(length / 4)) for length in input_size)
-            square[:] = -6.0
+            square[:] = -MASK_LOGIT
             square[:height, :width] = coarsen_mask(mask, (height, width), generator)
         return square
 
@@ -198,13 +199,12 @@ def drop_vanishing_objects(
     kept, vanished = [], []
     for record in records:
         scale = image_size / max(record.size)
-        stays = [annotation.area * scale**2 >= min_area_pixels for annotation in record.annotations]
-        vanished += [
-            (record.file_name, annotation.id)
-            for annotation, is_kept in zip(record.annotations, stays, strict=True)
-            if not is_kept
-        ]
-        remaining = [annotation for annotation, is_kept in zip(record.annotations, stays, strict=True) if is_kept]
+        remaining = []
+        for annotation in record.annotations:
+            if annotation.area * scale**2 >= min_area_pixels:
+                remaining.append(annotation)
+            else:
+                vanished.append((record.file_name, annotation.id))
         if remaining:
-            kept.append(Record(record.image_id, record.file_name, record.path, record.size, remaining))
+            kept.append(replace(record, annotations=remaining))
     return kept, vanished

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from finestsam.config import DatasetConfig
@@ -29,6 +30,7 @@ class LabelledSet:
         if self.report.defect_count:
             raise UserError("\n".join([f"--strict: {self.report.summarize()}", *self.report.list_examples()]))
 
+    @cached_property
     def fingerprint(self) -> str:
         """Return a hash of every picture's name and masks on either side: the same for the same training."""
         digest = hashlib.sha256()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from finestsam.config import GENERATOR_DEFAULTS, Config, PromptsConfig
+from finestsam.config import Config, PromptsConfig
 from finestsam.data.coco import Record
 from finestsam.data.dataset import SampleDataset, SampleSettings
 from finestsam.data.loaders import build_validation_loader
@@ -15,6 +15,7 @@ from finestsam.data.read import read_evaluation_set
 from finestsam.errors import UserError
 from finestsam.evaluation.prompt_scores import score_batches, summarize_scores
 from finestsam.model.load import LoadedModel, load_model
+from finestsam.prediction.generator import resolve_generator
 
 PROMPT_KINDS = {
     "point": PromptsConfig(use_points=True),
@@ -51,7 +52,7 @@ def _score(
     """Return the means over all objects, each asked for with one prompt of a kind."""
     settings = SampleSettings(
         loaded.model.image_size,
-        config.generator.points_per_side or GENERATOR_DEFAULTS["points_per_side"],
+        resolve_generator(config.generator, loaded.card).points_per_side,
         config.seed_device or 0,
         prompts,
         replace(config.dataset, positive_points=1, negative_points=0),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from finestsam.batch import Batch, Predictions, Sample
-from finestsam.masks import decode_rles
+from finestsam.masks import count_overlap, decode_rles
 from finestsam.model.sam import FinestSam, upscale_logits
 
 # Of float32 logits upscaled at a time.
@@ -55,8 +55,7 @@ def _score_objects(predictions: Predictions, sample: Sample, first: int, image_s
         masks = upscale_logits(logits, image_size, sample.input_size, sample.original_size) > 0  # n x M x H x W
         places = range(first + start, first + start + len(masks))
         truth = decode_rles([sample.rles[place] for place in places]).to(masks.device)[:, None]
-        shared = (masks & truth).sum(dim=(-2, -1)).cpu().double()
-        sizes = (masks.sum(dim=(-2, -1)) + truth.sum(dim=(-2, -1))).cpu().double()
+        shared, sizes = (counts.cpu().double() for counts in count_overlap(masks, truth))
         ious, dices = shared / (sizes - shared), 2 * shared / sizes  # the truth is never empty, so neither is a union
         for row, place in enumerate(places):
             expected = predictions.scores[start + row]

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from finestsam.batch import Predictions, Sample
 from finestsam.config import LossesConfig
 from finestsam.images import shrink_mask
-from finestsam.masks import decode_rle
+from finestsam.masks import count_overlap, decode_rle
 from finestsam.model.sam import upscale_logits
 
 # +1 keeps an empty target with an empty prediction at loss 0, not 0/0.
@@ -60,9 +60,7 @@ def measure_overlap(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits: ... x H x W.
         targets: the same shape, or one that broadcasts to it, 0 or 1.
     """
-    masks, truth = logits > 0, targets > 0.5
-    shared = (masks & truth).sum(dim=(-2, -1))
-    sizes = masks.sum(dim=(-2, -1)) + truth.sum(dim=(-2, -1))
+    shared, sizes = count_overlap(logits > 0, targets > 0.5)
     iou = torch.where(sizes > 0, shared / (sizes - shared).clamp(min=1), 1.0)
     dice = torch.where(sizes > 0, 2 * shared / sizes.clamp(min=1), 1.0)
     return iou, dice
@@ -114,8 +112,8 @@ def _best_mask_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the weighted mask loss of each object's best mask, its parts, which mask that is, and the IoU of all M."""
     with torch.no_grad():
-        focal, dice = _mask_losses(logits, targets, sample, settings, image_size)
-        large = _to_frame(logits.detach(), sample, settings.resolution, image_size)
+        large = _to_frame(logits, sample, settings.resolution, image_size)
+        focal, dice = _mask_losses(large, targets, settings)
         ious, _ = measure_overlap(large, targets[:, None])
         best = (settings.focal_ratio * focal + settings.dice_ratio * dice).argmin(dim=1)
     rows = torch.arange(len(best), device=best.device)
@@ -147,15 +145,13 @@ class _SmallGradient(torch.autograd.Function):
 def _weighted_mask_loss(
     logits: Tensor, targets: Tensor, sample: Sample, settings: LossesConfig, image_size: int
 ) -> Tensor:
-    focal, dice = _mask_losses(logits, targets, sample, settings, image_size)
+    large = _to_frame(logits, sample, settings.resolution, image_size)
+    focal, dice = _mask_losses(large, targets, settings)
     return (settings.focal_ratio * focal + settings.dice_ratio * dice)[:, 0]
 
 
-def _mask_losses(
-    logits: Tensor, targets: Tensor, sample: Sample, settings: LossesConfig, image_size: int
-) -> tuple[Tensor, Tensor]:
-    """Return focal and Dice losses, n x M each."""
-    large = _to_frame(logits, sample, settings.resolution, image_size)
+def _mask_losses(large: Tensor, targets: Tensor, settings: LossesConfig) -> tuple[Tensor, Tensor]:
+    """Return focal and Dice losses, n x M each, of logits in the frame of the loss."""
     truth = targets[:, None].expand_as(large)
     return focal_loss(large, truth, settings.focal_alpha, settings.focal_gamma), dice_loss(large, truth)
 

@@ -10,7 +10,7 @@ import yaml
 from lightning.fabric import Fabric
 from torch.utils.data import DataLoader
 
-from finestsam.config import GENERATOR_DEFAULTS, Config, ModelConfig, flatten_config
+from finestsam.config import Config, ModelConfig, flatten_config
 from finestsam.data.dataset import SampleDataset, SampleSettings, StepSampler
 from finestsam.data.layouts import find_layout
 from finestsam.data.loaders import build_train_loader, build_validation_loader
@@ -19,6 +19,7 @@ from finestsam.data.read import LabelledSet, read_training_set
 from finestsam.errors import UserError
 from finestsam.model.download import hash_file
 from finestsam.model.load import LoadedModel, load_model
+from finestsam.prediction.generator import resolve_generator
 from finestsam.training import checkpoint
 from finestsam.training.random_state import random_state, restore_random_state
 from finestsam.training.run_folder import create_run_folder
@@ -127,7 +128,7 @@ def _begin_progress(fabric: Fabric, loaded: LoadedModel) -> Progress:
 
 
 def _restore_progress(state: dict, data: LabelledSet) -> Progress:
-    if state["dataset"] != data.fingerprint():
+    if state["dataset"] != data.fingerprint:
         raise UserError("--resume: the dataset is not the one that the run was trained on; start a new run with it")
     return Progress(**state["progress"])
 
@@ -154,7 +155,7 @@ def _build_stepper(
 
 def _choose_sample_settings(config: Config, image_size: int) -> SampleSettings:
     seed = config.seed_device if config.seed_dataloader is None else config.seed_dataloader
-    points_per_side = config.generator.points_per_side or GENERATOR_DEFAULTS["points_per_side"]
+    points_per_side = resolve_generator(config.generator, card=None).points_per_side
     return SampleSettings(image_size, points_per_side, seed, config.prompts, config.dataset, config.dataset.max_objects)
 
 
@@ -185,9 +186,9 @@ def save_last(run: Run) -> None:
         "top": run.top.state_dict(),
         "random": random_state(),
         "config": json.dumps(flatten_config(run.config)),
-        "dataset": run.data.fingerprint(),
+        "dataset": run.data.fingerprint,
     }
-    checkpoint.save_last(run.folder / "last.ckpt", state)
+    checkpoint.save_last(run.folder / checkpoint.LAST, state)
 
 
 def _restore(run: Run, state: dict) -> None:
