@@ -39,19 +39,23 @@ class Sample:
 
     image_id: int
     file_name: str
-    original_size: tuple[int, int]
+    original_size: tuple[int, int]  # of the variant, where the picture is augmented
     input_size: tuple[int, int]
-    image: Tensor  # 3 x h x w, uint8, RGB, input frame before padding
+    image: Tensor | None  # 3 x h x w, uint8, RGB, input frame before padding; None: there is an embedding
     prompts: Prompts
     rles: list[dict] = field(default_factory=list)  # N masks, original frame, pycocotools' compressed form
     annotation_ids: list[int] = field(default_factory=list)  # N
     rows: list[int] = field(default_factory=list)  # N, the objects' places in the whole set, counted through
+    variant: int = 0  # which augmented variant of the picture; 0: the plain one
+    embedding: Tensor | None = None  # C x g x g, float16, from the store
 
     def __len__(self) -> int:
         return len(self.rles)
 
     def to(self, target: device | str) -> "Sample":
-        return replace(self, image=self.image.to(target), prompts=self.prompts.to(target))
+        image = None if self.image is None else self.image.to(target)
+        embedding = None if self.embedding is None else self.embedding.to(target)
+        return replace(self, image=image, embedding=embedding, prompts=self.prompts.to(target))
 
 
 @dataclass

@@ -12,12 +12,15 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from finestsam.config import MODES, Config, build_config, find_problems, flatten_config, list_settings
 from finestsam.errors import UserError
 
-SHORT_NAMES = {"--dataset": "--dataset.path"}
+SHORT_NAMES = {"--dataset": "--dataset.path", "--download": "--dataset.download"}
 DESCRIPTION = "Fine-tune Segment Anything on your labelled pictures, and find their objects in new ones."
 USAGE = """
   python -m finestsam --mode train --dataset path [--setting value ...]
   python -m finestsam --mode predict --input img.png [--setting value ...]
-  python -m finestsam --mode evaluate --dataset path --model.checkpoint best.pth [--setting value ...]"""
+  python -m finestsam --mode evaluate --dataset path --model.checkpoint best.pth [--setting value ...]
+  python -m finestsam --mode check --dataset path [--check.samples 12 ...]
+  python -m finestsam --mode convert --dataset path --out_dir new/path [--setting value ...]
+  python -m finestsam --mode check --dataset coco --download coco-val2017"""
 
 
 def parse_command_line(arguments: list[str]) -> tuple[str, Config]:
@@ -56,13 +59,21 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(mode: str, config: Config) -> int:
+    if config.dataset.download:
+        from finestsam.data.coco_download import fetch_coco
+
+        fetch_coco(config.dataset.download, Path(config.dataset.path), config.dataset.download_images)
     # Imported here: torch and lightning take seconds, which --help and a mistyped flag must not wait for.
     if mode == "train":
         from finestsam.training.train import train as run
     elif mode == "predict":
         from finestsam.prediction.predict import predict as run
-    else:
+    elif mode == "evaluate":
         from finestsam.evaluation.evaluate import evaluate as run
+    elif mode == "check":
+        from finestsam.data.check import check as run
+    else:
+        from finestsam.data.convert import convert as run
     return run(config)
 
 

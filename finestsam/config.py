@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-MODES = ("train", "predict", "evaluate")
+MODES = ("train", "predict", "evaluate", "check", "convert")
 
 
 def setting(default: Any, help: str, valid: str | None = None) -> Any:
@@ -121,6 +121,16 @@ class ModelLayerConfig:
 
 
 @dataclass(frozen=True)
+class ImagesConfig:
+    max_pixels: int = setting(178_956_970, "a file that claims more pixels is refused before it is decoded", "[1, inf)")
+    deep_range: Literal["percentile", "full"] = setting(
+        "percentile",
+        "how 16-bit and float pictures become 8-bit: percentile: stretched between the picture's own 0.1 and 99.9 "
+        "percentiles; full: the whole range of the number type",
+    )
+
+
+@dataclass(frozen=True)
 class DatasetConfig:
     path: str | None = setting(None, "folder of the labelled pictures; --dataset is short for it")
     auto_split: bool | None = setting(
@@ -128,10 +138,27 @@ class DatasetConfig:
     )
     seed: int = setting(42, "seed of the split", "[0, inf)")
     val_size: float = setting(0.1, "share of the pictures that are validated on, at least one; 0: none", "[0, 1)")
-    use_cache: bool = setting(
-        False, "keep the index of the annotations in a file beside them, made anew when they change"
+    use_cache: bool = setting(True, "keep what the check of the dataset found, made anew when a file changes")
+    sav: str | None = setting(
+        None, "name of a file beside the annotations to keep it in; default: in the user's cache folder"
     )
-    sav: str = setting("finestsam_index.json", "name of that file")
+    masks_from_boxes: bool = setting(False, "take the box for the mask where an annotation has nothing else")
+    include_crowd: bool = setting(False, "train on crowd regions (iscrowd 1) as if each were one object")
+    dedup: bool = setting(False, "of annotations with exactly the same mask in one picture keep the first")
+    follow_symlinks: bool = setting(False, "read pictures that are links to places outside the dataset")
+    mask_instances: Literal["auto", "components", "values"] = setting(
+        "auto",
+        "objects of a mask picture: its connected components, or its different grey values; auto: values where a "
+        "lossless file has more than two of them",
+    )
+    min_region_pixels: int = setting(
+        16, "components of a mask picture that are smaller are specks, dropped", "[0, inf)"
+    )
+    download: Literal["coco-val2017", "coco-train2017"] | None = setting(
+        None, "fetch this part of COCO into the folder first; --download is short for it"
+    )
+    download_images: int | None = setting(None, "only so many of its pictures", "[1, inf)")
+    images: ImagesConfig = section(ImagesConfig)
     positive_points: int = setting(1, "points inside each object", "[0, 1000]")
     negative_points: int = setting(0, "points outside each object, inside its box where there is room", "[0, 1000]")
     use_center: bool = setting(
@@ -144,6 +171,40 @@ class DatasetConfig:
     max_objects: int = setting(
         64, "objects of a picture in a training step, a random choice where there are more; 0: all", "[0, inf)"
     )
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """How training pictures vary; each setting's default leaves them alone. Validation never varies them."""
+
+    flip_horizontal: float = setting(0.0, "probability that a picture is mirrored, left to right", "[0, 1]")
+    flip_vertical: float = setting(0.0, "probability that a picture is mirrored, top to bottom", "[0, 1]")
+    turn: float = setting(0.0, "probability that a picture is turned, by 90, 180 or 270 degrees", "[0, 1]")
+    scale_min: float = setting(
+        1.0, "smallest size that a picture is shown at: 0.5 fills half the side that the model sees", "[0.1, 1]"
+    )
+    scale_max: float = setting(
+        1.0, "largest size that a picture is shown at: 2 shows a part of half its sides, twice as large", "[1, 10]"
+    )
+    crop_min: float = setting(
+        1.0, "smallest share of the picture's area that a crop keeps, a little narrower or wider; 1: no crop", "(0, 1]"
+    )
+    brightness: float = setting(0.0, "largest change of brightness: 0.2 multiplies it by 0.8 to 1.2", "[0, 1)")
+    contrast: float = setting(0.0, "largest change of contrast: 0.2 multiplies it by 0.8 to 1.2", "[0, 1)")
+    saturation: float = setting(0.0, "largest change of saturation: 0.2 multiplies it by 0.8 to 1.2", "[0, 1)")
+    hue: float = setting(0.0, "largest shift of hue, in turns of the colour circle", "[0, 0.5]")
+    variants: int = setting(
+        0, "variants of each picture, which the epochs see in turn; 0: another one in each epoch", "[0, inf)"
+    )
+
+    @property
+    def moves_pixels(self) -> bool:
+        resizes = (self.scale_min, self.scale_max, self.crop_min) != (1, 1, 1)
+        return resizes or max(self.flip_horizontal, self.flip_vertical, self.turn) > 0
+
+    @property
+    def is_active(self) -> bool:
+        return self.moves_pixels or max(self.brightness, self.contrast, self.saturation, self.hue) > 0
 
 
 @dataclass(frozen=True)
@@ -185,6 +246,37 @@ GENERATOR_DEFAULTS = {
 
 
 @dataclass(frozen=True)
+class StoreConfig:
+    enabled: bool = setting(True, "keep what a frozen image encoder answers for each picture, so that it runs once")
+    folder: str | None = setting(None, "where; default: in the user's cache folder")
+    max_gigabytes: float = setting(
+        20.0, "of the disk at most (2 MB a picture at 1024 pixels); the least recently used go first", "[0, inf)"
+    )
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    samples: int = setting(12, "pictures drawn with masks and prompts on the contact sheet; 0: no sheet", "[0, 1000]")
+    points: Literal["grid", "center", "random", "box"] = setting(
+        "grid",
+        "the prompts on it: points of the generator's grid inside the object, its centre, any pixel inside, or its box",
+    )
+    point_count: int = setting(1, "points drawn for an object", "[1, 100]")
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    images: Literal["link", "copy"] = setting(
+        "link", "link: one file under two names, without extra space, where the disk allows, else a copy"
+    )
+    split: bool = setting(
+        False,
+        "write train/ and val/ by dataset.val_size; false: data/, to be split in training. Folders that are "
+        "split already stay so",
+    )
+
+
+@dataclass(frozen=True)
 class Config:
     device: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"] = setting("auto", "hardware; tpu is passed on, untried")
     num_devices: int | list[int] | Literal["auto"] = setting("auto", "how many devices, or which ones: [0, 2]")
@@ -199,7 +291,7 @@ class Config:
     )
     sav_dir: str = setting("sav", "folder of the runs")
     run_name: str | None = setting(None, "folder of this run below sav_dir; default: the time it started")
-    out_dir: str = setting("out", "folder of predictions and evaluations")
+    out_dir: str = setting("out", "folder of predictions, evaluations, reports and converted datasets")
     strict: bool = setting(False, "refuse a dataset with any defect, where else it is skipped and reported")
     resume: str | None = setting(None, "continue a run: its folder, or auto for the newest of sav_dir")
     input: list[str] = setting([], "pictures to predict: files, folders, patterns")
@@ -228,7 +320,11 @@ class Config:
     losses: LossesConfig = section(LossesConfig)
     model_layer: ModelLayerConfig = section(ModelLayerConfig)
     dataset: DatasetConfig = section(DatasetConfig)
+    augment: AugmentConfig = section(AugmentConfig)
     generator: GeneratorConfig = section(GeneratorConfig)
+    store: StoreConfig = section(StoreConfig)
+    check: CheckConfig = section(CheckConfig)
+    convert: ConvertConfig = section(ConvertConfig)
 
 
 def list_settings(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
@@ -274,7 +370,11 @@ def find_problems(mode: str, values: dict[str, Any]) -> list[str]:
     ]
     if mode == "train":
         problems += _find_training_problems(build_config(values))
-    if mode in ("train", "evaluate") and not values["dataset.path"] and not (mode == "train" and values["resume"]):
+    if (
+        mode in ("train", "evaluate", "check", "convert")
+        and not values["dataset.path"]
+        and not (mode == "train" and values["resume"])
+    ):
         problems.append(f"--mode {mode} needs --dataset FOLDER")
     if mode == "predict" and not values["input"]:
         problems.append("--mode predict needs --input PICTURE, a folder or a pattern")
@@ -289,6 +389,11 @@ def _find_training_problems(config: Config) -> list[str]:
         problems.append("nothing is asked: turn on prompts.use_points, prompts.use_boxes or prompts.use_masks")
     if prompts.use_points and points == 0:
         problems.append("prompts.use_points needs dataset.positive_points or dataset.negative_points above 0")
+    if prompts.use_logits and config.augment.moves_pixels:
+        problems.append(
+            "prompts.use_logits needs pictures that stay in place: leave augment.flip_horizontal, flip_vertical, "
+            "turn, scale_min, scale_max and crop_min as they are by default"
+        )
     if losses.focal_ratio == losses.dice_ratio == losses.iou_ratio == 0:
         problems.append("nothing is learnt: losses.focal_ratio, dice_ratio and iou_ratio are all 0")
     if freeze.image_encoder and freeze.prompt_encoder and freeze.mask_decoder:

@@ -21,3 +21,8 @@ class Defect(Exception):
         super().__init__(message)
         self.code = code
         self.message = message
+
+
+def printable(text: object) -> str:
+    """Return a file's name or a dataset's text for the screen, so that it cannot move the cursor or forge a line."""
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in str(text))

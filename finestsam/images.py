@@ -4,23 +4,39 @@
 padding at the right and bottom.
 """
 
+import hashlib
 import io
+import math
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from finestsam.config import ImagesConfig
 from finestsam.errors import Defect
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
-# A file of a few kilobytes can claim billions of pixels; the claim is read before anything is decoded.
-MAX_IMAGE_PIXELS = 256_000_000
+ORIENTATION_TAG = 0x0112  # of EXIF; from 5 on width and height are exchanged
 
 
-def read_image(path: Path, expected_size: tuple[int, int] | None = None) -> np.ndarray:
+@dataclass
+class ImageFacts:
+    """What is known of a picture once its file was read to the end."""
+
+    size: tuple[int, int]  # of the picture as `read_image` returns it
+    digest: str  # of the file's bytes
+    remarks: list[tuple[str, str]] = field(default_factory=list)  # code and message of what is used all the same
+
+
+def read_image(
+    path: Path, expected_size: tuple[int, int] | None = None, settings: ImagesConfig | None = None
+) -> np.ndarray:
     """Read a picture of any common kind, upright.
 
     Args:
@@ -34,65 +50,169 @@ def read_image(path: Path, expected_size: tuple[int, int] | None = None) -> np.n
     Raises:
         Defect: the file is missing, no picture, cut short, too large, or of another size than expected.
     """
+    return decode_image(_read_bytes(path), expected_size, settings)
+
+
+def decode_image(
+    data: bytes, expected_size: tuple[int, int] | None = None, settings: ImagesConfig | None = None
+) -> np.ndarray:
+    """Return a picture from the bytes of its file, as `read_image` does."""
+    settings = settings or ImagesConfig()
+    with _open_picture(data, settings) as picture:
+        if _has_deep_colours(picture):
+            picture = _read_deep_colours(data, picture, settings)
+        picture.load()
+        return _to_rgb(_turn_upright(picture, expected_size), settings)
+
+
+def inspect_image(
+    path: Path, expected_size: tuple[int, int] | None = None, settings: ImagesConfig | None = None
+) -> ImageFacts:
+    """Decode a picture to see that all of it can be read; cheaper than `read_image`, with the same defects."""
     data = _read_bytes(path)
-    try:
-        with Image.open(io.BytesIO(data)) as picture:
-            if picture.width * picture.height > MAX_IMAGE_PIXELS:
-                raise Defect("too_large", f"{picture.width} x {picture.height} pixels, at most {MAX_IMAGE_PIXELS}")
-            picture.load()
-            return _to_rgb(_turn_upright(picture, expected_size))
-    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise Defect("not_an_image", f"not an image that can be read ({error.__class__.__name__})") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
-        raise Defect("broken_image", f"truncated or broken image ({error})") from None
+    with _open_picture(data, settings or ImagesConfig()) as picture:
+        stored = (picture.height, picture.width)
+        is_deep = picture.mode.startswith(("I", "F")) or _has_deep_colours(picture)
+        orientation = picture.getexif().get(ORIENTATION_TAG, 1)  # loads a PNG
+        upright = stored[::-1] if orientation >= 5 else stored
+        size = _choose_size(stored, upright, expected_size)
+        # A JPEG is read to its end at an eighth of its size too, in half the time.
+        picture.draft(None, (stored[1] // 8 or 1, stored[0] // 8 or 1))
+        picture.load()
+        remarks = _list_remarks(picture, is_deep)
+        if orientation != 1 and stored[0] == stored[1]:
+            remarks.append(
+                ("ambiguous_turn", "a square picture with an EXIF orientation: taken as annotated upright, check it")
+            )
+    return ImageFacts(size, _hash(data), remarks)
 
 
-def read_image_size(path: Path) -> tuple[int, int]:
+def hash_picture(path: Path) -> str:
+    """Return the hash of a picture's bytes, as `ImageFacts.digest` has it."""
+    return _hash(_read_bytes(path))
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def read_image_size(path: Path, settings: ImagesConfig | None = None) -> tuple[int, int]:
     """Return the upright (height, width) from the file's head, without decoding the picture."""
-    try:
-        with Image.open(path) as picture:
-            height, width = picture.height, picture.width
-            return (width, height) if picture.getexif().get(0x0112, 1) >= 5 else (height, width)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise Defect("not_an_image", f"not an image that can be read ({error.__class__.__name__})") from None
+    with _open_picture(_read_bytes(path), settings or ImagesConfig()) as picture:
+        stored = (picture.height, picture.width)
+        return stored[::-1] if picture.getexif().get(ORIENTATION_TAG, 1) >= 5 else stored
 
 
 def _read_bytes(path: Path) -> bytes:
-    if not path.is_file():  # False for folders, pipes and devices too, which must not be opened
-        raise Defect("missing_file", "no such file" if not path.exists() else "not a regular file")
     try:
+        if not path.is_file():  # False for folders, pipes and devices too, which must not be opened
+            raise Defect("missing_file", "no such file" if not path.exists() else "not a regular file")
         return path.read_bytes()
-    except OSError as error:
-        raise Defect("unreadable", f"cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        raise Defect("unreadable", f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+@contextmanager
+def _open_picture(data: bytes, settings: ImagesConfig) -> Iterator[Image.Image]:
+    """Open a picture whose claimed size was checked; what Pillow raises from here on becomes a Defect."""
+    try:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is checked below, without a warning
+        try:
+            picture = Image.open(io.BytesIO(data))
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+        with picture:
+            # A file of a few kilobytes can claim billions of pixels.
+            if picture.width * picture.height > settings.max_pixels:
+                limit = f"at most {settings.max_pixels} (dataset.images.max_pixels)"
+                raise Defect("too_large", f"{picture.width} x {picture.height} pixels, {limit}")
+            yield picture
+    except UnidentifiedImageError:
+        raise Defect(
+            "not_an_image", "not an image, whatever its name says" if data else "not an image but an empty file"
+        ) from None
+    except MemoryError:
+        raise Defect("too_large", "more pixels than there is memory for") from None
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        struct.error,
+        zlib.error,
+        Image.DecompressionBombError,
+    ) as error:
+        raise Defect("broken_image", f"truncated or broken image ({error})") from None
+
+
+def _choose_size(
+    stored: tuple[int, int], upright: tuple[int, int], expected_size: tuple[int, int] | None
+) -> tuple[int, int]:
+    """Return which of the two the annotations were drawn on; upright where both or no expectation fits."""
+    if expected_size is None or upright == expected_size:
+        return upright
+    if stored == expected_size:
+        return stored
+    raise Defect(
+        "size_mismatch",
+        f"size mismatch: the annotations say {expected_size[1]} x {expected_size[0]}, "
+        f"the file has {upright[1]} x {upright[0]}",
+    )
 
 
 def _turn_upright(picture: Image.Image, expected_size: tuple[int, int] | None) -> Image.Image:
     upright = ImageOps.exif_transpose(picture)
-    if expected_size is None or (upright.height, upright.width) == expected_size:
-        return upright
-    if (picture.height, picture.width) == expected_size:
-        return picture
-    raise Defect(
-        "size_mismatch",
-        f"size mismatch: the annotations say {expected_size[1]} x {expected_size[0]}, "
-        f"the file has {upright.width} x {upright.height}",
+    stored = (picture.height, picture.width)
+    size = _choose_size(stored, (upright.height, upright.width), expected_size)
+    return picture if size == stored != (upright.height, upright.width) else upright
+
+
+def _has_deep_colours(picture: Image.Image) -> bool:
+    """Tell 16 bits in each of several channels, of which Pillow would keep the upper eight. Before it is loaded."""
+    return len(picture.getbands()) > 1 and any(";16" in str(tile[3]) for tile in picture.tile)
+
+
+def _read_deep_colours(data: bytes, picture: Image.Image, settings: ImagesConfig) -> Image.Image:
+    values = cv2.imdecode(
+        np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
     )
+    if values is None:
+        raise Defect("broken_image", "truncated or broken image (16 bits a channel)")
+    converted = Image.fromarray(_stretch_to_uint8(values, settings))
+    converted.info["exif"] = picture.getexif().tobytes()
+    return converted
 
 
-def _to_rgb(picture: Image.Image) -> np.ndarray:
+def _to_rgb(picture: Image.Image, settings: ImagesConfig) -> np.ndarray:
     if picture.mode.startswith(("I", "F")):
-        return np.repeat(_stretch_to_uint8(np.asarray(picture))[:, :, None], 3, axis=2)
+        return np.repeat(_stretch_to_uint8(np.asarray(picture), settings)[:, :, None], 3, axis=2)
     if picture.mode == "P":
         picture = picture.convert("RGBA")
     # Alpha is dropped, not blended: what lies under it is what the labels were drawn on.
     return np.array(picture.convert("RGB"))
 
 
-def _stretch_to_uint8(values: np.ndarray) -> np.ndarray:
-    """Map deep grey values to 0..255 between their 0.1 and 99.9 percentiles: 12-bit data fills only 1/16 of 16 bits."""
+def _stretch_to_uint8(values: np.ndarray, settings: ImagesConfig) -> np.ndarray:
+    """Map deep grey values to 0..255; between percentiles, because 12-bit data fills only 1/16 of 16 bits."""
     finite = np.where(np.isfinite(values), values, 0).astype(np.float32)
-    low, high = np.percentile(finite, (0.1, 99.9))
+    if settings.deep_range == "full":
+        low, high = (0, 65535) if values.dtype.kind in "iu" else (0, 1)
+    else:
+        low, high = np.percentile(finite, (0.1, 99.9))
     return np.clip((finite - low) * (255 / max(high - low, 1e-6)), 0, 255).astype(np.uint8)
+
+
+def _list_remarks(picture: Image.Image, is_deep: bool) -> list[tuple[str, str]]:
+    remarks = []
+    if is_deep:
+        remarks.append(("deep_pixels", "16-bit or float pixels, brought to 8 bits as dataset.images.deep_range says"))
+    if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":  # a photo with its preview behind it
+        remarks.append(("several_frames", f"{picture.n_frames} frames, the first is used"))
+    if "A" in picture.getbands():
+        low, high = picture.getchannel("A").getextrema()
+        if low != high:
+            remarks.append(("alpha", "transparency left out: what lies under it is used"))
+    return remarks
 
 
 def compute_input_size(original_size: tuple[int, int], image_size: int) -> tuple[int, int]:
@@ -149,6 +269,32 @@ def build_point_grid(points_per_side: int) -> np.ndarray:
     return np.stack(np.meshgrid(places, places), axis=-1).reshape(-1, 2)
 
 
+def build_crop_boxes(size: tuple[int, int], layer_count: int, overlap_ratio: float) -> list[list[int]]:
+    """Return the picture's own box, then the overlapping crops of each layer, 4^n in layer n, as XYXY pixels.
+
+    Source: `generate_crop_boxes` in segment_anything's utils/amg.py.
+
+    Args:
+        size: (height, width) of the picture.
+        overlap_ratio: of the first layer's crops, share of the picture's short side; halved in each further one.
+    """
+    height, width = size
+    boxes = [[0, 0, width, height]]
+    for layer in range(1, layer_count + 1):
+        count = 2**layer
+        overlap = int(overlap_ratio * min(size) * (2 / count))
+        crop_width, crop_height = (int(math.ceil((overlap * (count - 1) + side) / count)) for side in (width, height))
+        for left in range(count):
+            for top in range(count):
+                x0, y0 = int((crop_width - overlap) * left), int((crop_height - overlap) * top)
+                boxes.append([x0, y0, min(x0 + crop_width, width), min(y0 + crop_height, height)])
+    return boxes
+
+
 def use_one_thread() -> None:
-    """Keep OpenCV to one thread in this process: in worker processes its threads would only be in each other's way."""
+    """Keep OpenCV to one thread in this process and those that it starts from now on.
+
+    Called before processes are forked: a child that inherits a pool whose threads stayed with its parent waits for
+    them for ever, even in `setNumThreads` itself.
+    """
     cv2.setNumThreads(1)

@@ -4,72 +4,96 @@ An `rle` is COCO's compressed run-length encoding as pycocotools keeps it: `{"si
 runs in column-major order, the first run outside the mask.
 """
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
-import torch
 from pycocotools import mask as coco_mask
-from torch import Tensor
 
 from finestsam.errors import Defect
+
+if TYPE_CHECKING:  # torch takes seconds to import, which the processes that only read annotations must not pay
+    from torch import Tensor
 
 # A coordinate further out than this is a broken file, not an object that leaves the picture: pycocotools allocates
 # memory in proportion to it (60 bytes a pixel) until the process is killed.
 MAX_COORDINATE_PIXELS = 100_000
 
+Remark = tuple[str, str]  # code and message of something that is used all the same
 
-def segmentation_to_rle(segmentation: object, size: tuple[int, int]) -> dict:
+
+def segmentation_to_rle(segmentation: object, size: tuple[int, int], remarks: list[Remark] | None = None) -> dict:
     """Read COCO's `segmentation` in any of its forms: polygons, compressed or uncompressed run lengths.
 
     Args:
         segmentation: a list of polygons [x0, y0, x1, y1, ...], one such polygon, or {"size": ..., "counts": ...}.
         size: (height, width) of the picture.
+        remarks: what was read though it was written in an unusual way is added to it.
 
     Raises:
         Defect: for a shape that gives no mask, before pycocotools sees it: given numbers that are not finite it takes
             all memory, given short run lengths it returns memory that nobody wrote.
     """
-    rle = _run_lengths_to_rle(segmentation, size) if isinstance(segmentation, dict) else None
-    if rle is None:
-        rle = _polygons_to_rle(segmentation, size)
+    if isinstance(segmentation, dict):
+        rle = _run_lengths_to_rle(segmentation, size)
+    else:
+        rle = polygons_to_rle(_list_polygons(segmentation, size, [] if remarks is None else remarks), size)
     if rle_area(rle) == 0:
         raise Defect("empty_mask", "the mask has no pixel inside the picture")
     return rle
 
 
-def _polygons_to_rle(segmentation: object, size: tuple[int, int]) -> dict:
-    polygons = [polygon for polygon in _list_polygons(segmentation, size) if len(polygon) >= 6]
-    if not polygons:
-        raise Defect("too_few_points", "no polygon with three points or more")
+def polygons_to_rle(polygons: list[list[float]], size: tuple[int, int]) -> dict:
+    """Fill polygons [x0, y0, x1, y1, ...] of at least three points each, as one mask, as pycocotools fills them."""
     return coco_mask.merge(coco_mask.frPyObjects(polygons, *size))
 
 
-def _list_polygons(segmentation: object, size: tuple[int, int]) -> list[list[float]]:
-    if not isinstance(segmentation, list) or not segmentation or segmentation == [[]]:
+def _list_polygons(segmentation: object, size: tuple[int, int], remarks: list[Remark]) -> list[list[float]]:
+    if segmentation is None or segmentation == [] or segmentation == [[]]:
         raise Defect("empty_segmentation", "empty segmentation")
-    parts = segmentation if isinstance(segmentation[0], list) else [segmentation]
-    polygons = []
-    for part in parts:
-        try:
-            numbers = [float(number) for number in part]
-        except (TypeError, ValueError):
-            raise Defect("not_a_number", f"a polygon holds something that is not a number: {str(part)[:60]}") from None
-        if len(numbers) % 2:
-            raise Defect("odd_coordinates", f"a polygon has {len(numbers)} coordinates, x and y must come in pairs")
-        if not all(map(math.isfinite, numbers)):
-            raise Defect("not_finite", "a polygon has a coordinate that is not finite")
-        farthest = max(map(abs, numbers), default=0)
-        if farthest > max(MAX_COORDINATE_PIXELS, 10 * max(size)):
-            raise Defect("far_outside", f"coordinate {farthest:g} in a picture of {size[1]} x {size[0]} pixels")
-        polygons.append(numbers)
+    if not isinstance(segmentation, list):
+        raise Defect("not_a_polygon", f"expected polygons or run lengths, got {str(segmentation)[:40]!r}")
+    parts = segmentation
+    if not isinstance(segmentation[0], list):
+        parts = [segmentation]
+        remarks.append(("flat_polygon", "a flat list of coordinates, read as one polygon"))
+    polygons = [polygon for polygon in (_read_polygon(part, size, remarks) for part in parts) if len(polygon) >= 6]
+    if not polygons:
+        raise Defect("too_few_points", "no polygon with three points or more")
+    if len(polygons) < len(parts):
+        remarks.append(("part_dropped", f"{len(parts) - len(polygons)} parts with fewer than three points left out"))
     return polygons
+
+
+def _read_polygon(part: object, size: tuple[int, int], remarks: list[Remark]) -> list[float]:
+    try:
+        numbers = [float(number) for number in part]
+    except (TypeError, ValueError):
+        raise Defect("not_a_number", f"a polygon holds something that is not a number: {str(part)[:60]}") from None
+    if any(isinstance(number, str) for number in part):
+        remarks.append(("text_coordinates", "coordinates written as text, read as numbers"))
+    if len(numbers) % 2:
+        raise Defect("odd_coordinates", f"a polygon has {len(numbers)} coordinates, x and y must come in pairs")
+    if not all(map(math.isfinite, numbers)):
+        raise Defect("not_finite", "a polygon has a coordinate that is not finite")
+    farthest = max(map(abs, numbers), default=0)
+    if farthest > max(MAX_COORDINATE_PIXELS, 10 * max(size)):
+        raise Defect("far_outside", f"coordinate {farthest:g} in a picture of {size[1]} x {size[0]} pixels")
+    if numbers and (min(numbers) < -1 or max(numbers[::2]) > size[1] + 1 or max(numbers[1::2]) > size[0] + 1):
+        remarks.append(("clipped", "reaches out of the picture, cut at its edge"))
+    return numbers
 
 
 def _run_lengths_to_rle(segmentation: dict, size: tuple[int, int]) -> dict:
     rle_size, counts = segmentation.get("size"), segmentation.get("counts")
     if not isinstance(rle_size, list) or list(rle_size) != list(size):
-        raise Defect("rle_size", f"run lengths of size {rle_size} in a picture of height and width {list(size)}")
+        hint = "; height and width look exchanged" if rle_size == list(size[::-1]) else ""
+        raise Defect(
+            "rle_size", f"run lengths of size {rle_size!s:.40} in a picture of height and width {list(size)}{hint}"
+        )
     if isinstance(counts, str | bytes):
         counts = counts.encode("ascii", "replace") if isinstance(counts, str) else counts
         runs = _decode_counts(counts)
@@ -104,6 +128,20 @@ def _decode_counts(text: bytes) -> np.ndarray:
     return values
 
 
+def find_pixels_inside(rle: dict, pixels: np.ndarray) -> np.ndarray:
+    """Return which pixels lie inside a mask without decoding it.
+
+    Args:
+        pixels: K x 2, int, XY, inside the picture.
+
+    Returns:
+        K, bool.
+    """
+    ends = _decode_counts(rle["counts"]).cumsum()
+    places = pixels[:, 0] * rle["size"][0] + pixels[:, 1]  # column-major
+    return np.searchsorted(ends, places, side="right") % 2 == 1
+
+
 def encode_mask(mask: np.ndarray) -> dict:
     """Compress one mask, H x W, bool."""
     return coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
@@ -111,7 +149,7 @@ def encode_mask(mask: np.ndarray) -> dict:
 
 def encode_masks(masks: Tensor) -> list[dict]:
     """Compress N x H x W masks, bool, on any device."""
-    columns = masks.to(torch.uint8).cpu().numpy().transpose(1, 2, 0)  # H x W x N
+    columns = masks.byte().cpu().numpy().transpose(1, 2, 0)  # H x W x N
     return coco_mask.encode(np.asfortranarray(columns))
 
 
@@ -122,6 +160,8 @@ def decode_rle(rle: dict) -> np.ndarray:
 
 def decode_rles(rles: list[dict]) -> Tensor:
     """Return the masks of one picture, N x H x W, bool; they must be of one size and at least one."""
+    import torch
+
     masks = coco_mask.decode(rles)  # H x W x N
     return torch.from_numpy(np.ascontiguousarray(masks.transpose(2, 0, 1))).bool()
 
@@ -155,6 +195,21 @@ def rle_to_json(rle: dict) -> dict:
 def rle_from_json(rle: dict) -> dict:
     """Return the run lengths that `rle_to_json` wrote."""
     return {"size": list(rle["size"]), "counts": rle["counts"].encode("ascii")}
+
+
+def box_iou(one: list[float], other: list[float]) -> float:
+    """Return the IoU of two boxes [x, y, width, height]; 0 where neither covers anything."""
+    width = min(one[0] + one[2], other[0] + other[2]) - max(one[0], other[0])
+    height = min(one[1] + one[3], other[1] + other[3]) - max(one[1], other[1])
+    shared = max(width, 0) * max(height, 0)
+    together = one[2] * one[3] + other[2] * other[3] - shared
+    return shared / together if together > 0 else 0.0
+
+
+def find_components(mask: np.ndarray) -> tuple[int, np.ndarray]:
+    """Return the number of 8-connected regions of a mask (H x W, bool) and their labels, H x W, 0 outside."""
+    count, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
+    return count - 1, labels
 
 
 def rasterize(polygon: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from finestsam.cli import main
-from finestsam.data.coco import Record, read_coco
-from finestsam.data.layouts import find_layout
+from finestsam.config import DatasetConfig
+from finestsam.data.index import Record
+from finestsam.data.read import read_training_set
 from finestsam.data.scenes import write_scenes
 from finestsam.images import write_image
 from finestsam.model.build import build_sam
@@ -27,6 +28,12 @@ FROM_SCRATCH = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Keep the tests out of the user's cache folder, and each other's."""
+    monkeypatch.setenv("FINESTSAM_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory) -> Path:
     """A dataset of six drawn scenes in finestSAM's auto-split layout."""
@@ -35,7 +42,7 @@ def scenes(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def records(scenes) -> list[Record]:
-    return read_coco(find_layout(scenes).parts["all"]).records
+    return read_training_set(DatasetConfig(path=str(scenes), val_size=0.0, use_cache=False)).train
 
 
 @pytest.fixture

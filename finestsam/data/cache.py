@@ -1,83 +1,123 @@
-"""Keep the index of an annotation file beside it, so that a large one is checked once.
+"""Keep what the check of a dataset found, so that a large one is read through once.
 
-Plain json, never code; keyed by the content of the annotation file and the list of pictures; safe to delete.
+Plain json, never code. A file is used for exactly the labels, pictures and settings that it was made of, and only as it
+was written: an edited one is made anew. It is safe to delete.
 """
 
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
 
-from finestsam.data.coco import Annotation, Index, Record, read_coco
+from finestsam.cache_folder import cache_folder
+from finestsam.config import DatasetConfig
+from finestsam.data.index import Annotation, Index, Record
 from finestsam.data.layouts import Part
 from finestsam.data.report import DatasetReport, Finding
 
 # Raised whenever reading gives another result for the same files.
-VERSION = 1
+VERSION = 2
+# What does not change how a picture and its labels are read.
+UNREAD_SETTINGS = {
+    "path", "auto_split", "seed", "val_size", "use_cache", "sav", "positive_points", "negative_points", "use_center",
+    "snap_to_grid", "min_area_pixels", "max_objects", "download", "download_images",
+}  # fmt: skip
 
 
-def read_coco_cached(part: Part, file_name: str) -> Index:
-    """Return what `read_coco` returns, from the file `file_name` beside the annotations where that is still true."""
-    path = part.annotation_file.with_name(Path(file_name).name)
-    key = _compute_key(part)
-    index = _read(path, key, part)
-    if index is None:
-        index = read_coco(part)
-        _write(path, key, index)
-    return index
+def find_cache_file(part: Part, settings: DatasetConfig) -> Path:
+    """Return where the index of a part is kept: beside the annotations under the name asked for, or with the user's."""
+    if settings.sav:
+        folder = part.labels if part.labels.is_dir() else part.labels.parent
+        return folder / Path(settings.sav).name
+    name = hashlib.sha256(str(part.labels.absolute()).encode("utf-8", "surrogateescape")).hexdigest()[:24]
+    return cache_folder() / "datasets" / f"{name}.json"
 
 
-def _compute_key(part: Part) -> str:
-    digest = hashlib.sha256(f"{VERSION}".encode())
-    digest.update(part.annotation_file.read_bytes() if part.annotation_file.is_file() else b"")
-    for picture in sorted(part.images_dir.rglob("*")):
-        status = picture.stat()
-        if not picture.is_dir() and not picture.name.startswith(".") and picture.suffix != ".json":
-            digest.update(f"{picture} {status.st_size} {status.st_mtime_ns}".encode())
+def compute_key(part: Part, settings: DatasetConfig, cache_file: Path) -> str:
+    """Return a hash of everything that the index depends on; of pictures the size and time of change."""
+    wanted = {name: value for name, value in dataclasses.asdict(settings).items() if name not in UNREAD_SETTINGS}
+    digest = hashlib.sha256(json.dumps([VERSION, part.kind, wanted], sort_keys=True).encode())
+    if part.labels.is_file():
+        digest.update(part.labels.read_bytes())
+    for folder in dict.fromkeys([part.images_dir, part.labels]):
+        for path, _, file_names in sorted(os.walk(folder)):
+            for name in sorted(file_names):
+                file = os.path.join(path, name)
+                if file == str(cache_file) or name.startswith("."):
+                    continue
+                try:
+                    status = os.stat(file)
+                except OSError:
+                    continue  # a link to nowhere
+                line = f"{file} {status.st_size} {status.st_mtime_ns}"
+                digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
-def _read(path: Path, key: str, part: Part) -> Index | None:
+def read_index(path: Path, key: str) -> Index | None:
+    """Return the index that was kept, or None where there is none for this key, or it was changed since."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["key"] != key:
+        head, body = path.read_text(encoding="utf-8").split("\n", 1)
+        expected = json.loads(head)
+        if expected != {"key": key, "sha256": _hash(body)}:
             return None
-        records = [
-            Record(
-                entry["image_id"],
-                entry["file_name"],
-                part.images_dir / entry["path"],
-                tuple(entry["size"]),
-                [Annotation(*values[:2], values[2].encode("ascii"), *values[3:]) for values in entry["annotations"]],
-            )
-            for entry in content["records"]
-        ]
+        content = json.loads(body)
+        records = [_read_record(entry) for entry in content["records"]]
         findings = [Finding(**finding) for finding in content["report"].pop("findings")]
         categories = {int(number): name for number, name in content["categories"].items()}
         return Index(records, categories, DatasetReport(**content["report"], findings=findings))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None  # missing, of another version or damaged: made anew
 
 
-def _write(path: Path, key: str, index: Index) -> None:
+def write_index(path: Path, key: str, index: Index) -> None:
+    """Keep an index; where the disk does not take it, nothing is lost but time."""
     content = {
-        "key": key,
         "categories": index.categories,
         "report": dataclasses.asdict(index.report),
-        "records": [
-            {
-                "image_id": record.image_id,
-                "file_name": record.file_name,
-                "path": str(record.path.absolute()),
-                "size": record.size,
-                "annotations": [
-                    [found.id, found.category_id, found.counts.decode("ascii"), found.area, found.box]
-                    for found in record.annotations
-                ],
-            }
-            for record in index.records
-        ],
+        "records": [_write_record(record) for record in index.records],
     }
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    partial.replace(path)
+    body = json.dumps(content)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps({"key": key, "sha256": _hash(body)}) + "\n" + body, encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+
+
+def _read_record(entry: dict) -> Record:
+    annotations = [
+        Annotation(number, category_id, counts.encode("ascii"), area, box, source_id)
+        for number, category_id, counts, area, box, source_id in entry["annotations"]
+    ]
+    return Record(
+        entry["image_id"],
+        entry["file_name"],
+        Path(entry["path"]),
+        tuple(entry["size"]),
+        annotations,
+        [counts.encode("ascii") for counts in entry["crowds"]],
+        entry["digest"],
+    )
+
+
+def _write_record(record: Record) -> dict:
+    return {
+        "image_id": record.image_id,
+        "file_name": record.file_name,
+        "path": str(record.path.absolute()),
+        "size": record.size,
+        "annotations": [
+            [found.id, found.category_id, found.counts.decode("ascii"), found.area, found.box, found.source_id]
+            for found in record.annotations
+        ],
+        "crowds": [counts.decode("ascii") for counts in record.crowds],
+        "digest": record.digest,
+    }
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,68 +1,105 @@
-"""Read COCO annotations: every entry checked, masks kept compressed, what is skipped reported."""
+"""Read COCO annotations: what the file says is brought to the pictures, and every picture becomes a job."""
 
 import json
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from finestsam.config import DatasetConfig
+from finestsam.data.files import FileFinder
+from finestsam.data.index import UNNAMED_CATEGORY
 from finestsam.data.layouts import Part
+from finestsam.data.picture import CheckedPicture, as_source_id
 from finestsam.data.report import DatasetReport
 from finestsam.errors import Defect, UserError
-from finestsam.images import read_image_size
-from finestsam.masks import rle_area, rle_box, segmentation_to_rle
+from finestsam.masks import Remark, box_iou, rle_box, segmentation_to_rle
 
-UNNAMED_CATEGORY = "object"
-
-
-@dataclass(slots=True)
-class Annotation:
-    """One object. A few hundred bytes: there can be millions."""
-
-    id: int
-    category_id: int
-    counts: bytes  # compressed run lengths of the mask, as pycocotools keeps them
-    area: int  # pixels inside the mask
-    box: list[int]  # of the mask, XYWH
+# A box from the file that overlaps the mask's box by less is worth a look.
+MIN_BOX_IOU = 0.5
 
 
 @dataclass(slots=True)
-class Record:
-    """One picture and its objects."""
+class Entry:
+    """One annotation as the file has it."""
 
-    image_id: int
-    file_name: str
-    path: Path
-    size: tuple[int, int]
-    annotations: list[Annotation]
-
-    def rle(self, annotation: Annotation) -> dict:
-        return {"size": list(self.size), "counts": annotation.counts}
+    source_id: object
+    category_id: int | None
+    is_crowd: bool
+    segmentation: object
+    bbox: object
 
 
 @dataclass
-class Index:
-    """One annotation file, read."""
+class CocoJob:
+    """One picture of an annotation file."""
 
-    records: list[Record]  # by image id; those without objects too
-    categories: dict[int, str]
-    report: DatasetReport
+    image_id: int
+    file_name: str
+    expected_size: tuple[int | None, int | None]  # height, width as the file says; None: it does not
+    place: Path | Defect
+    remarks: list[Remark]
+    settings: DatasetConfig
+    entries: list[Entry] = field(default_factory=list)
+
+    def check(self) -> CheckedPicture:
+        """Read the picture and decode the masks of its annotations."""
+        picture = CheckedPicture(self.file_name, self.image_id, annotation_count=len(self.entries))
+        picture.remark(self.remarks)
+        try:
+            if isinstance(self.place, Defect):
+                raise self.place
+            self._inspect(picture, self.place)
+        except Defect as defect:
+            picture.skip(defect)
+            unusable = Defect("image_skipped", "its picture cannot be used")
+            for entry in self.entries:
+                picture.skip_object(entry.source_id, unusable)
+            return picture
+        for entry in self.entries:
+            try:
+                self._add(picture, entry)
+            except Defect as defect:
+                picture.skip_object(entry.source_id, defect)
+        return picture
+
+    def _inspect(self, picture: CheckedPicture, path: Path) -> None:
+        height, width = self.expected_size
+        if height and width:
+            picture.inspect(path, (height, width), self.settings)
+        else:
+            picture.inspect(path, None, self.settings)
+            picture.remark([("no_size", "the annotations do not give its width and height; taken from the file")])
+
+    def _add(self, picture: CheckedPicture, entry: Entry) -> None:
+        segmentation, remarks = entry.segmentation, []
+        if _is_empty(segmentation) and _is_box(entry.bbox):
+            if not self.settings.masks_from_boxes:
+                raise Defect("empty_segmentation", "empty segmentation, only a box")
+            segmentation = [_box_to_polygon(entry.bbox)]
+            remarks.append(("mask_from_box", "its box is taken for the mask"))
+        rle = segmentation_to_rle(segmentation, picture.size, remarks)
+        if entry.is_crowd and not self.settings.include_crowd:
+            picture.crowds.append(rle["counts"])
+            raise Defect("crowd", "a crowd region, not one object")
+        picture.add(entry.source_id, entry.category_id, rle)
+        picture.remark(remarks + _compare_box(entry.bbox, rle_box(rle)), entry.source_id)
 
 
-def read_coco(part: Part) -> Index:
-    """Read an annotation file and look every picture up.
+def list_jobs(part: Part, settings: DatasetConfig, report: DatasetReport) -> tuple[list[CocoJob], dict[int, str]]:
+    """Return a job for every picture of an annotation file, and its categories.
+
+    Args:
+        report: what concerns no single picture is added to it.
 
     Raises:
-        UserError: the file cannot be read as COCO annotations, or nothing in it can be used.
+        UserError: the file cannot be read as COCO annotations.
     """
-    content = load_json(part.annotation_file)
-    _check_structure(content, part.annotation_file)
-    report = DatasetReport(image_count=len(content["images"]), annotation_count=len(content["annotations"]))
+    content = load_json(part.labels)
+    _check_structure(content, part.labels)
     categories = _read_categories(content, part, report)
-    records = _read_images(content["images"], part, report)
+    jobs = _list_pictures(content["images"], part, settings, report)
     for entry in content["annotations"]:
-        _add_annotation(entry, records, categories, report)
-    return _finish(records, categories, report, part)
+        _bring_to_picture(entry, jobs, report)
+    return list(jobs.values()), categories
 
 
 def load_json(path: Path) -> object:
@@ -72,9 +109,11 @@ def load_json(path: Path) -> object:
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON: {error.msg} at line {error.lineno} column {error.colno}") from None
     except RecursionError:
-        raise UserError(f"{path}: nested too deeply to be COCO annotations") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text at byte {error.start}") from None
+        raise UserError(f"{path}: nested too deeply to be annotations") from None
+    except ValueError as error:  # not UTF-8, or an integer of thousands of digits
+        raise UserError(f"{path}: not JSON: {error}") from None
+    except MemoryError:
+        raise UserError(f"{path}: {path.stat().st_size:,} bytes are more than there is memory for") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
 
@@ -87,7 +126,10 @@ def _check_structure(content: object, path: Path) -> None:
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected an object with images, annotations and categories, got {content!r:.40}")
     if "shapes" in content:
-        raise UserError(f"{path}: this is labelme's format, not COCO's")
+        raise UserError(
+            f"{path}: this is labelme's format; labelme writes one such file per picture, so give the folder that "
+            "holds them, without a file called annotations.json"
+        )
     for key in ("images", "annotations"):
         if not isinstance(content.get(key), list):
             raise UserError(f"{path}: `{key}` is missing, or not a list")
@@ -96,142 +138,104 @@ def _check_structure(content: object, path: Path) -> None:
 def _read_categories(content: dict, part: Part, report: DatasetReport) -> dict[int, str]:
     entries = content.get("categories")
     if not isinstance(entries, list) or not entries:
-        report.remark(
-            "no_categories", part.annotation_file.name, f"no categories; every object is `{UNNAMED_CATEGORY}`"
-        )
+        report.remark("no_categories", part.labels.name, f"no categories; every object is `{UNNAMED_CATEGORY}`")
         return {}
-    return {
+    categories = {
         _as_id(entry.get("id")): str(entry.get("name", UNNAMED_CATEGORY))
         for entry in entries
         if isinstance(entry, dict)
     }
+    categories.pop(None, None)
+    return categories
 
 
-def _read_images(entries: list, part: Part, report: DatasetReport) -> dict[int, Record]:
-    records: dict[int, Record] = {}
-    find_file = FileFinder(part.images_dir)
+def _list_pictures(entries: list, part: Part, settings: DatasetConfig, report: DatasetReport) -> dict[int, CocoJob]:
+    """Return the jobs by image id; an entry without an id is reported."""
+    jobs: dict[int, CocoJob] = {}
+    find_file = FileFinder(part, settings)
     for entry in entries:
-        file_name = entry.get("file_name") if isinstance(entry, dict) else None
-        image_id = _as_id(entry.get("id")) if isinstance(entry, dict) else None
-        try:
-            if image_id is None:
-                raise Defect("no_image_id", "an image without an id")
-            if not isinstance(file_name, str) or not file_name:
-                raise Defect("no_file_name", "an image without a file name")
-            record = _read_image_entry(entry, image_id, file_name, find_file)
-        except Defect as defect:
-            report.skip_image(defect.code, str(file_name), image_id, defect.message)
+        values = entry if isinstance(entry, dict) else {}
+        image_id, file_name = _as_id(values.get("id")), values.get("file_name")
+        name = file_name if isinstance(file_name, str) else "?"
+        if image_id is None:
+            report.image_count += 1
+            report.skip_image("no_image_id", name, "an image without an id")
             continue
-        known = records.setdefault(image_id, record)
-        if known.file_name != file_name:
-            raise UserError(
-                f"{part.annotation_file}: image id {image_id} stands for {known.file_name} and for {file_name}"
+        known = jobs.get(image_id)
+        if known is None:
+            jobs[image_id] = _make_job(values, image_id, name, find_file, settings)
+        elif known.file_name != name:
+            raise UserError(f"{part.labels}: image id {image_id} stands for {known.file_name!r} and for {name!r}")
+        else:
+            report.remark("listed_twice", name, f"listed twice with image id {image_id}, taken once")
+    names: dict[str, int] = {}
+    for job in jobs.values():
+        if names.setdefault(job.file_name, job.image_id) != job.image_id:
+            report.remark(
+                "file_listed_twice", job.file_name, f"is image {names[job.file_name]} and {job.image_id}; one split"
             )
-    return records
+    return jobs
 
 
-def _read_image_entry(entry: dict, image_id: int, file_name: str, find_file: "FileFinder") -> Record:
-    path = find_file(file_name)
-    upright = read_image_size(path)
-    size = tuple(_as_id(entry.get(side)) or length for side, length in zip(("height", "width"), upright, strict=True))
-    if size != upright and size != upright[::-1]:
-        raise Defect(
-            "size_mismatch",
-            f"size mismatch: the annotations say {size[1]} x {size[0]}, the file has {upright[1]} x {upright[0]}",
-        )
-    return Record(image_id, file_name, path, size, [])
-
-
-class FileFinder:
-    """Look up the pictures that an annotation file names, which is never trusted to stay inside its folder."""
-
-    def __init__(self, images_dir: Path):
-        self.images_dir = images_dir
-        self._by_name: dict[str, list[Path]] | None = None
-
-    def __call__(self, file_name: str) -> Path:
-        """Return the path of a picture.
-
-        Raises:
-            Defect: it is not there, or outside the folder and not found inside by its bare name.
-        """
-        parts = [part for part in re.split(r"[\\/]+", file_name) if part not in ("", ".")]
-        leaves = file_name.startswith(("/", "\\")) or ".." in parts or ":" in file_name or "\0" in file_name
-        if not leaves:
-            path = self.images_dir.joinpath(*parts)
-            if path.exists():
-                return path
-        if self._by_name is None:
-            self._by_name = {}
-            for path in sorted(self.images_dir.rglob("*")):
-                self._by_name.setdefault(path.name, []).append(path)
-        found = self._by_name.get(parts[-1], []) if parts else []
-        if len(found) == 1:
-            return found[0]
-        if leaves:
-            raise Defect("outside_dataset", f"{file_name!r:.80} leads outside the dataset")
-        raise Defect("missing_file", f"missing from {self.images_dir}")
-
-
-def _add_annotation(
-    entry: object, records: dict[int, Record], categories: dict[int, str], report: DatasetReport
-) -> None:
-    values = entry if isinstance(entry, dict) else {}
-    annotation_id, image_id = _as_id(values.get("id")), _as_id(values.get("image_id"))
-    record = records.get(image_id)
-    file_name = record.file_name if record else "?"
+def _make_job(values: dict, image_id: int, name: str, find_file: FileFinder, settings: DatasetConfig) -> CocoJob:
+    size = (_as_id(values.get("height")), _as_id(values.get("width")))
+    place, remarks = None, []
     try:
-        if record is None:
-            raise Defect("unknown_image", f"belongs to image {values.get('image_id')!r:.40}, which is not usable")
-        if values.get("iscrowd") in (1, True, "1"):
-            raise Defect("crowd", "a crowd region, not one object")
-        rle = segmentation_to_rle(values.get("segmentation"), record.size)
+        if not isinstance(values.get("file_name"), str) or not name:
+            if values.get("coco_url"):
+                raise Defect("not_downloaded", "has an address but no file name: not downloaded")
+            raise Defect("no_file_name", "an image without a file name")
+        place, remarks = find_file(name)
     except Defect as defect:
-        report.skip_annotation(defect.code, file_name, image_id, annotation_id, defect.message)
+        place = defect
+    return CocoJob(image_id, name, size, place, remarks, settings)
+
+
+def _bring_to_picture(entry: object, jobs: dict[int, CocoJob], report: DatasetReport) -> None:
+    values = entry if isinstance(entry, dict) else {}
+    job = jobs.get(_as_id(values.get("image_id")))
+    if job is None:
+        report.annotation_count += 1
+        message = f"belongs to image {values.get('image_id')!r:.40}, which is not listed"
+        report.skip_annotation("unknown_image", "?", as_source_id(values.get("id")), message)
         return
+    is_crowd = _as_id(values.get("iscrowd")) == 1 or values.get("iscrowd") is True
     category_id = _as_id(values.get("category_id"))
-    if category_id not in categories:
-        report.remark("unknown_category", file_name, f"annotation {annotation_id} has category_id {category_id!r:.40}")
-    if annotation_id is None:
-        annotation_id = -1 - report.usable_annotation_count
-    report.usable_annotation_count += 1
-    record.annotations.append(Annotation(annotation_id, category_id or 0, rle["counts"], rle_area(rle), rle_box(rle)))
+    job.entries.append(Entry(values.get("id"), category_id, is_crowd, values.get("segmentation"), values.get("bbox")))
 
 
-def _finish(records: dict[int, Record], categories: dict[int, str], report: DatasetReport, part: Part) -> Index:
-    _renumber_duplicates(records.values(), report, part)
-    report.background_image_count = sum(not record.annotations for record in records.values())
-    report.usable_image_count = len(records) - report.background_image_count
-    if report.usable_annotation_count == 0:
-        raise UserError(
-            f"{part.annotation_file}: nothing to train on; {report.summarize()}"
-            + "".join(f"\n{line}" for line in report.list_examples())
-        )
-    return Index(sorted(records.values(), key=lambda record: record.image_id), categories, report)
+def _is_empty(segmentation: object) -> bool:
+    return segmentation is None or segmentation in ([], [[]], {}, "")
 
 
-def _renumber_duplicates(records: Iterator[Record], report: DatasetReport, part: Part) -> None:
-    annotations = [annotation for record in records for annotation in record.annotations]
-    seen: set[int] = set()
-    fresh = max((annotation.id for annotation in annotations), default=0) + 1
-    examples = []
-    for annotation in annotations:
-        if annotation.id in seen or annotation.id < 0:
-            examples.append(annotation.id)
-            annotation.id, fresh = fresh, fresh + 1
-        seen.add(annotation.id)
-    if examples:
-        report.remark(
-            "renumbered",
-            part.annotation_file.name,
-            f"{len(examples)} annotations had no id or another's and got a new one: {examples[:5]}",
-        )
+def _is_box(bbox: object) -> bool:
+    """Whether a bbox is [x, y, width, height] with finite numbers and an area."""
+    if not isinstance(bbox, list) or len(bbox) != 4:
+        return False
+    is_number = all(isinstance(side, int | float) and abs(side) < 1e9 for side in bbox)  # False for NaN
+    return is_number and bbox[2] > 0 and bbox[3] > 0
+
+
+def _box_to_polygon(bbox: list[float]) -> list[float]:
+    x, y, width, height = bbox
+    return [x, y, x + width, y, x + width, y + height, x, y + height]
+
+
+def _compare_box(bbox: object, box: list[int]) -> list[Remark]:
+    if bbox is None:
+        return []
+    if not _is_box(bbox):
+        return [("bad_bbox", f"bbox {bbox!s:.60} is no box, taken from the mask")]
+    if box_iou(bbox, box) < MIN_BOX_IOU:
+        return [("bbox_disagrees", f"bbox {bbox!s:.60} overlaps the mask's box {box} by less than half")]
+    return []
 
 
 def _as_id(value: object) -> int | None:
     """Return a whole number that may be written as text or as a float; None for anything else."""
     try:
-        number = float(value) if isinstance(value, str) else value
+        number = float(value) if isinstance(value, str) and not value.strip().lstrip("-").isdigit() else value
+        number = int(number) if isinstance(number, str) else number
         return int(number) if not isinstance(number, bool) and number == int(number) else None
     except (TypeError, ValueError, OverflowError):
         return None

@@ -5,15 +5,27 @@ A sample is a pure function of (seed, epoch, picture): worker processes, their n
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from finestsam.batch import Batch, Prompts, Sample
-from finestsam.config import DatasetConfig, PromptsConfig
-from finestsam.data.coco import Annotation, Record
+from finestsam.config import AugmentConfig, DatasetConfig, PromptsConfig
+from finestsam.data.augment import (
+    ShownObject,
+    View,
+    choose_variant,
+    choose_view,
+    recolour,
+    show_all,
+    show_image,
+    show_object,
+)
+from finestsam.data.embeddings import EmbeddingStore, picture_key
+from finestsam.data.index import Record
 from finestsam.data.previous_logits import PreviousLogits
 from finestsam.data.prompts import (
     MASK_LOGIT,
@@ -27,7 +39,10 @@ from finestsam.data.prompts import (
 )
 from finestsam.errors import Defect
 from finestsam.images import compute_input_size, read_image, resize_image, scale_boxes, scale_points
-from finestsam.masks import decode_rle
+
+# What a random stream is for, the end of its seed: drawing one never changes another. None is 0, which at the end of a
+# seed counts for nothing in numpy.
+CHOICE, VARIANT, POINTS, BOX, MASK = range(1, 6)
 
 
 @dataclass(frozen=True)
@@ -40,6 +55,7 @@ class SampleSettings:
     prompts: PromptsConfig
     dataset: DatasetConfig
     max_objects: int = 0  # a random choice where a picture has more; 0: all
+    augment: AugmentConfig = AugmentConfig()
 
 
 class SampleDataset(Dataset):
@@ -48,12 +64,20 @@ class SampleDataset(Dataset):
     Args:
         records: pictures, each with at least one object.
         previous_logits: what the model answered an epoch ago, as mask prompts; None: not used.
+        store: where the embeddings of pictures may be, whose pixels are then not read; None: not used.
     """
 
-    def __init__(self, records: list[Record], settings: SampleSettings, previous_logits: PreviousLogits | None = None):
+    def __init__(
+        self,
+        records: list[Record],
+        settings: SampleSettings,
+        previous_logits: PreviousLogits | None = None,
+        store: EmbeddingStore | None = None,
+    ):
         self.records = records
         self.settings = settings
         self.previous_logits = previous_logits
+        self.store = store
         counts = [len(record.annotations) for record in records]
         self.first_rows = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
@@ -64,94 +88,159 @@ class SampleDataset(Dataset):
         """Return the sample, or the defect of a picture that broke since the dataset was checked."""
         epoch, position = key
         record = self.records[position]
+        variant = choose_variant(self.settings.augment, epoch)
+        view, places = self._choose_view(record, variant)
         try:
-            image = read_image(record.path, record.size)
-            input_size = compute_input_size(record.size, self.settings.image_size)
+            input_size = self._compute_input_size(view)
+            embedding = self._read_embedding(record, view)
+            pixels = self.read_pixels(position, variant) if embedding is None else None
         except Defect as defect:
             return Defect(defect.code, f"{record.file_name}: {defect.message}")
-        chosen = self._choose_objects(record, epoch)
-        annotations = [record.annotations[place] for place in chosen]
-        rows = (self.first_rows[position] + chosen).tolist()
-        pixels = torch.from_numpy(resize_image(image, input_size).copy()).permute(2, 0, 1)  # 3 x h x w
+        places = self._choose_objects(record, places, epoch)
+        rows = (self.first_rows[position] + places).tolist()
+        frames = _Frames(view.size, input_size, build_image_grid(self.settings.points_per_side, view.size))
+        rles, prompts = [], []
+        for place in places:
+            shown = show_object(record, record.annotations[place], view)
+            rles.append(shown.rle)
+            prompts.append(self._draw_prompts(shown, frames, epoch))
         return Sample(
             image_id=record.image_id,
             file_name=record.file_name,
-            original_size=record.size,
+            original_size=view.size,
             input_size=input_size,
-            image=pixels.contiguous(),
-            prompts=self._draw_prompts(record, annotations, rows, epoch),
-            rles=[record.rle(annotation) for annotation in annotations],
-            annotation_ids=[annotation.id for annotation in annotations],
+            image=pixels,
+            prompts=self._insert_previous_logits(_stack_prompts(prompts), rows, epoch),
+            rles=rles,
+            annotation_ids=[record.annotations[place].id for place in places],
             rows=rows,
+            variant=variant,
+            embedding=embedding,
         )
 
-    def _choose_objects(self, record: Record, epoch: int) -> np.ndarray:
-        count, limit = len(record.annotations), self.settings.max_objects
-        if limit == 0 or count <= limit:
-            return np.arange(count)
-        generator = np.random.default_rng([self.settings.seed, epoch, record.image_id & 0xFFFFFFFF, 1])
-        return np.sort(generator.choice(count, size=limit, replace=False))
+    def read_pixels(self, position: int, variant: int) -> Tensor:
+        """Return a picture's variant as the encoder sees it before the padding, 3 x h x w, uint8.
 
-    def _draw_prompts(self, record: Record, annotations: list[Annotation], rows: list[int], epoch: int) -> Prompts:
-        asked = self.settings.prompts
-        grid = build_image_grid(self.settings.points_per_side, record.size)
-        drawn = [self._draw_for_object(record, annotation, grid, epoch) for annotation in annotations]
-        prompts = Prompts()
+        Raises:
+            Defect: the picture broke since it was checked.
+        """
+        record = self.records[position]
+        view, _ = self._choose_view(record, variant)
+        image = show_image(read_image(record.path, record.size, self.settings.dataset.images), view)
+        pixels = torch.from_numpy(resize_image(image, self._compute_input_size(view)).copy()).permute(2, 0, 1)
+        return recolour(pixels.contiguous(), view)
+
+    def list_embedding_keys(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Yield the store's key of every picture's every variant, and its (position, variant)."""
+        augment = self.settings.augment
+        variants = range(1, augment.variants + 1) if augment.is_active else (0,)
+        for position, record in enumerate(self.records):
+            for variant in variants:
+                view, _ = self._choose_view(record, variant)
+                yield _embedding_key(record, view), (position, variant)
+
+    def _read_embedding(self, record: Record, view: View) -> Tensor | None:
+        stored = self.store.read(_embedding_key(record, view)) if self.store else None
+        return None if stored is None else torch.from_numpy(np.array(stored))
+
+    def _compute_input_size(self, view: View) -> tuple[int, int]:
+        return compute_input_size(view.size, view.compute_input_side(self.settings.image_size))
+
+    def _choose_view(self, record: Record, variant: int) -> tuple[View, np.ndarray]:
+        """Return how the picture is shown, and the places of the objects that can be seen; the same in each epoch."""
+        if variant == 0:
+            return show_all(record)
+        settings = self.settings
+        generator = self._open_stream(variant, record.image_id, VARIANT)
+        return choose_view(record, settings.augment, settings.image_size, settings.dataset.min_area_pixels, generator)
+
+    def _choose_objects(self, record: Record, places: np.ndarray, epoch: int) -> np.ndarray:
+        limit = self.settings.max_objects
+        if limit == 0 or len(places) <= limit:
+            return places
+        generator = self._open_stream(epoch, record.image_id, CHOICE)
+        return np.sort(generator.choice(places, size=limit, replace=False))
+
+    def _draw_prompts(self, shown: ShownObject, frames: "_Frames", epoch: int) -> Prompts:
+        """Return what one object is asked for with."""
+        asked, prompts = self.settings.prompts, Prompts()
         if asked.use_points:
-            prompts.points = torch.from_numpy(np.stack([points for points, _, _, _ in drawn])).float()
-            prompts.labels = torch.from_numpy(np.stack([labels for _, labels, _, _ in drawn]))
+            generator = self._open_stream(epoch, shown.annotation_id, POINTS)
+            points, labels = self._draw_points(shown, frames, generator)
+            prompts.points, prompts.labels = torch.from_numpy(points)[None], torch.from_numpy(labels)[None]
         if asked.use_boxes:
-            prompts.boxes = torch.from_numpy(np.stack([box for _, _, box, _ in drawn])).float()
+            generator = self._open_stream(epoch, shown.annotation_id, BOX)
+            prompts.boxes = torch.from_numpy(self._draw_box(shown, frames, generator))[None]
         if asked.use_masks or asked.use_logits:
-            prompts.mask_logits = torch.from_numpy(np.stack([logits for _, _, _, logits in drawn]))[:, None]
-            prompts.has_mask = torch.full((len(drawn),), asked.use_masks)
-        if asked.use_logits and self.previous_logits is not None:
-            self._insert_previous_logits(prompts, rows, epoch)
+            generator = self._open_stream(epoch, shown.annotation_id, MASK)
+            prompts.mask_logits = torch.from_numpy(self._draw_mask(shown, frames, generator))[None, None]
+            prompts.has_mask = torch.tensor([asked.use_masks])
         return prompts
 
-    def _draw_for_object(self, record: Record, annotation: Annotation, grid: np.ndarray, epoch: int) -> tuple:
-        """Return points, labels, box and mask logits of one object, the first three in the input frame."""
-        settings, asked = self.settings, self.settings.prompts
-        input_size = compute_input_size(record.size, settings.image_size)
-        # The low 32 bits: ids can pass 2^32, and can be negative.
-        generator = np.random.default_rng([settings.seed, epoch, annotation.id & 0xFFFFFFFF])
-        mask = decode_rle(record.rle(annotation))
-        found = cut_out(mask, annotation.box)
+    def _draw_points(
+        self, shown: ShownObject, frames: "_Frames", generator: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return P x 2 points, XY, input frame, and P labels."""
+        dataset = self.settings.dataset
+        found = cut_out(shown.mask, shown.box)
         inside = None
-        if settings.dataset.snap_to_grid:
-            inside = find_grid_points_inside(found, grid, settings.image_size / max(record.size))
-        counts = PointCounts(
-            settings.dataset.positive_points, settings.dataset.negative_points, settings.dataset.use_center, inside
-        )
+        if dataset.snap_to_grid:
+            scale = max(frames.input_size) / max(frames.original_size)
+            inside = find_grid_points_inside(found, frames.grid, scale)
+        counts = PointCounts(dataset.positive_points, dataset.negative_points, dataset.use_center, inside)
         points, labels = sample_points(found, counts, generator)
-        x, y, width, height = annotation.box
-        box = scale_boxes(np.array([[x, y, x + width, y + height]], dtype=float), record.size, input_size)[0]
-        box = jitter_box(box, input_size, asked.box_jitter_ratio, asked.box_jitter_max_pixels, generator)
-        return (
-            scale_points(points, record.size, input_size).astype(np.float32),
-            labels,
-            box.astype(np.float32),
-            self._draw_mask_prompt(mask, input_size, generator),
-        )
+        return scale_points(points, frames.original_size, frames.input_size).astype(np.float32), labels
 
-    def _draw_mask_prompt(
-        self, mask: np.ndarray, input_size: tuple[int, int], generator: np.random.Generator
-    ) -> np.ndarray | None:
+    def _draw_box(self, shown: ShownObject, frames: "_Frames", generator: np.random.Generator) -> np.ndarray:
+        """Return the box with its noise, XYXY, input frame."""
+        asked = self.settings.prompts
+        x, y, width, height = shown.box
+        corners = np.array([[x, y, x + width, y + height]], dtype=float)
+        box = scale_boxes(corners, frames.original_size, frames.input_size)[0]
+        box = jitter_box(box, frames.input_size, asked.box_jitter_ratio, asked.box_jitter_max_pixels, generator)
+        return box.astype(np.float32)
+
+    def _draw_mask(self, shown: ShownObject, frames: "_Frames", generator: np.random.Generator) -> np.ndarray:
         """Return a coarse mask as logits of the padded square, 4g x 4g; zeros where only its place is needed."""
-        if not (self.settings.prompts.use_masks or self.settings.prompts.use_logits):
-            return None
         side = self.settings.image_size // 4
         square = np.zeros((side, side), dtype=np.float32)
         if self.settings.prompts.use_masks:
-            height, width = (max(1, math.ceil(length / 4)) for length in input_size)
+            height, width = (max(1, math.ceil(length / 4)) for length in frames.input_size)
             square[:] = -MASK_LOGIT
-            square[:height, :width] = coarsen_mask(mask, (height, width), generator)
+            square[:height, :width] = coarsen_mask(shown.mask, (height, width), generator)
         return square
 
-    def _insert_previous_logits(self, prompts: Prompts, rows: list[int], epoch: int) -> None:
+    def _open_stream(self, number: int, identity: int, purpose: int) -> np.random.Generator:
+        """Return the generator for one purpose, a picture's or object's id, and the number of an epoch or variant."""
+        # The low 32 bits: ids can pass 2^32, and can be negative.
+        return np.random.default_rng([self.settings.seed, number, identity & 0xFFFFFFFF, purpose])
+
+    def _insert_previous_logits(self, prompts: Prompts, rows: list[int], epoch: int) -> Prompts:
+        if not self.settings.prompts.use_logits or self.previous_logits is None:
+            return prompts
         logits, is_known = self.previous_logits.read(epoch, rows)
-        prompts.mask_logits = torch.where(is_known[:, None, None, None], logits, prompts.mask_logits)
-        prompts.has_mask = prompts.has_mask | is_known
+        mask_logits = torch.where(is_known[:, None, None, None], logits, prompts.mask_logits)
+        return replace(prompts, mask_logits=mask_logits, has_mask=prompts.has_mask | is_known)
+
+
+@dataclass(frozen=True)
+class _Frames:
+    """What the objects of a shown picture have in common."""
+
+    original_size: tuple[int, int]
+    input_size: tuple[int, int]
+    grid: np.ndarray  # K x 2, XY, original frame: the generator's points
+
+
+def _embedding_key(record: Record, view: View) -> str:
+    is_plain = view == show_all(record)[0]
+    return picture_key(record.digest, record.size, "" if is_plain else repr(view))
+
+
+def _stack_prompts(prompts: list[Prompts]) -> Prompts:
+    """Join the prompts of single objects to those of a picture."""
+    columns = {entry.name: [getattr(one, entry.name) for one in prompts] for entry in fields(Prompts)}
+    return Prompts(**{name: torch.cat(values) for name, values in columns.items() if values[0] is not None})
 
 
 def collate(samples: list[Sample | Defect]) -> tuple[Batch, list[str]]:
@@ -186,25 +275,3 @@ class StepSampler:
         for start in range(self.first_batch * together, self.length, together):
             mine = order[start : start + together][self.rank :: self.world_size]
             yield [(self.epoch, int(position)) for position in mine]
-
-
-def drop_vanishing_objects(
-    records: list[Record], image_size: int, min_area_pixels: float
-) -> tuple[list[Record], list[tuple[str, int]]]:
-    """Leave out objects that are smaller than `min_area_pixels` in the input frame.
-
-    Returns:
-        The pictures that still have objects, and (file name, annotation id) of the objects that vanish.
-    """
-    kept, vanished = [], []
-    for record in records:
-        scale = image_size / max(record.size)
-        remaining = []
-        for annotation in record.annotations:
-            if annotation.area * scale**2 >= min_area_pixels:
-                remaining.append(annotation)
-            else:
-                vanished.append((record.file_name, annotation.id))
-        if remaining:
-            kept.append(replace(record, annotations=remaining))
-    return kept, vanished

@@ -11,25 +11,28 @@ from finestsam.images import use_one_thread
 
 def build_train_loader(dataset: SampleDataset, sampler: StepSampler, num_workers: int) -> DataLoader:
     """Return the loader of (batch, messages) in the sampler's order; set the sampler's epoch before iterating."""
+    use_one_thread()
     return DataLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=num_workers,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         persistent_workers=num_workers > 0,
     )
 
 
 def build_validation_loader(dataset: SampleDataset, num_workers: int, rank: int = 0, world_size: int = 1) -> DataLoader:
     """Return the loader of one rank's share of the pictures: one at a time, none twice, always the same prompts."""
+    use_one_thread()
     mine = [[(0, position)] for position in range(rank, len(dataset), world_size)]
     return DataLoader(
-        dataset, batch_sampler=mine, collate_fn=collate, num_workers=num_workers, worker_init_fn=_start_worker
+        dataset, batch_sampler=mine, collate_fn=collate, num_workers=num_workers, worker_init_fn=start_worker
     )
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
+    """Make a loader's process a quiet one."""
     # The main process alone answers Ctrl-C; workers end with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)

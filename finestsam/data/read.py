@@ -1,18 +1,23 @@
 """From a folder to pictures to train on and pictures to validate on."""
 
 import hashlib
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from finestsam.config import DatasetConfig
-from finestsam.data.cache import read_coco_cached
-from finestsam.data.coco import Index, Record, read_coco
-from finestsam.data.dataset import drop_vanishing_objects
+from finestsam.data import cache, coco, labelme, mask_pairs, yolo
+from finestsam.data.assemble import assemble
+from finestsam.data.index import Index, Record
 from finestsam.data.layouts import Layout, Part, find_layout
+from finestsam.data.picture import CheckedPicture, PictureJob
+from finestsam.data.processes import map_in_processes
 from finestsam.data.report import DatasetReport, merge_reports
 from finestsam.data.split import split_records
 from finestsam.errors import UserError
+
+READERS = {"coco": coco, "labelme": labelme, "masks": mask_pairs, "yolo": yolo}
 
 
 @dataclass
@@ -30,6 +35,26 @@ class LabelledSet:
         if self.report.defect_count:
             raise UserError("\n".join([f"--strict: {self.report.summarize()}", *self.report.list_examples()]))
 
+    def drop_vanishing(self, image_size: int, min_area_pixels: float) -> None:
+        """Leave out of training what is too small where the longest side is `image_size` pixels.
+
+        Raises:
+            UserError: nothing is left to train on.
+        """
+        vanished = find_vanishing(self.train, image_size, min_area_pixels)
+        for record, annotation in vanished:
+            message = f"vanishes at {image_size} pixels: {annotation.area} of {record.size[1]} x {record.size[0]}"
+            self.report.skip_annotation("vanishes", record.file_name, annotation.source_id, message)
+        gone = {id(annotation) for _, annotation in vanished}
+        self.report.usable_annotation_count -= len(gone)
+        kept = [
+            replace(record, annotations=[found for found in record.annotations if id(found) not in gone])
+            for record in self.train
+        ]
+        self.train = [record for record in kept if record.annotations]
+        if not self.train:
+            raise UserError("\n".join(["nothing to train on", *self.report.list_lines()]))
+
     @cached_property
     def fingerprint(self) -> str:
         """Return a hash of every picture's name and masks on either side: the same for the same training."""
@@ -43,58 +68,135 @@ class LabelledSet:
         return digest.hexdigest()
 
 
-def read_training_set(settings: DatasetConfig, image_size: int) -> LabelledSet:
+def read_training_set(settings: DatasetConfig) -> LabelledSet:
     """Read a dataset that lies in one of the known layouts, and split it where it is not.
 
-    Args:
-        image_size: pixels of the model's longest side, at which objects can vanish.
-
     Raises:
-        UserError: nothing is left to train on.
+        UserError: nothing is there to train on.
     """
     layout = find_layout(Path(settings.path), settings.auto_split)
-    indexes = _read_parts(layout, settings)
+    indexes = read_parts(layout, settings, [name for name in layout.parts if name != "test"])
+    report = merge_reports(index.report for index in indexes.values())
+    first = next(iter(indexes.values()))
+    refuse_empty(settings, first, report)
     if "val" in indexes:
-        train, val = indexes["train"].records, indexes["val"].records
+        train, val = first.records, indexes["val"].records
     else:
-        train, val = split_records(next(iter(indexes.values())).records, settings.val_size, settings.seed)
-    report = merge_reports([index.report for index in indexes.values()])
-    train = _drop_vanishing(train, image_size, settings, report)
-    if not train:
-        raise UserError(f"dataset {settings.path}: nothing to train on; {report.summarize()}")
-    return LabelledSet(train, val, _list_categories(indexes), report, layout.name)
+        train, val = split_records(first.records, settings.val_size, settings.seed)
+    return LabelledSet(train, val, list_categories(indexes), report, layout.name)
 
 
 def read_evaluation_set(settings: DatasetConfig) -> LabelledSet:
     """Read the pictures to evaluate on: the validation side where there is one, a plain set whole."""
     layout = find_layout(Path(settings.path), settings.auto_split)
-    if layout.is_plain or "val" in layout.parts:
-        index = _read_part(layout.parts["all" if layout.is_plain else "val"], settings)
-        val = index.records
-    else:
-        index = _read_part(next(iter(layout.parts.values())), settings)
-        _, val = split_records(index.records, settings.val_size, settings.seed)
-    return LabelledSet([], val, list(index.categories.values()), index.report, layout.name)
+    name = "val" if "val" in layout.parts else next(iter(layout.parts))
+    index = read_parts(layout, settings, [name])[name]
+    refuse_empty(settings, index, index.report)
+    val = index.records
+    if name != "val" and not layout.is_plain:
+        _, val = split_records(val, settings.val_size, settings.seed)
+    return LabelledSet([], val, list_categories({name: index}), index.report, layout.name)
 
 
-def _read_parts(layout: Layout, settings: DatasetConfig) -> dict[str, Index]:
-    return {name: _read_part(part, settings) for name, part in layout.parts.items()}
+def read_parts(layout: Layout, settings: DatasetConfig, names: list[str]) -> dict[str, Index]:
+    """Read parts of a dataset, bring their categories to the same ids, and look for pictures that several have."""
+    indexes = {name: _read_part(name, layout.parts[name], settings) for name in names}
+    _share_categories(indexes)
+    _report_leakage(indexes)
+    return indexes
 
 
-def _read_part(part: Part, settings: DatasetConfig) -> Index:
-    return read_coco_cached(part, settings.sav) if settings.use_cache else read_coco(part)
+def refuse_empty(settings: DatasetConfig, index: Index, report: DatasetReport) -> None:
+    """Raise a UserError that says what became of everything, if a dataset has no object that can be used."""
+    if report.usable_annotation_count and any(record.annotations for record in index.records):
+        return
+    reason = ""
+    codes = {finding.code for finding in report.findings if finding.action == "skipped_annotation"}
+    if codes == {"crowd"}:
+        reason = (
+            ": every annotation is a crowd region; if they are objects, set iscrowd to 0 or --dataset.include_crowd"
+        )
+    lines = [f"dataset {settings.path}: nothing to train on{reason}", report.summarize(), *report.list_examples()]
+    raise UserError("\n".join(lines))
 
 
-def _drop_vanishing(
-    records: list[Record], image_size: int, settings: DatasetConfig, report: DatasetReport
-) -> list[Record]:
-    kept, vanished = drop_vanishing_objects(records, image_size, settings.min_area_pixels)
-    for file_name, annotation_id in vanished:
-        report.skip_annotation("vanishes", file_name, None, annotation_id, f"vanishes at {image_size} pixels")
-    report.usable_annotation_count -= len(vanished)
-    return kept
+def find_vanishing(records: list[Record], image_size: int, min_area_pixels: float) -> list[tuple[Record, object]]:
+    """Return the annotations, each with its picture, whose area in the input frame is below `min_area_pixels`."""
+    return [
+        (record, annotation)
+        for record in records
+        for annotation in record.annotations
+        if annotation.area * (image_size / max(record.size)) ** 2 < min_area_pixels
+    ]
 
 
-def _list_categories(indexes: dict[str, Index]) -> list[str]:
+def describe_dataset(report: DatasetReport, records: list[Record]) -> dict:
+    """Return what `dataset_report.json` holds: counts, findings, and every object that can be used."""
+    usable = [
+        {"id": found.source_id, "file": record.file_name, "area": found.area, "box": found.box}
+        for record in records
+        for found in record.annotations
+    ]
+    return report.to_json() | {"usable": usable}
+
+
+def list_categories(indexes: dict[str, Index]) -> list[str]:
+    """Return the names of all parts' categories, each once."""
     names = [name for index in indexes.values() for name in index.categories.values()]
     return list(dict.fromkeys(names))
+
+
+def _read_part(name: str, part: Part, settings: DatasetConfig) -> Index:
+    if not settings.use_cache:
+        return _read_files(name, part, settings)
+    cache_file = cache.find_cache_file(part, settings)
+    key = cache.compute_key(part, settings, cache_file)
+    index = cache.read_index(cache_file, key)
+    if index is None:
+        index = _read_files(name, part, settings)
+        cache.write_index(cache_file, key, index)
+    return index
+
+
+def _read_files(name: str, part: Part, settings: DatasetConfig) -> Index:
+    if part.labels.is_file() and part.labels.stat().st_size > 100_000_000:
+        print(f"reading {part.labels.name}, {part.labels.stat().st_size / 1e6:.0f} MB", file=sys.stderr)
+    report = DatasetReport()
+    jobs, categories = READERS[part.kind].list_jobs(part, settings, report)
+    title = "checking pictures" if name == "all" else f"checking {name}"
+    return assemble(map_in_processes(check_picture, jobs, title), categories, settings, report)
+
+
+def check_picture(job: PictureJob) -> CheckedPicture:
+    """Do one job; at the top level, where another process finds it."""
+    return job.check()
+
+
+def _share_categories(indexes: dict[str, Index]) -> None:
+    """Give a category the same id in every part, by its name: tools number each part by itself."""
+    tables = [index.categories for index in indexes.values()]
+    if all(table == tables[0] for table in tables):
+        return
+    names = list(dict.fromkeys(name for table in tables for name in table.values()))
+    ids = {name: number for number, name in enumerate(names, start=1)}
+    for part_name, index in indexes.items():
+        changed = {number: ids[name] for number, name in index.categories.items()}
+        for record in index.records:
+            for annotation in record.annotations:
+                annotation.category_id = changed[annotation.category_id]
+        index.categories = {number: name for name, number in ids.items()}
+        missing = len(ids) - len(set(changed.values()))
+        message = f"categories differ between the parts and are matched by name; {missing} of {len(ids)} are not in it"
+        index.report.remark("categories_differ", part_name, message)
+
+
+def _report_leakage(indexes: dict[str, Index]) -> None:
+    seen: dict[str, tuple[str, str]] = {}
+    for name, index in indexes.items():
+        mine = {}
+        for record in index.records:
+            if record.digest in seen:
+                message = f"leakage: the same picture as {seen[record.digest][1]} of {seen[record.digest][0]}"
+                index.report.remark("leakage", record.file_name, message)
+            mine[record.digest] = (name, record.file_name)
+        seen |= mine

@@ -1,28 +1,57 @@
-"""What was found wrong in a dataset, counted by kind, with examples for the screen and everything for the file."""
+"""What was found in a dataset, counted by kind, with examples for the screen and everything for the file."""
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from finestsam.errors import printable
+
 EXAMPLES_ON_SCREEN = 10
+SKIPPED_IMAGE, SKIPPED_ANNOTATION, KEPT = "skipped", "skipped_annotation", "kept"
+
+# What to do about a kind of finding, where it is not plain from the message.
+ADVICE = {
+    "missing_file": "put the pictures where the annotations name them, or correct file_name",
+    "not_downloaded": "download the pictures into the dataset; addresses are never opened",
+    "outside_dataset": "file_name must lie inside the pictures' folder; links out of it need --dataset.follow_symlinks",
+    "size_mismatch": "the picture was resized after it was labelled, or another one has its name: export again",
+    "not_an_image": "replace or remove the file",
+    "broken_image": "copy or download the picture again; it ends in the middle or is damaged",
+    "too_large": "raise --dataset.images.max_pixels if the picture is what it says, or cut it into tiles",
+    "empty_segmentation": "label a mask, or take the boxes for masks with --dataset.masks_from_boxes",
+    "box_only": "label a mask, or take the boxes for masks with --dataset.masks_from_boxes",
+    "crowd": "regions of many objects are left out of training; --dataset.include_crowd takes each as one object",
+    "vanishes": "a larger --model.image_size, or smaller tiles, make these objects visible to the model",
+    "rle_size": "the run lengths belong to a picture of another size: export again",
+    "rle_counts": "the run lengths are damaged: export again",
+    "unknown_image": "the annotations name an image id that the file does not list: export again",
+    "unknown_category": "kept, since the masks alone are trained on; add the category to the file",
+    "bad_bbox": "not used: boxes are always taken from the mask",
+    "bbox_disagrees": "the box is not used, but one of box and mask is wrong: look at these",
+    "duplicate_mask": "kept twice, which weighs them twice; --dataset.dedup keeps the first",
+    "leakage": "what is validated on was trained on: remove the copies from one of the two",
+    "ambiguous_turn": "save the picture upright, without EXIF orientation",
+    "clipped": "fine where an object leaves the picture",
+}
 
 
-@dataclass
+@dataclass(slots=True)
 class Finding:
     """One picture or annotation that was skipped, or used with a remark."""
 
     code: str
     file: str
     image_id: int | None
-    annotation_id: int | None
+    annotation_id: int | str | None  # as in the file
     message: str
-    action: str  # "skipped" or "kept"
+    action: str
 
 
 @dataclass
 class DatasetReport:
-    """Counts and findings of one annotation file."""
+    """Counts and findings of one part of a dataset, or of all of it."""
 
     image_count: int = 0
     usable_image_count: int = 0
@@ -31,54 +60,78 @@ class DatasetReport:
     usable_annotation_count: int = 0
     findings: list[Finding] = field(default_factory=list)
 
-    def skip_image(self, code: str, file: str, image_id: int | None, message: str) -> None:
-        self.findings.append(Finding(code, file, image_id, None, message, "skipped"))
+    def skip_image(self, code: str, file: str, message: str) -> None:
+        self.findings.append(Finding(code, file, None, None, message, SKIPPED_IMAGE))
 
-    def skip_annotation(self, code: str, file: str, image_id: int | None, annotation_id: object, message: str) -> None:
-        number = annotation_id if isinstance(annotation_id, int) else None
-        self.findings.append(Finding(code, file, image_id, number, message, "skipped_annotation"))
+    def skip_annotation(self, code: str, file: str, annotation_id: int | str | None, message: str) -> None:
+        self.findings.append(Finding(code, file, None, annotation_id, message, SKIPPED_ANNOTATION))
 
-    def remark(self, code: str, file: str, message: str) -> None:
-        self.findings.append(Finding(code, file, None, None, message, "kept"))
+    def remark(self, code: str, file: str, message: str, annotation_id: int | str | None = None) -> None:
+        self.findings.append(Finding(code, file, None, annotation_id, message, KEPT))
 
     @property
     def defect_count(self) -> int:
         """What a strict reader refuses: everything skipped but crowds, which are sound and only not trainable."""
-        return sum(finding.action != "kept" and finding.code != "crowd" for finding in self.findings)
+        return sum(finding.action != KEPT and finding.code != "crowd" for finding in self.findings)
 
     def summarize(self) -> str:
         """Return the one line for the screen."""
-        images = self._count("skipped")
-        annotations = self._count("skipped_annotation")
+        images, annotations = self._count(SKIPPED_IMAGE), self._count(SKIPPED_ANNOTATION)
+        usable_images = self.usable_image_count + self.background_image_count
         return (
-            f"dataset: {self.image_count} images, {self.usable_image_count} usable{_list_skipped(images)}"
-            f"{f', {self.background_image_count} without objects' if self.background_image_count else ''}; "
+            f"dataset: {self.image_count} images, {usable_images} usable"
+            f"{f' ({self.background_image_count} without objects)' if self.background_image_count else ''}"
+            f"{_list_skipped(images)}; "
             f"{self.annotation_count} annotations, {self.usable_annotation_count} usable{_list_skipped(annotations)}"
         )
 
+    def list_warnings(self) -> list[str]:
+        """Return what must be said before everything else: that most of the dataset is lost."""
+        warnings = []
+        for what, count, dropped in (
+            ("pictures", self.image_count, self._count(SKIPPED_IMAGE).total()),
+            ("annotations", self.annotation_count, self._count(SKIPPED_ANNOTATION, but="crowd").total()),
+        ):
+            if dropped > count / 2:
+                warnings.append(f"WARNING: {dropped} of {count} {what} cannot be used; is this the dataset you meant?")
+        return warnings
+
     def list_examples(self) -> list[str]:
-        """Return at most ten lines per kind of finding."""
+        """Return at most ten lines for each kind of finding, under a line that counts them and says what to do."""
+        by_code: dict[str, list[Finding]] = {}
+        for finding in self.findings:
+            by_code.setdefault(finding.code, []).append(finding)
         lines = []
-        for code in dict.fromkeys(finding.code for finding in self.findings if finding.code != "crowd"):
-            found = [finding for finding in self.findings if finding.code == code]
+        for code, found in by_code.items():
+            advice = f"; {ADVICE[code]}" if code in ADVICE else ""
+            outcome = "kept" if found[0].action == KEPT else "skipped"
+            lines.append(f"  {len(found)} {_name(code)}, {outcome}{advice}")
             for finding in found[:EXAMPLES_ON_SCREEN]:
                 place = f" annotation {finding.annotation_id}" if finding.annotation_id is not None else ""
-                lines.append(f"  {finding.file}{place}: {finding.message}")
+                lines.append(f"    {printable(finding.file)}{place}: {printable(finding.message)}")
             if len(found) > EXAMPLES_ON_SCREEN:
-                lines.append(f"  ... and {len(found) - EXAMPLES_ON_SCREEN} more of this kind")
+                lines.append(f"    ... and {len(found) - EXAMPLES_ON_SCREEN} more of this kind")
         return lines
 
-    def write(self, path: Path) -> None:
-        """Write everything as json."""
-        content = asdict(self) | {"summary": self.summarize()}
-        path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    def list_lines(self) -> list[str]:
+        """Return everything for the screen: warnings, the summary, the examples."""
+        return [*self.list_warnings(), self.summarize(), *self.list_examples()]
 
-    def _count(self, action: str) -> Counter:
-        return Counter(finding.code for finding in self.findings if finding.action == action)
+    def to_json(self) -> dict:
+        """Return everything for `dataset_report.json` but the usable objects, which the records hold."""
+        skipped = [
+            {"id": finding.annotation_id, "file": finding.file, "code": finding.code, "message": finding.message}
+            for finding in self.findings
+            if finding.action == SKIPPED_ANNOTATION
+        ]
+        return {"summary": self.summarize(), **asdict(self), "skipped": skipped}
+
+    def _count(self, action: str, but: str = "") -> Counter:
+        return Counter(finding.code for finding in self.findings if finding.action == action and finding.code != but)
 
 
-def merge_reports(reports: list[DatasetReport]) -> DatasetReport:
-    """Return one report over several annotation files."""
+def merge_reports(reports: Iterable[DatasetReport]) -> DatasetReport:
+    """Return one report over several parts of a dataset."""
     merged = DatasetReport()
     for report in reports:
         merged.image_count += report.image_count
@@ -90,8 +143,19 @@ def merge_reports(reports: list[DatasetReport]) -> DatasetReport:
     return merged
 
 
+def write_report(path: Path, content: dict) -> None:
+    """Write a report as json; a reader never meets half a file."""
+    partial = path.with_name(f".{path.name}.part")
+    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _name(code: str) -> str:
+    return code.replace("_", " ")
+
+
 def _list_skipped(counts: Counter) -> str:
     if not counts:
         return ""
-    kinds = ", ".join(f"{count} {code.replace('_', ' ')}" for code, count in counts.most_common())
+    kinds = ", ".join(f"{count} {_name(code)}" for code, count in counts.most_common())
     return f", {counts.total()} skipped ({kinds})"

@@ -8,7 +8,8 @@ import torch
 
 from finestsam.batch import Batch, Predictions, Sample
 from finestsam.masks import count_overlap, decode_rles
-from finestsam.model.sam import FinestSam, upscale_logits
+from finestsam.model.sam import upscale_logits
+from finestsam.prediction.precompute import Embedder
 
 # Of float32 logits upscaled at a time.
 PIECE_PIXELS = 16_000_000
@@ -28,7 +29,7 @@ class ObjectScore:
 
 @torch.no_grad()
 def score_batches(
-    model: FinestSam, batches: Iterable[tuple[Batch, list[str]]], chunk_objects: int
+    embedder: Embedder, batches: Iterable[tuple[Batch, list[str]]], chunk_objects: int
 ) -> list[ObjectScore]:
     """Prompt every object of the batches and measure the masks.
 
@@ -36,10 +37,10 @@ def score_batches(
         batches: as `data.dataset.collate` makes them.
         chunk_objects: decoded at a time.
     """
-    scores = []
+    model, scores = embedder.model, []
     for batch, _ in batches:
         for sample in batch.to(model.device).samples:
-            embedding = model.encode([sample.image])
+            embedding = embedder.embed([sample])
             for first in range(0, len(sample), chunk_objects):
                 predictions = model(embedding, sample.prompts[first : first + chunk_objects])
                 scores += _score_objects(predictions, sample, first, model.image_size)

@@ -1,6 +1,5 @@
 """Weights on disk: where Meta's are, how a file becomes a state dict, and which SAM a state dict belongs to."""
 
-import os
 import pickle
 import re
 import warnings
@@ -13,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finestsam.cache_folder import cache_folder
+from finestsam.download import download
 from finestsam.errors import UserError
 from finestsam.model.build import ARCHITECTURES
-from finestsam.model.download import download
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,13 @@ FAMILIES = {  # part of a key: who writes such keys
 
 
 def find_meta_weights(model_type: str, download: bool = True) -> Path:
-    """Return Meta's checkpoint of this type: from `weights_dir`, the current folder or its sav/, else downloaded."""
+    """Return Meta's checkpoint of this type: from the cache folder, the current folder or its sav/, else downloaded."""
     if model_type not in META_WEIGHTS:
         raise UserError(
             f"Meta has published no weights for {model_type}; --model.checkpoint none starts from random ones"
         )
     meta = META_WEIGHTS[model_type]
-    folders = (weights_dir(), Path(), Path("sav"))
+    folders = (cache_folder(), Path(), Path("sav"))
     for folder in folders:
         if (folder / meta.file_name).is_file():
             return folder / meta.file_name
@@ -81,16 +81,9 @@ def find_meta_weights(model_type: str, download: bool = True) -> Path:
     )
 
 
-def weights_dir() -> Path:
-    """Return the folder of downloaded weights: $FINESTSAM_CACHE, or finestsam/ in the user's cache folder."""
-    if own := os.environ.get("FINESTSAM_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finestsam"
-
-
 def _download_meta(meta: MetaFile) -> Path:
     try:
-        return download(meta.url, weights_dir() / meta.file_name, meta.sha256, meta.size_bytes)
+        return download(meta.url, cache_folder() / meta.file_name, meta.sha256, meta.size_bytes)
     except UserError as error:
         raise UserError(f"{error}; {WITHOUT_META}") from None
 

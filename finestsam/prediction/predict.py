@@ -9,17 +9,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from finestsam.config import Config
-from finestsam.errors import Defect, UserError
-from finestsam.images import IMAGE_SUFFIXES, read_image, write_image
+from finestsam.data.embeddings import picture_key
+from finestsam.errors import Defect, UserError, printable
+from finestsam.images import IMAGE_SUFFIXES, compute_input_size, hash_picture, read_image, resize_image, write_image
 from finestsam.model.card import Card
 from finestsam.model.load import load_model
-from finestsam.model.sam import FinestSam
+from finestsam.output_folder import make_output_folder
 from finestsam.prediction.generator import generate_masks, resolve_generator
 from finestsam.prediction.overlay import draw_overlay
+from finestsam.prediction.precompute import Embedder, open_store
 from finestsam.prediction.results import Results
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".wmv", ".flv", ".mpg", ".mpeg"}
@@ -36,13 +40,14 @@ def predict(config: Config) -> int:
         UserError: there is nothing to predict, or nowhere to write it.
     """
     paths = find_pictures(config.input)
-    out_dir = _make_folder(Path(config.out_dir))
+    out_dir = make_output_folder(Path(config.out_dir), config.dataset.path)
     loaded = load_model(config, prefer_runs=True)
     settings = resolve_generator(config.generator, loaded.card)
     print(f"model: {loaded.model_type}, {printable(loaded.source)}")
     results = Results(_name_category(loaded.card), settings)
     start = time.perf_counter()
-    overlays = _predict_all(paths, name_overlays(paths, out_dir), loaded.model, config.opacity, results)
+    embedder = Embedder(loaded.model, open_store(config.store, loaded.model))
+    overlays = _predict_all(paths, name_overlays(paths, out_dir), embedder, config, results)
     seconds = (time.perf_counter() - start) / len(overlays)
     with _writing(out_dir / RESULTS_NAME):
         results.write(out_dir / RESULTS_NAME)
@@ -103,16 +108,6 @@ def _is_picture(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and not path.name.startswith(".") and not is_ours
 
 
-def _make_folder(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out_dir {printable(folder)}: cannot be made: {error.strerror}") from None
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"out_dir {printable(folder)}: not writable")
-    return folder
-
-
 def name_overlays(paths: list[Path], out_dir: Path) -> list[Path]:
     """Return where each picture's overlay goes: named after it, no two alike, and none over an input."""
     # Without regard to case, as on Windows and macOS, where a.png is A.png.
@@ -134,15 +129,15 @@ def _sanitize(stem: str) -> str:
 
 
 def _predict_all(
-    paths: list[Path], overlays: list[Path], model: FinestSam, opacity: float, results: Results
+    paths: list[Path], overlays: list[Path], embedder: Embedder, config: Config, results: Results
 ) -> list[Path]:
     """Predict picture by picture into `results`, skip what cannot be read, and return the overlays written."""
     is_one_folder = len({path.parent for path in paths}) == 1
     written = []
     for path, overlay in zip(tqdm(paths, unit="picture", disable=len(paths) == 1 or None), overlays, strict=True):
         try:
-            image = read_image(path)
-            masks = generate_masks(model, image, results.settings)
+            image = read_image(path, settings=config.dataset.images)
+            masks = generate_masks(embedder.model, image, results.settings, _embed(embedder, path, image))
         except Defect as defect:
             if len(paths) == 1:
                 raise UserError(f"{printable(path)}: {defect.message}") from None
@@ -150,9 +145,11 @@ def _predict_all(
             continue
         except torch.OutOfMemoryError:
             advice = f"lower generator.points_per_batch, which is {results.settings.points_per_batch}"
-            raise UserError(f"{printable(path)}: the memory of {model.device} is too small; {advice}") from None
+            raise UserError(
+                f"{printable(path)}: the memory of {embedder.model.device} is too small; {advice}"
+            ) from None
         with _writing(overlay):
-            write_image(overlay, draw_overlay(image, masks.rles, opacity))
+            write_image(overlay, draw_overlay(image, masks.rles, config.opacity))
         results.add(path.name if is_one_folder else path.as_posix(), image.shape[:2], masks)
         written.append(overlay)
         if len(masks) == 0:
@@ -160,6 +157,16 @@ def _predict_all(
     if not written:
         raise UserError(f"none of the {len(paths)} pictures can be predicted")
     return written
+
+
+def _embed(embedder: Embedder, path: Path, image: np.ndarray) -> Tensor:
+    """Return the embedding of a picture, 1 x C x g x g, from the store where it was predicted before."""
+    size = image.shape[:2]
+    input_size = compute_input_size(size, embedder.model.image_size)
+    return embedder.embed_picture(
+        picture_key(hash_picture(path), size),
+        lambda: torch.from_numpy(resize_image(image, input_size).copy()).permute(2, 0, 1),
+    )
 
 
 @contextmanager
@@ -176,8 +183,3 @@ def _name_category(card: Card | None) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def printable(name: object) -> str:
-    """Return a file's name for the screen: a name may hold line breaks, terminal codes and bytes that are no text."""
-    return "".join(letter if letter.isprintable() else "?" for letter in str(name))

@@ -10,22 +10,24 @@ import yaml
 from lightning.fabric import Fabric
 from torch.utils.data import DataLoader
 
-from finestsam.config import Config, ModelConfig, flatten_config
+from finestsam.config import AugmentConfig, Config, ModelConfig, flatten_config
 from finestsam.data.dataset import SampleDataset, SampleSettings, StepSampler
-from finestsam.data.layouts import find_layout
+from finestsam.data.embeddings import EmbeddingStore
 from finestsam.data.loaders import build_train_loader, build_validation_loader
 from finestsam.data.previous_logits import PreviousLogits
-from finestsam.data.read import LabelledSet, read_training_set
+from finestsam.data.read import LabelledSet, describe_dataset, read_training_set
+from finestsam.data.report import write_report
+from finestsam.download import hash_file
 from finestsam.errors import UserError
-from finestsam.model.download import hash_file
 from finestsam.model.load import LoadedModel, load_model
 from finestsam.prediction.generator import resolve_generator
+from finestsam.prediction.precompute import Embedder, fill_store, open_store
 from finestsam.training import checkpoint
 from finestsam.training.random_state import random_state, restore_random_state
 from finestsam.training.run_folder import create_run_folder
 from finestsam.training.schedules import build_optimizer, build_scheduler
 from finestsam.training.step import MEASURES, Stepper
-from finestsam.training.trainable import freeze_
+from finestsam.training.trainable import freeze_, trains_encoder
 
 
 @dataclass
@@ -72,10 +74,10 @@ class Run:
 def build_run(fabric: Fabric, config: Config) -> Run:
     """Read the data, build the model, restore a run that is continued."""
     state = checkpoint.load_state(Path(config.resume)) if config.resume else None
-    find_layout(Path(config.dataset.path), config.dataset.auto_split)  # a mistyped folder is told before any download
-    with fabric.rank_zero_first():  # one download
-        loaded = load_model(_start_from(config, state), device=fabric.device)
-    data = read_training_set(config.dataset, loaded.model.image_size)
+    with fabric.rank_zero_first():  # the others find what the first one has kept, and what it has downloaded
+        data = read_training_set(config.dataset)
+        loaded = _load_weights(fabric, config, state)
+    data.drop_vanishing(loaded.model.image_size, config.dataset.min_area_pixels)
     if config.strict:
         data.refuse_defects()
     folder = _prepare_folder(fabric, config, data)
@@ -83,11 +85,20 @@ def build_run(fabric: Fabric, config: Config) -> Run:
     stepper, scheduler = _build_stepper(fabric, config, loaded, data, folder)
     settings = _choose_sample_settings(config, loaded.model.image_size)
     sampler = StepSampler(len(data.train), config.batch_size, settings.seed, fabric.global_rank, fabric.world_size)
-    train_set = SampleDataset(data.train, settings, stepper.previous_logits)
+    store = stepper.embedder.store
+    train_set = SampleDataset(data.train, settings, stepper.previous_logits, store)
+    val_set = _build_validation_set(config, data, settings, store)
+    if store:
+        fill_store(
+            stepper.embedder, [train_set, val_set], config.num_workers, fabric.global_rank, fabric.world_size,
+            fabric.broadcast,
+        )  # fmt: skip
+        fabric.barrier()
+    val_loader = build_validation_loader(val_set, config.num_workers, fabric.global_rank, fabric.world_size)
     run = Run(
         config, fabric, folder, data, loaded, stepper, scheduler, sampler,
         build_train_loader(train_set, sampler, config.num_workers),
-        _build_validation_loader(fabric, config, data, settings),
+        val_loader if len(val_set) else None,
         progress, checkpoint.TopWeights(folder, config.save_top_k),
     )  # fmt: skip
     if state is not None:
@@ -95,11 +106,14 @@ def build_run(fabric: Fabric, config: Config) -> Run:
     return run
 
 
-def _start_from(config: Config, state: dict | None) -> Config:
-    """Return settings that name the weights to start with; a run that is continued brings its own, put in later."""
+def _load_weights(fabric: Fabric, config: Config, state: dict | None) -> LoadedModel:
+    """Return the model to start from, or the one that a run was stopped with."""
     if state is None:
-        return config
-    return replace(config, model=ModelConfig(state["model_type"], "none", state["image_size"]))
+        return load_model(config, device=fabric.device)
+    bare = replace(config, model=ModelConfig(state["model_type"], "none", state["image_size"]))
+    loaded = load_model(bare, device=fabric.device)
+    loaded.model.sam.load_state_dict(state["model"])
+    return loaded
 
 
 def _prepare_folder(fabric: Fabric, config: Config, data: LabelledSet) -> Path:
@@ -110,10 +124,10 @@ def _prepare_folder(fabric: Fabric, config: Config, data: LabelledSet) -> Path:
         return Path(config.resume)
     folder = None
     if fabric.global_rank == 0:
-        folder = create_run_folder(Path(config.sav_dir), config.run_name)
+        folder = create_run_folder(Path(config.sav_dir), config.run_name, config.dataset.path)
         settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "resume"}
         (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-        data.report.write(folder / "dataset_report.json")
+        write_report(folder / "dataset_report.json", describe_dataset(data.report, data.train + data.val))
         split = {
             side: [{"id": record.image_id, "file_name": record.file_name} for record in records]
             for side, records in (("train", data.train), ("val", data.val))
@@ -150,25 +164,28 @@ def _build_stepper(
         if fabric.global_rank == 0:
             previous.create()
         fabric.barrier()
-    return Stepper(fabric, config, model, wrapped, optimizer, scaler, previous), scheduler
+    # What a training encoder answered is out of date with the next step.
+    embedder = Embedder(model, None if trains_encoder(model) else open_store(config.store, model))
+    return Stepper(fabric, config, model, wrapped, optimizer, scaler, embedder, previous), scheduler
 
 
 def _choose_sample_settings(config: Config, image_size: int) -> SampleSettings:
     seed = config.seed_device if config.seed_dataloader is None else config.seed_dataloader
     points_per_side = resolve_generator(config.generator, card=None).points_per_side
-    return SampleSettings(image_size, points_per_side, seed, config.prompts, config.dataset, config.dataset.max_objects)
+    return SampleSettings(
+        image_size, points_per_side, seed, config.prompts, config.dataset, config.dataset.max_objects, config.augment
+    )
 
 
-def _build_validation_loader(
-    fabric: Fabric, config: Config, data: LabelledSet, settings: SampleSettings
-) -> DataLoader | None:
+def _build_validation_set(
+    config: Config, data: LabelledSet, settings: SampleSettings, store: EmbeddingStore | None
+) -> SampleDataset:
     records = [record for record in data.val if record.annotations]
-    if not records:
-        return None
-    # All objects, and boxes as they are: what is measured must not depend on the noise of training.
-    prompts = replace(config.prompts, box_jitter_ratio=0.0)
-    dataset = SampleDataset(records, replace(settings, max_objects=0, prompts=prompts))
-    return build_validation_loader(dataset, config.num_workers, fabric.global_rank, fabric.world_size)
+    # All objects, pictures and boxes as they are: what is measured must not depend on the noise of training.
+    plain = replace(
+        settings, max_objects=0, prompts=replace(config.prompts, box_jitter_ratio=0.0), augment=AugmentConfig()
+    )
+    return SampleDataset(records, plain, store=store)
 
 
 def save_last(run: Run) -> None:
@@ -192,7 +209,6 @@ def save_last(run: Run) -> None:
 
 
 def _restore(run: Run, state: dict) -> None:
-    run.loaded.model.sam.load_state_dict(state["model"])
     run.stepper.optimizer.load_state_dict(state["optimizer"])
     run.scheduler.load_state_dict(state["scheduler"])
     if run.stepper.scaler.is_enabled():

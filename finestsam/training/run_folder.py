@@ -7,23 +7,21 @@ from contextlib import suppress
 from pathlib import Path
 
 from finestsam.errors import UserError
+from finestsam.output_folder import make_output_folder
 
 
-def create_run_folder(sav_dir: Path, name: str | None) -> Path:
+def create_run_folder(sav_dir: Path, name: str | None, dataset: str | None = None) -> Path:
     """Make a new folder below sav_dir and return it.
 
     Args:
         name: None: the local time. Runs that start in the same second get folders of their own.
+        dataset: what is trained on, into which nothing is written.
 
     Raises:
         UserError: nothing can be written there, or the name belongs to another run.
     """
-    if sav_dir.resolve() == Path(sav_dir.resolve().anchor):
-        raise UserError(f"sav_dir {sav_dir} is the root of the disk, expected a folder below it")
+    make_output_folder(sav_dir, dataset, "sav_dir")
     try:
-        if sav_dir.exists() and not sav_dir.is_dir():
-            raise UserError(f"sav_dir {sav_dir} is a file, expected a folder")
-        sav_dir.mkdir(parents=True, exist_ok=True)
         folder = _create_dated_folder(sav_dir) if name is None else _create_named_folder(sav_dir, name)
     except OSError as error:
         raise UserError(f"sav_dir {sav_dir}: cannot make the run's folder in it: {error.strerror}") from None

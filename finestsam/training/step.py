@@ -1,18 +1,19 @@
 """One optimizer step: batches in, gradients of the whole step's mean loss, weights changed."""
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from finestsam.batch import Batch, Prompts
+from finestsam.batch import Batch, Prompts, Sample
 from finestsam.config import Config
 from finestsam.data.previous_logits import PreviousLogits
 from finestsam.model.sam import FinestSam
+from finestsam.prediction.precompute import Embedder
 from finestsam.training.losses import ObjectLosses, object_losses
+from finestsam.training.trainable import trains_encoder
 
 # What is summed over objects, in this order; the losses with their weights, so that they add up to the total.
 MEASURES = ("total_loss", "focal_loss", "dice_loss", "iou_loss", "iou", "predicted_iou")
@@ -33,6 +34,7 @@ class Stepper:
     wrapped: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    embedder: Embedder
     previous_logits: PreviousLogits | None = None
 
     def step(self, batches: list[Batch], epoch: int, wants_stop: bool) -> tuple[dict[str, float], int, bool, bool]:
@@ -70,7 +72,7 @@ class Stepper:
         if not samples:
             self._join_without_objects(is_last)
             return sums
-        embeddings = self._encode([sample.image for sample in samples])
+        embeddings = self._encode(samples)
         copies = embeddings.detach().requires_grad_(embeddings.requires_grad)
         chunks = list(self._list_chunks([len(sample) for sample in samples]))
         for number, (place, first, end) in enumerate(chunks):
@@ -90,10 +92,10 @@ class Stepper:
             sums += self._sum_measures(losses)
         return sums
 
-    def _encode(self, images: list[Tensor]) -> Tensor:
-        trains = any(weight.requires_grad for weight in self.model.sam.image_encoder.parameters())
-        with nullcontext() if trains else torch.no_grad():
-            return self.model.encode(images)
+    def _encode(self, samples: list[Sample]) -> Tensor:
+        if trains_encoder(self.model):
+            return self.model.encode([sample.image for sample in samples])
+        return self.embedder.embed(samples)
 
     def _list_chunks(self, counts: list[int]) -> Iterator[tuple[int, int, int]]:
         size = self.config.chunk_objects

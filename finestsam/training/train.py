@@ -133,7 +133,7 @@ def validate(run: Run) -> None:
         return
     model = run.loaded.model.eval()
     batches = _show_progress(run.val_loader, "validation", len(run.val_loader), run.is_first_rank)
-    mine = score_batches(model, batches, run.config.chunk_objects)
+    mine = score_batches(run.stepper.embedder, batches, run.config.chunk_objects)
     model.train()
     scores = summarize_scores([score for share in _gather(run.fabric, mine) for score in share])
     run.progress.metrics = {
@@ -229,9 +229,8 @@ def _save_and_say(run: Run) -> None:
 
 def _say_start(run: Run) -> None:
     say = run.fabric.print
-    report = run.data.report
     say(f"layout: {run.data.layout}")
-    say("\n".join([report.summarize(), *report.list_examples()]))
+    say("\n".join(run.data.report.list_lines()))
     say(f"training on {len(run.data.train)} images, validating on {len(run.data.val)}")
     say(f"{run.progress.started_from}: {describe_training(run.loaded.model, run.loaded.model_type)}")
     for warning in list_mismatches(run.config, run.progress.started_from == RANDOM_WEIGHTS):

@@ -45,3 +45,8 @@ def _freeze_unused_prompts_(sam: Sam, config: Config) -> None:
         encoder.mask_downscaling.requires_grad_(False)
     if prompts.use_masks:  # every object has one
         encoder.no_mask_embed.requires_grad_(False)
+
+
+def trains_encoder(model: FinestSam) -> bool:
+    """Whether any weight of the image encoder changes, so that its embeddings do."""
+    return any(weight.requires_grad for weight in model.sam.image_encoder.parameters())

@@ -4,9 +4,10 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from finestsam.data.cache import read_coco_cached
-from finestsam.data.coco import FileFinder, read_coco
+from finestsam.config import DatasetConfig
+from finestsam.data.files import FileFinder
 from finestsam.data.layouts import Part, find_layout
+from finestsam.data.read import read_parts, read_training_set
 from finestsam.errors import Defect, UserError
 from finestsam.images import write_image
 from finestsam.masks import decode_rle, encode_mask, rle_to_json
@@ -18,8 +19,8 @@ def make_annotation(number: int, **changes: object) -> dict:
     return {"id": number, "image_id": 1, "category_id": 1, "iscrowd": 0, "segmentation": SQUARE} | changes
 
 
-def read_plain(folder):
-    return read_coco(find_layout(folder).parts["all"])
+def read_plain(folder, **settings):
+    return read_parts(find_layout(folder), DatasetConfig(**{"use_cache": False} | settings), ["all"])["all"]
 
 
 def test_a_sound_dataset_is_read_with_boxes_and_areas_of_the_masks(coco_folder):
@@ -51,9 +52,9 @@ def test_what_cannot_be_used_is_skipped_counted_and_shown(coco_folder):
     assert [annotation.id for annotation in index.records[0].annotations] == [1]
     assert index.report.summarize() == (
         "dataset: 1 images, 1 usable; 7 annotations, 1 usable, 6 skipped "
-        "(2 empty segmentation, 2 unknown image, 1 crowd, 1 too few points)"
+        "(2 unknown image, 2 empty segmentation, 1 crowd, 1 too few points)"
     )
-    assert "  a.png annotation 2: empty segmentation" in index.report.list_examples()
+    assert "    a.png annotation 2: empty segmentation" in index.report.list_examples()
     assert index.report.defect_count == 5  # a crowd is no defect
 
 
@@ -70,7 +71,7 @@ def test_duplicate_and_missing_annotation_ids_lose_no_annotation(coco_folder):
     index = read_plain(coco_folder([make_annotation(0), make_annotation(0), make_annotation(0), missing]))
 
     assert len({annotation.id for annotation in index.records[0].annotations}) == 4
-    assert any("3 annotations had no id or another's" in line for line in index.report.list_examples())
+    assert any("2 annotations had another's id" in line for line in index.report.list_examples())
 
 
 def test_a_missing_size_is_taken_from_the_file_and_a_wrong_one_refused(coco_folder):
@@ -79,7 +80,7 @@ def test_a_missing_size_is_taken_from_the_file_and_a_wrong_one_refused(coco_fold
 
     folder = coco_folder([make_annotation(1)], images=[{"id": 1, "file_name": "a.png", "width": 40, "height": 30}])
     with pytest.raises(UserError, match="size mismatch: the annotations say 40 x 30, the file has 12 x 10"):
-        read_plain(folder)
+        read_training_set(DatasetConfig(path=str(folder), use_cache=False))
 
 
 def test_a_byte_order_mark_is_read_over(coco_folder):
@@ -109,7 +110,7 @@ def test_a_file_that_is_no_coco_annotations_is_refused(coco_folder, text, messag
     (folder / "annotations.json").write_text(text)
 
     with pytest.raises(UserError, match=message):
-        read_plain(folder)
+        read_training_set(DatasetConfig(path=str(folder), use_cache=False))
 
 
 def test_one_image_id_for_two_files_is_refused(coco_folder):
@@ -117,7 +118,7 @@ def test_one_image_id_for_two_files_is_refused(coco_folder):
     folder = coco_folder([make_annotation(1)], images=images)
     write_image(folder / "images" / "b.png", np.zeros((10, 12, 3), dtype=np.uint8))
 
-    with pytest.raises(UserError, match="image id 1 stands for a.png and for b.png"):
+    with pytest.raises(UserError, match="image id 1 stands for 'a.png' and for 'b.png'"):
         read_plain(folder)
 
 
@@ -127,7 +128,10 @@ def test_one_image_id_for_two_files_is_refused(coco_folder):
 def test_a_picture_is_found_inside_the_dataset_alone(coco_folder, name):
     folder = coco_folder([])
 
-    assert FileFinder(folder / "images")(name) == folder / "images" / "a.png"
+    assert (
+        FileFinder(Part(folder / "images", folder, "coco", folder), DatasetConfig())(name)[0]
+        == folder / "images" / "a.png"
+    )
 
 
 @pytest.mark.parametrize("name", ["../annotations.json", "/etc/passwd", "..\\..\\etc\\passwd", "http://host/x.png"])
@@ -135,23 +139,35 @@ def test_a_name_that_leads_outside_is_never_opened(coco_folder, name):
     folder = coco_folder([])
 
     with pytest.raises(Defect, match="leads outside the dataset"):
-        FileFinder(folder / "images")(name)
+        FileFinder(Part(folder / "images", folder, "coco", folder), DatasetConfig())(name)
 
 
-def test_the_cached_index_is_the_index_until_the_annotations_change(coco_folder):
+def test_the_cached_index_is_the_index_until_a_file_changes(coco_folder, tmp_path_factory):
     folder = coco_folder([make_annotation(1), make_annotation(2, segmentation=[])])
-    part = Part(folder / "images", folder / "annotations.json")
+    kept = {"use_cache": True, "sav": "index.json"}
 
-    first = read_coco_cached(part, "index.json")
-    again = read_coco_cached(part, "index.json")
+    first = read_plain(folder, **kept)
+    again = read_plain(folder, **kept)
 
-    assert again.records == first.records == read_coco(part).records
+    assert again.records == first.records == read_plain(folder).records
     assert again.categories == first.categories
     assert again.report == first.report
     coco_folder([make_annotation(5)])
-    assert [annotation.id for annotation in read_coco_cached(part, "index.json").records[0].annotations] == [5]
-    (folder / "index.json").write_text("{garbage")
-    assert [annotation.id for annotation in read_coco_cached(part, "index.json").records[0].annotations] == [5]
+    assert [annotation.id for annotation in read_plain(folder, **kept).records[0].annotations] == [5]
+
+
+@pytest.mark.parametrize("poison", ["{garbage", "", "[]", "key changed", "body changed"])
+def test_a_poisoned_cache_is_made_anew(coco_folder, poison):
+    folder = coco_folder([make_annotation(5)])
+    kept = {"use_cache": True, "sav": "index.json"}
+    read_plain(folder, **kept)
+    path = folder / "index.json"
+    changed = {"key changed": ('"key": "', '"key": "0'), "body changed": ("[1, 1, 3, 3]", "[0, 0, 9, 9]")}
+    path.write_text(path.read_text().replace(*changed[poison]) if poison in changed else poison)
+
+    (annotation,) = read_plain(folder, **kept).records[0].annotations
+
+    assert (annotation.id, annotation.box) == (5, [1, 1, 3, 3])
 
 
 @pytest.mark.slow

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -176,3 +178,34 @@ def test_a_batch_counts_its_objects_and_goes_to_a_device_whole(records):
     assert batch.object_count == len(records[0].annotations) + len(records[1].annotations)
     moved = batch.to("meta")
     assert moved.samples[0].image.device.type == moved.samples[1].prompts.boxes.device.type == "meta"
+
+
+def test_what_is_drawn_for_one_kind_of_prompt_does_not_depend_on_the_others(records):
+    everything = SampleDataset(records, make_settings())[(1, 2)].prompts
+    kinds = {"use_points": ("points", "labels"), "use_boxes": ("boxes",), "use_masks": ("mask_logits", "has_mask")}
+    for asked, names in kinds.items():
+        prompts = build_config({f"prompts.{kind}": kind == asked for kind in kinds}).prompts
+        alone = SampleDataset(records, make_settings(prompts=prompts))[(1, 2)].prompts
+        for name in ("points", "labels", "boxes", "mask_logits", "has_mask"):
+            if name in names:
+                assert torch.equal(getattr(alone, name), getattr(everything, name)), name
+            else:
+                assert getattr(alone, name) is None, name
+
+
+def test_workers_start_though_opencv_has_used_its_threads():
+    """A forked process waits for ever for threads that OpenCV started in its parent."""
+    code = """
+import cv2, numpy as np
+cv2.setNumThreads(2)
+cv2.GaussianBlur(np.zeros((2000, 2000, 3), np.float32), (0, 0), 3)
+from finestsam.data.loaders import build_validation_loader
+from finestsam.data.processes import map_in_processes
+print(sum(map_in_processes(abs, range(-100, 0), "")))
+class Numbers(list):
+    def __getitem__(self, key): return None
+print(len(list(build_validation_loader(Numbers([1, 2, 3]), num_workers=2))))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+    assert done.stdout.split() == ["5050", "3"], done.stderr

@@ -1,7 +1,7 @@
 import pytest
 
 from finestsam.config import build_config
-from finestsam.data.coco import Record
+from finestsam.data.index import Record
 from finestsam.data.layouts import find_layout
 from finestsam.data.read import read_evaluation_set, read_training_set
 from finestsam.data.split import split_records
@@ -86,15 +86,16 @@ def test_one_picture_cannot_be_split():
 def test_a_plain_set_is_split_in_training_and_whole_in_evaluation(scenes):
     plain, split = build_config({"dataset.path": str(scenes / "data")}), build_config({"dataset.path": str(scenes)})
 
-    assert (len(read_training_set(plain.dataset, 64).train), len(read_training_set(plain.dataset, 64).val)) == (5, 1)
+    assert (len(read_training_set(plain.dataset).train), len(read_training_set(plain.dataset).val)) == (5, 1)
     assert len(read_evaluation_set(plain.dataset).val) == 6
     assert len(read_evaluation_set(split.dataset).val) == 1
 
 
 def test_objects_that_vanish_at_the_models_size_are_left_out_and_counted(scenes):
-    config = build_config({"dataset.path": str(scenes), "dataset.min_area_pixels": 50.0})
+    config = build_config({"dataset.path": str(scenes)})
 
-    data = read_training_set(config.dataset, 64)
+    data = read_training_set(config.dataset)
+    data.drop_vanishing(64, 50.0)
 
     assert "vanishes" in data.report.summarize()
     scales = {record.image_id: 64 / max(record.size) for record in data.train}

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from finestsam.data.coco import read_coco
+from finestsam.config import DatasetConfig
 from finestsam.data.layouts import find_layout
+from finestsam.data.read import read_parts
 from finestsam.images import read_image
 
 AWKWARD = Path(__file__).parents[3] / "shared" / "data" / "awkward"
@@ -18,9 +19,10 @@ FOLDERS = [path for path in sorted(AWKWARD.glob("*")) if (path / "annotations.js
 def test_awkward_files_give_the_objects_that_are_expected(folder):
     expected = json.loads((folder / "EXPECTED.json").read_text())
 
-    index = read_coco(find_layout(folder).parts["all"])
+    layout = find_layout(folder)
+    index = read_parts(layout, DatasetConfig(use_cache=False), list(layout.parts))["all"]
 
-    found = [(a.id, a.area, a.box) for record in index.records for a in record.annotations]
+    found = [(a.source_id, a.area, a.box) for record in index.records for a in record.annotations]
     skipped = {finding.annotation_id for finding in index.report.findings if finding.action == "skipped_annotation"}
     if "usable" in expected:
         assert sorted(found) == sorted((entry["id"], entry["area"], entry["box"]) for entry in expected["usable"])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from finestsam.cache_folder import cache_folder
 from finestsam.errors import UserError
 from finestsam.model.build import ARCHITECTURES, build_sam
 from finestsam.model.weights import (
@@ -21,7 +22,6 @@ from finestsam.model.weights import (
     identify,
     image_size_of,
     load_state_dict,
-    weights_dir,
 )
 
 VIT_B = META_WEIGHTS["vit_b"]
@@ -64,13 +64,13 @@ def assert_same_weights(actual, expected):
 def test_the_weights_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("FINESTSAM_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert weights_dir() == Path.home() / ".cache" / "finestsam"
+    assert cache_folder() == Path.home() / ".cache" / "finestsam"
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert weights_dir() == tmp_path / "finestsam"
+    assert cache_folder() == tmp_path / "finestsam"
 
     monkeypatch.setenv("FINESTSAM_CACHE", "~/weights")
-    assert weights_dir() == Path.home() / "weights"
+    assert cache_folder() == Path.home() / "weights"
 
 
 def test_the_hashes_of_meta_are_whole_and_its_files_are_those_of_its_readme():

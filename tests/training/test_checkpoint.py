@@ -347,7 +347,7 @@ def test_a_place_where_no_run_can_be_written_is_refused(tmp_path):
         create_run_folder(Path("/"), None)
     with pytest.raises(UserError, match="sav_dir .*file is a file, expected a folder"):
         create_run_folder(tmp_path / "file", None)
-    with pytest.raises(UserError, match="sav_dir .*cannot make the run's folder in it: Not a directory"):
+    with pytest.raises(UserError, match="sav_dir .*cannot be made: Not a directory"):
         create_run_folder(tmp_path / "file" / "sav", None)
     with pytest.raises(UserError, match="cannot make the run's folder in it: File name too long"):
         create_run_folder(tmp_path, "a" * 300)

@@ -7,6 +7,7 @@ from lightning.fabric import Fabric
 from finestsam.batch import Batch
 from finestsam.config import build_config
 from finestsam.data.dataset import SampleDataset, SampleSettings
+from finestsam.prediction.precompute import Embedder
 from finestsam.training.losses import object_losses
 from finestsam.training.schedules import build_optimizer
 from finestsam.training.step import Stepper
@@ -22,7 +23,9 @@ def make_stepper(tiny_sam, **values: object) -> Stepper:
     freeze_(model, config)
     optimizer = build_optimizer(model, config.opt)
     wrapped, optimizer = fabric.setup(model, optimizer)
-    return Stepper(fabric, config, model, wrapped, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    return Stepper(
+        fabric, config, model, wrapped, optimizer, torch.amp.GradScaler("cpu", enabled=False), Embedder(model)
+    )
 
 
 @pytest.fixture

@@ -222,3 +222,14 @@ def test_settings_that_train_what_prediction_does_not_read_are_named():
     assert "more than the one point" in warn(**{"prompts.use_boxes": True})
     assert "not snapped" in warn(**{"dataset.snap_to_grid": False})
     assert "never learns to see" in list_mismatches(build_config({}), starts_from_nothing=True)[0]
+
+
+def test_a_run_with_the_store_learns_what_a_run_without_room_in_it_learns(scenes, tmp_path, monkeypatch):
+    frozen = ["--model_layer.freeze.image_encoder=true", "--eval_interval=1"]
+    stored = run_training(scenes, tmp_path / "stored", *frozen)
+    monkeypatch.setenv("FINESTSAM_CACHE", str(tmp_path / "empty"))
+    encoded = run_training(scenes, tmp_path / "encoded", "--store.max_gigabytes=0", *frozen)
+
+    assert not list((tmp_path / "empty").glob("embeddings/*/*/*.f16"))
+    first, second = (torch.load(folder / "best.pth") for folder in (stored, encoded))
+    assert all(torch.equal(first[name], second[name]) for name in first)

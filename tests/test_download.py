@@ -1,99 +1,33 @@
 """Every download here goes over a real connection to a small server on this machine."""
 
-import contextlib
 import hashlib
 import os
 import socket
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.request import Request
 
 import pytest
+from file_server import Site
 
 import finestsam
+from finestsam import download as download_module
+from finestsam.download import download, download_all, hash_file
 from finestsam.errors import UserError
-from finestsam.model import download as download_module
-from finestsam.model.download import download, hash_file
 
 CONTENT = bytes(range(256)) * 4000  # 1 MB
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 HALF = len(CONTENT) // 2
 
 
-class Site:
-    """A server of one file, and how it behaves."""
-
-    def __init__(self):
-        self.content = CONTENT
-        self.headers = {"ETag": '"first"'}
-        self.has_ranges = True
-        self.redirect_to = None
-        self.failures = []  # status codes that the next requests get
-        self.cuts = []  # the next bodies end after so many bytes
-        self.pause_seconds = 0.0  # in the middle of every body
-        self.hangs = False  # a cut body stays open, silent, until the client gives up
-        self.requests = []  # the headers of each
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._make_handler())
-        self.url = f"http://127.0.0.1:{self.server.server_port}/weights.pth"
-
-    def _make_handler(site):
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                site.requests.append(dict(self.headers))
-                site.answer(self)
-
-            def log_message(self, *args):
-                pass
-
-        return Handler
-
-    def answer(self, handler):
-        if self.failures or self.redirect_to:
-            handler.send_response(self.failures.pop(0) if self.failures else 302)
-            handler.send_header("Location", self.redirect_to or "")
-            handler.end_headers()
-            return
-        start = self._find_start(handler.headers)
-        if start >= len(self.content):
-            handler.send_error(416)
-            return
-        body = self.content[start:]
-        handler.send_response(206 if start else 200)
-        if start:
-            handler.send_header("Content-Range", f"bytes {start}-{len(self.content) - 1}/{len(self.content)}")
-        for name, value in {"Content-Length": str(len(body)), **self.headers}.items():
-            handler.send_header(name, value)
-        handler.end_headers()
-        self._send(handler, body, self.cuts.pop(0) if self.cuts else len(body))
-
-    def _find_start(self, headers):
-        is_same = headers["If-Range"] in self.headers.values()
-        if not (self.has_ranges and "Range" in headers and is_same):
-            return 0
-        return int(headers["Range"].removeprefix("bytes=").removesuffix("-"))
-
-    def _send(self, handler, body, length):
-        handler.wfile.write(body[: length // 2])
-        time.sleep(self.pause_seconds)
-        handler.wfile.write(body[length // 2 : length])
-        if self.hangs and length < len(body):
-            with contextlib.suppress(ConnectionError):
-                handler.connection.recv(1)
-
-
 @pytest.fixture
 def site(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(download_module, "PAUSES_SECONDS", (0.01, 0.01))
-    site = Site()
-    threading.Thread(target=site.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    yield site
-    site.server.shutdown()
-    site.server.server_close()
+    with Site(CONTENT) as site:
+        yield site
 
 
 @pytest.fixture
@@ -115,7 +49,7 @@ def fetch_half(site, target):
 
 
 def start_process(site, target):
-    code = "import sys; from pathlib import Path; from finestsam.model.download import download\n"
+    code = "import sys; from pathlib import Path; from finestsam.download import download\n"
     code += "download(sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))"
     command = [sys.executable, "-c", code, site.url, str(target), SHA256, str(len(CONTENT))]
     environment = os.environ | {"PYTHONPATH": str(Path(finestsam.__file__).parents[1])}
@@ -252,6 +186,14 @@ def test_a_wrong_size_is_told_even_if_the_server_never_says_it(site, target):
     assert not target.exists()
 
 
+def test_an_empty_file_is_no_file(site, target):
+    site.content = b""
+
+    with pytest.raises(UserError, match="an empty file came; what came was removed, try again"):
+        download(site.url, target, None, None)
+    assert not target.exists() and not part_of(target).exists()
+
+
 def test_a_server_that_is_busy_for_a_moment_is_asked_again(site, target):
     site.failures = [503, 429]
 
@@ -314,12 +256,10 @@ def test_a_redirect_from_https_to_http_is_refused_even_on_this_machine():
 
 
 def test_a_redirect_on_this_machine_is_followed(site, target):
-    other = Site()
-    other.redirect_to = site.url
-    threading.Thread(target=other.server.handle_request, daemon=True).start()
+    with Site(CONTENT) as other:
+        other.redirect_to = site.url
 
-    assert download(other.url, target, SHA256, len(CONTENT)).read_bytes() == CONTENT
-    other.server.server_close()
+        assert download(other.url, target, SHA256, len(CONTENT)).read_bytes() == CONTENT
 
 
 def test_two_processes_download_once(site, target):
@@ -343,6 +283,39 @@ def test_the_lock_and_the_part_of_a_killed_process_are_taken_over(site, target):
 
     assert download(site.url, target, SHA256, len(CONTENT)).read_bytes() == CONTENT
     assert site.requests[-1]["Range"] == f"bytes={HALF}-"
+
+
+def list_small_files(site, folder, count=30):
+    site.files = {f"/{number}.jpg": bytes([number]) * (number + 1) for number in range(count)}
+    return {folder / path[1:]: f"{site.address}{path}" for path in site.files}
+
+
+def test_many_small_files_arrive_each_in_its_place(site, tmp_path):
+    urls = list_small_files(site, tmp_path)
+    site.cuts, site.failures = [0], [503]
+
+    download_all(urls, "pictures")
+
+    assert {f"/{path.name}": path.read_bytes() for path in tmp_path.iterdir()} == site.files
+
+
+def test_one_of_many_files_that_the_server_lacks_is_told_and_the_others_not_asked_for(site, tmp_path):
+    urls = list_small_files(site, tmp_path, count=200)
+    del site.files["/3.jpg"]
+    site.pause_seconds = 0.02
+
+    with pytest.raises(UserError, match="cannot download http.*/3.jpg: HTTP Error 404: Not Found; to fetch it by hand"):
+        download_all(urls, "pictures")
+    assert len(site.requests) < 100
+
+
+def test_many_files_offline_are_told_once(tmp_path):
+    with Site(CONTENT) as site:
+        urls = list_small_files(site, tmp_path)
+
+    with pytest.raises(UserError, match="cannot download http://127.0.0.1:.*/0.jpg: "):
+        download_all(urls, "pictures")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_hash_of_a_file_is_sha256(tmp_path):

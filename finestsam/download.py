@@ -1,6 +1,6 @@
-"""Fetch one file over https: continued where it was interrupted, checked as a whole, never half at its place.
+"""Fetch files over https: continued where they were interrupted, checked as a whole, never half at their place.
 
-Beside the target stand, meanwhile, `.{name}.part` (what came so far), `.{name}.part.version` (the server's mark of the
+Beside a target stand, meanwhile, `.{name}.part` (what came so far), `.{name}.part.version` (the server's mark of the
 version that it belongs to) and `.{name}.lock`.
 """
 
@@ -11,7 +11,9 @@ import re
 import ssl
 import sys
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager, contextmanager
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import BinaryIO
@@ -27,6 +29,8 @@ from finestsam.errors import UserError
 PAUSES_SECONDS = (1, 2, 4)  # before each new try
 TIMEOUT_SECONDS = 30  # without a byte
 BLOCK_BYTES = 1 << 20
+BAR_BYTES = 10_000_000  # less is there before a progress bar can be read
+PARALLEL_COUNT = 8  # small files: most of their time is waiting for the server
 
 DROPPED = (ConnectionError, TimeoutError, ssl.SSLError, HTTPException)
 RANGE_NOT_SATISFIABLE = 416
@@ -45,52 +49,96 @@ def download(url: str, target: Path, sha256: str | None, size_bytes: int | None)
     """
     if target.is_file():
         return target
-    if not _is_allowed(url):
-        raise UserError(f"{url}: only https addresses are downloaded")
-    part = target.with_name(f".{target.name}.part")
-    try:
+    _refuse_unsafe(url)
+    with _explained(url, target, sha256):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(target):
+        with lock(target.with_name(f".{target.name}.lock"), target):
             if not target.is_file():
-                _fetch(url, part, size_bytes)
-                _check(url, part, sha256, size_bytes)
-                os.replace(part, target)
-                _version_file(part).unlink(missing_ok=True)
+                _bring(url, target, sha256, size_bytes)
+    return target
+
+
+def download_all(urls: dict[Path, str], title: str) -> None:
+    """Fetch many small files, several at a time; what stands in their places is replaced.
+
+    Nothing is locked: the caller sees to it that no other process fetches the same files meanwhile.
+
+    Args:
+        urls: by the place of the file. Their folders are there.
+    """
+
+    def bring(target: Path, was_reached: bool) -> None:
+        _refuse_unsafe(urls[target])
+        with _explained(urls[target], target, None):
+            _bring(urls[target], target, None, None, was_reached)
+
+    first, *others = urls
+    with ThreadPoolExecutor(PARALLEL_COUNT) as pool, tqdm(desc=title, total=len(urls), disable=None) as progress:
+        bring(first, False)  # alone: offline is told at once, and once
+        progress.update()
+        jobs = [pool.submit(bring, target, True) for target in others]
+        try:
+            for job in as_completed(jobs):
+                job.result()
+                progress.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def lock(path: Path, subject: Path) -> AbstractContextManager:
+    """Wait for and return the lock, which the system frees when its process ends, however it ends.
+
+    Args:
+        path: of the lock's own file.
+        subject: what is downloaded meanwhile, for the screen.
+    """
+    file_lock = FileLock(path)
+    try:
+        return file_lock.acquire(timeout=1)
+    except Timeout:
+        print(f"waiting for another process that downloads {subject}", file=sys.stderr)
+        return file_lock.acquire()
+
+
+@contextmanager
+def _explained(url: str, target: Path, sha256: str | None) -> Iterator[None]:
+    """Tell a fault of the network or the disk as the user's, with what can be done by hand."""
+    try:
+        yield
     except (OSError, HTTPException) as error:
         reason = " ".join(str(error.reason if type(error) is URLError else error).split())
         by_hand = f"to fetch it by hand, save it as {target}" + (f" (sha256 {sha256})" if sha256 else "")
         raise UserError(f"cannot download {url}: {reason}; {by_hand}") from error
-    return target
 
 
-def _lock(target: Path) -> AbstractContextManager:
-    """Wait for and return the lock, which the system frees when its process ends, however it ends."""
-    lock = FileLock(target.with_name(f".{target.name}.lock"))
-    try:
-        return lock.acquire(timeout=1)
-    except Timeout:
-        print(f"waiting for another process that downloads {target}", file=sys.stderr)
-        return lock.acquire()
+def _bring(url: str, target: Path, sha256: str | None, size_bytes: int | None, was_reached: bool = False) -> None:
+    part = target.with_name(f".{target.name}.part")
+    _fetch(url, part, size_bytes, was_reached)
+    _check(url, part, sha256, size_bytes)
+    os.replace(part, target)
+    _version_file(part).unlink(missing_ok=True)
 
 
-def _fetch(url: str, part: Path, size_bytes: int | None) -> None:
+def _fetch(url: str, part: Path, size_bytes: int | None, was_reached: bool) -> None:
+    """Fetch with new tries. `was_reached`: another file came from there, so a refused connection may pass."""
     for pause in (*PAUSES_SECONDS, None):
         try:
             return _fetch_rest(url, part, size_bytes)
         except (OSError, HTTPException) as error:
-            if pause is None or not _may_pass(error, part):
+            if pause is None or not _may_pass(error, was_reached or part.exists()):
                 raise
             if isinstance(error, HTTPError) and error.code == RANGE_NOT_SATISFIABLE:
                 part.unlink()  # longer than the file itself: nothing to continue
         time.sleep(pause)
 
 
-def _may_pass(error: Exception, part: Path) -> bool:
+def _may_pass(error: Exception, was_reached: bool) -> bool:
     """Whether a new try can help. Where nothing ever came we are offline, which is better said at once."""
     if isinstance(error, HTTPError):
         return error.code in PASSING_CODES
     if isinstance(error, URLError):  # no connection, as opposed to one that was lost
-        return part.exists()
+        return was_reached
     return isinstance(error, DROPPED)
 
 
@@ -138,8 +186,11 @@ def _read_version(response: HTTPResponse) -> str:
 
 def _copy_body(response: HTTPResponse, file: BinaryIO, total: int | None) -> None:
     name = urlsplit(response.url).path.rpartition("/")[2]
+    is_quick = total is not None and total < BAR_BYTES
     # disable=None: no bar where stderr is not a terminal.
-    with tqdm(desc=name, initial=file.tell(), total=total, unit="B", unit_scale=True, disable=None) as progress:
+    with tqdm(
+        desc=name, initial=file.tell(), total=total, unit="B", unit_scale=True, disable=is_quick or None
+    ) as progress:
         # The length is watched here: neither read nor read1 says that a connection ended early.
         while total is None or file.tell() < total:
             block = response.read1(BLOCK_BYTES)
@@ -158,6 +209,8 @@ def _check(url: str, part: Path, sha256: str | None, size_bytes: int | None) -> 
     size = part.stat().st_size
     if size_bytes is not None and size != size_bytes:
         problem = f"{size:,} bytes came, expected {size_bytes:,}"
+    elif size == 0:
+        problem = "an empty file came"
     elif sha256 is not None and (actual := hash_file(part)) != sha256:
         problem = f"its sha256 is {actual}, expected {sha256}"
     if problem:
@@ -176,6 +229,11 @@ def hash_file(path: Path) -> str:
 
 def _version_file(part: Path) -> Path:
     return part.with_name(f"{part.name}.version")
+
+
+def _refuse_unsafe(url: str) -> None:
+    if not _is_allowed(url):
+        raise UserError(f"{url}: only https addresses are downloaded")
 
 
 class _Redirects(HTTPRedirectHandler):

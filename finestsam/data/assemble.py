@@ -1,0 +1,110 @@
+"""From checked pictures to an index: ids, categories, duplicates, counts."""
+
+from collections.abc import Iterable
+
+from finestsam.config import DatasetConfig
+from finestsam.data.index import UNNAMED_CATEGORY, Annotation, Index, Record
+from finestsam.data.picture import CheckedPicture
+from finestsam.data.report import DatasetReport
+from finestsam.masks import Remark
+
+
+def assemble(
+    pictures: Iterable[CheckedPicture],
+    categories: dict[int, str] | None,
+    settings: DatasetConfig,
+    report: DatasetReport,
+) -> Index:
+    """Join the pictures of one part of a dataset.
+
+    Args:
+        categories: names by id; None: the objects carry names.
+        report: what was found so far; what is found here and in the pictures is added.
+    """
+    records: list[Record] = []
+    table = _CategoryTable(categories)
+    for picture in pictures:
+        report.image_count += 1
+        report.annotation_count += picture.annotation_count
+        report.findings += picture.findings
+        if picture.size is None:
+            continue
+        image_id = report.image_count if picture.image_id is None else picture.image_id
+        record = Record(image_id, picture.file_name, picture.path, picture.size, [], picture.crowds, picture.digest)
+        _add_objects(record, picture, table, settings, report)
+        records.append(record)
+    _number_annotations(records, report)
+    report.background_image_count = sum(not record.annotations for record in records)
+    report.usable_image_count = len(records) - report.background_image_count
+    report.usable_annotation_count = sum(len(record.annotations) for record in records)
+    return Index(sorted(records, key=lambda record: record.image_id), table.names, report)
+
+
+def _add_objects(
+    record: Record, picture: CheckedPicture, table: "_CategoryTable", settings: DatasetConfig, report: DatasetReport
+) -> None:
+    has_ids = picture.image_id is not None  # other formats number their objects from the first in each picture
+    seen: dict[bytes, object] = {}
+    for found in picture.objects:
+        if found.counts in seen:
+            message = f"the same mask as annotation {seen[found.counts]}"
+            if settings.dedup:
+                report.skip_annotation("duplicate_mask", record.file_name, found.source_id, message)
+                continue
+            report.remark("duplicate_mask", record.file_name, message, found.source_id)
+        seen[found.counts] = found.source_id
+        category_id, remark = table.find(found.category)
+        if remark:
+            report.remark(remark[0], record.file_name, remark[1], found.source_id)
+        # Negative: none yet. An id is given when all that the file gives are known.
+        number = int(found.source_id) if has_ids and _is_number(found.source_id) else -1
+        record.annotations.append(Annotation(number, category_id, found.counts, found.area, found.box, found.source_id))
+
+
+class _CategoryTable:
+    """Categories by id, which grows where objects carry names."""
+
+    def __init__(self, names: dict[int, str] | None):
+        self.names = dict(names or {})
+        self._takes_names = names is None
+        self._ids = {name: category_id for category_id, name in self.names.items()}
+
+    def find(self, category: int | str | None) -> tuple[int, Remark | None]:
+        """Return the id of a category, and what is to be said about it."""
+        if isinstance(category, str):
+            return self._add(category), None
+        if category is None:
+            remark = None if self._takes_names else ("no_category", f"no category_id; `{UNNAMED_CATEGORY}`")
+            return self._add(UNNAMED_CATEGORY), remark
+        if category in self.names:
+            return category, None
+        known = ", ".join(map(str, sorted(self.names)[:10]))
+        message = f"category_id {category} is none of the file's categories {known}"
+        return self._add(f"category {category}", category), ("unknown_category", message)
+
+    def _add(self, name: str, category_id: int | None = None) -> int:
+        if name not in self._ids:
+            self._ids[name] = max(self.names, default=0) + 1 if category_id is None else category_id
+            self.names[self._ids[name]] = name
+        return self._ids[name]
+
+
+def _number_annotations(records: list[Record], report: DatasetReport) -> None:
+    """Give every annotation an id of its own; the first keeps the one that it has."""
+    annotations = [annotation for record in records for annotation in record.annotations]
+    fresh = max((annotation.id for annotation in annotations), default=0) + 1
+    seen: set[int] = set()
+    examples = []
+    for annotation in annotations:
+        if annotation.id in seen or annotation.id < 0:
+            if annotation.id >= 0:
+                examples.append(annotation.source_id)
+            annotation.id, fresh = fresh, fresh + 1
+        seen.add(annotation.id)
+    if examples:
+        listed = ", ".join(map(str, examples[:5]))
+        report.remark("renumbered", "", f"{len(examples)} annotations had another's id and got a new one: {listed}")
+
+
+def _is_number(source_id: object) -> bool:
+    return isinstance(source_id, int) or (isinstance(source_id, str) and source_id.isdecimal() and len(source_id) < 19)

@@ -1,0 +1,198 @@
+"""Variants of a training picture: a part of it, turned, flipped, shown smaller, in other colours.
+
+A `View` says what one variant shows. It is drawn from a random generator and applied to the picture and its masks
+alike. Nothing is resampled on the way: every pixel of a variant, and of its masks, is a pixel of the plain picture.
+Size changes only where any picture is resized for the model, and the variant's own pixels are the `original` frame.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from finestsam.config import AugmentConfig
+from finestsam.data.index import Annotation, Record
+from finestsam.masks import decode_rle, encode_mask, rle_box
+
+# A crop's width over its height is at most this much more, or less, than the picture's: shapes stay likely.
+MAX_ASPECT_CHANGE = 4 / 3
+# Of an object's pixels; a crop that leaves less shows a sliver, from which nobody could tell the object.
+MIN_REMAINING_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class View:
+    """What a variant shows: a window of the plain picture, turned, then flipped, then recoloured."""
+
+    window: tuple[int, int, int, int]  # x, y, width, height, pixels of the plain picture
+    quarter_turns: int = 0  # counter-clockwise
+    flip_horizontal: bool = False
+    flip_vertical: bool = False
+    scale: float = 1.0  # share of the model's side that the longest side fills, at most 1
+    brightness: float = 1.0  # factor, as contrast and saturation
+    contrast: float = 1.0
+    saturation: float = 1.0
+    hue: float = 0.0  # shift, turns of the colour circle
+
+    @property
+    def size(self) -> tuple[int, int]:
+        _, _, width, height = self.window
+        return (width, height) if self.quarter_turns % 2 else (height, width)
+
+    def leaves_pixels(self, picture_size: tuple[int, int]) -> bool:
+        """Tell whether every pixel of a picture of that (height, width) is shown where it lies."""
+        window = (0, 0, picture_size[1], picture_size[0])
+        return self.window == window and not (self.quarter_turns or self.flip_horizontal or self.flip_vertical)
+
+    def compute_input_side(self, image_size: int) -> int:
+        """Return the longest side in the input frame, where the model sees `image_size` pixels."""
+        return round(image_size * self.scale)
+
+
+@dataclass
+class ShownObject:
+    """One object as a view shows it."""
+
+    annotation_id: int
+    mask: np.ndarray  # H x W, bool, the view's pixels
+    rle: dict  # of that mask
+    box: list[int]  # of that mask, XYWH
+
+
+def choose_variant(augment: AugmentConfig, epoch: int) -> int:
+    """Return which variant of the pictures an epoch sees, counted from 1; 0: the plain pictures."""
+    if not augment.is_active:
+        return 0
+    return 1 + (epoch % augment.variants if augment.variants else epoch)
+
+
+def show_all(record: Record) -> tuple[View, np.ndarray]:
+    """Return the view that leaves a picture as it is, and the places of its objects in `record.annotations`."""
+    return View((0, 0, record.size[1], record.size[0])), np.arange(len(record.annotations))
+
+
+def choose_view(
+    record: Record, augment: AugmentConfig, image_size: int, min_area_pixels: float, generator: np.random.Generator
+) -> tuple[View, np.ndarray]:
+    """Draw how a variant shows a picture; one that would show no object shows the whole picture instead.
+
+    Args:
+        min_area_pixels: objects of a smaller area in the input frame do not count as shown.
+
+    Returns:
+        The view, and the places in `record.annotations` of the objects that it shows, rising.
+    """
+    view = draw_view(augment, record.size, generator)
+    places = find_shown(record, view, image_size, min_area_pixels)
+    if len(places) == 0:
+        whole, places = show_all(record)
+        view = replace(view, window=whole.window, scale=whole.scale)
+    return view, places
+
+
+def draw_view(augment: AugmentConfig, size: tuple[int, int], generator: np.random.Generator) -> View:
+    """Draw a view of a picture of a (height, width)."""
+    # All are drawn whatever is asked for: turning one setting on does not change what the others do.
+    mirror, upend, turn, angle, zoom, share, aspect, left, top, *colours = generator.random(13).tolist()
+    # Evenly by ratio: half as large is as likely as twice as large.
+    scale = augment.scale_min * (augment.scale_max / augment.scale_min) ** zoom
+    brightness, contrast, saturation, hue = (2 * draw - 1 for draw in colours)
+    return View(
+        window=_draw_window(size, scale, augment.crop_min + (1 - augment.crop_min) * share, (aspect, left, top)),
+        quarter_turns=1 + int(3 * angle) if turn < augment.turn else 0,
+        flip_horizontal=mirror < augment.flip_horizontal,
+        flip_vertical=upend < augment.flip_vertical,
+        scale=min(scale, 1.0),
+        brightness=1 + augment.brightness * brightness,
+        contrast=1 + augment.contrast * contrast,
+        saturation=1 + augment.saturation * saturation,
+        hue=augment.hue * hue,
+    )
+
+
+def _draw_window(
+    size: tuple[int, int], scale: float, share: float, draws: tuple[float, float, float]
+) -> tuple[int, int, int, int]:
+    """Return x, y, width, height of a window.
+
+    Args:
+        scale: above 1 the window's sides are divided by it.
+        share: of the picture's area, before that.
+        draws: of the aspect ratio and the place, each in [0, 1).
+    """
+    aspect_draw, left, top = draws
+    height, width = size
+    # A crop that keeps nearly all of the picture has little room to change its shape.
+    limit = min(MAX_ASPECT_CHANGE, 1 / share)
+    aspect = limit ** (2 * aspect_draw - 1)
+    window_width = max(1, round(width * math.sqrt(share * aspect) / max(scale, 1.0)))
+    window_height = max(1, round(height * math.sqrt(share / aspect) / max(scale, 1.0)))
+    x, y = int(left * (width - window_width + 1)), int(top * (height - window_height + 1))
+    return x, y, window_width, window_height
+
+
+def find_shown(record: Record, view: View, image_size: int, min_area_pixels: float) -> np.ndarray:
+    """Return the places in `record.annotations` of the objects that enough is left of, rising."""
+    pixel_scale = view.compute_input_side(image_size) / max(view.size)
+    if min(view.size) * pixel_scale < 0.5:  # too thin: the shorter side would round to nothing
+        return np.arange(0)
+    shown = []
+    for place, annotation in enumerate(record.annotations):
+        area = _measure_remaining(record, annotation, view.window)
+        if area >= MIN_REMAINING_SHARE * annotation.area and area * pixel_scale**2 >= min_area_pixels:
+            shown.append(place)
+    return np.array(shown, dtype=np.int64)
+
+
+def _measure_remaining(record: Record, annotation: Annotation, window: tuple[int, int, int, int]) -> int:
+    """Return how many pixels of an object lie in the window; only masks that its edge may cut are decoded."""
+    x0, y0, x1, y1 = window[0], window[1], window[0] + window[2], window[1] + window[3]
+    left, top, width, height = annotation.box
+    if x0 <= left and y0 <= top and left + width <= x1 and top + height <= y1:
+        return annotation.area
+    if left >= x1 or top >= y1 or left + width <= x0 or top + height <= y0:
+        return 0
+    return int(decode_rle(record.rle(annotation))[y0:y1, x0:x1].sum())
+
+
+def show_image(image: np.ndarray, view: View) -> np.ndarray:
+    """Return what a view shows of a picture (H x W x 3), in the picture's own colours."""
+    if view.leaves_pixels(image.shape[:2]):
+        return image
+    shown = show(torch.from_numpy(image).permute(2, 0, 1), view)
+    return np.ascontiguousarray(shown.permute(1, 2, 0).numpy())
+
+
+def show_object(record: Record, annotation: Annotation, view: View) -> ShownObject:
+    """Return what a view shows of an object of which it shows anything."""
+    rle, box = record.rle(annotation), annotation.box
+    mask = decode_rle(rle)
+    if not view.leaves_pixels(record.size):
+        mask = show(torch.from_numpy(mask), view).numpy()
+        rle = encode_mask(mask)
+        box = rle_box(rle)
+    return ShownObject(annotation.id, mask, rle, box)
+
+
+def show(pixels: Tensor, view: View) -> Tensor:
+    """Return the view's window of ... x H x W pixels, turned and flipped."""
+    x, y, width, height = view.window
+    shown = torch.rot90(F.crop(pixels, y, x, height, width), view.quarter_turns, dims=(-2, -1))
+    shown = F.horizontal_flip(shown) if view.flip_horizontal else shown
+    return F.vertical_flip(shown) if view.flip_vertical else shown
+
+
+def recolour(image: Tensor, view: View) -> Tensor:
+    """Return a picture (3 x H x W, uint8, RGB) in the view's colours."""
+    for change, amount, neutral in (
+        (F.adjust_brightness, view.brightness, 1),
+        (F.adjust_contrast, view.contrast, 1),
+        (F.adjust_saturation, view.saturation, 1),
+        (F.adjust_hue, view.hue, 0),
+    ):
+        if amount != neutral:  # hue alone takes 0.2 s at 1024 pixels
+            image = change(image, amount)
+    return image

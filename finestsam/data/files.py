@@ -1,0 +1,69 @@
+"""Find the pictures that annotations name, which are never trusted to stay inside their folder."""
+
+import os
+import re
+import unicodedata
+from pathlib import Path
+from urllib.parse import unquote
+
+from finestsam.config import DatasetConfig
+from finestsam.data.layouts import Part
+from finestsam.errors import Defect
+from finestsam.masks import Remark
+
+
+class FileFinder:
+    """Look pictures up by the names that annotations give them."""
+
+    def __init__(self, part: Part, settings: DatasetConfig):
+        self.images_dir = part.images_dir
+        self.follow_symlinks = settings.follow_symlinks
+        self._roots = tuple(f"{os.path.realpath(folder)}{os.sep}" for folder in (part.root, part.images_dir))
+        self._by_name: dict[str, list[Path]] | None = None
+
+    def __call__(self, file_name: str) -> tuple[Path, list[Remark]]:
+        """Return the path of a picture, and what is to be said about how it was found.
+
+        Raises:
+            Defect: it is not there, or outside the folder and not found inside by its bare name.
+        """
+        parts = [part for part in re.split(r"[\\/]+", file_name) if part not in ("", ".")]
+        leaves = file_name.startswith(("/", "\\")) or ".." in parts or ":" in file_name or "\0" in file_name
+        path, remarks = None if leaves else self._find_as_written(parts), []
+        if path is None and parts:
+            path, remarks = self._find_by_name(parts[-1])
+        if path is None and leaves:
+            raise Defect("outside_dataset", f"{file_name!r:.80} leads outside the dataset")
+        if path is None:
+            raise Defect("missing_file", f"missing from {self.images_dir}")
+        if not self.follow_symlinks and not os.path.realpath(path).startswith(self._roots):
+            raise Defect("outside_dataset", "a link that leads outside the dataset")
+        return path, remarks
+
+    def _find_as_written(self, parts: list[str]) -> Path | None:
+        # `images/a.jpg` is written by some tools for images_dir/a.jpg.
+        shorter = parts[1:] if parts and parts[0] == self.images_dir.name else []
+        for names in (parts, shorter):
+            path = self.images_dir.joinpath(*names)
+            if names and os.path.lexists(path):  # a name too long for the disk exists nowhere
+                return path
+        return None
+
+    def _find_by_name(self, name: str) -> tuple[Path | None, list[Remark]]:
+        """Return the one file of that name in any subfolder; else the one whose name differs in upper case only."""
+        if self._by_name is None:
+            self._by_name = {}
+            for folder, _, file_names in os.walk(self.images_dir):
+                for found in sorted(file_names):
+                    self._by_name.setdefault(_fold(found), []).append(Path(folder, found))
+        candidates = self._by_name.get(_fold(name)) or self._by_name.get(_fold(unquote(name)), [])
+        exact = [path for path in candidates if path.name == name]
+        found = exact if len(exact) == 1 else candidates
+        if len(found) != 1:
+            return None, []
+        return found[0], [("found_by_name", f"{name!r:.80} taken to be {found[0].relative_to(self.images_dir)}")]
+
+
+def _fold(name: str) -> str:
+    """Return what is the same for names that differ in upper case or in how accents are encoded."""
+    return unicodedata.normalize("NFC", name).casefold()

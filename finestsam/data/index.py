@@ -1,0 +1,45 @@
+"""The index of a dataset: pictures and their objects, masks compressed. What every reader ends in."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from finestsam.data.report import DatasetReport
+
+UNNAMED_CATEGORY = "object"
+
+
+@dataclass(slots=True)
+class Annotation:
+    """One object. A few hundred bytes: there can be millions."""
+
+    id: int
+    category_id: int
+    counts: bytes  # compressed run lengths of the mask, as pycocotools keeps them
+    area: int  # pixels inside the mask
+    box: list[int]  # of the mask, XYWH
+    source_id: int | str | None = None  # the id in the file that it was read from
+
+
+@dataclass(slots=True)
+class Record:
+    """One picture and its objects."""
+
+    image_id: int
+    file_name: str
+    path: Path
+    size: tuple[int, int]
+    annotations: list[Annotation]
+    crowds: list[bytes] = field(default_factory=list)  # run lengths of regions where finding anything is no mistake
+    digest: str = ""  # of the file's bytes: equal for the same picture under two names
+
+    def rle(self, annotation: Annotation) -> dict:
+        return {"size": list(self.size), "counts": annotation.counts}
+
+
+@dataclass
+class Index:
+    """One part of a dataset, read and checked."""
+
+    records: list[Record]  # by image id; those without objects too
+    categories: dict[int, str]
+    report: DatasetReport

@@ -1,0 +1,2 @@
+def list_jobs(part, settings, report):
+    return [], None

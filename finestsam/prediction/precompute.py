@@ -1,0 +1,168 @@
+"""Encode pictures once: answer from the embedding store, and fill it."""
+
+import hashlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from finestsam.batch import Sample
+from finestsam.cache_folder import cache_folder
+from finestsam.config import StoreConfig
+from finestsam.data.dataset import SampleDataset
+from finestsam.data.embeddings import GIGABYTE, EmbeddingStore
+from finestsam.data.loaders import start_worker
+from finestsam.errors import Defect
+from finestsam.images import use_one_thread
+from finestsam.model.sam import FinestSam
+
+# Raised whenever the same weights answer otherwise for the same file: reading, resizing or normalising changed.
+VERSION = 1
+
+
+@dataclass
+class Embedder:
+    """A frozen image encoder and the store of its answers.
+
+    Args:
+        store: None: everything is encoded each time.
+    """
+
+    model: FinestSam
+    store: EmbeddingStore | None = None
+
+    @torch.no_grad()
+    def encode(self, images: Sequence[Tensor]) -> Tensor:
+        """Return the embeddings of pictures (each 3 x h x w, uint8), B x C x g x g, float32.
+
+        With a store they are rounded as it rounds, so that it never matters which of them came from it.
+        """
+        size = _batch_size(self.model.device)
+        parts = [self.model.encode(list(images[start : start + size])) for start in range(0, len(images), size)]
+        embeddings = torch.cat(parts)
+        return embeddings if self.store is None else embeddings.half().float()
+
+    def embed(self, samples: Sequence[Sample]) -> Tensor:
+        """Return the embeddings of samples, B x C x g x g, float32: those that came with them, and the rest encoded."""
+        missing = [sample.image for sample in samples if sample.embedding is None]
+        fresh = iter(self.encode(missing)) if missing else iter(())
+        device = self.model.device
+        return torch.stack([next(fresh) if s.embedding is None else s.embedding.to(device).float() for s in samples])
+
+    def embed_picture(self, key: str, read_pixels: Callable[[], Tensor]) -> Tensor:
+        """Return the embedding of one picture, 1 x C x g x g, and keep it.
+
+        Args:
+            key: of the store, from `picture_key`.
+            read_pixels: returns the picture, 3 x h x w, uint8, input frame; called where the store lacks it.
+        """
+        stored = self.store.read(key) if self.store else None
+        if stored is not None:
+            return torch.from_numpy(np.array(stored)).to(self.model.device).float()[None]
+        embedding = self.encode([read_pixels().to(self.model.device)])
+        if self.store and self.store.make_room([key]):
+            self.store.write(key, embedding[0].cpu().numpy())
+        return embedding
+
+
+def open_store(settings: StoreConfig, model: FinestSam) -> EmbeddingStore | None:
+    """Return the store of this model's encoder, or None where the settings want none."""
+    if not settings.enabled:
+        return None
+    folder = Path(settings.folder) if settings.folder else cache_folder() / "embeddings"
+    side = model.image_size // 16
+    shape = (model.sam.prompt_encoder.embed_dim, side, side)
+    return EmbeddingStore(folder, hash_encoder(model), shape, int(settings.max_gigabytes * GIGABYTE))
+
+
+def hash_encoder(model: FinestSam) -> str:
+    """Return a hash of everything that an embedding depends on besides the picture."""
+    digest = hashlib.blake2b(f"{VERSION} {model.image_size} {model.encoder_dtype}".encode(), digest_size=16)
+    for values in (model.sam.pixel_mean, model.sam.pixel_std):
+        digest.update(str(values.flatten().tolist()).encode())
+    for name, values in sorted(model.sam.image_encoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def fill_store(
+    embedder: Embedder,
+    datasets: Sequence[SampleDataset],
+    num_workers: int,
+    rank: int = 0,
+    world_size: int = 1,
+    agree: Callable[[list[str]], list[str]] = lambda keys: keys,
+) -> tuple[int, int]:
+    """Encode the pictures that the store lacks, each rank its share; what is there already costs nothing.
+
+    Args:
+        agree: returns what it is given on the first rank, on every rank.
+
+    Returns:
+        How many of the datasets' pictures are in the store now, and how many there are.
+    """
+    store = embedder.store
+    wanted = {key: (dataset, place) for dataset in datasets for key, place in dataset.list_embedding_keys()}
+    missing: list[str] = []
+    if rank == 0:
+        room = store.make_room(wanted)
+        missing = [key for key in wanted if not store.holds(key)]
+        missing, left_out = missing[:room], len(missing) - min(room, len(missing))
+        if left_out:
+            print(f"embeddings: no room for {left_out} of {len(wanted)} pictures (store.max_gigabytes, or the disk)")
+    missing = agree(missing)
+    pictures = _Pictures([(key, *wanted[key]) for key in missing[rank::world_size]])
+    _encode_all(embedder, pictures, num_workers, is_quiet=rank > 0 or not sys.stderr.isatty())
+    return sum(store.holds(key) for key in wanted), len(wanted)
+
+
+def _encode_all(embedder: Embedder, pictures: "_Pictures", num_workers: int, is_quiet: bool) -> None:
+    if len(pictures) == 0:
+        return
+    device = embedder.model.device
+    use_one_thread()
+    loader = DataLoader(
+        pictures,
+        batch_size=_batch_size(device),
+        collate_fn=list,
+        num_workers=min(num_workers, len(pictures)),
+        worker_init_fn=start_worker,
+    )
+    with tqdm(desc="encoding pictures once", total=len(pictures), disable=is_quiet, leave=False) as progress:
+        for found in loader:
+            progress.update(len(found))
+            readable = [(key, pixels.to(device)) for key, pixels in found if pixels is not None]
+            if not readable:
+                continue
+            embeddings = embedder.encode([pixels for _, pixels in readable]).cpu().numpy()
+            for (key, _), embedding in zip(readable, embeddings, strict=True):
+                embedder.store.write(key, embedding)
+
+
+def _batch_size(device: torch.device) -> int:
+    """Return how many pictures are encoded together: a GPU wants several; a CPU is busy with one."""
+    return 8 if device.type == "cuda" else 1
+
+
+class _Pictures(Dataset):
+    """What is to be encoded: the key and the pixels, or None for a picture that broke since it was checked."""
+
+    def __init__(self, entries: list[tuple[str, SampleDataset, tuple[int, int]]]):
+        self.entries = entries
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, place: int) -> tuple[str, Tensor | None]:
+        key, dataset, where = self.entries[place]
+        try:
+            return key, dataset.read_pixels(*where)
+        except Defect:
+            return key, None

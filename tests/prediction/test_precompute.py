@@ -1,0 +1,104 @@
+import numpy as np
+import pytest
+import torch
+
+from finestsam.config import AugmentConfig, DatasetConfig, PromptsConfig, StoreConfig
+from finestsam.data.dataset import SampleDataset, SampleSettings
+from finestsam.prediction.precompute import Embedder, fill_store, hash_encoder, open_store
+
+
+@pytest.fixture
+def embedder(tiny_sam, tmp_path):
+    tiny_sam.eval()
+    return Embedder(tiny_sam, open_store(StoreConfig(folder=str(tmp_path)), tiny_sam))
+
+
+def make_dataset(records, embedder, **augment):
+    settings = SampleSettings(64, 8, 0, PromptsConfig(), DatasetConfig(), augment=AugmentConfig(**augment))
+    return SampleDataset(records, settings, store=embedder.store)
+
+
+def test_a_filled_store_gives_what_the_encoder_gives_and_no_pixels_are_read(records, embedder):
+    dataset = make_dataset(records, embedder)
+    before = [dataset[(0, place)] for place in range(len(records))]
+    assert all(sample.embedding is None for sample in before)
+
+    assert fill_store(embedder, [dataset], num_workers=0) == (len(records), len(records))
+
+    after = [dataset[(0, place)] for place in range(len(records))]
+    assert all(sample.image is None for sample in after)
+    assert torch.equal(embedder.embed(before), embedder.embed(after))
+    live = Embedder(embedder.model).embed(before)
+    assert torch.linalg.norm(live - embedder.embed(after)) < 5e-4 * torch.linalg.norm(live)
+
+
+def test_worker_processes_fill_the_same_store(records, embedder, tmp_path):
+    dataset = make_dataset(records, embedder)
+    fill_store(embedder, [dataset], num_workers=2)
+    other = Embedder(embedder.model, open_store(StoreConfig(folder=str(tmp_path / "other")), embedder.model))
+    fill_store(other, [make_dataset(records, other)], num_workers=0)
+
+    for key, _ in dataset.list_embedding_keys():
+        assert (embedder.store.read(key) == other.store.read(key)).all()
+
+
+def test_ranks_share_the_work_and_fill_everything(records, embedder):
+    dataset = make_dataset(records, embedder)
+    missing = [key for key, _ in dataset.list_embedding_keys()]
+    for rank in (1, 0):
+        fill_store(embedder, [dataset], 0, rank, world_size=2, agree=lambda keys: missing)
+
+    assert all(embedder.store.holds(key) for key in missing)
+
+
+def test_fixed_variants_are_kept_and_changing_ones_are_not(records, embedder):
+    fixed = make_dataset(records, embedder, flip_horizontal=0.5, turn=0.5, variants=2)
+    changing = make_dataset(records, embedder, flip_horizontal=0.5, turn=0.5)
+
+    fill_store(embedder, [fixed], num_workers=0)
+
+    assert list(changing.list_embedding_keys()) == []
+    for epoch in (0, 1):
+        for place in range(len(records)):
+            sample = fixed[(epoch, place)]
+            pixels = fixed.read_pixels(place, sample.variant)
+            assert sample.image is None
+            assert torch.equal(sample.embedding.float(), embedder.encode([pixels])[0])
+
+
+def test_pictures_without_room_are_encoded_each_time(records, embedder, tmp_path, capsys):
+    entry_gigabytes = embedder.store.entry_bytes / 1e9
+    settings = StoreConfig(folder=str(tmp_path / "small"), max_gigabytes=2.5 * entry_gigabytes)
+    small = Embedder(embedder.model, open_store(settings, embedder.model))
+    dataset = make_dataset(records, small)
+
+    assert fill_store(small, [dataset], num_workers=0) == (2, len(records))
+
+    assert f"no room for {len(records) - 2} of {len(records)} pictures" in capsys.readouterr().out
+    samples = [dataset[(0, place)] for place in range(len(records))]
+    assert sum(sample.embedding is None for sample in samples) == len(records) - 2
+    plain = [make_dataset(records, Embedder(embedder.model))[(0, place)] for place in range(len(records))]
+    assert torch.equal(small.embed(samples), small.encode([sample.image for sample in plain]))
+
+
+def test_the_key_of_an_encoder_changes_with_weights_and_precision_and_not_with_the_decoder(tiny_sam):
+    before = hash_encoder(tiny_sam)
+    with torch.no_grad():
+        tiny_sam.sam.mask_decoder.iou_token.weight += 1
+        assert hash_encoder(tiny_sam) == before
+        tiny_sam.sam.image_encoder.pos_embed[0, 0, 0, 0] += 1
+    after = hash_encoder(tiny_sam)
+    tiny_sam.encoder_dtype = torch.bfloat16
+
+    assert len({before, after, hash_encoder(tiny_sam)}) == 3
+
+
+def test_one_picture_is_encoded_once(embedder):
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (3, 64, 48), dtype=np.uint8))
+    first = embedder.embed_picture("aa", lambda: pixels)
+
+    def refuse():
+        raise AssertionError("read again")
+
+    assert torch.equal(embedder.embed_picture("aa", refuse), first)
+    assert Embedder(embedder.model).embed_picture("aa", lambda: pixels).shape == first.shape
