@@ -147,12 +147,6 @@ def encode_mask(mask: np.ndarray) -> dict:
     return coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
 
 
-def encode_masks(masks: Tensor) -> list[dict]:
-    """Compress N x H x W masks, bool, on any device."""
-    columns = masks.byte().cpu().numpy().transpose(1, 2, 0)  # H x W x N
-    return coco_mask.encode(np.asfortranarray(columns))
-
-
 def decode_rle(rle: dict) -> np.ndarray:
     """Return the mask, H x W, bool."""
     return coco_mask.decode(rle).astype(bool)

@@ -11,21 +11,18 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-from segment_anything.utils.amg import generate_crop_boxes, is_box_near_crop_edge
+from segment_anything.utils.amg import is_box_near_crop_edge
 from torch import Tensor
-from torch.nn import functional as F
 from torchvision.ops import nms
 
 from finestsam.batch import Prompts
 from finestsam.config import GENERATOR_DEFAULTS, GeneratorConfig
-from finestsam.images import build_point_grid, compute_input_size, resize_image, scale_points
-from finestsam.masks import decode_rle, encode_mask, encode_masks, remove_small_regions, rle_area, rle_box
+from finestsam.images import build_crop_boxes, build_point_grid, compute_input_size, resize_image, scale_points
+from finestsam.masks import decode_rle, encode_mask, remove_small_regions, rle_area, rle_box
 from finestsam.model.card import Card
-from finestsam.model.sam import FinestSam, upscale_logits
+from finestsam.model.sam import FinestSam
 from finestsam.prediction.results import FilterReport, GeneratedMasks
-
-# 64 MB of float32: large enough to keep a GPU busy, small enough for any picture's masks.
-UPSCALED_PIXELS = 16_000_000
+from finestsam.prediction.upscaling import Upscaler, measure_masks
 
 
 @dataclass
@@ -38,6 +35,7 @@ class _Crop:
     input_size: tuple[int, int]
     embedding: Tensor  # 1 x C x g x g
     points: np.ndarray  # P x 2, XY, pixels of the crop
+    upscaler: Upscaler  # from logits to pixels of the crop
 
 
 @dataclass
@@ -91,8 +89,9 @@ def _cut_crops(
     model: FinestSam, image: np.ndarray, settings: GeneratorConfig, embedding: Tensor | None
 ) -> Iterator[_Crop]:
     original_size = image.shape[:2]
-    boxes, layers = generate_crop_boxes(original_size, settings.crop_n_layers, settings.crop_overlap_ratio)
-    for box, layer in zip(boxes, layers, strict=True):
+    boxes = build_crop_boxes(original_size, settings.crop_n_layers, settings.crop_overlap_ratio)
+    for number, box in enumerate(boxes):
+        layer = _find_layer(number)
         part = image[box[1] : box[3], box[0] : box[2]]
         size = part.shape[:2]
         if 0 in size:
@@ -105,7 +104,16 @@ def _cut_crops(
             part_embedding = embedding
         points_per_side = int(settings.points_per_side / settings.crop_n_points_downscale_factor**layer)
         points = build_point_grid(max(points_per_side, 1)) * size[::-1]
-        yield _Crop(box, original_size, size, input_size, part_embedding, points)
+        upscaler = Upscaler(model.image_size // 4, model.image_size, input_size, size)
+        yield _Crop(box, original_size, size, input_size, part_embedding, points, upscaler)
+
+
+def _find_layer(number: int) -> int:
+    """Return the layer of a crop by its place in `build_crop_boxes`: 1 of layer 0, then 4, then 16."""
+    layer = 0
+    while number >= 4**layer:
+        number, layer = number - 4**layer, layer + 1
+    return layer
 
 
 def _search(model: FinestSam, crop: _Crop, settings: GeneratorConfig, report: FilterReport) -> GeneratedMasks:
@@ -117,7 +125,7 @@ def _search(model: FinestSam, crop: _Crop, settings: GeneratorConfig, report: Fi
     candidates = _Candidates(*(torch.cat([getattr(b, entry.name) for b in batches]) for entry in fields(_Candidates)))
     kept = nms(candidates.boxes.float(), candidates.scores, settings.box_nms_thresh)
     report.duplicates += len(candidates.scores) - len(kept)
-    return _compress(candidates[kept], model, crop)
+    return _compress(candidates[kept], crop)
 
 
 def _ask(model: FinestSam, crop: _Crop, indices: range, settings: GeneratorConfig, report: FilterReport) -> _Candidates:
@@ -131,42 +139,10 @@ def _ask(model: FinestSam, crop: _Crop, indices: range, settings: GeneratorConfi
     # A threshold of 0 lets every number pass, as in segment_anything: the score head may answer below 0.
     is_good = scores > (settings.pred_iou_thresh or -np.inf)
     logits = predictions.logits.flatten(0, 1)[is_good]
-    stability, boxes = _measure(logits, model, crop, settings.stability_score_offset)
+    stability, boxes = measure_masks(crop.upscaler, logits, settings.stability_score_offset)
     candidates = _Candidates(logits, scores[is_good], point_indices[is_good], stability, boxes)
     report.count_scores(scores, is_good)
     return _filter_measured(candidates, crop, settings, report)
-
-
-def _measure(logits: Tensor, model: FinestSam, crop: _Crop, offset: float) -> tuple[Tensor, Tensor]:
-    """Return the stability, K, and the boxes, K x 4, of masks at the crop's own size."""
-    stability, boxes = [], []
-    for part in _upscale(logits, model, crop):
-        inner, outer = (_count(part > cutoff) for cutoff in (offset, -offset))
-        stability.append(inner / outer.clamp(min=1))  # an empty mask has stability 0, not 0/0
-        boxes.append(_find_boxes(part > 0))
-    return torch.cat(stability), torch.cat(boxes)
-
-
-def _upscale(logits: Tensor, model: FinestSam, crop: _Crop) -> Iterator[Tensor]:
-    """Yield a few masks at a time at the crop's own size, ... x h x w; nothing is an empty part, too."""
-    pixels_per_mask = max(model.image_size**2, crop.size[0] * crop.size[1])
-    for part in logits.split(max(UPSCALED_PIXELS // pixels_per_mask, 1)):
-        yield upscale_logits(part[:, None], model.image_size, crop.input_size, crop.size)[:, 0]
-
-
-def _count(masks: Tensor) -> Tensor:
-    return masks.sum(dim=2, dtype=torch.int32).sum(dim=1, dtype=torch.int32)
-
-
-def _find_boxes(masks: Tensor) -> Tensor:
-    """Return the first and last pixel inside, K x 4, XYXY; an empty mask has its first behind its last."""
-    firsts, lasts = [], []
-    for dim in (1, 2):
-        is_inside = masks.view(torch.uint8).amax(dim).bool()  # K x w, then K x h; as bytes far faster than `any`
-        places = torch.arange(is_inside.shape[1], device=masks.device)
-        firsts.append(torch.where(is_inside, places, len(places)).amin(1))
-        lasts.append(torch.where(is_inside, places, -1).amax(1))
-    return torch.stack([*firsts, *lasts], dim=1)
 
 
 def _filter_measured(
@@ -182,13 +158,14 @@ def _filter_measured(
     return candidates[~is_cut]
 
 
-def _compress(candidates: _Candidates, model: FinestSam, crop: _Crop) -> GeneratedMasks:
+def _compress(candidates: _Candidates, crop: _Crop) -> GeneratedMasks:
     """Bring masks to the original frame, as run lengths."""
     x0, y0, x1, y1 = crop.box
-    height, width = crop.original_size
+    mask = np.zeros(crop.original_size, dtype=bool, order="F")  # as pycocotools wants it, for all masks
     rles = []
-    for part in _upscale(candidates.logits, model, crop):
-        rles += encode_masks(F.pad(part > 0, (x0, width - x1, y0, height - y1)))
+    for logits in candidates.logits:
+        mask[y0:y1, x0:x1] = crop.upscaler.render(logits).cpu().numpy()
+        rles.append(encode_mask(mask))
     return GeneratedMasks(
         rles=rles,
         boxes_xywh=np.array([rle_box(rle) for rle in rles], dtype=np.int64).reshape(-1, 4),

@@ -18,7 +18,6 @@ from finestsam.masks import decode_rle, rle_to_json
 from finestsam.model.build import build_sam
 from finestsam.model.card import Card
 from finestsam.model.sam import FinestSam
-from finestsam.prediction import generator
 from finestsam.prediction.generator import generate_masks, resolve_generator
 
 SETTINGS = GeneratorConfig(
@@ -166,15 +165,6 @@ def test_a_one_mask_model_gives_one_candidate_a_point(sam, image):
 
     assert masks.report.candidates == 16 * 16
     assert len(masks) > 5
-
-
-def test_memory_is_bounded_without_changing_the_masks(model, image, monkeypatch):
-    whole = generate_masks(model, image, SETTINGS)
-    monkeypatch.setattr(generator, "UPSCALED_PIXELS", 1)
-
-    one_at_a_time = generate_masks(model, image, SETTINGS)
-
-    assert describe(one_at_a_time) == describe(whole)
 
 
 def test_a_known_embedding_takes_the_place_of_the_encoder(model, image):

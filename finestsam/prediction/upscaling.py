@@ -1,0 +1,142 @@
+"""Masks at the size of their picture, computed only where their logits can matter.
+
+The decoder's 4g x 4g logits reach the picture by two bilinear steps, each of which is a product with a banded matrix from
+the left and one from the right. Their products are built once per frame. A bilinear step never leaves the range of the
+values around it: where no logit of the neighbourhood is above a cutoff, no pixel is, so that of a mask that covers a
+hundredth of the picture a hundredth is computed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """The way from 4g logits to the pixels of one axis."""
+
+    matrix: Tensor  # pixels x 4g, float32
+    sources: list[tuple[int, int]]  # of each pixel: the first logit that it depends on, and the one behind the last
+    pixels: list[tuple[int, int]]  # of each logit: the first pixel that it or a later one reaches, and the one behind
+    # the last that it or an earlier one reaches; logits in the padding reach none, and in small pictures many do not
+
+    def reach(self, first: int, end: int) -> tuple[slice, slice]:
+        """Return the pixels that logits first to end - 1 reach, and the logits that these pixels depend on."""
+        pixels = slice(self.pixels[first][0], self.pixels[end - 1][1])
+        if pixels.start >= pixels.stop:
+            return slice(0, 0), slice(0, 0)
+        return pixels, slice(self.sources[pixels.start][0], self.sources[pixels.stop - 1][1])
+
+
+@dataclass(frozen=True)
+class Region:
+    """The pixels of one mask that can be above the cutoff, in its frame of height x width."""
+
+    logits: Tensor  # h x w; every pixel outside is at or below the cutoff
+    top: int
+    left: int
+
+
+class Upscaler:
+    """Brings logits to one frame.
+
+    The same pixels as segment_anything's `Sam.postprocess_masks`, up to the rounding of sums.
+
+    Args:
+        low_side: 4g, of the padded square.
+        image_size: pixels of the padded square.
+        input_size: (height, width) of the part of it that holds the picture.
+        size: (height, width) of the picture.
+    """
+
+    def __init__(self, low_side: int, image_size: int, input_size: tuple[int, int], size: tuple[int, int]):
+        self.size = size
+        self._rows, self._columns = (
+            _build_axis(low_side, image_size, input_length, length)
+            for input_length, length in zip(input_size, size, strict=True)
+        )
+
+    def upscale(self, logits: Tensor, cutoff: float) -> Iterator[Region]:
+        """Yield for each of K x 4g x 4g logits the region outside which nothing is above the cutoff."""
+        boxes = find_boxes(logits > cutoff).tolist()
+        rows, columns = (axis.matrix.to(logits.device) for axis in (self._rows, self._columns))
+        for one, box in zip(logits, boxes, strict=True):
+            yield self._upscale_box(one, box, rows, columns)
+
+    def _upscale_box(self, logits: Tensor, box: list[int], rows: Tensor, columns: Tensor) -> Region:
+        x0, y0, x1, y1 = box
+        if x1 < x0:
+            return Region(logits.new_zeros(0, 0), 0, 0)
+        tall, from_rows = self._rows.reach(y0, y1 + 1)
+        wide, from_columns = self._columns.reach(x0, x1 + 1)
+        part = rows[tall, from_rows] @ logits[from_rows, from_columns] @ columns[wide, from_columns].T
+        return Region(part, tall.start, wide.start)
+
+    def render(self, logits: Tensor) -> Tensor:
+        """Return one mask, H x W, bool, from its 4g x 4g logits."""
+        mask = torch.zeros(self.size, dtype=torch.bool, device=logits.device)
+        (region,) = self.upscale(logits[None], 0.0)
+        height, width = region.logits.shape
+        mask[region.top : region.top + height, region.left : region.left + width] = region.logits > 0
+        return mask
+
+
+def measure_masks(upscaler: Upscaler, logits: Tensor, offset: float) -> tuple[Tensor, Tensor]:
+    """Return the stability, K, and the boxes, K x 4, of masks, K x 4g x 4g logits, in the upscaler's frame.
+
+    Stability is the area above the threshold + `offset` over the area above the threshold - `offset`, as in
+    segment_anything's `calculate_stability_score`; 0 where the latter is empty. Boxes are XYXY with both corners inside,
+    the first behind the last for an empty mask.
+    """
+    counts = torch.zeros(len(logits), 2, device=logits.device)
+    boxes = torch.tensor([0, 0, -1, -1], device=logits.device).repeat(len(logits), 1)
+    for row, region in enumerate(upscaler.upscale(logits, -offset)):
+        if region.logits.numel():
+            counts[row, 0], counts[row, 1] = _count(region.logits > offset), _count(region.logits > -offset)
+            corner = torch.tensor([region.left, region.top] * 2, device=logits.device)
+            boxes[row] = find_boxes((region.logits > 0)[None])[0] + corner
+    return counts[:, 0] / counts[:, 1].clamp(min=1), boxes
+
+
+def find_boxes(masks: Tensor) -> Tensor:
+    """Return the first and last pixel inside, K x 4, XYXY; an empty mask has its first behind its last."""
+    firsts, lasts = [], []
+    for dim in (1, 2):
+        is_inside = masks.view(torch.uint8).amax(dim).bool()  # K x w, then K x h; as bytes far faster than `any`
+        places = torch.arange(is_inside.shape[1], device=masks.device)
+        firsts.append(torch.where(is_inside, places, len(places)).amin(1))
+        lasts.append(torch.where(is_inside, places, -1).amax(1))
+    return torch.stack([*firsts, *lasts], dim=1)
+
+
+def _count(mask: Tensor) -> Tensor | int:
+    # numpy counts five times faster than torch on the CPU; a GPU would have to wait for a number.
+    return np.count_nonzero(mask.numpy()) if mask.device.type == "cpu" else torch.count_nonzero(mask)
+
+
+@lru_cache(maxsize=64)
+def _build_axis(low_side: int, image_size: int, input_length: int, length: int) -> _Axis:
+    steps = F.interpolate(torch.eye(low_side)[None], image_size, mode="linear", align_corners=False)[..., :input_length]
+    if length != input_length:
+        steps = F.interpolate(steps, length, mode="linear", align_corners=False)
+    matrix = steps[0].T.contiguous()  # pixels x 4g
+    is_used = matrix != 0
+    firsts, ends = _find_ranges(is_used.T)
+    firsts = firsts.flip(0).cummin(0).values.flip(0)
+    return _Axis(matrix, _pair(*_find_ranges(is_used)), _pair(firsts, ends.cummax(0).values))
+
+
+def _find_ranges(is_used: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first column used in each row and the one behind the last; for a row that uses none, all and 0."""
+    places = torch.arange(is_used.shape[1])
+    firsts = torch.where(is_used, places, is_used.shape[1]).amin(1)
+    return firsts, torch.where(is_used, places, -1).amax(1) + 1
+
+
+def _pair(firsts: Tensor, ends: Tensor) -> list[tuple[int, int]]:
+    return list(zip(firsts.tolist(), ends.tolist(), strict=True))
