@@ -65,6 +65,31 @@ def decode_image(
         return _to_rgb(_turn_upright(picture, expected_size), settings)
 
 
+def read_labels(path: Path, settings: ImagesConfig | None = None) -> tuple[np.ndarray, bool]:
+    """Read a picture whose pixels are numbers, as it is stored: grey values, palette indices, or one number a colour.
+
+    Returns:
+        H x W, int64, and whether the format changes numbers (JPEG does), so that only dark and bright can be told.
+
+    Raises:
+        Defect: as `read_image`.
+    """
+    with _open_picture(_read_bytes(path), settings or ImagesConfig()) as picture:
+        picture.load()
+        is_lossy = picture.format in ("JPEG", "MPO")
+        if is_lossy or picture.mode in ("1", "LA", "La"):
+            return np.asarray(picture.convert("L")).astype(np.int64), is_lossy
+        if picture.mode in ("L", "P") or picture.mode.startswith("I"):
+            return np.asarray(picture).astype(np.int64), False
+        if picture.mode.startswith("F"):
+            return np.nan_to_num(np.asarray(picture)).astype(np.int64), False
+        colours = np.asarray(picture.convert("RGB")).astype(np.int64)
+        red, green, blue = (colours[..., channel] for channel in range(3))
+        if (red == green).all() and (green == blue).all():
+            return red, False
+        return (red << 16) | (green << 8) | blue, False
+
+
 def inspect_image(
     path: Path, expected_size: tuple[int, int] | None = None, settings: ImagesConfig | None = None
 ) -> ImageFacts:

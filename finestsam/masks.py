@@ -128,6 +128,33 @@ def _decode_counts(text: bytes) -> np.ndarray:
     return values
 
 
+def join_rles(rles: list[dict]) -> dict:
+    """Return the union of masks of one size."""
+    return coco_mask.merge(rles)
+
+
+def labels_to_rles(labels: np.ndarray) -> dict[int, dict]:
+    """Return the mask of every number but 0 in a picture of numbers (H x W, int), by number.
+
+    All from one pass over the pixels: thousands of objects cost what one costs.
+    """
+    height, width = labels.shape
+    flat = labels.ravel(order="F")
+    starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
+    ends = np.concatenate([starts[1:], [flat.size]])
+    numbers = flat[starts]
+    order = np.argsort(numbers, kind="stable")
+    found, firsts = np.unique(numbers[order], return_index=True)
+    rles = {}
+    for number, runs in zip(found.tolist(), np.split(order, firsts[1:]), strict=True):
+        if number != 0:
+            # Outside, inside, outside, ... and what is left of the picture.
+            edges = np.stack([starts[runs], ends[runs]], axis=1).ravel()
+            counts = np.diff(edges, prepend=0, append=flat.size).tolist()
+            rles[number] = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+    return rles
+
+
 def find_pixels_inside(rle: dict, pixels: np.ndarray) -> np.ndarray:
     """Return which pixels lie inside a mask without decoding it.
 

@@ -1,2 +1,115 @@
-def list_jobs(part, settings, report):
-    return [], None
+"""Read YOLO's segmentation files: one text a picture, one object a line, corners as shares of width and height."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from finestsam.config import DatasetConfig
+from finestsam.data.layouts import Part
+from finestsam.data.picture import CheckedPicture
+from finestsam.data.report import DatasetReport
+from finestsam.errors import Defect
+from finestsam.images import IMAGE_SUFFIXES
+from finestsam.masks import Remark, segmentation_to_rle
+
+MAX_FILE_BYTES = 256_000_000
+
+
+@dataclass
+class YoloJob:
+    """One picture and its text file."""
+
+    file_name: str
+    path: Path
+    labels: Path | None  # None: a picture without objects
+    settings: DatasetConfig
+
+    def check(self) -> CheckedPicture:
+        """Read the picture and the objects of its lines; an object's id is the number of its line."""
+        picture = CheckedPicture(self.file_name)
+        try:
+            lines = self._read_lines()
+            picture.inspect(self.path, None, self.settings)
+        except Defect as defect:
+            picture.skip(defect)
+            return picture
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            picture.annotation_count += 1
+            remarks: list[Remark] = []
+            try:
+                category, polygon = self._read_line(line, picture.size, remarks)
+                picture.add(number, category, segmentation_to_rle([polygon], picture.size, remarks))
+                picture.remark(remarks, number)
+            except Defect as defect:
+                picture.skip_object(number, defect)
+        return picture
+
+    def _read_lines(self) -> list[str]:
+        if self.labels is None:
+            return []
+        try:
+            if not self.labels.is_file() or self.labels.stat().st_size > MAX_FILE_BYTES:
+                raise Defect("broken_labels", f"{self.labels.name} is no file of at most {MAX_FILE_BYTES} bytes")
+            return self.labels.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise Defect("broken_labels", f"{self.labels.name} is no text that can be read ({error})") from None
+
+    def _read_line(self, line: str, size: tuple[int, int], remarks: list[Remark]) -> tuple[int, list[float]]:
+        """Return the class and the corners [x0, y0, x1, y1, ...] in pixels."""
+        try:
+            first, *shares = (float(word) for word in line.split())
+            category = int(first)
+        except (ValueError, OverflowError):
+            raise Defect("not_a_number", f"the line holds something that is not a number: {line[:60]!r}") from None
+        if len(shares) == 4:
+            if not self.settings.masks_from_boxes:
+                raise Defect("box_only", "a box, not an outline")
+            remarks.append(("mask_from_box", "its box is taken for the mask"))
+            x, y, width, height = shares  # of the middle, then the sides
+            left, right, top, bottom = x - width / 2, x + width / 2, y - height / 2, y + height / 2
+            shares = [left, top, right, top, right, bottom, left, bottom]
+        height, width = size
+        return category, [share * (height if place % 2 else width) for place, share in enumerate(shares)]
+
+
+def list_jobs(
+    part: Part, settings: DatasetConfig, report: DatasetReport
+) -> tuple[list[YoloJob], dict[int, str] | None]:
+    """Return a job for every picture, and the names of the classes where a file tells them."""
+    jobs = []
+    for path in sorted(part.images_dir.rglob("*")):
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            relative = path.relative_to(part.images_dir)
+            labels = part.labels / relative.with_suffix(".txt")
+            jobs.append(YoloJob(relative.as_posix(), path, labels if labels.exists() else None, settings))
+    return jobs, _read_names(part)
+
+
+def _read_names(part: Part) -> dict[int, str]:
+    """Return the classes' names from data.yaml or classes.txt, in the dataset's folder or beside the labels."""
+    for folder in dict.fromkeys((part.root, part.labels.parent, part.labels)):
+        for path in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
+            names = _read_yaml_names(path)
+            if names:
+                return names
+        for path in (folder / "classes.txt", folder / "obj.names"):
+            if path.is_file():
+                lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+                return {number: line.strip() for number, line in enumerate(lines) if line.strip()}
+    return {}
+
+
+def _read_yaml_names(path: Path) -> dict[int, str]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.stat().st_size < 10_000_000 else None
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError):
+        return {}
+    names = content.get("names") if isinstance(content, dict) else None
+    if isinstance(names, list):
+        return {number: str(name) for number, name in enumerate(names)}
+    if isinstance(names, dict):
+        return {number: str(name) for number, name in names.items() if isinstance(number, int)}
+    return {}
