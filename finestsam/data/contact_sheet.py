@@ -1,2 +1,185 @@
-def draw_contact_sheet(records, settings, dataset, points_per_side):
-    raise NotImplementedError
+"""A sheet of pictures with their masks and the prompts that training would ask with: look at your data first."""
+
+import hashlib
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from finestsam.config import CheckConfig, DatasetConfig
+from finestsam.data.index import Annotation, Record
+from finestsam.data.prompts import (
+    POSITIVE,
+    PointCounts,
+    build_image_grid,
+    cut_out,
+    find_center,
+    find_grid_points_inside,
+    sample_points,
+)
+from finestsam.errors import Defect, printable
+from finestsam.images import compute_input_size, read_image, resize_image, shrink_mask
+from finestsam.masks import decode_rle
+
+TILE_PIXELS = 384  # the longest side of a picture on a sheet of a few
+CAPTION_PIXELS, LEGEND_PIXELS, MARGIN_PIXELS = 40, 34, 10
+# More than fits on a screen is for reading the report, not for looking; 30 Mpx is a picture of 90 MB.
+MAX_SHEET_PIXELS = 30_000_000
+MAX_OBJECTS = 400  # drawn of one picture
+PAPER, INK, GREY = (250, 250, 250), (30, 30, 30), (150, 150, 150)
+INSIDE, OUTSIDE = (40, 230, 90), (240, 40, 40)
+OPACITY = 0.45
+# A hue further by the golden ratio is far from all before.
+GOLDEN_TURN = 0.618034
+
+
+def draw_contact_sheet(
+    records: list[Record], settings: CheckConfig, dataset: DatasetConfig, points_per_side: int
+) -> np.ndarray:
+    """Return pictures, chosen without regard to their order, with masks and prompts, H x W x 3, uint8, RGB.
+
+    Args:
+        points_per_side: of the generator's grid.
+    """
+    shown = sorted(records, key=_rank)[: settings.samples]
+    columns = max(1, round(math.sqrt(len(shown) * 1.5)))
+    rows = math.ceil(len(shown) / columns)
+    side = min(TILE_PIXELS, int(math.sqrt(MAX_SHEET_PIXELS / (rows * columns))) - CAPTION_PIXELS - MARGIN_PIXELS)
+    tiles = [_draw_tile(record, settings, dataset, points_per_side, side) for record in shown]
+    heights = [max(tile.height for tile in tiles[row * columns : (row + 1) * columns]) for row in range(rows)]
+    width = max(columns * (side + MARGIN_PIXELS) + MARGIN_PIXELS, 560)
+    sheet = Image.new("RGB", (width, LEGEND_PIXELS + sum(heights) + MARGIN_PIXELS * (rows + 1)), PAPER)
+    _draw_legend(sheet, settings, dataset)
+    top = LEGEND_PIXELS + MARGIN_PIXELS
+    for row in range(rows):
+        for column, tile in enumerate(tiles[row * columns : (row + 1) * columns]):
+            sheet.paste(tile, (MARGIN_PIXELS + column * (side + MARGIN_PIXELS), top))
+        top += heights[row] + MARGIN_PIXELS
+    return np.asarray(sheet)
+
+
+def draw_prompts(
+    record: Record, annotation: Annotation, settings: CheckConfig, dataset: DatasetConfig, points_per_side: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the points that an object is asked with, P x 2, XY, pixels of the picture, and their labels."""
+    found = cut_out(decode_rle(record.rle(annotation)), annotation.box)
+    generator = np.random.default_rng([dataset.seed, annotation.id & 0xFFFFFFFF])
+    inside = None
+    if settings.points == "center":
+        return find_center(found)[None], np.array([POSITIVE])
+    if settings.points == "grid":
+        # As if the model saw the picture in its own size: where a point falls differs by less than a pixel.
+        inside = find_grid_points_inside(found, build_image_grid(points_per_side, record.size), scale=1.0)
+    count = 0 if settings.points == "box" else settings.point_count
+    points, labels = sample_points(found, PointCounts(count, dataset.negative_points, False, inside), generator)
+    return points[labels >= 0], labels[labels >= 0]
+
+
+def _rank(record: Record) -> str:
+    """Return what shuffles pictures the same way in any order and on any machine."""
+    return hashlib.blake2b(record.file_name.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _draw_tile(
+    record: Record, settings: CheckConfig, dataset: DatasetConfig, points_per_side: int, side: int
+) -> Image.Image:
+    try:
+        image = read_image(record.path, record.size, dataset.images)
+        size = compute_input_size(record.size, side)
+    except Defect as defect:
+        tile = Image.new("RGB", (side, side + CAPTION_PIXELS), GREY)
+        ImageDraw.Draw(tile).text((10, side // 2), _shorten(printable(defect.message), side, 13), INK, _font(13))
+        _draw_caption(tile, record, side, 0)
+        return tile
+    # Large objects first, so that what lies in them stays visible.
+    annotations = sorted(record.annotations, key=lambda found: -found.area)[:MAX_OBJECTS]
+    canvas = resize_image(image, size).astype(np.float32)
+    for counts in record.crowds:
+        _lay_crowd(canvas, shrink_mask(decode_rle({"size": list(record.size), "counts": counts}), size) > 0.5)
+    for number, annotation in enumerate(annotations):
+        cover = shrink_mask(decode_rle(record.rle(annotation)), size)
+        _lay_mask(canvas, cover, np.array(_choose_colour(number), dtype=np.float32))
+    tile = Image.new("RGB", (side, size[0] + CAPTION_PIXELS), PAPER)
+    tile.paste(Image.fromarray(canvas.astype(np.uint8)), (0, 0))
+    pen = ImageDraw.Draw(tile)
+    scale = size[1] / record.size[1]
+    for annotation in annotations:
+        _draw_object(pen, record, annotation, settings, dataset, points_per_side, scale)
+    _draw_caption(tile, record, size[0], len(annotations))
+    return tile
+
+
+def _lay_mask(canvas: np.ndarray, cover: np.ndarray, colour: np.ndarray) -> None:
+    """Tint a mask, and draw its outline: the pixels inside that have a pixel outside beside them."""
+    inside = cover >= 0.5 if cover.max() >= 0.5 else cover > 0  # objects of less than a pixel stay visible
+    framed = np.pad(inside, 1)
+    core = framed[:-2, 1:-1] & framed[2:, 1:-1] & framed[1:-1, :-2] & framed[1:-1, 2:]
+    canvas[inside] += OPACITY * (colour - canvas[inside])
+    canvas[inside & ~core] = colour
+
+
+def _lay_crowd(canvas: np.ndarray, inside: np.ndarray) -> None:
+    ys, xs = np.nonzero(inside)
+    striped = (xs + ys) % 8 < 3
+    canvas[ys[striped], xs[striped]] = 0.5 * canvas[ys[striped], xs[striped]] + 0.5 * np.array(GREY)
+
+
+def _draw_object(
+    pen: ImageDraw.ImageDraw,
+    record: Record,
+    annotation: Annotation,
+    settings: CheckConfig,
+    dataset: DatasetConfig,
+    points_per_side: int,
+    scale: float,
+) -> None:
+    if settings.points == "box":
+        x, y, width, height = (length * scale for length in annotation.box)
+        pen.rectangle((x, y, x + width, y + height), outline=INSIDE, width=2)
+    points, labels = draw_prompts(record, annotation, settings, dataset, points_per_side)
+    for (x, y), label in zip((points + 0.5) * scale, labels, strict=True):
+        if label == POSITIVE:
+            pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=INSIDE, outline=INK)
+        else:
+            pen.line((x - 3, y - 3, x + 3, y + 3), fill=OUTSIDE, width=2)
+            pen.line((x - 3, y + 3, x + 3, y - 3), fill=OUTSIDE, width=2)
+
+
+def _draw_caption(tile: Image.Image, record: Record, top: int, drawn: int) -> None:
+    pen = ImageDraw.Draw(tile)
+    count = len(record.annotations)
+    facts = f"{record.size[1]} x {record.size[0]}, {count} object{'' if count == 1 else 's'}"
+    if 0 < drawn < count:
+        facts += f", the largest {drawn} drawn"
+    pen.text((2, top + 3), _shorten(printable(record.file_name), tile.width, 13), INK, _font(13))
+    pen.text((2, top + 20), facts, GREY if top else INK, _font(13))
+
+
+def _draw_legend(sheet: Image.Image, settings: CheckConfig, dataset: DatasetConfig) -> None:
+    prompts = {
+        "grid": "points of the generator's grid inside the object (its centre where none is)",
+        "center": "the centre, the pixel deepest inside",
+        "random": "any pixels inside",
+        "box": "the box",
+    }[settings.points]
+    negative = "; red: points outside" if dataset.negative_points else ""
+    sheet_pen = ImageDraw.Draw(sheet)
+    text = f"green: {prompts}{negative}; hatched: crowd regions, left out"
+    sheet_pen.text((MARGIN_PIXELS, 10), _shorten(text, sheet.width - 2 * MARGIN_PIXELS, 15), INK, _font(15))
+
+
+def _shorten(text: str, width: int, font_size: int) -> str:
+    """Leave out the middle of a text that is wider than `width` pixels."""
+    letters = int(width / (0.55 * font_size))
+    if len(text) <= letters:
+        return text
+    return f"{text[: letters // 2 - 1]}...{text[-(letters // 2 - 2) :]}"
+
+
+def _font(size: int) -> ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _choose_colour(number: int) -> tuple[int, int, int]:
+    hue = int(255 * (number * GOLDEN_TURN % 1))
+    return Image.new("HSV", (1, 1), (hue, 215, 255 if number % 2 else 200)).convert("RGB").getpixel((0, 0))

@@ -1,9 +1,9 @@
 """Masks at the size of their picture, computed only where their logits can matter.
 
-The decoder's 4g x 4g logits reach the picture by two bilinear steps, each of which is a product with a banded matrix from
-the left and one from the right. Their products are built once per frame. A bilinear step never leaves the range of the
-values around it: where no logit of the neighbourhood is above a cutoff, no pixel is, so that of a mask that covers a
-hundredth of the picture a hundredth is computed.
+The decoder's 4g x 4g logits reach the picture by two bilinear steps, each of which is a product with a banded matrix
+from the left and one from the right. Their products are built once per frame. A bilinear step never leaves the range of
+the values around it: where no logit of the neighbourhood is above a cutoff, no pixel is, so that of a mask that covers
+a hundredth of the picture a hundredth is computed.
 """
 
 from collections.abc import Iterator
@@ -90,8 +90,8 @@ def measure_masks(upscaler: Upscaler, logits: Tensor, offset: float) -> tuple[Te
     """Return the stability, K, and the boxes, K x 4, of masks, K x 4g x 4g logits, in the upscaler's frame.
 
     Stability is the area above the threshold + `offset` over the area above the threshold - `offset`, as in
-    segment_anything's `calculate_stability_score`; 0 where the latter is empty. Boxes are XYXY with both corners inside,
-    the first behind the last for an empty mask.
+    segment_anything's `calculate_stability_score`; 0 where the latter is empty. Boxes are XYXY with both corners
+    inside, the first behind the last for an empty mask.
     """
     counts = torch.zeros(len(logits), 2, device=logits.device)
     boxes = torch.tensor([0, 0, -1, -1], device=logits.device).repeat(len(logits), 1)

@@ -1,0 +1,61 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from finestsam.config import CheckConfig, DatasetConfig
+from finestsam.data import contact_sheet
+from finestsam.data.contact_sheet import draw_contact_sheet, draw_prompts
+from finestsam.data.index import Annotation
+from finestsam.masks import decode_rle, encode_mask
+
+
+def draw(records, **settings) -> np.ndarray:
+    return draw_contact_sheet(records, CheckConfig(**settings), DatasetConfig(), points_per_side=32)
+
+
+@pytest.mark.parametrize("points", ["grid", "center", "random", "box"])
+def test_every_kind_of_prompt_is_drawn_the_same_in_any_order(records, points):
+    sheet = draw(records, samples=4, points=points, point_count=2)
+
+    assert sheet.dtype == np.uint8
+    assert (sheet == draw(records[::-1], samples=4, points=points, point_count=2)).all()
+    assert not (sheet == draw(records, samples=4, points="grid", point_count=9)).all()
+
+
+@pytest.mark.parametrize("points", ["grid", "center", "random"])
+def test_points_lie_inside_their_object_and_negative_ones_outside(records, points):
+    settings, dataset = CheckConfig(points=points, point_count=3), DatasetConfig(negative_points=2)
+    for record in records:
+        for annotation in record.annotations:
+            mask = decode_rle(record.rle(annotation))
+            found, labels = draw_prompts(record, annotation, settings, dataset, points_per_side=32)
+            x, y = np.floor(found + 0.5).astype(int).T
+            is_inside = mask[y.clip(0, mask.shape[0] - 1), x.clip(0, mask.shape[1] - 1)]
+            assert (is_inside == (labels == 1)).all()
+
+
+def test_a_picture_that_is_gone_and_a_name_that_is_hostile_are_drawn(records):
+    gone = replace(records[0], path=Path("/nowhere/a.png"), file_name="<b>\x1b[31m\n" + "long" * 90)
+
+    assert draw([gone], samples=3).shape[1] > 0
+
+
+def test_thousands_of_objects_and_of_pictures_stay_bounded(records, monkeypatch):
+    monkeypatch.setattr(contact_sheet, "MAX_SHEET_PIXELS", 400_000)
+    record = records[0]
+    dot = np.zeros(record.size, dtype=bool)
+    dot[5:7, 5:7] = True
+    counts = encode_mask(dot)["counts"]
+    crowded = replace(record, annotations=[Annotation(number, 1, counts, 4, [5, 5, 2, 2]) for number in range(5000)])
+
+    sheet = draw([crowded, *records[1:]] * 3, samples=18)
+
+    assert sheet.shape[0] * sheet.shape[1] < 600_000
+
+
+def test_crowd_regions_are_hatched(records):
+    everything = encode_mask(np.ones(records[0].size, dtype=bool))["counts"]
+
+    assert (draw([replace(records[0], crowds=[everything])], samples=1) != draw(records[:1], samples=1)).any()
