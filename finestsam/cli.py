@@ -20,7 +20,7 @@ USAGE = """
   python -m finestsam --mode evaluate --dataset path --model.checkpoint best.pth [--setting value ...]
   python -m finestsam --mode check --dataset path [--check.samples 12 ...]
   python -m finestsam --mode convert --dataset path --out_dir new/path [--setting value ...]
-  python -m finestsam --mode check --dataset coco --download coco-val2017"""
+  python -m finestsam --dataset coco --download coco-val2017"""
 
 
 def parse_command_line(arguments: list[str]) -> tuple[str, Config]:
@@ -31,10 +31,12 @@ def parse_command_line(arguments: list[str]) -> tuple[str, Config]:
         SystemExit: with 0, after --help and --print_config.
     """
     words = _complete_switches([_lengthen(word) for word in arguments])
+    if _find_value(words, "--dataset.download") and not _find_value(words, "--mode"):
+        words = ["--mode=check", *words]  # to fetch is enough of an order; what came is looked at
     parser = _build_parser()
     try:
         parsed = parser.parse_args(_with_config_of_resumed_run(words))
-    except (ArgumentError, TypeError, ValueError) as error:
+    except (ArgumentError, TypeError, ValueError, RecursionError) as error:
         raise UserError("\n".join(_diagnose(parser, words) or [_first_line(error)])) from None
     values = _flatten_namespace(parsed)
     mode = values.pop("mode", None)

@@ -8,6 +8,7 @@ import hashlib
 import io
 import math
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -140,8 +141,14 @@ def _read_bytes(path: Path) -> bytes:
 @contextmanager
 def _open_picture(data: bytes, settings: ImagesConfig) -> Iterator[Image.Image]:
     """Open a picture whose claimed size was checked; what Pillow raises from here on becomes a Defect."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of damaged metadata, in words that no user can act on
+        yield from _open_checked(data, settings)
+
+
+def _open_checked(data: bytes, settings: ImagesConfig) -> Iterator[Image.Image]:
     try:
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is checked below, without a warning
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is checked below
         try:
             picture = Image.open(io.BytesIO(data))
         finally:

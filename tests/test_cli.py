@@ -151,3 +151,10 @@ def test_help_and_mistakes_answer_at_once(flags):
     assert "Traceback" not in result.stderr
     # 0.3 s on two idle cores; tests run beside other work.
     assert min(seconds) < 1.0
+
+
+def test_a_download_alone_fetches_and_checks():
+    mode, config = parse_command_line(["--dataset=coco", "--download=coco-val2017"])
+
+    assert (mode, config.dataset.path, config.dataset.download) == ("check", "coco", "coco-val2017")
+    assert parse_command_line(["--mode=train", "--dataset=coco", "--download=coco-val2017"])[0] == "train"

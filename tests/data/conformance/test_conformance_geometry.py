@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conformance_zoo import BOXES, HEIGHT, WIDTH, assert_refused, assert_skipped, polygon
-from test_structure import SOUND
+from test_conformance_structure import SOUND
 
 from finestsam.config import DatasetConfig, PromptsConfig
 from finestsam.data.dataset import SampleDataset, SampleSettings

@@ -1,0 +1,169 @@
+"""CONFORMANCE D: paths and security.
+
+Broken checkpoints (73): tests/model/test_weights.py; archives (76): tests/test_archive.py; poisoned caches (78):
+tests/data/test_coco.py.
+"""
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+from conformance_zoo import assert_refused
+from test_conformance_structure import SOUND
+
+from finestsam.cli import main
+
+
+@pytest.fixture
+def secret(zoo) -> Path:
+    """A sound picture beside the dataset, which must not be read."""
+    path = zoo.root.parent / "secret.png"
+    shutil.copy(zoo.images_dir / "a.png", path)
+    return path
+
+
+def name_picture(zoo, name: str) -> None:
+    zoo.content["images"].append({"id": 3, "file_name": name, "width": 160, "height": 120})
+    zoo.add(9, image_id=3)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../../secret.png", "/etc/passwd", "C:\\secret.png", "\\\\host\\share\\secret.png", "http://host/secret.png",
+        "file:///etc/passwd", "a\0b.png", "images/../../../secret.png", "..", "/", "~/secret.png",
+    ],
+)  # fmt: skip
+def test_case_69_a_name_that_leads_outside_is_never_opened(zoo, secret, name):
+    name_picture(zoo, name)
+
+    outcome = zoo.check()
+
+    assert outcome.code == 0
+    assert list(outcome.skipped_images.values())[0] in ("outside_dataset", "missing_file")
+    assert outcome.skipped == {9: "image_skipped"}
+    assert outcome.usable == SOUND
+
+
+@pytest.mark.parametrize(
+    "name", ["../../elsewhere/c.png", "/home/me/c.png", "C:\\pictures\\c.png", "http://host/c.png"]
+)
+def test_case_69_its_bare_name_inside_the_dataset_is_taken_instead(zoo, name):
+    zoo.write_picture("sub/c.png", seed=3)
+    name_picture(zoo, name)
+
+    outcome = zoo.check()
+
+    assert outcome.usable[9] == SOUND[1]
+    assert outcome.remarks == ["found_by_name"]
+
+
+def test_case_70_a_link_out_of_the_dataset_is_refused_unless_allowed(zoo, secret):
+    (zoo.images_dir / "c.png").symlink_to(secret)
+    name_picture(zoo, "c.png")
+
+    outcome = zoo.check()
+
+    assert outcome.skipped_images == {"c.png": "outside_dataset"}
+    assert "a link that leads outside the dataset" in outcome.message("outside_dataset")
+    assert zoo.check("--dataset.follow_symlinks").usable[9] == SOUND[1]
+
+
+def test_case_70_links_inside_the_dataset_and_a_linked_folder_are_followed(zoo, tmp_path):
+    (zoo.images_dir / "c.png").symlink_to(zoo.images_dir / "a.png")
+    name_picture(zoo, "c.png")
+    assert zoo.check().usable[9] == SOUND[1]
+
+    zoo.images_dir.rename(tmp_path / "pictures")
+    zoo.images_dir.symlink_to(tmp_path / "pictures")
+    (tmp_path / "pictures" / "c.png").unlink()
+    assert zoo.check().usable == SOUND
+
+
+@pytest.mark.parametrize("name", ["sub\\c.png", ".\\sub\\c.png", "images\\sub\\c.png"])
+def test_case_71_windows_paths_are_read(zoo, name):
+    zoo.write_picture("sub/c.png", seed=3)
+    name_picture(zoo, name)
+
+    assert zoo.check("--strict").usable[9] == SOUND[1]
+
+
+class Malice:
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("flag", ["--model.checkpoint", "--resume"])
+def test_case_72_code_in_a_checkpoint_is_not_run(zoo, tmp_path, capsys, flag):
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run" / ("best.pth" if flag == "--model.checkpoint" else "last.ckpt")
+    path.write_bytes(pickle.dumps(Malice(tmp_path / "made")))
+    (tmp_path / "run" / "config.yaml").write_text(f"dataset: {{path: '{zoo.root}'}}\n")
+    zoo.write()
+
+    arguments = ["--mode=train", f"--dataset={zoo.root}", f"{flag}={tmp_path / 'run'}", "--device=cpu"]
+    assert main([*arguments, f"--sav_dir={tmp_path / 'sav'}"]) == 2
+
+    error = capsys.readouterr().err
+    assert "weights_only" not in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "made").exists()
+
+
+def test_case_74_names_cannot_move_the_cursor_or_forge_a_line(zoo):
+    name_picture(zoo, "<script>\x1b[2J\nfinestsam: all is well\r.png")
+    zoo.content["categories"][0]["name"] = "<b>\x1b[31mred\n"
+
+    outcome = zoo.check()
+
+    assert "\x1b" not in outcome.out + outcome.err
+    assert not any(line.startswith("finestsam: all is well") for line in outcome.out.splitlines())
+    assert "\\x1b[31mred" in outcome.out
+
+
+@pytest.mark.parametrize("text", ["dataset: !!python/object/apply:os.mkdir [{}]", "a: &a [*a]", "\t- x", "[1, 2]"])
+def test_case_75_code_in_yaml_is_not_run(zoo, tmp_path, text):
+    config = tmp_path / "config.yaml"
+    config.write_text(text.format(tmp_path / "made"))
+
+    assert_refused(zoo.check(f"--config={config}"), "config.yaml")
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("mode", ["check", "evaluate", "convert", "train"])
+def test_case_77_a_folder_that_cannot_take_results_is_told_before_the_work(zoo, tmp_path, capsys, mode):
+    zoo.write()
+    setting = "sav_dir" if mode == "train" else "out_dir"
+    (tmp_path / "file").touch()
+    for folder, message in (
+        (zoo.root, "is the dataset, into which nothing is written"),
+        (tmp_path / "file", "is a file, expected a folder"),
+        (tmp_path / "file" / "below", "cannot be made"),
+        (Path("/"), "is the root of the disk"),
+    ):
+        arguments = [f"--mode={mode}", f"--dataset={zoo.root}", f"--{setting}={folder}", "--device=cpu"]
+        assert main([*arguments, "--model.type=vit_tiny_test", "--model.checkpoint=none"]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_case_77_a_folder_that_may_not_be_written_is_told(zoo, tmp_path):
+    zoo.out_dir.mkdir()
+    zoo.out_dir.chmod(0o500)
+
+    assert_refused(zoo.check(), "not writable")
+
+
+def test_nothing_is_written_into_the_dataset(zoo):
+    zoo.write()
+    before = sorted(path for path in zoo.root.rglob("*"))
+
+    zoo.check("--dataset.use_cache=true", "--check.samples=2")
+
+    assert sorted(path for path in zoo.root.rglob("*")) == before
+    assert sorted(path.name for path in zoo.out_dir.iterdir()) == ["dataset_report.json", "samples.png"]
