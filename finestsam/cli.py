@@ -152,7 +152,7 @@ def find_run(name: str, sav_dir: Path) -> Path:
 
 
 def _find_value(words: list[str], flag: str) -> str | None:
-    for word, following in zip(words, [*words[1:], None], strict=True):
+    for word, following in zip(words, [*words, None][1:], strict=True):
         if word == flag:
             return following
         if word.startswith(f"{flag}="):

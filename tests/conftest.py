@@ -10,6 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np
 import pytest
 import torch
+from conformance_zoo import Zoo
 
 from finestsam.cli import main
 from finestsam.config import DatasetConfig
@@ -43,6 +44,11 @@ def scenes(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def records(scenes) -> list[Record]:
     return read_training_set(DatasetConfig(path=str(scenes), val_size=0.0, use_cache=False)).train
+
+
+@pytest.fixture
+def zoo(tmp_path, capsys) -> Zoo:
+    return Zoo(tmp_path, capsys)
 
 
 @pytest.fixture

@@ -122,7 +122,7 @@ class Zoo:
             capture_output=True,
             text=True,
             timeout=seconds,
-            cwd=Path(__file__).parents[3],
+            cwd=Path(__file__).parents[1],
             preexec_fn=_limit_memory,
         )
         assert "Traceback" not in done.stderr, done.stderr
