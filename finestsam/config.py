@@ -28,6 +28,10 @@ def section(kind: type) -> Any:
     return field(default_factory=kind)
 
 
+# Pixels of the longest side that each type of model is made for.
+IMAGE_SIZES = {"vit_h": 1024, "vit_l": 1024, "vit_b": 1024, "vit_tiny": 512, "vit_tiny_test": 64}
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     type: Literal["auto", "vit_h", "vit_l", "vit_b", "vit_tiny", "vit_tiny_test"] = setting(

@@ -155,18 +155,10 @@ def labels_to_rles(labels: np.ndarray) -> dict[int, dict]:
     return rles
 
 
-def find_pixels_inside(rle: dict, pixels: np.ndarray) -> np.ndarray:
-    """Return which pixels lie inside a mask without decoding it.
-
-    Args:
-        pixels: K x 2, int, XY, inside the picture.
-
-    Returns:
-        K, bool.
-    """
-    ends = _decode_counts(rle["counts"]).cumsum()
-    places = pixels[:, 0] * rle["size"][0] + pixels[:, 1]  # column-major
-    return np.searchsorted(ends, places, side="right") % 2 == 1
+def find_runs(rle: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Return where the runs inside a mask begin, R, and the places behind their ends, R, in column-major order."""
+    edges = _decode_counts(rle["counts"]).cumsum()
+    return edges[: len(edges) // 2 * 2 : 2], edges[1::2]
 
 
 def encode_mask(mask: np.ndarray) -> dict:

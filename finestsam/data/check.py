@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from finestsam.config import GENERATOR_DEFAULTS, Config
+from finestsam.config import GENERATOR_DEFAULTS, IMAGE_SIZES, Config
 from finestsam.data.contact_sheet import draw_contact_sheet
 from finestsam.data.index import Index, Record
 from finestsam.data.layouts import find_layout
@@ -68,7 +68,7 @@ def describe_records(indexes: dict[str, Index]) -> dict:
 
 def _report_vanishing(config: Config, records: list[Record], report: DatasetReport) -> None:
     """Note what training would leave out at the model's size, and leave it out of `records` as well."""
-    image_size = config.model.image_size or (512 if config.model.type == "vit_tiny" else 1024)
+    image_size = config.model.image_size or IMAGE_SIZES.get(config.model.type, IMAGE_SIZES["vit_b"])
     vanished = find_vanishing(records, image_size, config.dataset.min_area_pixels)
     for record, annotation in vanished:
         message = f"vanishes at {image_size} pixels: {annotation.area} of {record.size[1]} x {record.size[0]}"

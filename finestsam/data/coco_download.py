@@ -146,6 +146,7 @@ def _fetch_all_pictures(part: CocoPart, places: Places, missing: list[str], base
     """Fetch the archive of all pictures and move those that are missing to their place."""
     archive, folder = places.work / f"{part.name}.zip", places.work / "pictures"
     if not folder.is_dir():
+        _refuse_full_disk(archive, part.pictures.size_bytes)
         download(f"{base_url}/{part.pictures.path}", archive, part.pictures.sha256, part.pictures.size_bytes)
         unpack(archive, folder, limit_bytes=LIMIT_BYTES)
     archive.unlink(missing_ok=True)
@@ -153,6 +154,18 @@ def _fetch_all_pictures(part: CocoPart, places: Places, missing: list[str], base
         if not (folder / part.name / name).is_file():
             raise UserError(f"{folder}: {part.name}/{name} is missing; remove {places.work} and start again")
         os.replace(folder / part.name / name, places.pictures / name)
+
+
+def _refuse_full_disk(archive: Path, size_bytes: int) -> None:
+    """Raise if the archive and its pictures, JPEGs that take as much again, do not fit, before hours of downloading."""
+    begun = [archive, archive.with_name(f".{archive.name}.part")]
+    needed = 2 * size_bytes - sum(path.stat().st_size for path in begun if path.is_file())
+    free = shutil.disk_usage(archive.parent).free
+    if free < needed:
+        raise UserError(
+            f"{archive.parent}: {free / 1e9:.1f} GB are free, {needed / 1e9:.1f} GB are needed for the archive and "
+            "its pictures; --dataset.download_images N fetches only so many"
+        )
 
 
 def _refuse_foreign(existing: Path, all_annotations: bytes, wanted: int) -> None:

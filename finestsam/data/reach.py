@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from finestsam.config import GeneratorConfig
 from finestsam.data.index import Record
+from finestsam.data.processes import map_in_processes
 from finestsam.images import build_crop_boxes, build_point_grid
-from finestsam.masks import find_pixels_inside
+from finestsam.masks import find_runs
 
 # COCO's names for the sizes of objects: areas in pixels of the original frame, as in pycocotools' cocoeval.py.
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}
@@ -34,22 +36,30 @@ def measure_reach(records: list[Record]) -> dict[str, dict[str, float]]:
 
     Sizes without objects are left out.
     """
-    hits = {grid: dict.fromkeys(("all", *SIZES), 0) for grid in GRIDS}
-    counts = dict.fromkeys(("all", *SIZES), 0)
-    pixels: dict[tuple[Grid, tuple[int, int]], np.ndarray] = {}
-    for record in records:
-        for annotation in record.annotations:
-            groups = ("all", name_size(annotation.area))
-            for group in groups:
-                counts[group] += 1
-            for grid in GRIDS:
-                key = (grid, record.size)
-                if key not in pixels:
-                    pixels[key] = list_grid_pixels(grid, record.size)
-                is_hit = _has_pixel_inside(record.rle(annotation), annotation.box, pixels[key])
-                for group in groups:
-                    hits[grid][group] += is_hit
-    return {grid.name: {group: hits[grid][group] / count for group, count in counts.items() if count} for grid in GRIDS}
+    groups = ("all", *SIZES)
+    counts, hits = np.zeros(len(groups), dtype=int), np.zeros((len(GRIDS), len(groups)), dtype=int)
+    for record, found in zip(records, map_in_processes(find_hits, records, "measuring reach"), strict=True):
+        sizes = [name_size(annotation.area) for annotation in record.annotations]
+        members = np.array([[name in ("all", size) for name in groups] for size in sizes], dtype=int)
+        members = members.reshape(-1, len(groups))  # pictures without objects have rows too, none
+        counts += members.sum(axis=0)
+        hits += found.T.astype(int) @ members
+    shares = hits / np.maximum(counts, 1)
+    return {
+        grid.name: {name: float(share) for name, share, count in zip(groups, row, counts, strict=True) if count}
+        for grid, row in zip(GRIDS, shares, strict=True)
+    }
+
+
+def find_hits(record: Record) -> np.ndarray:
+    """Return whether an object has a point of a grid inside, objects x GRIDS, bool."""
+    places = [_list_grid_places(grid, record.size) for grid in GRIDS]
+    hits = np.zeros((len(record.annotations), len(GRIDS)), dtype=bool)
+    for row, annotation in enumerate(record.annotations):
+        starts, ends = find_runs(record.rle(annotation))
+        for column, some in enumerate(places):
+            hits[row, column] = (np.searchsorted(some, ends) > np.searchsorted(some, starts)).any()
+    return hits
 
 
 def name_size(area: int) -> str:
@@ -57,21 +67,17 @@ def name_size(area: int) -> str:
     return next(name for name, (low, high) in SIZES.items() if low <= area < high)
 
 
-def list_grid_pixels(grid: Grid, size: tuple[int, int]) -> np.ndarray:
-    """Return the pixels that the points of a grid fall into, K x 2, int, XY, of a picture of (height, width)."""
+@lru_cache(maxsize=64)
+def _list_grid_places(grid: Grid, size: tuple[int, int]) -> np.ndarray:
+    """Return the pixels that the points of a grid fall into, as sorted places of a column-major picture."""
     points = np.concatenate(
         [corner + build_point_grid(grid.points_per_side) * side for corner, side in _list_crops(grid, size)]
     )
-    return np.minimum(points.astype(np.int64), (size[1] - 1, size[0] - 1))
+    pixels = np.minimum(points.astype(np.int64), (size[1] - 1, size[0] - 1))  # XY
+    return np.unique(pixels[:, 0] * size[0] + pixels[:, 1])
 
 
 def _list_crops(grid: Grid, size: tuple[int, int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the corner and the width and height, XY, of the picture and its crops."""
     for x0, y0, x1, y1 in build_crop_boxes(size, grid.crop_layers, GeneratorConfig.crop_overlap_ratio):
         yield np.array([x0, y0]), np.array([x1 - x0, y1 - y0])
-
-
-def _has_pixel_inside(rle: dict, box: list[int], pixels: np.ndarray) -> bool:
-    x, y, width, height = box
-    near = pixels[((pixels >= (x, y)) & (pixels < (x + width, y + height))).all(axis=1)]
-    return len(near) > 0 and bool(find_pixels_inside(rle, near).any())

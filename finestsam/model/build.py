@@ -8,6 +8,8 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 from segment_anything.modeling.transformer import Attention
 from torch import nn
 
+from finestsam.config import IMAGE_SIZES
+
 PATCH_SIZE = 16
 # ImageNet's channel means and deviations, as in segment_anything's build_sam.py.
 PIXEL_MEAN = [123.675, 116.28, 103.53]
@@ -25,7 +27,6 @@ class Architecture:
     heads: int
     global_blocks: tuple[int, ...]  # the blocks whose attention sees the whole picture, not one window
     window_size: int = 14  # tokens
-    image_size: int = 1024  # pixels
     decoder_width: int = 256
     decoder_mlp_width: int = 2048
     mask_channels: int = 16
@@ -37,12 +38,12 @@ ARCHITECTURES = {
     "vit_h": Architecture(width=1280, depth=32, heads=16, global_blocks=(7, 15, 23, 31)),
     # For laptops: 5 M weights. Windows of 8 tokens tile its 32 x 32 without padding.
     "vit_tiny": Architecture(
-        width=192, depth=8, heads=6, global_blocks=(1, 3, 5, 7), window_size=8, image_size=512, decoder_width=128,
+        width=192, depth=8, heads=6, global_blocks=(1, 3, 5, 7), window_size=8, decoder_width=128,
         decoder_mlp_width=1024,
     ),
     # For tests: built in milliseconds.
     "vit_tiny_test": Architecture(
-        width=32, depth=2, heads=2, global_blocks=(1,), window_size=2, image_size=64, decoder_width=32,
+        width=32, depth=2, heads=2, global_blocks=(1,), window_size=2, decoder_width=32,
         decoder_mlp_width=64, mask_channels=4,
     ),
 }  # fmt: skip
@@ -56,7 +57,7 @@ def build_sam(model_type: str, image_size: int | None = None) -> Sam:
         image_size: pixels of the longest side, a multiple of 16; None: the type's own.
     """
     architecture = ARCHITECTURES[model_type]
-    image_size = image_size or architecture.image_size
+    image_size = image_size or IMAGE_SIZES[model_type]
     grid_size = image_size // PATCH_SIZE
     sam = Sam(
         image_encoder=_build_image_encoder(architecture, image_size),

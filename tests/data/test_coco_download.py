@@ -9,6 +9,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -449,3 +450,12 @@ def test_importing_needs_no_torch():
     code = "import sys, finestsam.data.coco_download; sys.exit('torch' in sys.modules or 'cv2' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(finestsam.__file__).parents[1]).returncode == 0
+
+
+def test_a_full_disk_is_told_before_the_archive_is_fetched(site, root, monkeypatch):
+    monkeypatch.setattr(coco_download.shutil, "disk_usage", lambda _: SimpleNamespace(free=len(PICTURES_ZIP) + 5))
+
+    with pytest.raises(UserError, match="are free.*--dataset.download_images"):
+        fetch(root)
+
+    assert PICTURES_URL not in site.paths

@@ -3,7 +3,8 @@ import torch
 from segment_anything.modeling import Sam
 
 from finestsam.batch import Prompts
-from finestsam.model.build import ARCHITECTURES, build_sam
+from finestsam.config import IMAGE_SIZES
+from finestsam.model.build import build_sam
 from finestsam.model.sam import FinestSam, upscale_logits
 
 ORIGINAL_SIZE, INPUT_SIZE = (90, 120), (48, 64)
@@ -107,7 +108,7 @@ def test_our_sizes_are_plain_sams_at_any_multiple_of_16(model_type):
     for image_size in (None, 128):
         sam = build_sam(model_type, image_size)
         assert isinstance(sam, Sam)
-        assert sam.image_encoder.img_size == (image_size or ARCHITECTURES[model_type].image_size)
+        assert sam.image_encoder.img_size == (image_size or IMAGE_SIZES[model_type])
 
 
 def test_vit_tiny_has_a_few_million_weights():

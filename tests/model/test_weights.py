@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from finestsam.cache_folder import cache_folder
+from finestsam.config import IMAGE_SIZES
 from finestsam.errors import UserError
 from finestsam.model.build import ARCHITECTURES, build_sam
 from finestsam.model.weights import (
@@ -326,7 +327,7 @@ def test_every_type_is_told_by_its_shapes(model_type):
     weights = shapes_of(model_type)
 
     assert identify(weights) == model_type
-    assert image_size_of(weights) == ARCHITECTURES[model_type].image_size
+    assert image_size_of(weights) == IMAGE_SIZES[model_type]
     check_matches(weights, model_type, Path("sam.pth"))
 
 

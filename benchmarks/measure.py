@@ -1,0 +1,134 @@
+"""What every benchmark needs: whole processes measured, functions timed in turn, the machine named, a table printed."""
+
+import os
+import platform
+import resource
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import psutil
+
+ROOT = Path(__file__).parents[1]
+SECONDS_BETWEEN_SAMPLES = 0.05
+
+
+@dataclass
+class Cost:
+    """What one whole process, with every process it started, took."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_megabytes: float  # of the tree, memory that processes share counted once
+    output: str
+
+    @property
+    def cores(self) -> float:
+        return self.cpu_seconds / self.seconds
+
+
+def run_process(arguments: Sequence[str], environment: dict[str, str] | None = None) -> Cost:
+    """Run a command of this Python to its end.
+
+    Args:
+        arguments: what follows the interpreter.
+        environment: variables to set beside those of this process.
+
+    Raises:
+        RuntimeError: it failed; the message is what it printed.
+    """
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | (environment or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    peak = _Peak(process.pid)
+    output, _ = process.communicate()
+    seconds = time.perf_counter() - start
+    peak.stop()
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(arguments)} ended with {process.returncode}:\n{output[-4000:]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Cost(seconds, used, peak.megabytes, output)
+
+
+class _Peak:
+    """The most memory that a process and its children held together, sampled from the side."""
+
+    def __init__(self, pid: int) -> None:
+        self.megabytes = 0.0
+        self._process = psutil.Process(pid)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(SECONDS_BETWEEN_SAMPLES):
+            try:
+                family = [self._process, *self._process.children(recursive=True)]
+            except psutil.Error:
+                return
+            self.megabytes = max(self.megabytes, sum(map(_read_share, family)) / 1e6)
+
+
+def _read_share(process: psutil.Process) -> int:
+    try:
+        return process.memory_full_info().pss
+    except psutil.Error:
+        return 0
+
+
+def time_in_turn(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Return the median seconds of each function, called in turn so that a noisy minute hits all of them.
+
+    One call of each before the first round is not counted.
+    """
+    seconds = {name: [] for name in works}
+    for turn in range(rounds + 1):
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def describe_machine() -> str:
+    """Return processor, cores, memory, Python and torch in one line."""
+    import torch
+
+    names = [line.partition(":")[2].strip() for line in _read_lines("/proc/cpuinfo") if line.startswith("model name")]
+    memory = psutil.virtual_memory().total / 2**30
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return (
+        f"{names[0] if names else platform.processor()}, {len(psutil.Process().cpu_affinity())} cores, "
+        f"{memory:.0f} GiB{gpu}; Python {platform.python_version()}, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads"
+    )
+
+
+def _read_lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).is_file() else []
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table that reads well on a screen and in Markdown."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    for line in lines:
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
