@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from segment_anything.modeling import ImageEncoderViT, PromptEncoder, Sam, TwoWayTransformer
 from segment_anything.modeling.transformer import Attention
 from torch import nn
 
 from finestsam.config import IMAGE_SIZES
+from finestsam.model.decoder import FoldedMaskDecoder
 
 PATCH_SIZE = 16
 # ImageNet's channel means and deviations, as in segment_anything's build_sam.py.
@@ -94,8 +95,8 @@ def _build_image_encoder(architecture: Architecture, image_size: int) -> ImageEn
     )
 
 
-def _build_mask_decoder(architecture: Architecture) -> MaskDecoder:
-    return MaskDecoder(
+def _build_mask_decoder(architecture: Architecture) -> FoldedMaskDecoder:
+    return FoldedMaskDecoder(
         num_multimask_outputs=3,
         transformer=TwoWayTransformer(
             depth=2,
@@ -109,7 +110,7 @@ def _build_mask_decoder(architecture: Architecture) -> MaskDecoder:
     )
 
 
-def _align_positions_(decoder: MaskDecoder) -> None:
+def _align_positions_(decoder: FoldedMaskDecoder) -> None:
     """Let queries and keys begin with the same projection, so that a prompt attends to its own place from the start.
 
     Prompts and picture carry the same positional encoding, but two random projections of it have nothing in common; a

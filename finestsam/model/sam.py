@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finestsam.batch import Predictions, Prompts
+from finestsam.model.decoder import Answers, PictureView
 
 
 class FinestSam(nn.Module):
@@ -56,21 +57,41 @@ class FinestSam(nn.Module):
         if len(prompts) == 0:
             return None
         sparse, dense = self._embed_prompts(prompts)
-        logits, scores = self.sam.mask_decoder(
-            image_embeddings=embedding,
-            image_pe=self.sam.prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=self.multimask_output,
-        )
-        return Predictions(logits, scores)
+        decoder = self.sam.mask_decoder
+        view = decoder.look(embedding, self.sam.prompt_encoder.get_dense_pe(), dense)
+        return Predictions(*decoder.answer(view, sparse, self._asked_masks))
+
+    def look(self, embedding: Tensor) -> PictureView:
+        """Return what the decoder computes once for all prompts of a picture that bring no mask.
+
+        Args:
+            embedding: 1 x C x g x g.
+        """
+        encoder = self.sam.prompt_encoder
+        return self.sam.mask_decoder.look(embedding, encoder.get_dense_pe(), self._no_mask)
+
+    def answer_above(self, view: PictureView, prompts: Prompts, min_score: float) -> Answers:
+        """Answer prompts that bring no mask, with only those masks whose score is above `min_score`."""
+        sparse, _ = self._embed_prompts(prompts)
+        return self.sam.mask_decoder.answer_above(view, sparse, self._asked_masks, min_score)
+
+    @property
+    def _asked_masks(self) -> slice:
+        """Which of the decoder's mask tokens answer: the three of an ambiguous prompt, or the single one."""
+        return slice(1, None) if self.multimask_output else slice(0, 1)
+
+    @property
+    def _no_mask(self) -> Tensor:
+        return self.sam.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
 
     def _embed_prompts(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """Return the embeddings of points and boxes, N x t x C, and of masks, N x C x g x g; 1 x C x 1 x 1 for none."""
         points = None if prompts.points is None else (prompts.points, prompts.labels)
         sparse, dense = self.sam.prompt_encoder(points, prompts.boxes, prompts.mask_logits)
-        if prompts.mask_logits is not None and prompts.has_mask is not None:
-            no_mask = self.sam.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
-            dense = torch.where(prompts.has_mask[:, None, None, None], dense, no_mask)
+        if prompts.mask_logits is None:
+            dense = self._no_mask
+        elif prompts.has_mask is not None:
+            dense = torch.where(prompts.has_mask[:, None, None, None], dense, self._no_mask)
         return sparse, dense
 
 

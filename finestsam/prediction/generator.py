@@ -20,6 +20,7 @@ from finestsam.config import GENERATOR_DEFAULTS, GeneratorConfig
 from finestsam.images import build_crop_boxes, build_point_grid, compute_input_size, resize_image, scale_points
 from finestsam.masks import decode_rle, encode_mask, remove_small_regions, rle_area, rle_box
 from finestsam.model.card import Card
+from finestsam.model.decoder import PictureView
 from finestsam.model.sam import FinestSam
 from finestsam.prediction.results import FilterReport, GeneratedMasks
 from finestsam.prediction.upscaling import Upscaler, measure_masks
@@ -33,7 +34,7 @@ class _Crop:
     original_size: tuple[int, int]  # of the whole picture
     size: tuple[int, int]
     input_size: tuple[int, int]
-    embedding: Tensor  # 1 x C x g x g
+    view: PictureView
     points: np.ndarray  # P x 2, XY, pixels of the crop
     upscaler: Upscaler  # from logits to pixels of the crop
 
@@ -99,13 +100,13 @@ def _cut_crops(
         input_size = compute_input_size(size, model.image_size)
         if layer > 0 or embedding is None:
             inputs = torch.tensor(resize_image(part, input_size), device=model.device)  # h x w x 3
-            part_embedding = model.encode([inputs.permute(2, 0, 1)])
+            view = model.look(model.encode([inputs.permute(2, 0, 1)]))
         else:
-            part_embedding = embedding
+            view = model.look(embedding)
         points_per_side = int(settings.points_per_side / settings.crop_n_points_downscale_factor**layer)
         points = build_point_grid(max(points_per_side, 1)) * size[::-1]
         upscaler = Upscaler(model.image_size // 4, model.image_size, input_size, size)
-        yield _Crop(box, original_size, size, input_size, part_embedding, points, upscaler)
+        yield _Crop(box, original_size, size, input_size, view, points, upscaler)
 
 
 def _find_layer(number: int) -> int:
@@ -133,14 +134,12 @@ def _ask(model: FinestSam, crop: _Crop, indices: range, settings: GeneratorConfi
     points = crop.points[indices.start : indices.stop]
     inputs = torch.tensor(scale_points(points, crop.size, crop.input_size), dtype=torch.float32, device=model.device)
     labels = torch.ones(len(points), 1, dtype=torch.int, device=model.device)
-    predictions = model(crop.embedding, Prompts(inputs[:, None], labels))
-    scores = predictions.scores.flatten()
-    point_indices = torch.tensor(indices, device=model.device).repeat_interleave(predictions.scores.shape[1])
     # A threshold of 0 lets every number pass, as in segment_anything: the score head may answer below 0.
-    is_good = scores > (settings.pred_iou_thresh or -np.inf)
-    logits = predictions.logits.flatten(0, 1)[is_good]
-    stability, boxes = measure_masks(crop.upscaler, logits, settings.stability_score_offset)
-    candidates = _Candidates(logits, scores[is_good], point_indices[is_good], stability, boxes)
+    answers = model.answer_above(crop.view, Prompts(inputs[:, None], labels), settings.pred_iou_thresh or -np.inf)
+    scores, is_good = answers.scores.flatten(), answers.is_kept.flatten()
+    point_indices = torch.tensor(indices, device=model.device).repeat_interleave(answers.scores.shape[1])
+    stability, boxes = measure_masks(crop.upscaler, answers.logits, settings.stability_score_offset)
+    candidates = _Candidates(answers.logits, scores[is_good], point_indices[is_good], stability, boxes)
     report.count_scores(scores, is_good)
     return _filter_measured(candidates, crop, settings, report)
 

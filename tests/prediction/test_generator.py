@@ -17,6 +17,7 @@ from finestsam.images import compute_input_size, resize_image
 from finestsam.masks import decode_rle, rle_to_json
 from finestsam.model.build import build_sam
 from finestsam.model.card import Card
+from finestsam.model.decoder import Answers
 from finestsam.model.sam import FinestSam
 from finestsam.prediction.generator import generate_masks, resolve_generator
 
@@ -51,6 +52,22 @@ class BlobDecoder(nn.Module):
         nearness = F.relu(torch.einsum("nc,chw->nhw", asked, places) / (len(places) / 2))[:, None]
         levels = torch.tensor([0.85, 0.7, 0.4])[: logits.shape[1], None, None]
         return 80 * (nearness - levels - self.level) + 8 * logits, 0.85 + scores
+
+    def look(self, embedding, places, dense):
+        return embedding, places, dense
+
+    def answer_above(self, view, sparse, masks, min_score):
+        """The same numbers to the last bit: what is compared is the generator, not the decoder."""
+        embedding, places, dense = view
+        logits, scores = self.forward(
+            image_embeddings=embedding,
+            image_pe=places,
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense.expand(len(sparse), *embedding.shape[1:]),
+            multimask_output=masks == slice(1, None),
+        )
+        is_kept = scores > min_score
+        return Answers(scores, is_kept, logits[is_kept])
 
 
 @pytest.fixture(scope="module")

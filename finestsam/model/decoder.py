@@ -1,0 +1,269 @@
+"""segment_anything's mask decoder with the same weights, names and answers, and a third of the arithmetic.
+
+What it saves, all of it exact up to the order of sums. g is the side of the embedding in tokens, L = g * g; T tokens
+of one prompt (5 to 9), H heads of d channels each, C channels of a token:
+
+- Before the first layer the picture's tokens are the same for every prompt: they are projected once (`look`).
+- Afterwards they differ by prompt, and stock attention projects all L of them. But a projection W of the picture can be
+  moved to the other side: q (W x) = (q W) x, and the sum P (x W) = (P x) W. Only products with H * T columns touch the
+  L tokens, and no projected picture is ever made. A bias of the keys adds the same to every weight of a row, which a
+  softmax does not notice.
+- The positional encoding is added to the picture in front of every projection. What it gives by itself does not depend
+  on the prompt and is projected once; the sum is never made.
+- A transposed convolution whose stride is its size is one matrix product over channels.
+- Only the mask tokens that are asked for get a mask, and only prompts whose score is worth it are upscaled.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from segment_anything.modeling import MaskDecoder
+from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock
+from torch import Tensor
+from torch.nn import functional as F
+
+# Of one picture's tokens that prompts share a pass over, on the CPU: as many as stay in its cache. Their largest
+# product is twice as long, and stays below the size from which glibc gives memory back to the system at once.
+CHUNK_TOKEN_CHANNELS = 2_200_000
+
+
+@dataclass
+class PictureView:
+    """What the decoder sees of a picture before it knows the prompt. S is 1, or N where mask prompts change it."""
+
+    tokens: Tensor  # S x L x C: the embedding, and what mask prompts add to it
+    keys: Tensor  # S x H x L x d, of the first layer's tokens looking at the picture
+    values: Tensor  # the same
+    queries: Tensor  # S x H x L x d, of the picture looking at the first layer's tokens
+    key_places: list[Tensor]  # 1 x H x L x d: what the position adds to the keys of the second look, and of the last
+    query_places: list[Tensor]  # 1 x H x L x d: what the position and the bias add to the queries of the second layer
+    side: int  # g
+
+    def __getitem__(self, part: slice) -> "PictureView":
+        """Return the view for some of the prompts."""
+        if len(self.tokens) == 1:
+            return self
+        parts = (self.tokens[part], self.keys[part], self.values[part], self.queries[part])
+        return PictureView(*parts, self.key_places, self.query_places, self.side)
+
+
+@dataclass
+class Answers:
+    """What some prompts are answered with; k masks of N x M that are worth it."""
+
+    scores: Tensor  # N x M
+    is_kept: Tensor  # N x M, bool
+    logits: Tensor  # k x 4g x 4g, in the order of is_kept
+
+
+class FoldedMaskDecoder(MaskDecoder):
+    """The decoder. `forward` is segment_anything's own; `look` and then `answer` or `answer_above` are the fast way."""
+
+    def look(self, embedding: Tensor, places: Tensor, dense: Tensor) -> PictureView:
+        """Project what all prompts of a picture share.
+
+        Args:
+            embedding: 1 x C x g x g.
+            places: 1 x C x g x g, the positional encoding.
+            dense: S x C x g x g, or what broadcasts to it: the embeddings of mask prompts, or of none.
+        """
+        side = embedding.shape[-1]
+        tokens = (embedding + dense).flatten(2).transpose(1, 2)
+        places = places.flatten(2).transpose(1, 2)
+        placed = tokens + places
+        first, *later = self.transformer.layers
+        looks = [layer.cross_attn_token_to_image for layer in later] + [self.transformer.final_attn_token_to_image]
+        answers = [layer.cross_attn_image_to_token for layer in later]
+        look, answer = first.cross_attn_token_to_image, first.cross_attn_image_to_token
+        return PictureView(
+            tokens,
+            keys=_split_heads(F.linear(placed, look.k_proj.weight), look),
+            values=_split_heads(look.v_proj(tokens), look),
+            queries=_split_heads(answer.q_proj(placed), answer),
+            key_places=[_split_heads(F.linear(places, look.k_proj.weight), look) for look in looks],
+            query_places=[_split_heads(answer.q_proj(places), answer) for answer in answers],
+            side=side,
+        )
+
+    def answer(self, view: PictureView, sparse: Tensor, masks: slice) -> tuple[Tensor, Tensor]:
+        """Answer prompts.
+
+        Args:
+            sparse: N x t x C, the embeddings of points and boxes.
+            masks: which mask tokens, of the four.
+
+        Returns:
+            Logits, N x M x 4g x 4g, and scores, N x M.
+        """
+        logits, scores = [], []
+        for part in self._list_chunks(view, len(sparse)):
+            tokens, picture = self._attend(view[part], sparse[part], masks)
+            scores.append(self._score(tokens, masks))
+            logits.append(self.upscale(picture, self._make_filters(tokens, masks)))
+        return torch.cat(logits), torch.cat(scores)
+
+    def answer_above(self, view: PictureView, sparse: Tensor, masks: slice, min_score: float) -> Answers:
+        """Answer prompts, and make only the masks whose score is above `min_score`; arguments as of `answer`."""
+        side = 4 * view.side
+        logits, scores, is_kept = [sparse.new_zeros(0, side, side)], [], []
+        for part in self._list_chunks(view, len(sparse)):
+            tokens, picture = self._attend(view[part], sparse[part], masks)
+            scores.append(self._score(tokens, masks))
+            is_kept.append(scores[-1] > min_score)
+            rows = is_kept[-1].any(dim=1)
+            if rows.any():
+                some = picture if rows.all() else picture[rows]
+                made = self.upscale(some, self._make_filters(tokens[rows], masks))
+                logits.append(made[is_kept[-1][rows]])
+        return Answers(torch.cat(scores), torch.cat(is_kept), torch.cat(logits))
+
+    def upscale(self, picture: Tensor, filters: Tensor) -> Tensor:
+        """Make masks.
+
+        Args:
+            picture: n x L x C, its tokens after the transformer.
+            filters: n x M x C / 8, what a mask is the product of its upscaled tokens with.
+
+        Returns:
+            Logits, n x M x 4g x 4g.
+        """
+        first, norm, activation, second, last_activation = self.output_upscaling
+        count, length, _ = picture.shape
+        side = math.isqrt(length)
+        middle = F.linear(picture, *_as_matrix(first)).view(count * length * 4, -1)
+        middle = activation(F.layer_norm(middle, norm.weight.shape, norm.weight, norm.bias, norm.eps))
+        fine = last_activation(F.linear(middle, *_as_matrix(second))).view(count, length * 16, -1)
+        masks = filters @ fine.transpose(1, 2)
+        # Of a pixel the row is token's y, first step's y, second step's y, and the column the same of x.
+        masks = masks.view(count, -1, side, side, 2, 2, 2, 2).permute(0, 1, 2, 4, 6, 3, 5, 7)
+        return masks.reshape(count, -1, 4 * side, 4 * side)
+
+    def _list_chunks(self, view: PictureView, count: int) -> Iterator[slice]:
+        """Yield the prompts that go through the decoder together."""
+        _, length, channels = view.tokens.shape
+        size = count if view.tokens.is_cuda else max(1, CHUNK_TOKEN_CHANNELS // (length * channels))
+        for start in range(0, count, size):
+            yield slice(start, start + size)
+
+    def _attend(self, view: PictureView, sparse: Tensor, masks: slice) -> tuple[Tensor, Tensor]:
+        """Go through the transformer.
+
+        Returns:
+            The tokens of the score and of the masks, n x (1 + M) x C, and the picture's, n x L x C.
+        """
+        own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
+        prompt = torch.cat([own.expand(len(sparse), -1, -1), sparse], dim=1)
+        tokens, picture = prompt, view.tokens.expand(len(sparse), -1, -1)
+        for number, layer in enumerate(self.transformer.layers):
+            tokens = _attend_to_each_other(layer, tokens, prompt)
+            look, answer = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
+            if number == 0:
+                seen = _look_at_projected(look, tokens + prompt, view.keys, view.values)
+            else:
+                seen = _look(look, tokens + prompt, picture, view.key_places[number - 1])
+            tokens = layer.norm2(tokens + seen)
+            tokens = layer.norm3(tokens + layer.mlp(tokens))
+            if number == 0:
+                weights = _weigh_answers(answer, tokens + prompt, view.queries, None)
+            else:
+                weights = _weigh_answers(answer, tokens + prompt, view.query_places[number - 1], picture)
+            # In place where no gradient will ask for what stood there, and the picture is no longer everyone's.
+            add = torch.baddbmm if number == 0 or torch.is_grad_enabled() else Tensor.baddbmm_
+            picture = layer.norm4(add(picture, weights.transpose(1, 2), _fold_values(answer, tokens)))
+        last = self.transformer.final_attn_token_to_image
+        # Nobody reads the other tokens once they have looked, and none looks at another.
+        read = [0, *range(1, 1 + self.num_mask_tokens)[masks]]
+        tokens, prompt = tokens[:, read], prompt[:, read]
+        tokens = tokens + _look(last, tokens + prompt, picture, view.key_places[-1])
+        return self.transformer.norm_final_attn(tokens), picture
+
+    def _score(self, tokens: Tensor, masks: slice) -> Tensor:
+        return self.iou_prediction_head(tokens[:, 0])[:, masks]
+
+    def _make_filters(self, tokens: Tensor, masks: slice) -> Tensor:
+        networks = self.output_hypernetworks_mlps[masks]
+        return torch.stack([network(tokens[:, 1 + place]) for place, network in enumerate(networks)], dim=1)
+
+
+def _attend_to_each_other(layer: TwoWayAttentionBlock, tokens: Tensor, prompt: Tensor) -> Tensor:
+    if layer.skip_first_layer_pe:
+        return layer.norm1(layer.self_attn(q=tokens, k=tokens, v=tokens))
+    placed = tokens + prompt
+    return layer.norm1(tokens + layer.self_attn(q=placed, k=placed, v=tokens))
+
+
+def _look_at_projected(attention: Attention, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attend from n x T x C tokens to a picture whose keys and values are there."""
+    weights = _compare(_scale_queries(attention, tokens), keys).softmax(dim=-1)  # n x H x T x L
+    if len(values) == 1:
+        count, heads, length, _ = weights.shape
+        seen = weights.transpose(0, 1).reshape(heads, count * length, -1) @ values[0]
+        seen = seen.view(heads, count, length, -1).permute(1, 2, 0, 3)
+    else:
+        seen = (weights @ values).transpose(1, 2)
+    return attention.out_proj(seen.flatten(2))
+
+
+def _look(attention: Attention, tokens: Tensor, picture: Tensor, key_places: Tensor) -> Tensor:
+    """Attend from n x T x C tokens to a picture, n x L x C, whose keys and values are never made."""
+    queries = _scale_queries(attention, tokens)
+    folded = queries @ _split_rows(attention.k_proj.weight, attention)  # n x H x T x C
+    logits = torch.baddbmm(_compare(queries, key_places).flatten(1, 2), folded.flatten(1, 2), picture.transpose(1, 2))
+    seen = (logits.softmax(dim=-1) @ picture).view(folded.shape)  # n x H x T x C
+    seen = seen @ _split_rows(attention.v_proj.weight, attention).transpose(1, 2)  # n x H x T x d
+    return attention.out_proj(seen.transpose(1, 2).flatten(2) + attention.v_proj.bias)
+
+
+def _weigh_answers(attention: Attention, tokens: Tensor, queries: Tensor, picture: Tensor | None) -> Tensor:
+    """Return what each of the picture's tokens takes of each of the prompt's, n x H T x L.
+
+    Args:
+        tokens: n x T x C.
+        queries: of the picture, S x H x L x d; where `picture` is given, without what that adds to them.
+    """
+    keys = _split_heads(attention.k_proj(tokens), attention) / math.sqrt(queries.shape[-1])
+    logits = _compare(keys, queries)  # n x H x T x L
+    if picture is not None:
+        folded = keys @ _split_rows(attention.q_proj.weight, attention)
+        by_place = logits.flatten(1, 2)
+        logits = torch.baddbmm(by_place, folded.flatten(1, 2), picture.transpose(1, 2)).view(logits.shape)
+    return logits.softmax(dim=2).flatten(1, 2)
+
+
+def _fold_values(attention: Attention, tokens: Tensor) -> Tensor:
+    """Return what each of n x T x C tokens adds to a token of the picture that takes all of it, n x H T x C."""
+    values = _split_heads(attention.v_proj(tokens), attention)
+    output = _split_rows(attention.out_proj.weight.T, attention)  # H x d x C
+    # What a picture's token takes adds up to one in each head: each brings its share of the bias.
+    return (values @ output + attention.out_proj.bias / attention.num_heads).flatten(1, 2)
+
+
+def _scale_queries(attention: Attention, tokens: Tensor) -> Tensor:
+    queries = _split_heads(attention.q_proj(tokens), attention)
+    return queries / math.sqrt(queries.shape[-1])
+
+
+def _compare(queries: Tensor, keys: Tensor) -> Tensor:
+    """Return the products n x H x T x L of n x H x T x d with S x H x L x d, whose S is n or 1."""
+    if len(keys) > 1:
+        return queries @ keys.transpose(2, 3)
+    count, heads, length, _ = queries.shape
+    products = queries.transpose(0, 1).reshape(heads, count * length, -1) @ keys[0].transpose(1, 2)
+    return products.view(heads, count, length, -1).transpose(0, 1)
+
+
+def _split_heads(projected: Tensor, attention: Attention) -> Tensor:
+    """Bring n x L x Hd to n x H x L x d."""
+    return projected.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+
+
+def _split_rows(weight: Tensor, attention: Attention) -> Tensor:
+    """Bring Hd x C to H x d x C."""
+    return weight.unflatten(0, (attention.num_heads, -1))
+
+
+def _as_matrix(convolution: torch.nn.ConvTranspose2d) -> tuple[Tensor, Tensor]:
+    """Return a transposed convolution of size and stride 2 as the weight, 4 c x C, and bias, 4 c, of a linear layer."""
+    return convolution.weight.permute(2, 3, 1, 0).flatten(0, 2), convolution.bias.repeat(4)
