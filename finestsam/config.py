@@ -122,6 +122,11 @@ class FreezeConfig:
 @dataclass(frozen=True)
 class ModelLayerConfig:
     freeze: FreezeConfig = section(FreezeConfig)
+    recompute_encoder: bool = setting(
+        False,
+        "where the image encoder trains, compute its blocks again for their gradients instead of keeping what they "
+        "were made of: a fraction of the memory for a third more time",
+    )
 
 
 @dataclass(frozen=True)
@@ -292,6 +297,11 @@ class Config:
     )
     seed_device: int | None = setting(
         1337, "seed of everything drawn by chance; null: another one each time", "[0, inf)"
+    )
+    keep_memory: bool = setting(
+        True,
+        "on a CPU with glibc, keep freed memory for the next tensor instead of handing it back to the system and "
+        "having it cleared again: up to twice as fast, and the process holds its peak until it ends",
     )
     sav_dir: str = setting("sav", "folder of the runs")
     run_name: str | None = setting(None, "folder of this run below sav_dir; default: the time it started")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from finestsam.allocator import keep_freed_memory
 from finestsam.config import Config, PromptsConfig
 from finestsam.data.dataset import SampleDataset, SampleSettings
 from finestsam.data.index import Record
@@ -28,6 +29,8 @@ PROMPT_KINDS = {
 
 def evaluate(config: Config) -> int:
     """Measure the masks that one point and one box per object give, and write `evaluation.json` into out_dir."""
+    if config.keep_memory:
+        keep_freed_memory()
     folder = make_output_folder(Path(config.out_dir), config.dataset.path)
     data = read_evaluation_set(config.dataset)
     if config.strict:

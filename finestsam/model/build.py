@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from segment_anything.modeling import ImageEncoderViT, PromptEncoder, Sam, TwoWayTransformer
+from segment_anything.modeling import PromptEncoder, Sam, TwoWayTransformer
 from segment_anything.modeling.transformer import Attention
 from torch import nn
 
 from finestsam.config import IMAGE_SIZES
 from finestsam.model.decoder import FoldedMaskDecoder
+from finestsam.model.encoder import ChunkedImageEncoder
 
 PATCH_SIZE = 16
 # ImageNet's channel means and deviations, as in segment_anything's build_sam.py.
@@ -78,8 +79,8 @@ def build_sam(model_type: str, image_size: int | None = None) -> Sam:
     return sam.eval()
 
 
-def _build_image_encoder(architecture: Architecture, image_size: int) -> ImageEncoderViT:
-    return ImageEncoderViT(
+def _build_image_encoder(architecture: Architecture, image_size: int) -> ChunkedImageEncoder:
+    return ChunkedImageEncoder(
         img_size=image_size,
         patch_size=PATCH_SIZE,
         embed_dim=architecture.width,

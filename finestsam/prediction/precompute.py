@@ -23,7 +23,7 @@ from finestsam.images import use_one_thread
 from finestsam.model.sam import FinestSam
 
 # Raised whenever the same weights answer otherwise for the same file: reading, resizing or normalising changed.
-VERSION = 1
+VERSION = 2
 
 
 @dataclass

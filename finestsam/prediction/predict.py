@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from finestsam.allocator import keep_freed_memory
 from finestsam.config import Config
 from finestsam.data.embeddings import picture_key
 from finestsam.errors import Defect, UserError, printable
@@ -39,6 +40,8 @@ def predict(config: Config) -> int:
     Raises:
         UserError: there is nothing to predict, or nowhere to write it.
     """
+    if config.keep_memory:
+        keep_freed_memory()
     paths = find_pictures(config.input)
     out_dir = make_output_folder(Path(config.out_dir), config.dataset.path)
     loaded = load_model(config, prefer_runs=True)

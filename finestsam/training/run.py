@@ -151,6 +151,7 @@ def _build_stepper(
     fabric: Fabric, config: Config, loaded: LoadedModel, data: LabelledSet, folder: Path
 ) -> tuple[Stepper, torch.optim.lr_scheduler.LRScheduler]:
     model = loaded.model.train()
+    model.sam.image_encoder.recomputes = config.model_layer.recompute_encoder
     freeze_(model, config)
     optimizer = build_optimizer(model, config.opt)
     scheduler = build_scheduler(optimizer, config.sched, config.eval_interval)

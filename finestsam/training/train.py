@@ -12,6 +12,7 @@ import torch
 from lightning.fabric import Fabric
 from tqdm import tqdm
 
+from finestsam.allocator import keep_freed_memory
 from finestsam.batch import Batch
 from finestsam.config import Config
 from finestsam.evaluation.prompt_scores import score_batches, summarize_scores
@@ -43,6 +44,8 @@ def train(config: Config) -> int:
 
 
 def _train(fabric: Fabric, config: Config) -> int:
+    if config.keep_memory:
+        keep_freed_memory()
     seed = fabric.broadcast(random.getrandbits(31) if config.seed_device is None else config.seed_device)
     fabric.seed_everything(seed, verbose=False)
     with Interruption() as interruption:

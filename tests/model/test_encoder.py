@@ -1,0 +1,94 @@
+"""The chunked encoder against segment_anything's own."""
+
+import pytest
+import torch
+from segment_anything.modeling import ImageEncoderViT
+from torch import nn
+
+from finestsam.model import encoder as encoder_module
+from finestsam.model.build import build_sam
+from finestsam.model.encoder import ChunkedImageEncoder, _attend_folded, _attend_in_pieces
+
+
+@pytest.fixture
+def encoder():
+    """Windows of 2 x 2 tokens that do not tile its 5 x 5, and relative positions that count."""
+    torch.manual_seed(0)
+    encoder = build_sam("vit_tiny_test", image_size=80).image_encoder
+    for name, weight in encoder.named_parameters():
+        if weight.ndim == 1 or "rel_pos" in name:
+            nn.init.normal_(weight, std=0.5)
+    return encoder
+
+
+def encode_like_meta(encoder, pictures):
+    return ImageEncoderViT.forward(encoder, pictures)
+
+
+def compute_gradients(encoder, pictures, forward):
+    encoder.zero_grad()
+    forward(pictures).square().sum().backward()
+    return {name: weight.grad.clone() for name, weight in encoder.named_parameters()}
+
+
+@pytest.mark.parametrize("scores", [1, 30, 300, 10**6])
+def test_embeddings_are_those_of_segment_anything(encoder, monkeypatch, scores):
+    monkeypatch.setattr(encoder_module, "CHUNK_SCORES", scores)
+    monkeypatch.setattr(encoder_module, "CHUNK_TOKENS", 7)
+    pictures = torch.randn(2, 3, 80, 80)
+
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-14)):
+        encoder.to(dtype)
+        with torch.no_grad():
+            expected, found = encode_like_meta(encoder, pictures.to(dtype)), encoder(pictures.to(dtype))
+        assert type(encoder) is ChunkedImageEncoder
+        assert (found - expected).norm() < tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_gradients_are_those_of_segment_anything(encoder, monkeypatch, recomputes):
+    monkeypatch.setattr(encoder_module, "CHUNK_SCORES", 40)
+    encoder.double().recomputes = recomputes
+    pictures = torch.randn(2, 3, 80, 80, dtype=torch.float64)
+
+    expected = compute_gradients(encoder, pictures, lambda some: encode_like_meta(encoder, some))
+    found = compute_gradients(encoder, pictures, encoder)
+
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-10, msg=name)
+
+
+def test_recomputing_keeps_less_for_the_gradient(encoder):
+    kept = []
+    for encoder.recomputes in (False, True):
+        seen = {}
+
+        def note(tensor, seen=seen):
+            seen[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            encoder(torch.randn(1, 3, 80, 80))
+        kept.append(sum(seen.values()) - sum(weight.numel() for weight in encoder.parameters()))
+
+    assert kept[1] < 0.5 * kept[0]
+
+
+def test_positions_as_further_channels_give_the_same(encoder):
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 4, 12, 5, generator=draw)
+    by_row, by_column = torch.randn(4, 12, 3, generator=draw), torch.randn(4, 12, 4, generator=draw)
+
+    folded = _attend_folded(q, k, v, by_row, by_column)
+
+    torch.testing.assert_close(folded, _attend_in_pieces(q, k, v, by_row, by_column))
+
+
+def test_half_precision_is_as_close_as_segment_anythings(encoder):
+    pictures = torch.randn(1, 3, 80, 80)
+    with torch.no_grad():
+        exact = encode_like_meta(encoder, pictures)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found, theirs = encoder(pictures), encode_like_meta(encoder, pictures)
+
+    assert (found - exact).norm() < 1.5 * (theirs - exact).norm()
