@@ -292,8 +292,8 @@ class Config:
     num_nodes: int = setting(1, "machines that train together", "[1, inf)")
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = setting(
         "auto",
-        "of the image encoder; points, boxes, decoder, losses and scores are always float32. auto: bf16-mixed on GPUs "
-        "that compute in it, else 32-true",
+        "of the image encoder, and of the pictures that the mask generator's decoder looks at; points, boxes, scores, "
+        "training's decoder and losses are always float32. auto: bf16-mixed on GPUs that compute in it, else 32-true",
     )
     seed_device: int | None = setting(
         1337, "seed of everything drawn by chance; null: another one each time", "[0, inf)"

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 import torch
 from segment_anything.modeling import MaskDecoder
 from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Of one picture's tokens that prompts share a pass over, on the CPU: as many as stay in its cache. Their largest
-# product is twice as long, and stays below the size from which glibc gives memory back to the system at once.
-CHUNK_TOKEN_CHANNELS = 2_200_000
+# Numbers that the picture's tokens of one pass hold on the CPU: few enough to stay near its cache, enough prompts to
+# share each reading of the weights. 8 prompts of vit_b.
+CHUNK_TOKEN_CHANNELS = 8_800_000
 
 
 @dataclass
@@ -39,14 +39,27 @@ class PictureView:
     queries: Tensor  # S x H x L x d, of the picture looking at the first layer's tokens
     key_places: list[Tensor]  # 1 x H x L x d: what the position adds to the keys of the second look, and of the last
     query_places: list[Tensor]  # 1 x H x L x d: what the position and the bias add to the queries of the second layer
-    side: int  # g
+
+    @property
+    def side(self) -> int:
+        """Return g."""
+        return math.isqrt(self.tokens.shape[1])
+
+    def to(self, dtype: torch.dtype) -> "PictureView":
+        """Return the same in another precision, in which all that is done with the picture will be done.
+
+        Prompts, scores and what is learnt about them stay in theirs. Without a gradient only.
+        """
+        lists = ([places.to(dtype) for places in some] for some in (self.key_places, self.query_places))
+        parts = (self.tokens, self.keys, self.values, self.queries)
+        return PictureView(*(part.to(dtype) for part in parts), *lists)
 
     def __getitem__(self, part: slice) -> "PictureView":
         """Return the view for some of the prompts."""
         if len(self.tokens) == 1:
             return self
         parts = (self.tokens[part], self.keys[part], self.values[part], self.queries[part])
-        return PictureView(*parts, self.key_places, self.query_places, self.side)
+        return PictureView(*parts, self.key_places, self.query_places)
 
 
 @dataclass
@@ -69,7 +82,6 @@ class FoldedMaskDecoder(MaskDecoder):
             places: 1 x C x g x g, the positional encoding.
             dense: S x C x g x g, or what broadcasts to it: the embeddings of mask prompts, or of none.
         """
-        side = embedding.shape[-1]
         tokens = (embedding + dense).flatten(2).transpose(1, 2)
         places = places.flatten(2).transpose(1, 2)
         placed = tokens + places
@@ -84,7 +96,6 @@ class FoldedMaskDecoder(MaskDecoder):
             queries=_split_heads(answer.q_proj(placed), answer),
             key_places=[_split_heads(F.linear(places, look.k_proj.weight), look) for look in looks],
             query_places=[_split_heads(answer.q_proj(places), answer) for answer in answers],
-            side=side,
         )
 
     def answer(self, view: PictureView, sparse: Tensor, masks: slice) -> tuple[Tensor, Tensor]:
@@ -112,12 +123,15 @@ class FoldedMaskDecoder(MaskDecoder):
             tokens, picture = self._attend(view[part], sparse[part], masks)
             scores.append(self._score(tokens, masks))
             is_kept.append(scores[-1] > min_score)
-            rows = is_kept[-1].any(dim=1)
-            if rows.any():
-                some = picture if rows.all() else picture[rows]
-                made = self.upscale(some, self._make_filters(tokens[rows], masks))
-                logits.append(made[is_kept[-1][rows]])
+            logits += self._make_kept(picture, self._make_filters(tokens, masks), is_kept[-1])
         return Answers(torch.cat(scores), torch.cat(is_kept), torch.cat(logits))
+
+    def _make_kept(self, picture: Tensor, filters: Tensor, is_kept: Tensor) -> list[Tensor]:
+        """Return some of the masks, each list entry k x 4g x 4g, in the order of n x M `is_kept`."""
+        rows = is_kept.any(dim=1).nonzero()[:, 0].tolist()
+        if picture.is_cuda:
+            return [self.upscale(picture[rows], filters[rows])[is_kept[rows]]]
+        return [self.upscale(picture[row, None], filters[row, None, is_kept[row]])[0] for row in rows]
 
     def upscale(self, picture: Tensor, filters: Tensor) -> Tensor:
         """Make masks.
@@ -132,10 +146,10 @@ class FoldedMaskDecoder(MaskDecoder):
         first, norm, activation, second, last_activation = self.output_upscaling
         count, length, _ = picture.shape
         side = math.isqrt(length)
-        middle = F.linear(picture, *_as_matrix(first)).view(count * length * 4, -1)
-        middle = activation(F.layer_norm(middle, norm.weight.shape, norm.weight, norm.bias, norm.eps))
-        fine = last_activation(F.linear(middle, *_as_matrix(second))).view(count, length * 16, -1)
-        masks = filters @ fine.transpose(1, 2)
+        middle = F.linear(picture, *_as_matrix(first, picture.dtype)).view(count * length * 4, -1)
+        middle = activation(_normalize(norm, middle))
+        fine = last_activation(F.linear(middle, *_as_matrix(second, picture.dtype))).view(count, length * 16, -1)
+        masks = (filters.to(picture.dtype) @ fine.transpose(1, 2)).to(filters.dtype)
         # Of a pixel the row is token's y, first step's y, second step's y, and the column the same of x.
         masks = masks.view(count, -1, side, side, 2, 2, 2, 2).permute(0, 1, 2, 4, 6, 3, 5, 7)
         return masks.reshape(count, -1, 4 * side, 4 * side)
@@ -171,7 +185,8 @@ class FoldedMaskDecoder(MaskDecoder):
                 weights = _weigh_answers(answer, tokens + prompt, view.query_places[number - 1], picture)
             # In place where no gradient will ask for what stood there, and the picture is no longer everyone's.
             add = torch.baddbmm if number == 0 or torch.is_grad_enabled() else Tensor.baddbmm_
-            picture = layer.norm4(add(picture, weights.transpose(1, 2), _fold_values(answer, tokens)))
+            added = _fold_values(answer, tokens).to(picture.dtype)
+            picture = _normalize(layer.norm4, add(picture, weights.transpose(1, 2), added))
         last = self.transformer.final_attn_token_to_image
         # Nobody reads the other tokens once they have looked, and none looks at another.
         read = [0, *range(1, 1 + self.num_mask_tokens)[masks]]
@@ -196,22 +211,23 @@ def _attend_to_each_other(layer: TwoWayAttentionBlock, tokens: Tensor, prompt: T
 
 def _look_at_projected(attention: Attention, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Attend from n x T x C tokens to a picture whose keys and values are there."""
-    weights = _compare(_scale_queries(attention, tokens), keys).softmax(dim=-1)  # n x H x T x L
+    weights = _compare(_scale_queries(attention, tokens).to(keys.dtype), keys).softmax(dim=-1)  # n x H x T x L
     if len(values) == 1:
         count, heads, length, _ = weights.shape
         seen = weights.transpose(0, 1).reshape(heads, count * length, -1) @ values[0]
         seen = seen.view(heads, count, length, -1).permute(1, 2, 0, 3)
     else:
         seen = (weights @ values).transpose(1, 2)
-    return attention.out_proj(seen.flatten(2))
+    return attention.out_proj(seen.flatten(2).to(tokens.dtype))
 
 
 def _look(attention: Attention, tokens: Tensor, picture: Tensor, key_places: Tensor) -> Tensor:
     """Attend from n x T x C tokens to a picture, n x L x C, whose keys and values are never made."""
     queries = _scale_queries(attention, tokens)
     folded = queries @ _split_rows(attention.k_proj.weight, attention)  # n x H x T x C
-    logits = torch.baddbmm(_compare(queries, key_places).flatten(1, 2), folded.flatten(1, 2), picture.transpose(1, 2))
-    seen = (logits.softmax(dim=-1) @ picture).view(folded.shape)  # n x H x T x C
+    by_place = _compare(queries.to(picture.dtype), key_places).flatten(1, 2)
+    logits = by_place.baddbmm_(folded.flatten(1, 2).to(picture.dtype), picture.transpose(1, 2))
+    seen = (logits.softmax(dim=-1) @ picture).view(folded.shape).to(tokens.dtype)  # n x H x T x C
     seen = seen @ _split_rows(attention.v_proj.weight, attention).transpose(1, 2)  # n x H x T x d
     return attention.out_proj(seen.transpose(1, 2).flatten(2) + attention.v_proj.bias)
 
@@ -224,11 +240,10 @@ def _weigh_answers(attention: Attention, tokens: Tensor, queries: Tensor, pictur
         queries: of the picture, S x H x L x d; where `picture` is given, without what that adds to them.
     """
     keys = _split_heads(attention.k_proj(tokens), attention) / math.sqrt(queries.shape[-1])
-    logits = _compare(keys, queries)  # n x H x T x L
+    logits = _compare(keys.to(queries.dtype), queries)  # n x H x T x L
     if picture is not None:
-        folded = keys @ _split_rows(attention.q_proj.weight, attention)
-        by_place = logits.flatten(1, 2)
-        logits = torch.baddbmm(by_place, folded.flatten(1, 2), picture.transpose(1, 2)).view(logits.shape)
+        folded = (keys @ _split_rows(attention.q_proj.weight, attention)).flatten(1, 2).to(picture.dtype)
+        logits = logits.flatten(1, 2).baddbmm_(folded, picture.transpose(1, 2)).view(logits.shape)
     return logits.softmax(dim=2).flatten(1, 2)
 
 
@@ -264,6 +279,11 @@ def _split_rows(weight: Tensor, attention: Attention) -> Tensor:
     return weight.unflatten(0, (attention.num_heads, -1))
 
 
-def _as_matrix(convolution: torch.nn.ConvTranspose2d) -> tuple[Tensor, Tensor]:
+def _normalize(norm: nn.Module, x: Tensor) -> Tensor:
+    """Normalise the last dimension, in the precision of x."""
+    return F.layer_norm(x, norm.weight.shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+
+
+def _as_matrix(convolution: nn.ConvTranspose2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return a transposed convolution of size and stride 2 as the weight, 4 c x C, and bias, 4 c, of a linear layer."""
-    return convolution.weight.permute(2, 3, 1, 0).flatten(0, 2), convolution.bias.repeat(4)
+    return convolution.weight.permute(2, 3, 1, 0).flatten(0, 2).to(dtype), convolution.bias.repeat(4).to(dtype)

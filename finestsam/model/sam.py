@@ -19,8 +19,9 @@ class FinestSam(nn.Module):
     Args:
         sam: its weights are shared, not copied.
         multimask_output: answer with the three masks of decoder tokens 1 to 3, or with the one of token 0.
-        encoder_dtype: the image encoder computes in this under autocast; None: in float32. Coordinates never pass
-            through it: bfloat16 would round 1001.3 to 1000.
+        encoder_dtype: the image encoder computes in this under autocast; None: in float32. bfloat16 is also what
+            `look` makes the decoder see the picture in. Coordinates never pass through it: it would round 1001.3 to
+            1000.
     """
 
     def __init__(self, sam: Sam, multimask_output: bool = True, encoder_dtype: torch.dtype | None = None):
@@ -62,13 +63,14 @@ class FinestSam(nn.Module):
         return Predictions(*decoder.answer(view, sparse, self._asked_masks))
 
     def look(self, embedding: Tensor) -> PictureView:
-        """Return what the decoder computes once for all prompts of a picture that bring no mask.
+        """Return what the decoder computes once for all prompts of a picture that bring no mask; without gradient.
 
         Args:
             embedding: 1 x C x g x g.
         """
-        encoder = self.sam.prompt_encoder
-        return self.sam.mask_decoder.look(embedding, encoder.get_dense_pe(), self._no_mask)
+        view = self.sam.mask_decoder.look(embedding, self.sam.prompt_encoder.get_dense_pe(), self._no_mask)
+        # float16 has too small a range for what nobody trained in it.
+        return view.to(torch.bfloat16) if self.encoder_dtype == torch.bfloat16 else view
 
     def answer_above(self, view: PictureView, prompts: Prompts, min_score: float) -> Answers:
         """Answer prompts that bring no mask, with only those masks whose score is above `min_score`."""

@@ -123,3 +123,15 @@ def test_the_weights_keep_their_names(sam):
     stock = MaskDecoder(transformer_dim=32, transformer=transformer, iou_head_hidden_dim=256)
 
     assert stock.load_state_dict(sam.mask_decoder.state_dict())
+
+
+def test_a_picture_seen_in_half_precision_gives_nearly_the_same(sam):
+    exact, rounded = FinestSam(sam), FinestSam(sam, encoder_dtype=torch.bfloat16)
+    embedding, prompts = torch.randn(1, 32, 4, 4), make_prompts({"points"})
+
+    with torch.no_grad():
+        one, other = (model.answer_above(model.look(embedding), prompts, -torch.inf) for model in (exact, rounded))
+
+    assert other.logits.dtype == other.scores.dtype == torch.float32
+    assert 0 < (other.logits - one.logits).norm() < 2e-2 * one.logits.norm()
+    assert (other.scores - one.scores).norm() < 2e-2 * one.scores.norm()

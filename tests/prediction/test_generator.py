@@ -32,6 +32,11 @@ SETTINGS = GeneratorConfig(
 )
 
 
+class View(tuple):
+    def to(self, dtype):
+        return self
+
+
 class BlobDecoder(nn.Module):
     """A decoder whose three masks are nested blobs around the point, roughened and scored by the random one it wraps.
 
@@ -54,7 +59,7 @@ class BlobDecoder(nn.Module):
         return 80 * (nearness - levels - self.level) + 8 * logits, 0.85 + scores
 
     def look(self, embedding, places, dense):
-        return embedding, places, dense
+        return View((embedding, places, dense))
 
     def answer_above(self, view, sparse, masks, min_score):
         """The same numbers to the last bit: what is compared is the generator, not the decoder."""

@@ -1,0 +1,89 @@
+"""Objects for a model with random weights: logits and scores added to what its decoder answers.
+
+Random weights answer every point with the same faint noise, which no filter keeps; the benchmarks need candidates that
+live, die and repeat each other as a trained model's do. Both sides of a comparison get the same numbers for the same
+point. The picture is a lattice of cells; a point in a cell is answered with three nested discs around the cell's
+middle, each a little sharper or duller than its neighbours' and with a score of its own.
+"""
+
+import torch
+from segment_anything.modeling import MaskDecoder, PromptEncoder
+from torch import Tensor
+
+from finestsam.model.decoder import FoldedMaskDecoder, PictureView
+
+CELLS = 3  # a side
+OWN_SHARE = 0.1  # of the model's own scores, which differ by token more than by point
+RADII = (0.2, 0.32, 0.45)  # of the three discs, in cells
+FILLING_RADII = (0.9, 1.2, 1.6)  # discs that cover a large part of the picture
+
+
+class SyntheticObjects:
+    """The logits and scores of each point, found again by the point's embedding, which both sides share to the bit.
+
+    Args:
+        points: P x 2, XY, input frame, all that will be asked for.
+        fills: discs as large as the picture instead of a cell.
+    """
+
+    def __init__(self, encoder: PromptEncoder, points: Tensor, side: int, fills: bool):
+        labels = torch.ones(len(points), 1)
+        with torch.no_grad():
+            embedded, _ = encoder((points[:, None], labels), None, None)
+        self.places = {key: place for place, key in enumerate(_make_keys(embedded))}
+        draw = torch.Generator().manual_seed(0)
+        self.scores = 0.6 + 0.33 * torch.rand(len(points), 3, generator=draw)
+        self.slopes = 10 + 800 * torch.rand(len(points), 3, 1, 1, generator=draw)
+        cells = (points / encoder.input_image_size[0] * CELLS).long().clamp(0, CELLS - 1)
+        self.cells = cells[:, 1] * CELLS + cells[:, 0]
+        self.discs = _draw_discs(side, FILLING_RADII if fills else RADII)
+
+    def find(self, sparse: Tensor) -> Tensor:
+        return torch.tensor([self.places[key] for key in _make_keys(sparse)])
+
+    def get(self, places: Tensor, masks: Tensor) -> Tensor:
+        """Return what is added to the logits of K masks, each of a point and a decoder's token, K x side x side."""
+        return self.discs[self.cells[places], masks] * self.slopes[places, masks]
+
+
+def _make_keys(sparse: Tensor) -> list[bytes]:
+    return [row.numpy().tobytes() for row in sparse[:, 0, :4].contiguous()]
+
+
+def _draw_discs(side: int, radii: tuple[float, ...]) -> Tensor:
+    """Return how far inside a disc each logit is, cells x 3 x side x side, in cells."""
+    ticks = (torch.arange(side) + 0.5) / side * CELLS
+    middles = torch.arange(CELLS) + 0.5
+    squares = (ticks[None] - middles[:, None]).square()  # cells of a side x side
+    distances = (squares[:, None, :, None] + squares[None, :, None, :]).sqrt().flatten(0, 1)
+    return torch.tensor(radii)[None, :, None, None] - distances[:, None]
+
+
+class StockWithObjects(MaskDecoder):
+    """segment_anything's decoder, its answers changed."""
+
+    objects: SyntheticObjects
+
+    def forward(self, *, sparse_prompt_embeddings: Tensor, **others) -> tuple[Tensor, Tensor]:
+        logits, scores = super().forward(sparse_prompt_embeddings=sparse_prompt_embeddings, **others)
+        places = self.objects.find(sparse_prompt_embeddings)
+        logits += self.objects.get(places[:, None], torch.arange(logits.shape[1]))
+        return logits, self.objects.scores[places] + OWN_SHARE * scores
+
+
+class FoldedWithObjects(FoldedMaskDecoder):
+    """finestsam's decoder, its answers changed in the same way."""
+
+    objects: SyntheticObjects
+
+    def _attend(self, view: PictureView, sparse: Tensor, masks: slice) -> tuple[Tensor, Tensor]:
+        self._asked = self.objects.find(sparse)
+        return super()._attend(view, sparse, masks)
+
+    def _score(self, tokens: Tensor, masks: slice) -> Tensor:
+        return self.objects.scores[self._asked] + OWN_SHARE * super()._score(tokens, masks)
+
+    def _make_kept(self, picture: Tensor, filters: Tensor, is_kept: Tensor) -> list[Tensor]:
+        rows, masks = is_kept.nonzero(as_tuple=True)
+        logits = super()._make_kept(picture, filters, is_kept)
+        return [torch.cat(logits) + self.objects.get(self._asked[rows], masks)] if logits else []
