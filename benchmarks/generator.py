@@ -74,7 +74,7 @@ def _compare(given: argparse.Namespace) -> None:
             print(f"{size}, {name}: {found[name]['seconds']:.1f} s", flush=True)
             seconds[name].append(found[name]["seconds"])
             peaks[name].append(cost.peak_megabytes)
-        overlaps += _match(found["finestsam"]["masks"], found[reference]["masks"])
+        overlaps += compare_masks(found["finestsam"]["masks"], found[reference]["masks"])
         counts.append((len(found["finestsam"]["masks"]), len(found[reference]["masks"])))
     ours = seconds["finestsam"]
     rows = [
@@ -103,7 +103,7 @@ def _run_one_side(given: argparse.Namespace) -> None:
     sam.mask_decoder.__class__ = FoldedWithObjects if is_ours else StockWithObjects
     sam.mask_decoder.objects = SyntheticObjects(
         sam.prompt_encoder,
-        _list_points(image.shape[:2], settings, sam.image_encoder.img_size),
+        list_points(image.shape[:2], settings, sam.image_encoder.img_size),
         sam.image_encoder.img_size // 4,
         fills=given.objects == "filling",
     )
@@ -123,7 +123,7 @@ def _run_one_side(given: argparse.Namespace) -> None:
     Path(given.result).write_text(json.dumps(content))
 
 
-def _list_points(size: tuple[int, int], settings: GeneratorConfig, image_size: int) -> torch.Tensor:
+def list_points(size: tuple[int, int], settings: GeneratorConfig, image_size: int) -> torch.Tensor:
     """Return every point that a generator will ask at, in the input frame of its crop; both round them differently."""
     points = []
     for x0, y0, x1, y1 in build_crop_boxes(size, settings.crop_n_layers, settings.crop_overlap_ratio):
@@ -137,7 +137,7 @@ def _as_text(counts: bytes | str) -> str:
     return counts if isinstance(counts, str) else counts.decode("ascii")
 
 
-def _match(found: list[dict], expected: list[dict]) -> list[float]:
+def compare_masks(found: list[dict], expected: list[dict]) -> list[float]:
     """Return for each mask of either side the IoU with the most similar one of the other."""
     if not found or not expected:
         return [0.0] * max(len(found), len(expected), 1)

@@ -16,6 +16,7 @@ import psutil
 
 ROOT = Path(__file__).parents[1]
 SECONDS_BETWEEN_SAMPLES = 0.05
+SAMPLING_SHARE = 0.02  # of the time at most: the system goes through all pages of a process to measure it
 
 
 @dataclass
@@ -78,12 +79,15 @@ class _Peak:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._ended.wait(SECONDS_BETWEEN_SAMPLES):
+        pause = SECONDS_BETWEEN_SAMPLES
+        while not self._ended.wait(pause):
+            start = time.perf_counter()
             try:
                 family = [self._process, *self._process.children(recursive=True)]
             except psutil.Error:
                 return
             self.megabytes = max(self.megabytes, sum(map(_read_share, family)) / 1e6)
+            pause = max(SECONDS_BETWEEN_SAMPLES, (time.perf_counter() - start) / SAMPLING_SHARE)
 
 
 def _read_share(process: psutil.Process) -> int:

@@ -19,35 +19,33 @@ FILLING_RADII = (0.9, 1.2, 1.6)  # discs that cover a large part of the picture
 
 
 class SyntheticObjects:
-    """The logits and scores of each point, found again by the point's embedding, which both sides share to the bit.
+    """The logits and scores of each point, found again by the point's embedding.
 
     Args:
+        encoder: on `device`.
         points: P x 2, XY, input frame, all that will be asked for.
         fills: discs as large as the picture instead of a cell.
     """
 
-    def __init__(self, encoder: PromptEncoder, points: Tensor, side: int, fills: bool):
-        labels = torch.ones(len(points), 1)
+    def __init__(self, encoder: PromptEncoder, points: Tensor, side: int, fills: bool, device: str = "cpu"):
+        labels = torch.ones(len(points), 1, device=device)
         with torch.no_grad():
-            embedded, _ = encoder((points[:, None], labels), None, None)
-        self.places = {key: place for place, key in enumerate(_make_keys(embedded))}
+            embedded, _ = encoder((points[:, None].to(device), labels), None, None)
+        self.embedded = embedded[:, 0]
         draw = torch.Generator().manual_seed(0)
-        self.scores = 0.6 + 0.33 * torch.rand(len(points), 3, generator=draw)
-        self.slopes = 10 + 800 * torch.rand(len(points), 3, 1, 1, generator=draw)
+        self.scores = (0.6 + 0.33 * torch.rand(len(points), 3, generator=draw)).to(device)
+        self.slopes = (10 + 800 * torch.rand(len(points), 3, 1, 1, generator=draw)).to(device)
         cells = (points / encoder.input_image_size[0] * CELLS).long().clamp(0, CELLS - 1)
-        self.cells = cells[:, 1] * CELLS + cells[:, 0]
-        self.discs = _draw_discs(side, FILLING_RADII if fills else RADII)
+        self.cells = (cells[:, 1] * CELLS + cells[:, 0]).to(device)
+        self.discs = _draw_discs(side, FILLING_RADII if fills else RADII).to(device)
 
     def find(self, sparse: Tensor) -> Tensor:
-        return torch.tensor([self.places[key] for key in _make_keys(sparse)])
+        """Return which points were asked for; batches of another size may round them differently."""
+        return torch.cdist(sparse[:, 0], self.embedded).argmin(dim=1)
 
     def get(self, places: Tensor, masks: Tensor) -> Tensor:
         """Return what is added to the logits of K masks, each of a point and a decoder's token, K x side x side."""
         return self.discs[self.cells[places], masks] * self.slopes[places, masks]
-
-
-def _make_keys(sparse: Tensor) -> list[bytes]:
-    return [row.numpy().tobytes() for row in sparse[:, 0, :4].contiguous()]
 
 
 def _draw_discs(side: int, radii: tuple[float, ...]) -> Tensor:

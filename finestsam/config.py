@@ -28,6 +28,9 @@ def section(kind: type) -> Any:
     return field(default_factory=kind)
 
 
+# Where nothing is known of the memory.
+CHUNK_OBJECTS = 16
+
 # Pixels of the longest side that each type of model is made for.
 IMAGE_SIZES = {"vit_h": 1024, "vit_l": 1024, "vit_b": 1024, "vit_tiny": 512, "vit_tiny_test": 64}
 
@@ -264,6 +267,11 @@ class StoreConfig:
 
 
 @dataclass(frozen=True)
+class EvaluateConfig:
+    generator: bool = setting(True, "run the automatic mask generator as well, and score it with COCO's measures")
+
+
+@dataclass(frozen=True)
 class CheckConfig:
     samples: int = setting(12, "pictures drawn with masks and prompts on the contact sheet; 0: no sheet", "[0, 1000]")
     points: Literal["grid", "center", "random", "box"] = setting(
@@ -298,6 +306,11 @@ class Config:
     seed_device: int | None = setting(
         1337, "seed of everything drawn by chance; null: another one each time", "[0, inf)"
     )
+    compile: bool = setting(
+        False,
+        "compile the image encoder with torch.compile: a minute or more at the start, and for every new batch size; on "
+        "a CPU it needs a C++ compiler",
+    )
     keep_memory: bool = setting(
         True,
         "on a CPU with glibc, keep freed memory for the next tensor instead of handing it back to the system and "
@@ -322,8 +335,11 @@ class Config:
         0, "stop after this many validations without a better one; 0: never", "[0, inf)"
     )
     save_top_k: int = setting(0, "keep this many of the best weights, named {step}-{val_per_mask_iou}.pth", "[0, inf)")
-    chunk_objects: int = setting(
-        16, "objects decoded at a time in training and validation: memory against speed", "[1, inf)"
+    chunk_objects: int | None = setting(
+        None,
+        "objects decoded at a time in training and validation, with the gradient of all together; default: as many as "
+        "the memory found takes",
+        "[1, inf)",
     )
     multimask_output: bool = setting(
         True, "train and predict three masks for a prompt, the best of which counts; false: the decoder's single mask"
@@ -337,6 +353,7 @@ class Config:
     augment: AugmentConfig = section(AugmentConfig)
     generator: GeneratorConfig = section(GeneratorConfig)
     store: StoreConfig = section(StoreConfig)
+    evaluate: EvaluateConfig = section(EvaluateConfig)
     check: CheckConfig = section(CheckConfig)
     convert: ConvertConfig = section(ConvertConfig)
 

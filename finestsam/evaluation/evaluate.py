@@ -8,13 +8,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from finestsam.allocator import keep_freed_memory
-from finestsam.config import Config, PromptsConfig
+from finestsam.config import CHUNK_OBJECTS, Config, PromptsConfig
 from finestsam.data.dataset import SampleDataset, SampleSettings
 from finestsam.data.index import Record
 from finestsam.data.loaders import build_validation_loader
 from finestsam.data.read import describe_dataset, read_evaluation_set
 from finestsam.data.report import write_report
 from finestsam.errors import UserError
+from finestsam.evaluation.generator_scores import find_all, score_generator
 from finestsam.evaluation.prompt_scores import score_batches, summarize_scores
 from finestsam.model.load import LoadedModel, load_model
 from finestsam.output_folder import make_output_folder
@@ -28,7 +29,10 @@ PROMPT_KINDS = {
 
 
 def evaluate(config: Config) -> int:
-    """Measure the masks that one point and one box per object give, and write `evaluation.json` into out_dir."""
+    """Measure what the weights find on their own, and what they answer to one point and one box per object.
+
+    Writes `evaluation.json` into out_dir: `generator/ap`, `point/iou`, `box/iou`, ...
+    """
     if config.keep_memory:
         keep_freed_memory()
     folder = make_output_folder(Path(config.out_dir), config.dataset.path)
@@ -48,10 +52,26 @@ def evaluate(config: Config) -> int:
         scores = _score(config, loaded, embedder, records, prompts, kind)
         metrics |= {f"{kind}/{name}": value for name, value in scores.items()}
         print(f"{kind}: IoU {scores['iou']:.4f}, Dice {scores['dice']:.4f}, best mask's IoU {scores['best_iou']:.4f}")
+    if config.evaluate.generator:
+        metrics |= _score_generator(config, loaded, embedder, data.val)
     path = folder / "evaluation.json"
     path.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     print(f"figures: {path}")
     return 0
+
+
+def _score_generator(
+    config: Config, loaded: LoadedModel, embedder: Embedder, records: list[Record]
+) -> dict[str, float]:
+    settings = resolve_generator(config.generator, loaded.card)
+    found = find_all(embedder, records, settings, config.dataset.images)
+    scores = score_generator(records, found)
+    if scores:
+        print(
+            f"generator: AP {scores['ap']:.4f}, AP50 {scores['ap50']:.4f}, recall of 1000 masks "
+            f"{scores['ar_1000']:.4f}, {scores['masks_per_image']:.1f} masks a picture"
+        )
+    return {f"generator/{name}": value for name, value in scores.items()}
 
 
 def _score(
@@ -70,4 +90,4 @@ def _score(
         fill_store(embedder, [dataset], config.num_workers)
     loader = build_validation_loader(dataset, config.num_workers)
     batches = tqdm(loader, desc=title, disable=not sys.stderr.isatty(), leave=False)
-    return summarize_scores(score_batches(embedder, batches, config.chunk_objects))
+    return summarize_scores(score_batches(embedder, batches, config.chunk_objects or CHUNK_OBJECTS))

@@ -129,7 +129,7 @@ class FoldedMaskDecoder(MaskDecoder):
     def _make_kept(self, picture: Tensor, filters: Tensor, is_kept: Tensor) -> list[Tensor]:
         """Return some of the masks, each list entry k x 4g x 4g, in the order of n x M `is_kept`."""
         rows = is_kept.any(dim=1).nonzero()[:, 0].tolist()
-        if picture.is_cuda:
+        if picture.is_cuda and rows:
             return [self.upscale(picture[rows], filters[rows])[is_kept[rows]]]
         return [self.upscale(picture[row, None], filters[row, None, is_kept[row]])[0] for row in rows]
 

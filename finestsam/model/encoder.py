@@ -1,9 +1,9 @@
 """segment_anything's image encoder with the same weights, names and answers, in less memory and time.
 
 Stock attention makes all heads' scores at once, 800 MB for each global block of vit_b, and goes over them five times.
-Here they are made, biased, normalised and used a piece at a time while the piece is in the processor's cache; in half
-precision, and on a GPU, the relative positions become further channels of queries and keys, which fused attention takes
-without a bias: q k + h[row] + w[column] is the product of [q, h, w] with [k, one-hot row, one-hot column].
+Here they are made, biased, normalised and used a piece at a time while the piece is in the processor's cache. On a GPU
+the relative positions become further channels of queries and keys, which fused attention takes without a bias:
+q k + h[row] + w[column] is the product of [q, h, w] with [k, one-hot row, one-hot column].
 
 Windows at the edge are filled up with zeros, and what the projection makes of zeros is known: it is computed on the
 picture's own tokens alone.
@@ -107,6 +107,12 @@ def _attend_with_positions(attention: Attention, q: Tensor, k: Tensor, v: Tensor
 
 
 def _attend_in_pieces(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+    """Attend, never with more than `CHUNK_SCORES` at once, nor kept for the gradient.
+
+    Args:
+        q, k, v: N x L x d, the queries scaled.
+        by_row, by_column: N x L x height and N x L x width, what a query's score gets by the row and column of the key.
+    """
     count, length, _ = q.shape
     some = max(1, CHUNK_SCORES // length**2)
     queries = max(1, CHUNK_SCORES // length)
@@ -131,6 +137,7 @@ def _attend_piece(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Te
 
 
 def _attend_folded(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+    """Do the same with a fused kernel."""
     height, width, channels = by_row.shape[-1], by_column.shape[-1], q.shape[-1]
     places = torch.tensor(list(product(range(height), range(width))), device=q.device)
     marks = torch.cat([F.one_hot(places[:, 0], height), F.one_hot(places[:, 1], width)], dim=1).to(k.dtype)

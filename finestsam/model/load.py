@@ -51,6 +51,8 @@ def load_model(config: Config, prefer_runs: bool = False, device: torch.device |
     sam, model_type = _build_with_weights(config, path)
     multimask_output = card.multimask_output if card and prefer_runs else config.multimask_output
     model = FinestSam(sam, multimask_output, choose_encoder_dtype(config.precision, device))
+    if config.compile:
+        model.sam.image_encoder.compile()  # in place: the names of its weights stay
     return LoadedModel(model.to(device).eval(), model_type, card, str(path or RANDOM_WEIGHTS), path)
 
 

@@ -6,12 +6,13 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from finestsam.allocator import keep_freed_memory
@@ -25,7 +26,7 @@ from finestsam.output_folder import make_output_folder
 from finestsam.prediction.generator import generate_masks, resolve_generator
 from finestsam.prediction.overlay import draw_overlay
 from finestsam.prediction.precompute import Embedder, open_store
-from finestsam.prediction.results import Results
+from finestsam.prediction.results import GeneratedMasks, Results
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".wmv", ".flv", ".mpg", ".mpeg"}
 RESULTS_NAME = "predictions.json"
@@ -131,45 +132,80 @@ def _sanitize(stem: str) -> str:
     return safe.encode()[:MAX_STEM_BYTES].decode(errors="ignore").strip(". ") or "picture"
 
 
+@dataclass
+class _Picture:
+    """What a picture's file holds."""
+
+    pixels: np.ndarray  # H x W x 3, uint8, RGB
+    key: str  # of the embedding store
+
+
 def _predict_all(
     paths: list[Path], overlays: list[Path], embedder: Embedder, config: Config, results: Results
 ) -> list[Path]:
-    """Predict picture by picture into `results`, skip what cannot be read, and return the overlays written."""
+    """Predict picture by picture into `results`, skip what cannot be read, and return the overlays written.
+
+    The next picture is read, and the last overlay drawn and written, while the model works on this one.
+    """
     is_one_folder = len({path.parent for path in paths}) == 1
     written = []
-    for path, overlay in zip(tqdm(paths, unit="picture", disable=len(paths) == 1 or None), overlays, strict=True):
-        try:
-            image = read_image(path, settings=config.dataset.images)
-            masks = generate_masks(embedder.model, image, results.settings, _embed(embedder, path, image))
-        except Defect as defect:
-            if len(paths) == 1:
-                raise UserError(f"{printable(path)}: {defect.message}") from None
-            tqdm.write(f"finestsam: skipped {printable(path)}: {defect.message}", file=sys.stderr)
-            continue
-        except torch.OutOfMemoryError:
-            advice = f"lower generator.points_per_batch, which is {results.settings.points_per_batch}"
-            raise UserError(
-                f"{printable(path)}: the memory of {embedder.model.device} is too small; {advice}"
-            ) from None
-        with _writing(overlay):
-            write_image(overlay, draw_overlay(image, masks.rles, config.opacity))
-        results.add(path.name if is_one_folder else path.as_posix(), image.shape[:2], masks)
-        written.append(overlay)
-        if len(masks) == 0:
-            tqdm.write(f"{printable(path)}: no masks: {masks.report.explain_no_masks(results.settings)}")
+    with ThreadPoolExecutor(max_workers=1) as reader, ThreadPoolExecutor(max_workers=1) as writer:
+        pictures = _read_ahead(reader, paths, config)
+        overlay_before: Future | None = None
+        progress = tqdm(paths, unit="picture", disable=len(paths) == 1 or None)
+        for path, picture, overlay in zip(progress, pictures, overlays, strict=True):
+            try:
+                image = picture.result()
+                masks = _find_masks(embedder, image, path, results)
+            except Defect as defect:
+                if len(paths) == 1:
+                    raise UserError(f"{printable(path)}: {defect.message}") from None
+                tqdm.write(f"finestsam: skipped {printable(path)}: {defect.message}", file=sys.stderr)
+                continue
+            if overlay_before:
+                overlay_before.result()
+            overlay_before = writer.submit(_write_overlay, overlay, image.pixels, masks.rles, config.opacity)
+            results.add(path.name if is_one_folder else path.as_posix(), image.pixels.shape[:2], masks)
+            written.append(overlay)
+            if len(masks) == 0:
+                tqdm.write(f"{printable(path)}: no masks: {masks.report.explain_no_masks(results.settings)}")
+        if overlay_before:
+            overlay_before.result()
     if not written:
         raise UserError(f"none of the {len(paths)} pictures can be predicted")
     return written
 
 
-def _embed(embedder: Embedder, path: Path, image: np.ndarray) -> Tensor:
-    """Return the embedding of a picture, 1 x C x g x g, from the store where it was predicted before."""
-    size = image.shape[:2]
-    input_size = compute_input_size(size, embedder.model.image_size)
-    return embedder.embed_picture(
-        picture_key(hash_picture(path), size),
-        lambda: torch.from_numpy(resize_image(image, input_size).copy()).permute(2, 0, 1),
-    )
+def _read_ahead(reader: Executor, paths: list[Path], config: Config) -> Iterator[Future]:
+    """Yield the pictures in order, with one more being read."""
+    following = reader.submit(_read, paths[0], config)
+    for path in paths[1:]:
+        picture, following = following, reader.submit(_read, path, config)
+        yield picture
+    yield following
+
+
+def _read(path: Path, config: Config) -> _Picture:
+    pixels = read_image(path, settings=config.dataset.images)
+    return _Picture(pixels, picture_key(hash_picture(path), pixels.shape[:2]))
+
+
+def _find_masks(embedder: Embedder, picture: _Picture, path: Path, results: Results) -> GeneratedMasks:
+    input_size = compute_input_size(picture.pixels.shape[:2], embedder.model.image_size)
+    try:
+        # From the store where it was predicted before.
+        embedding = embedder.embed_picture(
+            picture.key, lambda: torch.from_numpy(resize_image(picture.pixels, input_size).copy()).permute(2, 0, 1)
+        )
+        return generate_masks(embedder.model, picture.pixels, results.settings, embedding)
+    except torch.OutOfMemoryError:
+        advice = f"lower generator.points_per_batch, which is {results.settings.points_per_batch}"
+        raise UserError(f"{printable(path)}: the memory of {embedder.model.device} is too small; {advice}") from None
+
+
+def _write_overlay(path: Path, pixels: np.ndarray, rles: list[dict], opacity: float) -> None:
+    with _writing(path):
+        write_image(path, draw_overlay(pixels, rles, opacity))
 
 
 @contextmanager

@@ -15,12 +15,13 @@ from finestsam.batch import Predictions, Sample
 from finestsam.config import LossesConfig
 from finestsam.images import shrink_mask
 from finestsam.masks import count_overlap, decode_rle
-from finestsam.model.sam import upscale_logits
+from finestsam.model.sam import FinestSam, upscale_logits
 
 # +1 keeps an empty target with an empty prediction at loss 0, not 0/0.
 DICE_SMOOTH = 1.0
 # Of float32 logits in one piece of the loss: larger pieces fall out of the processor's cache and are slower.
 PIECE_PIXELS = 4_000_000
+LARGE_TENSORS = 12  # of that size that a piece holds at the same time
 
 
 def focal_loss(logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> Tensor:
@@ -182,6 +183,17 @@ def _render_targets(rles: list[dict], sample: Sample, resolution: str) -> Tensor
 
 
 def _choose_piece_size(sample: Sample, resolution: str, image_size: int, mask_count: int) -> int:
+    return max(1, PIECE_PIXELS // _count_pixels(sample, resolution, image_size, mask_count))
+
+
+def _count_pixels(sample: Sample, resolution: str, image_size: int, mask_count: int) -> int:
+    """Return the pixels of one object's masks where they are largest."""
     height, width = _find_target_size(sample, resolution)
-    pixels = max(height * width, image_size**2 if resolution != "low" else 0) * mask_count
-    return max(1, PIECE_PIXELS // pixels)
+    return max(height * width, image_size**2 if resolution != "low" else 0) * mask_count
+
+
+def measure_piece_bytes(sample: Sample, settings: LossesConfig, model: FinestSam) -> int:
+    """Return about how much memory one piece of the loss takes while it is made."""
+    mask_count = 3 if model.multimask_output else 1
+    pixels = _count_pixels(sample, settings.resolution, model.image_size, mask_count)
+    return max(pixels, PIECE_PIXELS) * 4 * LARGE_TENSORS

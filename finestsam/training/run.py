@@ -23,6 +23,7 @@ from finestsam.model.load import LoadedModel, load_model
 from finestsam.prediction.generator import resolve_generator
 from finestsam.prediction.precompute import Embedder, fill_store, open_store
 from finestsam.training import checkpoint
+from finestsam.training.probe import choose_chunk_objects
 from finestsam.training.random_state import random_state, restore_random_state
 from finestsam.training.run_folder import create_run_folder
 from finestsam.training.schedules import build_optimizer, build_scheduler
@@ -45,6 +46,7 @@ class Progress:
     floor: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)  # of the newest validation
     evaluations_without_better: int = 0
+    chunk_objects: int | None = None
     started_from: str = ""
     started_from_sha256: str | None = None
 
@@ -94,6 +96,7 @@ def build_run(fabric: Fabric, config: Config) -> Run:
             fabric.broadcast,
         )  # fmt: skip
         fabric.barrier()
+    stepper.chunk_objects = progress.chunk_objects = _choose_chunk_objects(fabric, config, progress, stepper, train_set)
     val_loader = build_validation_loader(val_set, config.num_workers, fabric.global_rank, fabric.world_size)
     run = Run(
         config, fabric, folder, data, loaded, stepper, scheduler, sampler,
@@ -168,6 +171,16 @@ def _build_stepper(
     # What a training encoder answered is out of date with the next step.
     embedder = Embedder(model, None if trains_encoder(model) else open_store(config.store, model))
     return Stepper(fabric, config, model, wrapped, optimizer, scaler, embedder, previous), scheduler
+
+
+def _choose_chunk_objects(
+    fabric: Fabric, config: Config, progress: Progress, stepper: Stepper, train_set: SampleDataset
+) -> int:
+    """Return how many objects are decoded at a time: the same on every rank, and as before in a run that continues."""
+    given = config.chunk_objects or progress.chunk_objects
+    if given:
+        return given
+    return fabric.broadcast(choose_chunk_objects(stepper, train_set) if fabric.global_rank == 0 else None)
 
 
 def _choose_sample_settings(config: Config, image_size: int) -> SampleSettings:

@@ -8,7 +8,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from finestsam.batch import Batch, Prompts, Sample
-from finestsam.config import Config
+from finestsam.config import CHUNK_OBJECTS, Config
 from finestsam.data.previous_logits import PreviousLogits
 from finestsam.model.sam import FinestSam
 from finestsam.prediction.precompute import Embedder
@@ -26,6 +26,7 @@ class Stepper:
     Args:
         wrapped: the model as Fabric's strategy wraps it; `model` is the same one bare.
         previous_logits: where prompts.use_logits finds an epoch's answers; None: not used.
+        chunk_objects: decoded at a time, at most.
     """
 
     fabric: Fabric
@@ -36,6 +37,7 @@ class Stepper:
     scaler: torch.amp.GradScaler
     embedder: Embedder
     previous_logits: PreviousLogits | None = None
+    chunk_objects: int = CHUNK_OBJECTS
 
     def step(self, batches: list[Batch], epoch: int, wants_stop: bool) -> tuple[dict[str, float], int, bool, bool]:
         """Learn from the batches as one.
@@ -72,7 +74,7 @@ class Stepper:
         if not samples:
             self._join_without_objects(is_last)
             return sums
-        embeddings = self._encode(samples)
+        embeddings = self.encode(samples)
         copies = embeddings.detach().requires_grad_(embeddings.requires_grad)
         chunks = list(self._list_chunks([len(sample) for sample in samples]))
         for number, (place, first, end) in enumerate(chunks):
@@ -92,13 +94,14 @@ class Stepper:
             sums += self._sum_measures(losses)
         return sums
 
-    def _encode(self, samples: list[Sample]) -> Tensor:
+    def encode(self, samples: list[Sample]) -> Tensor:
+        """Return the embeddings of samples, B x C x g x g, with a gradient where the encoder trains."""
         if trains_encoder(self.model):
             return self.model.encode([sample.image for sample in samples])
         return self.embedder.embed(samples)
 
     def _list_chunks(self, counts: list[int]) -> Iterator[tuple[int, int, int]]:
-        size = self.config.chunk_objects
+        size = self.chunk_objects
         for place, count in enumerate(counts):
             for first in range(0, count, size):
                 yield place, first, min(first + size, count)

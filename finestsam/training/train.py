@@ -136,7 +136,7 @@ def validate(run: Run) -> None:
         return
     model = run.loaded.model.eval()
     batches = _show_progress(run.val_loader, "validation", len(run.val_loader), run.is_first_rank)
-    mine = score_batches(run.stepper.embedder, batches, run.config.chunk_objects)
+    mine = score_batches(run.stepper.embedder, batches, run.stepper.chunk_objects)
     model.train()
     scores = summarize_scores([score for share in _gather(run.fabric, mine) for score in share])
     run.progress.metrics = {
@@ -236,6 +236,7 @@ def _say_start(run: Run) -> None:
     say("\n".join(run.data.report.list_lines()))
     say(f"training on {len(run.data.train)} images, validating on {len(run.data.val)}")
     say(f"{run.progress.started_from}: {describe_training(run.loaded.model, run.loaded.model_type)}")
+    say(f"objects decoded at a time: up to {run.stepper.chunk_objects}")
     for warning in list_mismatches(run.config, run.progress.started_from == RANDOM_WEIGHTS):
         say(f"warning: {warning}")
     if run.val_loader is None:

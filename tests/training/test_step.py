@@ -24,8 +24,9 @@ def make_stepper(tiny_sam, **values: object) -> Stepper:
     optimizer = build_optimizer(model, config.opt)
     wrapped, optimizer = fabric.setup(model, optimizer)
     return Stepper(
-        fabric, config, model, wrapped, optimizer, torch.amp.GradScaler("cpu", enabled=False), Embedder(model)
-    )
+        fabric, config, model, wrapped, optimizer, torch.amp.GradScaler("cpu", enabled=False), Embedder(model),
+        chunk_objects=config.chunk_objects or 16,
+    )  # fmt: skip
 
 
 @pytest.fixture

@@ -1,0 +1,117 @@
+"""COCO's average precision and recall of instance masks, without categories, by pycocotools.
+
+Every object has the same category, as the generator knows none. Crowd regions are ignored, as COCO does: what lies in
+them is neither right nor wrong. No mask is cut off: pycocotools' limit of detections is raised to what was found.
+"""
+
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from finestsam.data.index import Record
+from finestsam.masks import rle_area, rle_box
+
+CATEGORY_ID = 1
+# Detections of a picture, the best first, within which recall is measured.
+LIMITS = (10, 100, 1000)
+AREAS = ("all", "small", "medium", "large")  # COCO's, in the order of pycocotools
+
+
+@dataclass(frozen=True)
+class Detections:
+    """The masks that were found in one picture."""
+
+    rles: Sequence[dict]  # K, compressed, original frame
+    scores: Sequence[float]  # K; equal ones keep their order
+
+
+def score_detections(records: Sequence[Record], found: Sequence[Detections]) -> dict[str, float]:
+    """Compare what was found in pictures with their objects.
+
+    Returns:
+        `ap`, `ap50`, `ap75`, `ap_small` ..., `ar_10`, `ar_100`, `ar_1000`, `ar_1000_small` ...: averages over IoU
+        thresholds 0.5 to 0.95, as defined at cocodataset.org/#detection-eval. A size without objects has no entry.
+
+    Raises:
+        ValueError: a score is not a number; pycocotools would rank it first.
+    """
+    evaluation = _evaluate(records, found)
+    if evaluation is None:
+        return {}
+    precision, recall = evaluation["precision"], evaluation["recall"]  # T x R x 1 x A x M, T x 1 x A x M
+    scores = {
+        "ap": _mean(precision[:, :, 0, 0, -1]),
+        "ap50": _mean(precision[0, :, 0, 0, -1]),
+        "ap75": _mean(precision[5, :, 0, 0, -1]),
+    }
+    scores |= {f"ap_{area}": _mean(precision[:, :, 0, place, -1]) for place, area in enumerate(AREAS) if place}
+    scores |= {f"ar_{limit}": _mean(recall[:, 0, 0, place]) for place, limit in enumerate(LIMITS)}
+    scores |= {f"ar_{LIMITS[-1]}_{area}": _mean(recall[:, 0, place, 2]) for place, area in enumerate(AREAS) if place}
+    return {name: value for name, value in scores.items() if value is not None}
+
+
+def _evaluate(records: Sequence[Record], found: Sequence[Detections]) -> dict | None:
+    """Return pycocotools' tables; None: there are no objects."""
+    truth = _build_truth(records)
+    if not any(not annotation["iscrowd"] for annotation in truth.dataset["annotations"]):
+        return None
+    most = max([len(one.rles) for one in found], default=0)
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports each of its steps
+        evaluator = COCOeval(truth, _build_results(truth, found), "segm")
+        evaluator.params.maxDets = [*LIMITS, max(most, LIMITS[-1] + 1)]
+        evaluator.evaluate()
+        evaluator.accumulate()
+    return evaluator.eval
+
+
+def _build_truth(records: Sequence[Record]) -> COCO:
+    images, annotations = [], []
+    for image_id, record in enumerate(records, start=1):
+        height, width = record.size
+        images.append({"id": image_id, "height": height, "width": width})
+        objects = [(annotation.counts, 0) for annotation in record.annotations]
+        for counts, is_crowd in objects + [(counts, 1) for counts in record.crowds]:
+            rle = {"size": [height, width], "counts": counts}
+            annotations.append(_describe(len(annotations) + 1, image_id, rle) | {"iscrowd": is_crowd})
+    return _build_index(images, annotations)
+
+
+def _build_results(truth: COCO, found: Sequence[Detections]) -> COCO:
+    annotations = []
+    for image_id, one in enumerate(found, start=1):
+        for rle, score in zip(one.rles, one.scores, strict=True):
+            if not np.isfinite(score):
+                raise ValueError(f"a score is {score}")
+            described = _describe(len(annotations) + 1, image_id, rle)
+            annotations.append(described | {"iscrowd": 0, "score": float(score)})
+    return _build_index(truth.dataset["images"], annotations)
+
+
+def _describe(annotation_id: int, image_id: int, rle: dict) -> dict:
+    return {
+        "id": annotation_id,
+        "image_id": image_id,
+        "category_id": CATEGORY_ID,
+        "segmentation": rle,
+        "area": rle_area(rle),
+        "bbox": rle_box(rle),
+    }
+
+
+def _build_index(images: list[dict], annotations: list[dict]) -> COCO:
+    coco = COCO()
+    coco.dataset = {"images": images, "annotations": annotations, "categories": [{"id": CATEGORY_ID, "name": "object"}]}
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def _mean(values: np.ndarray) -> float | None:
+    """Return the mean of what was measured; pycocotools marks what was not with -1."""
+    measured = values[values > -1]
+    return float(measured.mean()) if measured.size else None

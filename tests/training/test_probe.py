@@ -1,0 +1,102 @@
+import copy
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+
+from finestsam.config import build_config
+from finestsam.data.dataset import SampleDataset, SampleSettings
+from finestsam.errors import UserError
+from finestsam.prediction.precompute import Embedder
+from finestsam.training import probe
+from finestsam.training.probe import choose_chunk_objects, find_free_bytes, measure_need
+from finestsam.training.schedules import build_optimizer
+from finestsam.training.step import Stepper
+from finestsam.training.trainable import freeze_
+
+
+@pytest.fixture
+def make_stepper(tiny_sam):
+    def make(**values) -> Stepper:
+        config = build_config({name.replace("__", "."): value for name, value in values.items()})
+        model = copy.deepcopy(tiny_sam).train()
+        freeze_(model, config)
+        model.sam.image_encoder.recomputes = config.model_layer.recompute_encoder
+        optimizer = build_optimizer(model, config.opt)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        return Stepper(Fabric(accelerator="cpu", devices=1), config, model, model, optimizer, scaler, Embedder(model))
+
+    return make
+
+
+@pytest.fixture
+def dataset(records) -> SampleDataset:
+    config = build_config({})
+    return SampleDataset(records, SampleSettings(64, 16, 0, config.prompts, config.dataset))
+
+
+def test_the_heaviest_picture_is_tried(make_stepper, dataset):
+    need = measure_need(make_stepper(), dataset)
+
+    assert len(need.sample) == max(len(record.annotations) for record in dataset.records)
+
+
+def test_the_need_of_many_objects_is_told_from_two(make_stepper, dataset):
+    stepper = make_stepper()
+    need = measure_need(stepper, dataset)
+    known = {weight.untyped_storage().data_ptr() for weight in stepper.model.parameters()}
+    embedding = stepper.encode([need.sample])
+    assert len(need.sample) >= 4
+
+    kept = [
+        probe._count_kept_bytes(lambda n=n: probe._decode(stepper, embedding, need.sample, n), known)[0] for n in (1, 4)
+    ]
+
+    assert kept[1] - kept[0] == pytest.approx(3 * need.object_bytes, rel=0.05)
+
+
+def test_a_training_encoder_and_more_pictures_need_more(make_stepper, dataset):
+    thawed = {"model_layer__freeze__image_encoder": False}
+    needs = [
+        measure_need(make_stepper(**values), dataset).fixed_bytes
+        for values in ({}, thawed | {"model_layer__recompute_encoder": True}, thawed, thawed | {"batch_size": 4})
+    ]
+
+    assert needs == sorted(set(needs))
+
+
+def test_the_chunk_is_what_fits(make_stepper, dataset, monkeypatch):
+    stepper = make_stepper()
+    need = measure_need(stepper, dataset)
+    chunks = []
+    for objects in (1, 3, 10, 1000):
+        free = (need.fixed_bytes + (objects + 0.5) * need.object_bytes) / probe.USABLE_SHARE
+        monkeypatch.setattr(probe, "find_free_bytes", lambda device, free=free: free)
+        chunks.append(choose_chunk_objects(stepper, dataset))
+
+    assert chunks == [1, 3, 10, probe.MOST_OBJECTS["cpu"]]
+
+
+def test_what_does_not_fit_is_refused_with_what_needs_less(make_stepper, dataset, monkeypatch):
+    monkeypatch.setattr(probe, "find_free_bytes", lambda device: 1_000_000)
+    stepper = make_stepper(model_layer__freeze__image_encoder=False, batch_size=2)
+
+    with pytest.raises(UserError) as refusal:
+        choose_chunk_objects(stepper, dataset)
+
+    for word in ("objects", "GB are free", "image_encoder true", "recompute_encoder", "batch_size", "resolution low"):
+        assert word in str(refusal.value)
+
+
+def test_a_system_that_does_not_tell_its_memory_gets_the_usual_chunk(make_stepper, dataset, monkeypatch):
+    monkeypatch.setattr(probe, "find_free_bytes", lambda device: None)
+
+    assert choose_chunk_objects(make_stepper(), dataset) == probe.MOST_OBJECTS["cpu"]
+
+
+def test_the_free_memory_is_that_of_the_system_or_the_container(monkeypatch):
+    monkeypatch.setattr(probe, "_read_meminfo", lambda: 1000)
+    for limit, expected in ((None, 1000), (10, 10), (5000, 1000)):
+        monkeypatch.setattr(probe, "_read_container_limit", lambda limit=limit: limit)
+        assert find_free_bytes(torch.device("cpu")) == expected
+    assert find_free_bytes(torch.device("meta")) is None
