@@ -12,7 +12,11 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from finestsam.config import MODES, Config, build_config, find_problems, flatten_config, list_settings
 from finestsam.errors import UserError
 
-SHORT_NAMES = {"--dataset": "--dataset.path", "--download": "--dataset.download"}
+SHORT_NAMES = {
+    "--dataset": "--dataset.path",
+    "--download": "--dataset.download",
+    "--against": "--evaluate.against",
+}
 DESCRIPTION = "Fine-tune Segment Anything on your labelled pictures, and find their objects in new ones."
 USAGE = """
   python -m finestsam --mode train --dataset path [--setting value ...]

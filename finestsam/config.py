@@ -268,6 +268,14 @@ class StoreConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
+    split: Literal["auto", "train", "val", "test"] = setting(
+        "auto", "which pictures; auto: val where there is one, and a dataset in one folder whole"
+    )
+    against: str = setting(
+        "auto",
+        "weights to compare with on the same pictures; auto: those that the training started from, where they are "
+        "still there; none: no comparison",
+    )
     generator: bool = setting(True, "run the automatic mask generator as well, and score it with COCO's measures")
 
 

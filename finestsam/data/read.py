@@ -86,16 +86,29 @@ def read_training_set(settings: DatasetConfig) -> LabelledSet:
     return LabelledSet(train, val, list_categories(indexes), report, layout.name)
 
 
-def read_evaluation_set(settings: DatasetConfig) -> LabelledSet:
-    """Read the pictures to evaluate on: the validation side where there is one, a plain set whole."""
+def read_evaluation_set(settings: DatasetConfig, split: str = "auto") -> LabelledSet:
+    """Read the pictures to evaluate on, into `val`.
+
+    Args:
+        split: train, val or test, as the folders say or as training would split them; auto: the validation side where
+            there is one, a plain set whole.
+
+    Raises:
+        UserError: there is no such split, or nothing in it.
+    """
     layout = find_layout(Path(settings.path), settings.auto_split)
-    name = "val" if "val" in layout.parts else next(iter(layout.parts))
+    is_split = "val" in layout.parts
+    first = next(iter(layout.parts))
+    name = "val" if is_split and split == "auto" else split if split in layout.parts else first
+    if split == "test" != name:
+        raise UserError(f"dataset {settings.path} has no test split, only {', '.join(layout.parts)}")
     index = read_parts(layout, settings, [name])[name]
     refuse_empty(settings, index, index.report)
-    val = index.records
-    if name != "val" and not layout.is_plain:
-        _, val = split_records(val, settings.val_size, settings.seed)
-    return LabelledSet([], val, list_categories({name: index}), index.report, layout.name)
+    records = index.records
+    if not is_split and split != "test" and not (layout.is_plain and split == "auto"):
+        train, val = split_records(records, settings.val_size, settings.seed)
+        records = train if split == "train" else val
+    return LabelledSet([], records, list_categories({name: index}), index.report, layout.name)
 
 
 def read_parts(layout: Layout, settings: DatasetConfig, names: list[str]) -> dict[str, Index]:

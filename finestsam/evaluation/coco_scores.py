@@ -5,8 +5,9 @@ them is neither right nor wrong. No mask is cut off: pycocotools' limit of detec
 """
 
 import contextlib
+import copy
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,43 +31,70 @@ class Detections:
     scores: Sequence[float]  # K; equal ones keep their order
 
 
-def score_detections(records: Sequence[Record], found: Sequence[Detections]) -> dict[str, float]:
-    """Compare what was found in pictures with their objects.
-
-    Returns:
-        `ap`, `ap50`, `ap75`, `ap_small` ..., `ar_10`, `ar_100`, `ar_1000`, `ar_1000_small` ...: averages over IoU
-        thresholds 0.5 to 0.95, as defined at cocodataset.org/#detection-eval. A size without objects has no entry.
+class CocoScorer:
+    """What was found in pictures, compared with their objects.
 
     Raises:
         ValueError: a score is not a number; pycocotools would rank it first.
     """
-    evaluation = _evaluate(records, found)
-    if evaluation is None:
-        return {}
-    precision, recall = evaluation["precision"], evaluation["recall"]  # T x R x 1 x A x M, T x 1 x A x M
-    scores = {
-        "ap": _mean(precision[:, :, 0, 0, -1]),
-        "ap50": _mean(precision[0, :, 0, 0, -1]),
-        "ap75": _mean(precision[5, :, 0, 0, -1]),
-    }
-    scores |= {f"ap_{area}": _mean(precision[:, :, 0, place, -1]) for place, area in enumerate(AREAS) if place}
-    scores |= {f"ar_{limit}": _mean(recall[:, 0, 0, place]) for place, limit in enumerate(LIMITS)}
-    scores |= {f"ar_{LIMITS[-1]}_{area}": _mean(recall[:, 0, place, 2]) for place, area in enumerate(AREAS) if place}
-    return {name: value for name, value in scores.items() if value is not None}
+
+    def __init__(self, records: Sequence[Record], found: Sequence[Detections]):
+        truth = _build_truth(records)
+        self.has_objects = any(not annotation["iscrowd"] for annotation in truth.dataset["annotations"])
+        self._evaluator = COCOeval(truth, _build_results(truth, found), "segm")
+        most = max([len(one.rles) for one in found], default=0)
+        self._evaluator.params.maxDets = [*LIMITS, max(most, LIMITS[-1] + 1)]
+        with _silence():
+            self._evaluator.evaluate()
+
+    def score(self) -> dict[str, float]:
+        """Return the averages over IoU thresholds 0.5 to 0.95, as defined at cocodataset.org/#detection-eval.
+
+        `ap`, `ap50`, `ap75`, `ap_small` ..., `ar_10`, `ar_100`, `ar_1000`, `ar_1000_small` ...; a size without objects
+        has no entry, and a set without objects none at all.
+        """
+        if not self.has_objects:
+            return {}
+        with _silence():
+            self._evaluator.accumulate()
+        tables = self._evaluator.eval
+        precision, recall = tables["precision"], tables["recall"]  # T x R x 1 x A x M, T x 1 x A x M
+        scores = {
+            "ap": _mean(precision[:, :, 0, 0, -1]),
+            "ap50": _mean(precision[0, :, 0, 0, -1]),
+            "ap75": _mean(precision[5, :, 0, 0, -1]),
+        }
+        sizes = list(enumerate(AREAS))[1:]
+        scores |= {f"ap_{area}": _mean(precision[:, :, 0, place, -1]) for place, area in sizes}
+        scores |= {f"ar_{limit}": _mean(recall[:, 0, 0, place]) for place, limit in enumerate(LIMITS)}
+        scores |= {f"ar_{LIMITS[-1]}_{area}": _mean(recall[:, 0, place, 2]) for place, area in sizes}
+        return {name: value for name, value in scores.items() if value is not None}
+
+    def resample(self, places: Sequence[int]) -> dict[str, float]:
+        """Return `ap` and `ar_1000` of a draw of the pictures, in which some may be several times."""
+        drawn = copy.copy(self._evaluator)
+        count = len(places)
+        drawn.params, drawn.eval = copy.deepcopy(self._evaluator.params), {}
+        drawn.params.imgIds, drawn.params.areaRng = list(range(count)), drawn.params.areaRng[:1]
+        drawn.params.areaRngLbl, drawn.params.maxDets = AREAS[:1], drawn.params.maxDets[2:]
+        drawn._paramsEval = drawn.params
+        drawn.evalImgs = [self._evaluator.evalImgs[place] for place in places]  # those of all areas come first
+        with _silence():
+            drawn.accumulate()
+        tables = drawn.eval
+        return {"ap": _mean(tables["precision"][..., -1]) or 0.0, "ar_1000": _mean(tables["recall"][..., 0]) or 0.0}
 
 
-def _evaluate(records: Sequence[Record], found: Sequence[Detections]) -> dict | None:
-    """Return pycocotools' tables; None: there are no objects."""
-    truth = _build_truth(records)
-    if not any(not annotation["iscrowd"] for annotation in truth.dataset["annotations"]):
-        return None
-    most = max([len(one.rles) for one in found], default=0)
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports each of its steps
-        evaluator = COCOeval(truth, _build_results(truth, found), "segm")
-        evaluator.params.maxDets = [*LIMITS, max(most, LIMITS[-1] + 1)]
-        evaluator.evaluate()
-        evaluator.accumulate()
-    return evaluator.eval
+def score_detections(records: Sequence[Record], found: Sequence[Detections]) -> dict[str, float]:
+    """Return `CocoScorer`'s figures."""
+    return CocoScorer(records, found).score()
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep pycocotools from reporting each of its steps."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
 
 
 def _build_truth(records: Sequence[Record]) -> COCO:
@@ -106,7 +134,7 @@ def _describe(annotation_id: int, image_id: int, rle: dict) -> dict:
 def _build_index(images: list[dict], annotations: list[dict]) -> COCO:
     coco = COCO()
     coco.dataset = {"images": images, "annotations": annotations, "categories": [{"id": CATEGORY_ID, "name": "object"}]}
-    with contextlib.redirect_stdout(io.StringIO()):
+    with _silence():
         coco.createIndex()
     return coco
 

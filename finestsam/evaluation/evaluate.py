@@ -1,22 +1,27 @@
-"""`--mode evaluate`: measure weights on a labelled dataset."""
+"""`--mode evaluate`: measure weights on a labelled dataset, beside those that they came from."""
 
+import csv
+import io
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from finestsam.allocator import keep_freed_memory
-from finestsam.config import CHUNK_OBJECTS, Config, PromptsConfig
+from finestsam.config import CHUNK_OBJECTS, Config, ModelConfig, PromptsConfig
 from finestsam.data.dataset import SampleDataset, SampleSettings
 from finestsam.data.index import Record
 from finestsam.data.loaders import build_validation_loader
 from finestsam.data.read import describe_dataset, read_evaluation_set
 from finestsam.data.report import write_report
-from finestsam.errors import UserError
-from finestsam.evaluation.generator_scores import find_all, score_generator
-from finestsam.evaluation.prompt_scores import score_batches, summarize_scores
+from finestsam.download import hash_file
+from finestsam.errors import UserError, printable
+from finestsam.evaluation.generator_scores import find_all
+from finestsam.evaluation.measurement import Difference, Measurement, compare
+from finestsam.evaluation.prompt_scores import ObjectScore, score_batches
 from finestsam.model.load import LoadedModel, load_model
 from finestsam.output_folder import make_output_folder
 from finestsam.prediction.generator import resolve_generator
@@ -26,58 +31,89 @@ PROMPT_KINDS = {
     "point": PromptsConfig(use_points=True),
     "box": PromptsConfig(use_points=False, use_boxes=True, box_jitter_ratio=0.0),
 }
+# On the screen, in this order.
+HEADLINES = ("generator/ap", "generator/ar_1000", "point/iou", "point/best_iou", "box/iou")
+FIGURES_NAME, PICTURES_NAME = "evaluation.json", "per_image.csv"
 
 
 def evaluate(config: Config) -> int:
     """Measure what the weights find on their own, and what they answer to one point and one box per object.
 
-    Writes `evaluation.json` into out_dir: `generator/ap`, `point/iou`, `box/iou`, ...
+    Writes `evaluation.json` (`generator/ap`, `point/iou`, ..., the same of the model compared with under `floor/`, and
+    the differences with their intervals) and `per_image.csv` into out_dir.
     """
     if config.keep_memory:
         keep_freed_memory()
     folder = make_output_folder(Path(config.out_dir), config.dataset.path)
-    data = read_evaluation_set(config.dataset)
+    data = read_evaluation_set(config.dataset, config.evaluate.split)
     if config.strict:
         data.refuse_defects()
-    records = [record for record in data.val if record.annotations]
-    if not records:
+    if not any(record.annotations for record in data.val):
         raise UserError(f"dataset {config.dataset.path}: no picture with objects to evaluate on")
     write_report(folder / "dataset_report.json", describe_dataset(data.report, data.val))
     loaded = load_model(config, prefer_runs=True)
+    rival = find_rival(config, loaded)
     print("\n".join([f"layout: {data.layout}", *data.report.list_lines()]))
-    print(f"weights: {loaded.source} ({loaded.model_type}); {len(records)} images")
-    embedder = Embedder(loaded.model, open_store(config.store, loaded.model))
-    metrics: dict[str, float] = {}
-    for kind, prompts in PROMPT_KINDS.items():
-        scores = _score(config, loaded, embedder, records, prompts, kind)
-        metrics |= {f"{kind}/{name}": value for name, value in scores.items()}
-        print(f"{kind}: IoU {scores['iou']:.4f}, Dice {scores['dice']:.4f}, best mask's IoU {scores['best_iou']:.4f}")
-    if config.evaluate.generator:
-        metrics |= _score_generator(config, loaded, embedder, data.val)
-    path = folder / "evaluation.json"
-    path.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    print(f"figures: {path}")
+    print(f"weights: {printable(loaded.source)} ({loaded.model_type}); {len(data.val)} images")
+    ours = measure_model(config, loaded, data.val, "weights")
+    theirs = None
+    if rival:
+        print(f"compared with: {printable(rival.source)} ({rival.model_type})")
+        theirs = measure_model(config, rival, data.val, "compared with")
+    differences = compare(ours, theirs, config.seed_device or 0) if theirs else {}
+    print("\n".join(_list_headlines(ours, theirs, differences)))
+    _write_figures(folder / FIGURES_NAME, ours, theirs, differences)
+    _write_pictures(folder / PICTURES_NAME, ours, theirs)
+    print(f"figures: {folder / FIGURES_NAME}, picture by picture: {folder / PICTURES_NAME}")
     return 0
 
 
-def _score_generator(
-    config: Config, loaded: LoadedModel, embedder: Embedder, records: list[Record]
-) -> dict[str, float]:
-    settings = resolve_generator(config.generator, loaded.card)
-    found = find_all(embedder, records, settings, config.dataset.images)
-    scores = score_generator(records, found)
-    if scores:
+def find_rival(config: Config, loaded: LoadedModel) -> LoadedModel | None:
+    """Return the model to compare with, or None."""
+    name = config.evaluate.against
+    if name == "auto":
+        name = _find_origin(loaded)
+    if name in (None, "none"):
+        return None
+    other = replace(config, model=ModelConfig(checkpoint=str(name)))
+    return load_model(other, prefer_runs=True, device=loaded.model.device)
+
+
+def _find_origin(loaded: LoadedModel) -> str | None:
+    """Return the file that these weights were trained from, if it is still there as it was."""
+    card = loaded.card
+    if card is None or card.started_from_sha256 is None:
+        return None
+    path = Path(card.started_from)
+    if not path.is_file() or hash_file(path) != card.started_from_sha256:
         print(
-            f"generator: AP {scores['ap']:.4f}, AP50 {scores['ap50']:.4f}, recall of 1000 masks "
-            f"{scores['ar_1000']:.4f}, {scores['masks_per_image']:.1f} masks a picture"
+            f"no comparison: {printable(path)}, which these weights were trained from, is not there any more; "
+            "--evaluate.against FILE names another place"
         )
-    return {f"generator/{name}": value for name, value in scores.items()}
+        return None
+    return str(path)
+
+
+def measure_model(config: Config, loaded: LoadedModel, records: Sequence[Record], title: str) -> Measurement:
+    """Measure one model on the pictures; those that broke since they were checked are left out."""
+    embedder = Embedder(loaded.model, open_store(config.store, loaded.model))
+    labelled = [record for record in records if record.annotations]
+    prompted = {
+        kind: _score(config, loaded, embedder, labelled, prompts, f"{title}, {kind}")
+        for kind, prompts in PROMPT_KINDS.items()
+    }
+    if not config.evaluate.generator:
+        return Measurement(records, prompted, None)
+    settings = resolve_generator(config.generator, loaded.card)
+    found = find_all(embedder, records, settings, config.dataset.images, f"{title}, generator")
+    pairs = [(record, one) for record, one in zip(records, found, strict=True) if one is not None]
+    return Measurement([record for record, _ in pairs], prompted, [one for _, one in pairs])
 
 
 def _score(
     config: Config, loaded: LoadedModel, embedder: Embedder, records: list[Record], prompts: PromptsConfig, title: str
-) -> dict[str, float]:
-    """Return the means over all objects, each asked for with one prompt of a kind."""
+) -> list[ObjectScore]:
+    """Ask for every object with one prompt of a kind."""
     settings = SampleSettings(
         loaded.model.image_size,
         resolve_generator(config.generator, loaded.card).points_per_side,
@@ -90,4 +126,56 @@ def _score(
         fill_store(embedder, [dataset], config.num_workers)
     loader = build_validation_loader(dataset, config.num_workers)
     batches = tqdm(loader, desc=title, disable=not sys.stderr.isatty(), leave=False)
-    return summarize_scores(score_batches(embedder, batches, config.chunk_objects or CHUNK_OBJECTS))
+    return score_batches(embedder, batches, config.chunk_objects or CHUNK_OBJECTS)
+
+
+def _list_headlines(ours: Measurement, theirs: Measurement | None, differences: dict[str, Difference]) -> list[str]:
+    lines = []
+    for name in HEADLINES:
+        if name not in ours.figures:
+            continue
+        line = f"{name:<20}{ours.figures[name]:.4f}"
+        if name in differences:
+            found = differences[name]
+            line += f"   before {theirs.figures[name]:.4f}   {found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+        lines.append(line)
+    if theirs:
+        worse = _list_worse(ours, theirs)
+        names = ", ".join(printable(name) for name in worse[:10]) + (", ..." if len(worse) > 10 else "")
+        lines.append(f"worse than before on {len(worse)} of {len(ours.records)} pictures{': ' if worse else ''}{names}")
+    return lines
+
+
+def _list_worse(ours: Measurement, theirs: Measurement) -> list[str]:
+    """Return the pictures whose objects one point finds worse than before, the most so first."""
+    before = {row["file_name"]: row.get("point/iou") for row in theirs.list_pictures()}
+    losses = []
+    for row in ours.list_pictures():
+        now, then = row.get("point/iou"), before.get(row["file_name"])
+        if now is not None and then is not None and now < then:
+            losses.append((now - then, row["file_name"]))
+    return [name for _, name in sorted(losses)]
+
+
+def _write_figures(
+    path: Path, ours: Measurement, theirs: Measurement | None, differences: dict[str, Difference]
+) -> None:
+    figures = dict(ours.figures)
+    if theirs:
+        figures |= {f"floor/{name}": value for name, value in theirs.figures.items()}
+    for name, found in differences.items():
+        figures[f"difference/{name}"] = found.value
+        figures[f"difference/{name}_low"], figures[f"difference/{name}_high"] = found.low, found.high
+    path.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _write_pictures(path: Path, ours: Measurement, theirs: Measurement | None) -> None:
+    rows = ours.list_pictures()
+    if theirs:
+        for row, other in zip(rows, theirs.list_pictures(), strict=True):
+            row |= {f"floor/{name}": value for name, value in other.items() if name not in ("file_name", "objects")}
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path.write_text(text.getvalue(), encoding="utf-8", errors="surrogateescape")

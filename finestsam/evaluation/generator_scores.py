@@ -1,4 +1,4 @@
-"""Run the automatic mask generator on labelled pictures and score what it finds."""
+"""Run the automatic mask generator on labelled pictures."""
 
 import sys
 from collections.abc import Sequence
@@ -10,28 +10,22 @@ from finestsam.config import GeneratorConfig, ImagesConfig
 from finestsam.data.embeddings import picture_key
 from finestsam.data.index import Record
 from finestsam.errors import Defect
-from finestsam.evaluation.coco_scores import Detections, score_detections
+from finestsam.evaluation.coco_scores import Detections
 from finestsam.images import compute_input_size, read_image, resize_image
 from finestsam.prediction.generator import generate_masks
 from finestsam.prediction.precompute import Embedder
 
 
 def find_all(
-    embedder: Embedder, records: Sequence[Record], settings: GeneratorConfig, images: ImagesConfig
+    embedder: Embedder,
+    records: Sequence[Record],
+    settings: GeneratorConfig,
+    images: ImagesConfig,
+    title: str = "generator",
 ) -> list[Detections | None]:
     """Run the generator on each picture; None for one that broke since it was checked."""
-    progress = tqdm(records, desc="generator", disable=not sys.stderr.isatty(), leave=False)
+    progress = tqdm(records, desc=title, disable=not sys.stderr.isatty(), leave=False)
     return [_find(embedder, record, settings, images) for record in progress]
-
-
-def score_generator(records: Sequence[Record], found: Sequence[Detections | None]) -> dict[str, float]:
-    """Return COCO's figures over the pictures that could be read, and the mean number of masks of one."""
-    pairs = [(record, one) for record, one in zip(records, found, strict=True) if one is not None]
-    if not pairs:
-        return {}
-    scores = score_detections(*zip(*pairs, strict=True))
-    count = sum(len(one.rles) for _, one in pairs)
-    return scores | {"masks_per_image": count / len(pairs), "images": len(pairs)}
 
 
 def _find(embedder: Embedder, record: Record, settings: GeneratorConfig, images: ImagesConfig) -> Detections | None:

@@ -7,7 +7,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from finestsam.data.index import Annotation, Record
-from finestsam.evaluation.coco_scores import Detections, score_detections
+from finestsam.evaluation.coco_scores import CocoScorer, Detections, score_detections
 from finestsam.masks import encode_mask, rle_area, rle_box, rle_to_json
 
 SIZE = (200, 300)
@@ -90,6 +90,17 @@ def test_scores_are_those_of_pycocotools_called_plainly(pictures, tmp_path):
     for name, expected in zip(("ar_1000_small", "ar_1000_medium", "ar_1000_large"), stats[9:], strict=True):
         assert scores[name] == pytest.approx(expected, abs=1e-12), name
     assert 0.1 < scores["ap"] < 0.9
+
+
+def test_a_draw_of_pictures_scores_what_a_dataset_of_them_would(pictures):
+    records, found = pictures
+    places = [3, 3, 0, 7, 7, 7, 11, 5]
+
+    drawn = CocoScorer(records, found).resample(places)
+
+    expected = score_detections([records[place] for place in places], [found[place] for place in places])
+    for name, value in drawn.items():
+        assert value == pytest.approx(expected[name], abs=1e-12), name
 
 
 def test_what_is_found_exactly_scores_one():

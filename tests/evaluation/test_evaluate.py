@@ -1,21 +1,25 @@
 """`--mode evaluate` as it is called, and the figures of prompted masks against numpy's."""
 
+import csv
 import dataclasses
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
+from conftest import run_training
 
 from finestsam.batch import Batch
 from finestsam.cli import main
 from finestsam.config import GENERATOR_DEFAULTS, GeneratorConfig, ImagesConfig, build_config
 from finestsam.data.dataset import SampleDataset, SampleSettings, collate
-from finestsam.evaluation.generator_scores import find_all, score_generator
+from finestsam.evaluation.generator_scores import find_all
 from finestsam.evaluation.prompt_scores import score_batches, summarize_scores
+from finestsam.images import read_image
 from finestsam.masks import decode_rle
+from finestsam.model.build import build_sam
 from finestsam.model.sam import upscale_logits
+from finestsam.prediction.generator import generate_masks
 from finestsam.prediction.precompute import Embedder
 
 SETTINGS = GeneratorConfig(
@@ -87,14 +91,66 @@ def test_the_generator_is_scored_on_every_picture_that_can_be_read(tiny_sam, rec
     shown = [*records[:2], dataclasses.replace(records[2], path=broken)]
 
     found = find_all(Embedder(tiny_sam), shown, SETTINGS, ImagesConfig())
-    scores = score_generator(shown, found)
 
     assert found[2] is None
     assert "skipped" in capsys.readouterr().err
-    assert scores["images"] == 2
-    assert scores["masks_per_image"] == np.mean([len(one.rles) for one in found[:2]])
-    assert 0 <= scores["ap"] <= scores["ar_1000"] <= 1
+    for record, one in zip(shown[:2], found[:2], strict=True):
+        masks = generate_masks(tiny_sam, read_image(record.path), SETTINGS)
+        assert (one.rles, one.scores) == (masks.rles, masks.scores.tolist())
 
 
-def test_nothing_that_can_be_read_gives_no_figures(records):
-    assert score_generator(records[:1], [None]) == {}
+@pytest.fixture(scope="module")
+def finished(scenes, tmp_path_factory):
+    """A run that started from weights in a file."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(3)
+    torch.save(build_sam("vit_tiny_test").state_dict(), folder / "origin.pth")
+    return run_training(scenes, folder / "sav", f"--model.checkpoint={folder / 'origin.pth'}")
+
+
+def test_weights_are_compared_with_those_that_they_came_from(scenes, finished, tmp_path, capsys):
+    figures = run_evaluation(scenes, tmp_path, f"--model.checkpoint={finished / 'best.pth'}")
+
+    assert "compared with" in capsys.readouterr().out
+    before = run_evaluation(scenes, tmp_path / "before", f"--model.checkpoint={finished.parents[1] / 'origin.pth'}")
+    assert {name.removeprefix("floor/"): value for name, value in figures.items() if "floor/" in name} == before
+    for name in ("point/iou", "generator/ap"):
+        difference = figures[name] - figures[f"floor/{name}"]
+        assert figures[f"difference/{name}"] == pytest.approx(difference, abs=1e-12)
+        assert figures[f"difference/{name}_low"] <= difference <= figures[f"difference/{name}_high"]
+    with open(tmp_path / "per_image.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 1  # a tenth of six pictures
+    assert {"file_name", "point/iou", "generator/ap", "floor/point/iou"} <= set(rows[0])
+
+
+def test_an_origin_that_is_gone_is_told_and_another_can_be_named(scenes, finished, tmp_path, capsys):
+    moved = tmp_path / "moved" / "best.pth"
+    moved.parent.mkdir()
+    for suffix in (".pth", ".json"):
+        moved.with_suffix(suffix).write_bytes((finished / "best.pth").with_suffix(suffix).read_bytes())
+    card = json.loads(moved.with_suffix(".json").read_text())
+    moved.with_suffix(".json").write_text(json.dumps(card | {"started_from": "/nowhere.pth"}))
+
+    alone = run_evaluation(scenes, tmp_path / "alone", f"--model.checkpoint={moved}")
+    message = capsys.readouterr().out
+    both = run_evaluation(scenes, tmp_path / "both", f"--model.checkpoint={moved}", f"--against={finished}")
+
+    assert "/nowhere.pth" in message and "--evaluate.against" in message
+    assert not any(name.startswith("floor/") for name in alone)
+    assert both["difference/point/iou"] == 0
+
+
+@pytest.mark.parametrize(("split", "count"), [("auto", 2), ("train", 4), ("val", 2)])
+def test_a_split_can_be_named(scenes, tmp_path, split, count):
+    run_evaluation(
+        scenes, tmp_path, f"--evaluate.split={split}", "--dataset.val_size=0.3", "--evaluate.generator=false"
+    )
+
+    assert len((tmp_path / "per_image.csv").read_text().splitlines()) == count + 1
+
+
+def test_a_split_that_is_not_there_is_told(scenes, tmp_path, capsys):
+    assert main(["--mode=evaluate", f"--dataset={scenes}", f"--out_dir={tmp_path}", "--evaluate.split=test"]) == 2
+
+    assert "no test split" in capsys.readouterr().err

@@ -1,0 +1,115 @@
+"""What one model does on labelled pictures, and how it differs from another: figures, intervals, picture by picture."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from finestsam.data.index import Record
+from finestsam.evaluation.coco_scores import CocoScorer, Detections
+from finestsam.evaluation.prompt_scores import ObjectScore, summarize_scores
+
+DRAWS = 300
+# Of the draws lie between the ends of an interval.
+CONFIDENCE = 0.95
+PROMPT_MEASURES = ("iou", "dice", "best_iou")
+GENERATOR_MEASURES = ("ap", "ar_1000")
+
+
+@dataclass
+class Measurement:
+    """One model on the pictures of a set; every model gets the same ones, in the same order."""
+
+    records: Sequence[Record]
+    prompted: dict[str, list[ObjectScore]]  # by kind of prompt
+    found: Sequence[Detections] | None  # what the generator found in each picture; None: it did not run
+
+    @cached_property
+    def scorer(self) -> CocoScorer | None:
+        return None if self.found is None else CocoScorer(self.records, self.found)
+
+    @cached_property
+    def figures(self) -> dict[str, float]:
+        """Return everything measured: `point/iou`, `generator/ap`, ..."""
+        figures = {}
+        for kind, scores in self.prompted.items():
+            figures |= {f"{kind}/{name}": value for name, value in summarize_scores(scores).items()}
+        if self.scorer:
+            figures |= {f"generator/{name}": value for name, value in self.scorer.score().items()}
+            figures["generator/masks_per_image"] = sum(len(one.rles) for one in self.found) / max(len(self.found), 1)
+        return figures
+
+    @cached_property
+    def sums(self) -> dict[str, np.ndarray]:
+        """Return for each prompted measure its sum in each picture, and under `{kind}/objects` how many it is over."""
+        places = {record.image_id: place for place, record in enumerate(self.records)}
+        sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(len(self.records)))
+        for kind, scores in self.prompted.items():
+            for score in scores:
+                if score.image_id not in places:
+                    continue
+                place = places[score.image_id]
+                sums[f"{kind}/objects"][place] += 1
+                for name in PROMPT_MEASURES:
+                    sums[f"{kind}/{name}"][place] += getattr(score, name)
+        return dict(sums)
+
+    def list_pictures(self) -> list[dict[str, object]]:
+        """Return a row of figures for each picture."""
+        rows = []
+        for place, record in enumerate(self.records):
+            row: dict[str, object] = {"file_name": record.file_name, "objects": len(record.annotations)}
+            for kind in self.prompted:
+                count = self.sums[f"{kind}/objects"][place] if f"{kind}/objects" in self.sums else 0
+                for name in PROMPT_MEASURES:
+                    row[f"{kind}/{name}"] = float(self.sums[f"{kind}/{name}"][place] / count) if count else None
+            if self.scorer:
+                row["generator/masks"] = len(self.found[place].rles)
+                row |= {f"generator/{name}": value for name, value in self.scorer.resample([place]).items()}
+            rows.append(row)
+        return rows
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much more one model has than another, and between which ends it lies if other pictures had been drawn."""
+
+    value: float
+    low: float
+    high: float
+
+
+def compare(ours: Measurement, theirs: Measurement, seed: int = 0) -> dict[str, Difference]:
+    """Return the differences of the headline figures, with percentile intervals of a bootstrap over pictures.
+
+    Both models are drawn the same pictures: what is hard for both does not count as a difference. Source: Efron and
+    Tibshirani, An Introduction to the Bootstrap, chapter 13.
+    """
+    count = len(ours.records)
+    draws = np.random.default_rng(seed).integers(0, count, (DRAWS, count))
+    everything = np.arange(count)[None]
+    differences = {}
+    for name in _list_common(ours, theirs):
+        value = float((_draw(ours, name, everything) - _draw(theirs, name, everything))[0])
+        drawn = _draw(ours, name, draws) - _draw(theirs, name, draws)
+        ends = np.nanquantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        differences[name] = Difference(value, float(ends[0]), float(ends[1]))
+    return differences
+
+
+def _list_common(ours: Measurement, theirs: Measurement) -> list[str]:
+    names = [f"{kind}/{name}" for kind in ours.prompted if kind in theirs.prompted for name in PROMPT_MEASURES]
+    if ours.scorer and theirs.scorer and ours.scorer.has_objects:
+        names += [f"generator/{name}" for name in GENERATOR_MEASURES]
+    return [name for name in names if name in ours.figures and name in theirs.figures]
+
+
+def _draw(measurement: Measurement, name: str, draws: np.ndarray) -> np.ndarray:
+    """Return a figure for each draw of pictures, D x I places; not a number where a draw has no object."""
+    kind, measure = name.split("/")
+    if kind == "generator":
+        return np.array([measurement.scorer.resample(places)[measure] for places in draws])
+    sums, counts = measurement.sums[name][draws].sum(axis=1), measurement.sums[f"{kind}/objects"][draws].sum(axis=1)
+    return np.divide(sums, counts, out=np.full(len(draws), np.nan), where=counts > 0)

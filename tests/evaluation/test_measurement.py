@@ -1,0 +1,90 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from finestsam.data.index import Annotation, Record
+from finestsam.evaluation.coco_scores import Detections
+from finestsam.evaluation.measurement import Measurement, compare
+from finestsam.evaluation.prompt_scores import ObjectScore
+from finestsam.masks import encode_mask, rle_area, rle_box
+
+SIZE = (40, 60)
+COUNT = 30
+
+
+def make_rle(x: int) -> dict:
+    mask = np.zeros(SIZE, dtype=bool)
+    mask[5:30, x : x + 20] = True
+    return encode_mask(mask)
+
+
+def make_measurement(shift: int, iou: float, spread: float = 0.05, has_generator: bool = True) -> Measurement:
+    """One object a picture, found `shift` pixels away; its prompted IoU varies from picture to picture."""
+    noise = np.random.default_rng(0)
+    truth, records, scores, found = make_rle(10), [], [], []
+    for number in range(COUNT):
+        annotation = Annotation(number, 1, truth["counts"], rle_area(truth), rle_box(truth))
+        records.append(Record(100 + number, f"{number}.png", Path(f"{number}.png"), SIZE, [annotation]))
+        value = iou + spread * noise.standard_normal()
+        scores.append(ObjectScore(100 + number, number, value, value, value, 0.5))
+        found.append(Detections([make_rle(10 + shift)], [0.9]))
+    return Measurement(records, {"point": scores}, found if has_generator else None)
+
+
+def test_figures_have_flat_names():
+    figures = make_measurement(0, 0.7).figures
+
+    assert figures["generator/ap"] == pytest.approx(1)
+    assert figures["point/iou"] == pytest.approx(0.7, abs=0.05)
+    assert (figures["point/objects"], figures["generator/masks_per_image"]) == (COUNT, 1)
+
+
+def test_a_difference_lies_in_its_interval():
+    differences = compare(make_measurement(0, 0.7), make_measurement(2, 0.6))
+
+    assert differences["point/iou"].value == pytest.approx(0.1)
+    assert differences["generator/ap"].value > 0.1
+    for difference in differences.values():
+        assert difference.low <= difference.value <= difference.high
+
+
+def test_what_is_hard_for_both_is_no_difference():
+    """The pictures vary by far more than the models differ, and both alike: the interval is as narrow as that."""
+    difference = compare(make_measurement(0, 0.61, spread=0.3), make_measurement(0, 0.6, spread=0.3))["point/iou"]
+
+    assert difference.high - difference.low < 1e-9
+    assert difference.value == pytest.approx(0.01)
+
+
+def test_an_interval_is_as_wide_as_theory_says():
+    ours, theirs = make_measurement(0, 0.6, spread=0.1), make_measurement(0, 0.6, spread=0.0)
+
+    difference = compare(ours, theirs)["point/iou"]
+
+    values = np.array([score.iou for score in ours.prompted["point"]])
+    expected = 2 * 1.96 * values.std() / np.sqrt(COUNT)
+    assert difference.high - difference.low == pytest.approx(expected, rel=0.2)
+
+
+def test_the_same_draws_every_time():
+    ours, theirs = make_measurement(0, 0.7), make_measurement(3, 0.6)
+
+    assert compare(ours, theirs) == compare(ours, theirs)
+
+
+def test_only_what_both_measured_is_compared():
+    differences = compare(make_measurement(0, 0.7), make_measurement(0, 0.6, has_generator=False))
+
+    assert set(differences) == {"point/iou", "point/dice", "point/best_iou"}
+
+
+def test_each_picture_has_a_row():
+    measurement = make_measurement(0, 0.7)
+    measurement.found[4] = Detections([], [])
+
+    rows = measurement.list_pictures()
+
+    assert len(rows) == COUNT
+    assert rows[3]["point/iou"] == pytest.approx(measurement.prompted["point"][3].iou)
+    assert (rows[3]["generator/ap"], rows[4]["generator/ap"], rows[4]["generator/masks"]) == (pytest.approx(1), 0, 0)
