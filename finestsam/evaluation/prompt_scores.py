@@ -8,7 +8,7 @@ import torch
 
 from finestsam.batch import Batch, Predictions, Sample
 from finestsam.masks import count_overlap, decode_rles
-from finestsam.model.sam import upscale_logits
+from finestsam.model.resample import upscale_logits
 from finestsam.prediction.precompute import Embedder
 
 # Of float32 logits upscaled at a time.

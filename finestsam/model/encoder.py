@@ -13,7 +13,7 @@ from itertools import product
 
 import torch
 from segment_anything.modeling import ImageEncoderViT
-from segment_anything.modeling.image_encoder import Attention, Block, get_rel_pos
+from segment_anything.modeling.image_encoder import Attention, Block
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -94,33 +94,58 @@ def _attend_with_positions(attention: Attention, q: Tensor, k: Tensor, v: Tensor
     Args:
         q, k, v: N x L x d, N pictures or windows times heads, L tokens of (height, width) `size`.
     """
-    height, width = size
-    by_row = q.new_zeros(len(q), height * width, height)
-    by_column = q.new_zeros(len(q), height * width, width)
+    q = q.unflatten(1, size)  # N x h x w x d
     if attention.use_rel_pos:
-        grid = q.unflatten(1, size)  # N x h x w x d
-        rows, columns = get_rel_pos(height, height, attention.rel_pos_h), get_rel_pos(width, width, attention.rel_pos_w)
-        by_row = torch.einsum("nhwc,hkc->nhwk", grid, rows.to(q.dtype)).flatten(1, 2)
-        by_column = torch.einsum("nhwc,wkc->nhwk", grid, columns.to(q.dtype)).flatten(1, 2)
+        by_row, by_column = _compare_rows(q, attention.rel_pos_h), _compare_columns(q, attention.rel_pos_w)
+    else:
+        by_row, by_column = (q.new_zeros(*q.shape[:3], side) for side in size)
     attend = _attend_folded if q.is_cuda else _attend_in_pieces
     return attend(q * attention.scale, k, v, by_row, by_column)
 
 
-def _attend_in_pieces(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
-    """Attend, never with more than `CHUNK_SCORES` at once, nor kept for the gradient.
+def _compare_rows(q: Tensor, table: Tensor) -> Tensor:
+    """Return what a query's score with a key gets by their rows, N x h x w x h.
 
     Args:
-        q, k, v: N x L x d, the queries scaled.
-        by_row, by_column: N x L x height and N x L x width, what a query's score gets by the row and column of the key.
+        q: N x h x w x d.
+        table: 2 h - 1 x d, by the row of the query less that of the key, from 1 - h on.
     """
-    count, length, _ = q.shape
-    some = max(1, CHUNK_SCORES // length**2)
-    queries = max(1, CHUNK_SCORES // length)
+    count, height, width, _ = q.shape
+    products = q @ table.flip(0).T.to(q.dtype)  # N x h x w x 2 h - 1, by the row of the key less that of the query
+    length = 2 * height - 1
+    # Of query row y the keys' rows 0 to h - 1 are the products from h - 1 - y on: a view, one step back for each row.
+    strides = (height * width * length, width * length - 1, length, 1)
+    return products.as_strided((count, height, width, height), strides, height - 1)
+
+
+def _compare_columns(q: Tensor, table: Tensor) -> Tensor:
+    """Return the same by columns, N x h x w x w."""
+    count, height, width, _ = q.shape
+    products = q @ table.flip(0).T.to(q.dtype)
+    length = 2 * width - 1
+    strides = (height * width * length, width * length, length - 1, 1)
+    return products.as_strided((count, height, width, width), strides, width - 1)
+
+
+def _attend_in_pieces(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+    """Attend, with about `CHUNK_SCORES` at once and none kept for the gradient.
+
+    Args:
+        q: N x h x w x d, scaled.
+        k, v: N x L x d.
+        by_row, by_column: N x h x w x h and N x h x w x w, what a query's score gets by the row and column of the key.
+
+    Returns:
+        N x L x d.
+    """
+    count, height, width, _ = q.shape
+    length = height * width
+    some, rows = max(1, CHUNK_SCORES // length**2), max(1, CHUNK_SCORES // (length * width))
     pieces = []
     for i in range(0, count, some):
         parts = []
-        for j in range(0, length, queries):
-            here = (slice(i, i + some), slice(j, j + queries))
+        for j in range(0, height, rows):
+            here = (slice(i, i + some), slice(j, j + rows))
             inputs = (q[here], k[here[0]], v[here[0]], by_row[here], by_column[here])
             if torch.is_grad_enabled() and q.requires_grad:
                 parts.append(checkpoint(_attend_piece, *inputs, use_reentrant=False))
@@ -131,9 +156,9 @@ def _attend_in_pieces(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column
 
 
 def _attend_piece(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
-    bias = (by_row[..., :, None] + by_column[..., None, :]).flatten(2)
+    bias = (by_row[..., :, None] + by_column[..., None, :]).flatten(3).flatten(1, 2)
     add = torch.baddbmm if torch.is_grad_enabled() else Tensor.baddbmm_
-    return add(bias, q, k.transpose(1, 2)).softmax(dim=-1) @ v
+    return add(bias, q.flatten(1, 2), k.transpose(1, 2)).softmax(dim=-1) @ v
 
 
 def _attend_folded(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
@@ -141,7 +166,7 @@ def _attend_folded(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: T
     height, width, channels = by_row.shape[-1], by_column.shape[-1], q.shape[-1]
     places = torch.tensor(list(product(range(height), range(width))), device=q.device)
     marks = torch.cat([F.one_hot(places[:, 0], height), F.one_hot(places[:, 1], width)], dim=1).to(k.dtype)
-    q = torch.cat([q, by_row.to(q.dtype), by_column.to(q.dtype)], dim=-1)
+    q = torch.cat([q, by_row, by_column], dim=-1).flatten(1, 2)
     k = torch.cat([k, marks.expand(len(k), -1, -1)], dim=-1)
     more = -q.shape[-1] % 8  # fused kernels want a multiple of 8, and values as wide as keys
     q, k = F.pad(q, (0, more)), F.pad(k, (0, more))

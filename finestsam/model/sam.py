@@ -7,7 +7,6 @@ objects can be decoded in chunks.
 import torch
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from finestsam.batch import Predictions, Prompts
 from finestsam.model.decoder import Answers, PictureView
@@ -95,24 +94,3 @@ class FinestSam(nn.Module):
         elif prompts.has_mask is not None:
             dense = torch.where(prompts.has_mask[:, None, None, None], dense, self._no_mask)
         return sparse, dense
-
-
-def upscale_logits(
-    logits: Tensor, image_size: int, input_size: tuple[int, int], original_size: tuple[int, int] | None
-) -> Tensor:
-    """Bring the decoder's logits to the input frame, and on to the original one.
-
-    The same two bilinear steps as segment_anything's `Sam.postprocess_masks`.
-
-    Args:
-        logits: N x M x 4g x 4g, of the padded square.
-        original_size: None: stop at the input frame.
-
-    Returns:
-        N x M x H x W.
-    """
-    square = F.interpolate(logits, (image_size, image_size), mode="bilinear", align_corners=False)
-    inside = square[..., : input_size[0], : input_size[1]]
-    if original_size is None or tuple(original_size) == tuple(input_size):
-        return inside
-    return F.interpolate(inside, original_size, mode="bilinear", align_corners=False)

@@ -13,24 +13,27 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from finestsam.model.resample import Axis, build_axis, find_ranges, pair
 
 
-@dataclass(frozen=True)
-class _Axis:
-    """The way from 4g logits to the pixels of one axis."""
+class _Reach:
+    """Which pixels of an axis depend on which logits."""
 
-    matrix: Tensor  # pixels x 4g, float32
-    sources: list[tuple[int, int]]  # of each pixel: the first logit that it depends on, and the one behind the last
-    pixels: list[tuple[int, int]]  # of each logit: the first pixel that it or a later one reaches, and the one behind
-    # the last that it or an earlier one reaches; logits in the padding reach none, and in small pictures many do not
+    def __init__(self, axis: Axis):
+        self.matrix = axis.matrix
+        self._sources = axis.sources
+        firsts, ends = find_ranges((axis.matrix != 0).T)
+        # Of each logit: the first pixel that it or a later one reaches, and the one behind the last that it or an
+        # earlier one reaches; logits in the padding reach none, and in small pictures many do not.
+        self._pixels = pair(firsts.flip(0).cummin(0).values.flip(0), ends.cummax(0).values)
 
-    def reach(self, first: int, end: int) -> tuple[slice, slice]:
+    def find(self, first: int, end: int) -> tuple[slice, slice]:
         """Return the pixels that logits first to end - 1 reach, and the logits that these pixels depend on."""
-        pixels = slice(self.pixels[first][0], self.pixels[end - 1][1])
+        pixels = slice(self._pixels[first][0], self._pixels[end - 1][1])
         if pixels.start >= pixels.stop:
             return slice(0, 0), slice(0, 0)
-        return pixels, slice(self.sources[pixels.start][0], self.sources[pixels.stop - 1][1])
+        return pixels, slice(self._sources[pixels.start][0], self._sources[pixels.stop - 1][1])
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Upscaler:
     def __init__(self, low_side: int, image_size: int, input_size: tuple[int, int], size: tuple[int, int]):
         self.size = size
         self._rows, self._columns = (
-            _build_axis(low_side, image_size, input_length, length)
+            _build_reach(low_side, image_size, input_length, length)
             for input_length, length in zip(input_size, size, strict=True)
         )
 
@@ -72,8 +75,8 @@ class Upscaler:
         x0, y0, x1, y1 = box
         if x1 < x0:
             return Region(logits.new_zeros(0, 0), 0, 0)
-        tall, from_rows = self._rows.reach(y0, y1 + 1)
-        wide, from_columns = self._columns.reach(x0, x1 + 1)
+        tall, from_rows = self._rows.find(y0, y1 + 1)
+        wide, from_columns = self._columns.find(x0, x1 + 1)
         part = rows[tall, from_rows] @ logits[from_rows, from_columns] @ columns[wide, from_columns].T
         return Region(part, tall.start, wide.start)
 
@@ -119,24 +122,6 @@ def _count(mask: Tensor) -> Tensor | int:
     return np.count_nonzero(mask.numpy()) if mask.device.type == "cpu" else torch.count_nonzero(mask)
 
 
-@lru_cache(maxsize=64)
-def _build_axis(low_side: int, image_size: int, input_length: int, length: int) -> _Axis:
-    steps = F.interpolate(torch.eye(low_side)[None], image_size, mode="linear", align_corners=False)[..., :input_length]
-    if length != input_length:
-        steps = F.interpolate(steps, length, mode="linear", align_corners=False)
-    matrix = steps[0].T.contiguous()  # pixels x 4g
-    is_used = matrix != 0
-    firsts, ends = _find_ranges(is_used.T)
-    firsts = firsts.flip(0).cummin(0).values.flip(0)
-    return _Axis(matrix, _pair(*_find_ranges(is_used)), _pair(firsts, ends.cummax(0).values))
-
-
-def _find_ranges(is_used: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first column used in each row and the one behind the last; for a row that uses none, all and 0."""
-    places = torch.arange(is_used.shape[1])
-    firsts = torch.where(is_used, places, is_used.shape[1]).amin(1)
-    return firsts, torch.where(is_used, places, -1).amax(1) + 1
-
-
-def _pair(firsts: Tensor, ends: Tensor) -> list[tuple[int, int]]:
-    return list(zip(firsts.tolist(), ends.tolist(), strict=True))
+@lru_cache(maxsize=256)
+def _build_reach(low_side: int, image_size: int, input_length: int, length: int) -> _Reach:
+    return _Reach(build_axis(low_side, image_size, input_length, length))

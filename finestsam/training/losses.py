@@ -9,16 +9,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from finestsam.batch import Predictions, Sample
 from finestsam.config import LossesConfig
 from finestsam.images import shrink_mask
 from finestsam.masks import count_overlap, decode_rle
-from finestsam.model.sam import FinestSam, upscale_logits
+from finestsam.model.resample import upscale_logits
+from finestsam.model.sam import FinestSam
 
 # +1 keeps an empty target with an empty prediction at loss 0, not 0/0.
 DICE_SMOOTH = 1.0
+# exp(-MAX_LOG) is still a normal float32.
+MAX_LOG = 80.0
 # Of float32 logits in one piece of the loss: larger pieces fall out of the processor's cache and are slower.
 PIECE_PIXELS = 4_000_000
 LARGE_TENSORS = 12  # of that size that a piece holds at the same time
@@ -29,15 +31,17 @@ def focal_loss(logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> T
 
     Args:
         logits: ... x H x W.
-        targets: the same shape, 0 or 1.
+        targets: the same shape, or one that broadcasts to it, 0 or 1.
         alpha: weight of the pixels inside, 1 - alpha of those outside; below 0: no weights.
     """
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     # 1 - p_t, from the logits, so that a confident pixel does not lose its last digits in 1 - p.
-    missed = torch.sigmoid(torch.where(targets > 0.5, -logits, logits))
+    wrongness = logits * (1 - 2 * targets)
+    missed = torch.sigmoid(wrongness)
+    # -log p_t. Its usual form log(1 + exp) takes six times as long; beyond the limit it is a straight line.
+    cross_entropy = (wrongness - MAX_LOG).clamp(min=0) - torch.log(torch.sigmoid(-wrongness.clamp(max=MAX_LOG)))
     loss = cross_entropy * missed**gamma
     if alpha >= 0:
-        loss = loss * torch.where(targets > 0.5, alpha, 1 - alpha)
+        loss = loss * (1 - alpha + (2 * alpha - 1) * targets)
     return loss.mean(dim=(-2, -1))
 
 
@@ -46,7 +50,7 @@ def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         logits: ... x H x W.
-        targets: the same shape, 0 or 1.
+        targets: the same shape, or one that broadcasts to it, 0 or 1.
     """
     inside = torch.sigmoid(logits)
     overlap = 2 * (inside * targets).sum(dim=(-2, -1))
@@ -153,7 +157,7 @@ def _weighted_mask_loss(
 
 def _mask_losses(large: Tensor, targets: Tensor, settings: LossesConfig) -> tuple[Tensor, Tensor]:
     """Return focal and Dice losses, n x M each, of logits in the frame of the loss."""
-    truth = targets[:, None].expand_as(large)
+    truth = targets[:, None]
     return focal_loss(large, truth, settings.focal_alpha, settings.focal_gamma), dice_loss(large, truth)
 
 

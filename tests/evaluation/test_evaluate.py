@@ -18,7 +18,7 @@ from finestsam.evaluation.prompt_scores import score_batches, summarize_scores
 from finestsam.images import read_image
 from finestsam.masks import decode_rle
 from finestsam.model.build import build_sam
-from finestsam.model.sam import upscale_logits
+from finestsam.model.resample import upscale_logits
 from finestsam.prediction.generator import generate_masks
 from finestsam.prediction.precompute import Embedder
 

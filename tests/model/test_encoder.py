@@ -77,7 +77,8 @@ def test_recomputing_keeps_less_for_the_gradient(encoder):
 def test_positions_as_further_channels_give_the_same(encoder):
     draw = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 4, 12, 5, generator=draw)
-    by_row, by_column = torch.randn(4, 12, 3, generator=draw), torch.randn(4, 12, 4, generator=draw)
+    q = q.unflatten(1, (3, 4))
+    by_row, by_column = torch.randn(4, 3, 4, 3, generator=draw), torch.randn(4, 3, 4, 4, generator=draw)
 
     folded = _attend_folded(q, k, v, by_row, by_column)
 

@@ -5,7 +5,8 @@ from segment_anything.modeling import Sam
 from finestsam.batch import Prompts
 from finestsam.config import IMAGE_SIZES
 from finestsam.model.build import build_sam
-from finestsam.model.sam import FinestSam, upscale_logits
+from finestsam.model.resample import upscale_logits
+from finestsam.model.sam import FinestSam
 
 ORIGINAL_SIZE, INPUT_SIZE = (90, 120), (48, 64)
 

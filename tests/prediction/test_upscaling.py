@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from finestsam.model.sam import upscale_logits
+from finestsam.model.resample import upscale_logits
 from finestsam.prediction.upscaling import Upscaler, find_boxes, measure_masks
 
 # Input size and size of the picture: larger, smaller, the same, and far smaller than the logits themselves.

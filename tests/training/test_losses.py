@@ -6,7 +6,7 @@ from finestsam.batch import Predictions, Prompts, Sample
 from finestsam.config import LossesConfig
 from finestsam.images import shrink_mask
 from finestsam.masks import encode_mask
-from finestsam.model.sam import upscale_logits
+from finestsam.model.resample import upscale_logits
 from finestsam.training import losses as module
 from finestsam.training.losses import dice_loss, focal_loss, measure_overlap, object_losses
 

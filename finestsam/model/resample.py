@@ -1,0 +1,91 @@
+"""The way of SAM's masks from the decoder's logits to the pixels of a picture, as matrices.
+
+segment_anything takes two bilinear steps: to the padded square, of which the padding is cut off, and on to the picture.
+Each is linear and treats rows and columns apart, so that both together are one product from the left and one from the
+right. Their matrices are banded, and are multiplied in blocks that leave out most of their zeros.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+BLOCK_PIXELS = 128
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The way from 4g logits to the pixels of one axis."""
+
+    matrix: Tensor  # pixels x 4g, float32
+    sources: list[tuple[int, int]]  # of each pixel: the first logit that it depends on, and the one behind the last
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    @cached_property
+    def blocks(self) -> list[tuple[slice, slice]]:
+        """Return pixels, and the logits that they depend on."""
+        starts = range(0, len(self.sources), BLOCK_PIXELS)
+        parts = [self.sources[start : start + BLOCK_PIXELS] for start in starts]
+        return [
+            (slice(start, start + len(part)), slice(part[0][0], part[-1][1]))
+            for start, part in zip(starts, parts, strict=True)
+        ]
+
+    def spread(self, logits: Tensor) -> Tensor:
+        """Bring the rows of ... x 4g x K logits to pixels, ... x pixels x K."""
+        matrix = self.matrix.to(logits)
+        return torch.cat([matrix[pixels, used] @ logits[..., used, :] for pixels, used in self.blocks], dim=-2)
+
+
+@lru_cache(maxsize=256)
+def build_axis(low_side: int, image_size: int, input_length: int, length: int | None) -> Axis:
+    """Return the way along one axis.
+
+    Args:
+        low_side: 4g, of the padded square.
+        image_size: pixels of the padded square.
+        input_length: of the part of it that holds the picture.
+        length: of the picture; None: stop at the input frame.
+    """
+    steps = F.interpolate(torch.eye(low_side)[None], image_size, mode="linear", align_corners=False)[..., :input_length]
+    if length not in (None, input_length):
+        steps = F.interpolate(steps, length, mode="linear", align_corners=False)
+    matrix = steps[0].T.contiguous()  # pixels x 4g
+    return Axis(matrix, pair(*find_ranges(matrix != 0)))
+
+
+def find_ranges(is_used: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first column used in each row and the one behind the last; for a row that uses none, all and 0."""
+    places = torch.arange(is_used.shape[1])
+    firsts = torch.where(is_used, places, is_used.shape[1]).amin(1)
+    return firsts, torch.where(is_used, places, -1).amax(1) + 1
+
+
+def pair(firsts: Tensor, ends: Tensor) -> list[tuple[int, int]]:
+    """Return the ranges as numbers."""
+    return list(zip(firsts.tolist(), ends.tolist(), strict=True))
+
+
+def upscale_logits(
+    logits: Tensor, image_size: int, input_size: tuple[int, int], original_size: tuple[int, int] | None
+) -> Tensor:
+    """Bring the decoder's logits to the input frame, and on to the original one.
+
+    The same as segment_anything's `Sam.postprocess_masks`, up to the rounding of sums.
+
+    Args:
+        logits: ... x 4g x 4g, of the padded square.
+        original_size: None: stop at the input frame.
+
+    Returns:
+        ... x H x W.
+    """
+    rows, columns = (
+        build_axis(logits.shape[-1], image_size, length, original_size and original_size[place])
+        for place, length in enumerate(input_size)
+    )
+    return rows.spread(columns.spread(logits.transpose(-2, -1)).transpose(-2, -1))
