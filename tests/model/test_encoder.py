@@ -5,9 +5,11 @@ import torch
 from segment_anything.modeling import ImageEncoderViT
 from torch import nn
 
+from finestsam.config import build_config
 from finestsam.model import encoder as encoder_module
 from finestsam.model.build import build_sam
 from finestsam.model.encoder import ChunkedImageEncoder, _attend_folded, _attend_in_pieces
+from finestsam.model.load import load_model
 
 
 @pytest.fixture
@@ -93,3 +95,12 @@ def test_half_precision_is_as_close_as_segment_anythings(encoder):
             found, theirs = encoder(pictures), encode_like_meta(encoder, pictures)
 
     assert (found - exact).norm() < 1.5 * (theirs - exact).norm()
+
+
+def test_compiling_keeps_the_names_of_the_weights():
+    settings = {"model.type": "vit_tiny_test", "model.checkpoint": "none", "device": "cpu"}
+
+    plain, compiled = (load_model(build_config(settings | {"compile": flag})).model for flag in (False, True))
+
+    assert compiled.sam.image_encoder._compiled_call_impl is not None
+    assert plain.state_dict().keys() == compiled.state_dict().keys()
