@@ -37,7 +37,7 @@ def focal_loss(logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> T
     # 1 - p_t, from the logits, so that a confident pixel does not lose its last digits in 1 - p.
     wrongness = logits * (1 - 2 * targets)
     missed = torch.sigmoid(wrongness)
-    # -log p_t. Its usual form log(1 + exp) takes six times as long; beyond the limit it is a straight line.
+    # -log p_t. Its usual form log(1 + exp) takes six times as long as a log; beyond the limit it is a straight line.
     cross_entropy = (wrongness - MAX_LOG).clamp(min=0) - torch.log(torch.sigmoid(-wrongness.clamp(max=MAX_LOG)))
     loss = cross_entropy * missed**gamma
     if alpha >= 0:
