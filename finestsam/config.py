@@ -128,7 +128,7 @@ class ModelLayerConfig:
     recompute_encoder: bool = setting(
         False,
         "where the image encoder trains, compute its blocks again for their gradients instead of keeping what they "
-        "were made of: a fraction of the memory for a third more time",
+        "were made of: less memory for more time",
     )
 
 
@@ -322,7 +322,7 @@ class Config:
     keep_memory: bool = setting(
         True,
         "on a CPU with glibc, keep freed memory for the next tensor instead of handing it back to the system and "
-        "having it cleared again: up to twice as fast, and the process holds its peak until it ends",
+        "having it cleared again: faster, and the process holds its peak until it ends",
     )
     sav_dir: str = setting("sav", "folder of the runs")
     run_name: str | None = setting(None, "folder of this run below sav_dir; default: the time it started")

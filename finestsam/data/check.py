@@ -10,7 +10,7 @@ from finestsam.data.contact_sheet import draw_contact_sheet
 from finestsam.data.index import Index, Record
 from finestsam.data.layouts import find_layout
 from finestsam.data.reach import SIZES, measure_reach, name_size
-from finestsam.data.read import describe_dataset, find_vanishing, list_categories, read_parts
+from finestsam.data.read import describe_dataset, list_categories, read_parts, report_vanishing
 from finestsam.data.report import DatasetReport, merge_reports, write_report
 from finestsam.errors import printable
 from finestsam.images import write_image
@@ -30,7 +30,7 @@ def check(config: Config) -> int:
     indexes = read_parts(layout, config.dataset, list(layout.parts))
     report = merge_reports(index.report for index in indexes.values())
     records = [record for index in indexes.values() for record in index.records]
-    _report_vanishing(config, records, report)
+    _drop_vanishing(config, records, report)
     statistics = describe_records(indexes)
     reach = measure_reach(records)
     content = describe_dataset(report, records) | {"layout": layout.name, "statistics": statistics, "reach": reach}
@@ -66,15 +66,11 @@ def describe_records(indexes: dict[str, Index]) -> dict:
     }
 
 
-def _report_vanishing(config: Config, records: list[Record], report: DatasetReport) -> None:
+def _drop_vanishing(config: Config, records: list[Record], report: DatasetReport) -> None:
     """Note what training would leave out at the model's size, and leave it out of `records` as well."""
     image_size = config.model.image_size or IMAGE_SIZES.get(config.model.type, IMAGE_SIZES["vit_b"])
-    vanished = find_vanishing(records, image_size, config.dataset.min_area_pixels)
-    for record, annotation in vanished:
-        message = f"vanishes at {image_size} pixels: {annotation.area} of {record.size[1]} x {record.size[0]}"
-        report.skip_annotation("vanishes", record.file_name, annotation.source_id, message)
+    for record, annotation in report_vanishing(records, image_size, config.dataset.min_area_pixels, report):
         record.annotations.remove(annotation)
-    report.usable_annotation_count -= len(vanished)
 
 
 def _spread(values: list[int]) -> dict[str, float]:

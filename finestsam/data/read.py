@@ -9,7 +9,7 @@ from pathlib import Path
 from finestsam.config import DatasetConfig
 from finestsam.data import cache, coco, labelme, mask_pairs, yolo
 from finestsam.data.assemble import assemble
-from finestsam.data.index import Index, Record
+from finestsam.data.index import Annotation, Index, Record
 from finestsam.data.layouts import Layout, Part, find_layout
 from finestsam.data.picture import CheckedPicture, PictureJob
 from finestsam.data.processes import map_in_processes
@@ -41,12 +41,8 @@ class LabelledSet:
         Raises:
             UserError: nothing is left to train on.
         """
-        vanished = find_vanishing(self.train, image_size, min_area_pixels)
-        for record, annotation in vanished:
-            message = f"vanishes at {image_size} pixels: {annotation.area} of {record.size[1]} x {record.size[0]}"
-            self.report.skip_annotation("vanishes", record.file_name, annotation.source_id, message)
+        vanished = report_vanishing(self.train, image_size, min_area_pixels, self.report)
         gone = {id(annotation) for _, annotation in vanished}
-        self.report.usable_annotation_count -= len(gone)
         kept = [
             replace(record, annotations=[found for found in record.annotations if id(found) not in gone])
             for record in self.train
@@ -133,14 +129,24 @@ def refuse_empty(settings: DatasetConfig, index: Index, report: DatasetReport) -
     raise UserError("\n".join(lines))
 
 
-def find_vanishing(records: list[Record], image_size: int, min_area_pixels: float) -> list[tuple[Record, object]]:
-    """Return the annotations, each with its picture, whose area in the input frame is below `min_area_pixels`."""
-    return [
+def report_vanishing(
+    records: list[Record], image_size: int, min_area_pixels: float, report: DatasetReport
+) -> list[tuple[Record, Annotation]]:
+    """Return the annotations, each with its picture, whose area in the input frame is below `min_area_pixels`.
+
+    They are noted in the report as skipped; to leave them out of the records is the caller's part.
+    """
+    vanished = [
         (record, annotation)
         for record in records
         for annotation in record.annotations
         if annotation.area * (image_size / max(record.size)) ** 2 < min_area_pixels
     ]
+    for record, annotation in vanished:
+        message = f"vanishes at {image_size} pixels: {annotation.area} of {record.size[1]} x {record.size[0]}"
+        report.skip_annotation("vanishes", record.file_name, annotation.source_id, message)
+    report.usable_annotation_count -= len(vanished)
+    return vanished
 
 
 def describe_dataset(report: DatasetReport, records: list[Record]) -> dict:

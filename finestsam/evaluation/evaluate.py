@@ -61,9 +61,14 @@ def evaluate(config: Config) -> int:
         print(f"compared with: {printable(rival.source)} ({rival.model_type})")
         theirs = measure_model(config, rival, data.val, "compared with")
     differences = compare(ours, theirs, config.seed_device or 0) if theirs else {}
+    rows, their_rows = ours.list_pictures(), theirs.list_pictures() if theirs else None
     print("\n".join(_list_headlines(ours, theirs, differences)))
+    if their_rows:
+        worse = _list_worse(rows, their_rows)
+        names = ", ".join(printable(name) for name in worse[:10]) + (", ..." if len(worse) > 10 else "")
+        print(f"worse than before on {len(worse)} of {len(rows)} pictures{': ' if worse else ''}{names}")
     _write_figures(folder / FIGURES_NAME, ours, theirs, differences)
-    _write_pictures(folder / PICTURES_NAME, ours, theirs)
+    _write_pictures(folder / PICTURES_NAME, rows, their_rows)
     print(f"figures: {folder / FIGURES_NAME}, picture by picture: {folder / PICTURES_NAME}")
     return 0
 
@@ -139,18 +144,14 @@ def _list_headlines(ours: Measurement, theirs: Measurement | None, differences: 
             found = differences[name]
             line += f"   before {theirs.figures[name]:.4f}   {found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
         lines.append(line)
-    if theirs:
-        worse = _list_worse(ours, theirs)
-        names = ", ".join(printable(name) for name in worse[:10]) + (", ..." if len(worse) > 10 else "")
-        lines.append(f"worse than before on {len(worse)} of {len(ours.records)} pictures{': ' if worse else ''}{names}")
     return lines
 
 
-def _list_worse(ours: Measurement, theirs: Measurement) -> list[str]:
+def _list_worse(rows: list[dict], their_rows: list[dict]) -> list[str]:
     """Return the pictures whose objects one point finds worse than before, the most so first."""
-    before = {row["file_name"]: row.get("point/iou") for row in theirs.list_pictures()}
+    before = {row["file_name"]: row.get("point/iou") for row in their_rows}
     losses = []
-    for row in ours.list_pictures():
+    for row in rows:
         now, then = row.get("point/iou"), before.get(row["file_name"])
         if now is not None and then is not None and now < then:
             losses.append((now - then, row["file_name"]))
@@ -169,11 +170,13 @@ def _write_figures(
     path.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _write_pictures(path: Path, ours: Measurement, theirs: Measurement | None) -> None:
-    rows = ours.list_pictures()
-    if theirs:
-        for row, other in zip(rows, theirs.list_pictures(), strict=True):
-            row |= {f"floor/{name}": value for name, value in other.items() if name not in ("file_name", "objects")}
+def _write_pictures(path: Path, rows: list[dict], their_rows: list[dict] | None) -> None:
+    if their_rows:
+        shared = ("file_name", "objects")
+        rows = [
+            row | {f"floor/{name}": value for name, value in other.items() if name not in shared}
+            for row, other in zip(rows, their_rows, strict=True)
+        ]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()

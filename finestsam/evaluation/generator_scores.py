@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Sequence
 
-import torch
 from tqdm import tqdm
 
 from finestsam.config import GeneratorConfig, ImagesConfig
@@ -11,7 +10,7 @@ from finestsam.data.embeddings import picture_key
 from finestsam.data.index import Record
 from finestsam.errors import Defect
 from finestsam.evaluation.coco_scores import Detections
-from finestsam.images import compute_input_size, read_image, resize_image
+from finestsam.images import read_image
 from finestsam.prediction.generator import generate_masks
 from finestsam.prediction.precompute import Embedder
 
@@ -34,10 +33,6 @@ def _find(embedder: Embedder, record: Record, settings: GeneratorConfig, images:
     except Defect as defect:
         tqdm.write(f"skipped {record.file_name}: {defect.message}", file=sys.stderr)
         return None
-    input_size = compute_input_size(record.size, embedder.model.image_size)
-    embedding = embedder.embed_picture(
-        picture_key(record.digest, record.size),
-        lambda: torch.from_numpy(resize_image(pixels, input_size).copy()).permute(2, 0, 1),
-    )
+    embedding = embedder.embed_image(picture_key(record.digest, record.size), pixels)
     masks = generate_masks(embedder.model, pixels, settings, embedding)
     return Detections(masks.rles, masks.scores.tolist())

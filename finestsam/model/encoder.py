@@ -28,8 +28,8 @@ class ChunkedImageEncoder(ImageEncoderViT):
     """The encoder.
 
     Attributes:
-        recomputes: keep only what goes into each block and compute the block again for its gradient: a fraction of the
-            memory for a third more time.
+        recomputes: keep only what goes into each block and compute the block again for its gradient: less memory for
+            more time.
     """
 
     recomputes = False

@@ -19,7 +19,7 @@ from finestsam.data.dataset import SampleDataset
 from finestsam.data.embeddings import GIGABYTE, EmbeddingStore
 from finestsam.data.loaders import start_worker
 from finestsam.errors import Defect
-from finestsam.images import use_one_thread
+from finestsam.images import compute_input_size, resize_image, use_one_thread
 from finestsam.model.sam import FinestSam
 
 # Raised whenever the same weights answer otherwise for the same file: reading, resizing or normalising changed.
@@ -54,6 +54,13 @@ class Embedder:
         fresh = iter(self.encode(missing)) if missing else iter(())
         device = self.model.device
         return torch.stack([next(fresh) if s.embedding is None else s.embedding.to(device).float() for s in samples])
+
+    def embed_image(self, key: str, image: np.ndarray) -> Tensor:
+        """Return the embedding of a picture as it was read (H x W x 3, uint8), 1 x C x g x g, and keep it."""
+        input_size = compute_input_size(image.shape[:2], self.model.image_size)
+        return self.embed_picture(
+            key, lambda: torch.from_numpy(resize_image(image, input_size).copy()).permute(2, 0, 1)
+        )
 
     def embed_picture(self, key: str, read_pixels: Callable[[], Tensor]) -> Tensor:
         """Return the embedding of one picture, 1 x C x g x g, and keep it.

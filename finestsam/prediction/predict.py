@@ -19,7 +19,7 @@ from finestsam.allocator import keep_freed_memory
 from finestsam.config import Config
 from finestsam.data.embeddings import picture_key
 from finestsam.errors import Defect, UserError, printable
-from finestsam.images import IMAGE_SUFFIXES, compute_input_size, hash_picture, read_image, resize_image, write_image
+from finestsam.images import IMAGE_SUFFIXES, hash_picture, read_image, write_image
 from finestsam.model.card import Card
 from finestsam.model.load import load_model
 from finestsam.output_folder import make_output_folder
@@ -191,12 +191,8 @@ def _read(path: Path, config: Config) -> _Picture:
 
 
 def _find_masks(embedder: Embedder, picture: _Picture, path: Path, results: Results) -> GeneratedMasks:
-    input_size = compute_input_size(picture.pixels.shape[:2], embedder.model.image_size)
     try:
-        # From the store where it was predicted before.
-        embedding = embedder.embed_picture(
-            picture.key, lambda: torch.from_numpy(resize_image(picture.pixels, input_size).copy()).permute(2, 0, 1)
-        )
+        embedding = embedder.embed_image(picture.key, picture.pixels)  # from the store where it was predicted before
         return generate_masks(embedder.model, picture.pixels, results.settings, embedding)
     except torch.OutOfMemoryError:
         advice = f"lower generator.points_per_batch, which is {results.settings.points_per_batch}"
