@@ -66,7 +66,7 @@ def evaluate(config: Config) -> int:
     if their_rows:
         worse = _list_worse(rows, their_rows)
         names = ", ".join(printable(name) for name in worse[:10]) + (", ..." if len(worse) > 10 else "")
-        print(f"worse than before on {len(worse)} of {len(rows)} pictures{': ' if worse else ''}{names}")
+        print(f"worse than the other on {len(worse)} of {len(rows)} pictures{': ' if worse else ''}{names}")
     _write_figures(folder / FIGURES_NAME, ours, theirs, differences)
     _write_pictures(folder / PICTURES_NAME, rows, their_rows)
     print(f"figures: {folder / FIGURES_NAME}, picture by picture: {folder / PICTURES_NAME}")
@@ -142,7 +142,7 @@ def _list_headlines(ours: Measurement, theirs: Measurement | None, differences: 
         line = f"{name:<20}{ours.figures[name]:.4f}"
         if name in differences:
             found = differences[name]
-            line += f"   before {theirs.figures[name]:.4f}   {found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+            line += f"   against {theirs.figures[name]:.4f}   {found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
         lines.append(line)
     return lines
 
