@@ -48,6 +48,7 @@ class Sample:
     rows: list[int] = field(default_factory=list)  # N, the objects' places in the whole set, counted through
     variant: int = 0  # which augmented variant of the picture; 0: the plain one
     embedding: Tensor | None = None  # C x g x g, float16, from the store
+    cells: Tensor | None = None  # 4g x 4g, int32: the object in each, from 1; 0 none, -1 padding. None: not asked for
 
     def __len__(self) -> int:
         return len(self.rles)
@@ -55,7 +56,8 @@ class Sample:
     def to(self, target: device | str) -> "Sample":
         image = None if self.image is None else self.image.to(target)
         embedding = None if self.embedding is None else self.embedding.to(target)
-        return replace(self, image=image, embedding=embedding, prompts=self.prompts.to(target))
+        cells = None if self.cells is None else self.cells.to(target)
+        return replace(self, image=image, embedding=embedding, cells=cells, prompts=self.prompts.to(target))
 
 
 @dataclass

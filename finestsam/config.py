@@ -59,6 +59,11 @@ class PromptsConfig:
         False,
         "train with the logits that the previous epoch gave for the object; before there are any, as use_masks says",
     )
+    mix: bool = setting(
+        False,
+        "ask for the objects of each training picture with one of the kinds that are turned on, drawn anew in every "
+        "epoch, instead of with all of them together",
+    )
     box_jitter_ratio: float = setting(0.1, "standard deviation of the noise on a box, as a share of its side", "[0, 1]")
     box_jitter_max_pixels: float = setting(20.0, "largest noise on a side of a box, input pixels", "[0, inf)")
 
@@ -108,6 +113,12 @@ class LossesConfig:
         0.8, "share of the focal loss given to pixels inside; below 0: no balancing", "[-1, 1]"
     )
     focal_gamma: float = setting(2.0, "how much easy pixels are played down", "[0, inf)")
+    affinity_ratio: float = setting(
+        0.0,
+        "weight of an auxiliary loss on the embedding, which places belong to the same object: 10 keeps an image "
+        "encoder that starts from nothing from going blind; without effect on a frozen one",
+        "[0, inf)",
+    )
     resolution: Literal["original", "input", "low"] = setting(
         "original",
         "frame of the loss: the file's pixels, the resized picture's, or the decoder's own (a quarter of the input's "
@@ -433,6 +444,8 @@ def _find_training_problems(config: Config) -> list[str]:
             "prompts.use_logits needs pictures that stay in place: leave augment.flip_horizontal, flip_vertical, "
             "turn, scale_min, scale_max and crop_min as they are by default"
         )
+    if prompts.mix and prompts.use_logits:
+        problems.append("prompts.mix changes what an object is asked with, prompts.use_logits feeds on the last answer")
     if losses.focal_ratio == losses.dice_ratio == losses.iou_ratio == 0:
         problems.append("nothing is learnt: losses.focal_ratio, dice_ratio and iou_ratio are all 0")
     if freeze.image_encoder and freeze.prompt_encoder and freeze.mask_decoder:

@@ -24,6 +24,7 @@ from finestsam.data.augment import (
     show_image,
     show_object,
 )
+from finestsam.data.cells import CELL_PIXELS, label_cells
 from finestsam.data.embeddings import EmbeddingStore, picture_key
 from finestsam.data.index import Record
 from finestsam.data.previous_logits import PreviousLogits
@@ -42,7 +43,8 @@ from finestsam.images import compute_input_size, read_image, resize_image, scale
 
 # What a random stream is for, the end of its seed: drawing one never changes another. None is 0, which at the end of a
 # seed counts for nothing in numpy.
-CHOICE, VARIANT, POINTS, BOX, MASK = range(1, 6)
+CHOICE, VARIANT, POINTS, BOX, MASK, KIND = range(1, 7)
+PROMPT_KINDS = ("use_points", "use_boxes", "use_masks")
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class SampleSettings:
     dataset: DatasetConfig
     max_objects: int = 0  # a random choice where a picture has more; 0: all
     augment: AugmentConfig = AugmentConfig()
+    wants_cells: bool = False
 
 
 class SampleDataset(Dataset):
@@ -96,14 +99,18 @@ class SampleDataset(Dataset):
             pixels = self.read_pixels(position, variant) if embedding is None else None
         except Defect as defect:
             return Defect(defect.code, f"{record.file_name}: {defect.message}")
+        cells = None
+        if self.settings.wants_cells:
+            cells = label_cells(record, places, view, input_size, self.settings.image_size // CELL_PIXELS)
         places = self._choose_objects(record, places, epoch)
+        asked = self._choose_kind(record, epoch)
         rows = (self.first_rows[position] + places).tolist()
         frames = _Frames(view.size, input_size, build_image_grid(self.settings.points_per_side, view.size))
         rles, prompts = [], []
         for place in places:
             shown = show_object(record, record.annotations[place], view)
             rles.append(shown.rle)
-            prompts.append(self._draw_prompts(shown, frames, epoch))
+            prompts.append(self._draw_prompts(asked, shown, frames, epoch))
         return Sample(
             image_id=record.image_id,
             file_name=record.file_name,
@@ -116,6 +123,7 @@ class SampleDataset(Dataset):
             rows=rows,
             variant=variant,
             embedding=embedding,
+            cells=cells,
         )
 
     def read_pixels(self, position: int, variant: int) -> Tensor:
@@ -161,9 +169,18 @@ class SampleDataset(Dataset):
         generator = self._open_stream(epoch, record.image_id, CHOICE)
         return np.sort(generator.choice(places, size=limit, replace=False))
 
-    def _draw_prompts(self, shown: ShownObject, frames: "_Frames", epoch: int) -> Prompts:
+    def _choose_kind(self, record: Record, epoch: int) -> PromptsConfig:
+        """Return what a picture's objects are asked for with: all kinds that are turned on, or one of them."""
+        asked = self.settings.prompts
+        kinds = [name for name in PROMPT_KINDS if getattr(asked, name)]
+        if not asked.mix or len(kinds) < 2:
+            return asked
+        chosen = kinds[self._open_stream(epoch, record.image_id, KIND).integers(len(kinds))]
+        return replace(asked, **{name: name == chosen for name in PROMPT_KINDS})
+
+    def _draw_prompts(self, asked: PromptsConfig, shown: ShownObject, frames: "_Frames", epoch: int) -> Prompts:
         """Return what one object is asked for with."""
-        asked, prompts = self.settings.prompts, Prompts()
+        prompts = Prompts()
         if asked.use_points:
             generator = self._open_stream(epoch, shown.annotation_id, POINTS)
             points, labels = self._draw_points(shown, frames, generator)

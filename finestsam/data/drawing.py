@@ -1,7 +1,7 @@
-"""Draw the three kinds of scenes: textured shapes, parcels of an old plan, cells under a microscope.
+"""Draw the kinds of scenes: textured shapes, parcels and blocks of old plans, cells under a microscope, things.
 
-Each kind draws a canvas (H x W x 3, float32, 0 to 255) and a label map (H x W, int: 0 is background, k the k-th
-object).
+Each kind draws a canvas (H x W x 3, float32, 0 to 255) and label maps (each H x W, int: 0 is background, k the k-th
+object), one for each level of detail.
 """
 
 from __future__ import annotations
@@ -17,13 +17,20 @@ SQUARE = np.array([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])  # the o
 INWARDS = np.array([[1.0], [-1.0]])  # for the two opposite corners, XY, that make a rectangle
 PAPER = (232, 222, 196)
 WASHES = ((238, 200, 185), (226, 178, 158), (240, 226, 178), (205, 216, 178), (200, 212, 214), (206, 142, 126), PAPER)
-FLUORESCENT = [[[8, 12, 14], [90, 215, 120]], [[10, 8, 22], [100, 130, 245]], [[14, 12, 12], [225, 220, 215]]]
+FLUORESCENT = [
+    [[8, 12, 14], [90, 215, 120]],
+    [[10, 8, 22], [100, 130, 245]],
+    [[14, 12, 12], [225, 220, 215]],
+    [[8, 8, 8], [60, 60, 60]],
+    [[10, 10, 10], [110, 110, 110]],
+]
 STAINED = [[[238, 226, 232], [176, 120, 178]], [[232, 228, 215], [190, 105, 110]], [[146, 148, 142], [84, 88, 84]]]
 
 Box = tuple[slice, slice]  # rows and columns of a picture
+Drawn = tuple[np.ndarray, list[np.ndarray]]  # a canvas and its label maps
 
 
-def draw_shapes(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def draw_shapes(rng: np.random.Generator, size: tuple[int, int]) -> Drawn:
     """Draw dead leaves: textured shapes, the later ones over the earlier ones."""
     weight, labels = np.float32(draw_pattern(rng, size)), np.zeros(size, np.int32)
     radii = np.sqrt(np.prod(size)) * np.exp(rng.uniform(np.log(0.05), np.log(0.26), rng.integers(12, 36)))
@@ -36,7 +43,7 @@ def draw_shapes(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.nda
         weight[box][inside] = draw_pattern(rng, inside.shape)[inside]
     colours = rng.uniform(40, 215, (len(radii) + 1, 1)) + rng.normal(0, 35, (len(radii) + 1, 3))
     others = colours + rng.normal(0, 40, (len(radii) + 1, 1)) + rng.normal(0, 20, colours.shape)
-    return mix(colours, others, labels, weight), labels
+    return mix(colours, others, labels, weight), [labels]
 
 
 def draw_outline(rng: np.random.Generator) -> np.ndarray:
@@ -79,7 +86,7 @@ def draw_pattern(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
             return draw_lines(along, period, period / 2) ^ draw_lines(across, period, period / 2)
 
 
-def draw_parcels(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def draw_parcels(rng: np.random.Generator, size: tuple[int, int]) -> Drawn:
     """Draw an old town plan: blocks between streets, cut into parcels, washed, inked and lettered."""
     area, angle, reach = size[0] * size[1], rng.normal(0, 0.25), 0.65 * max(size)
     labels, label = np.zeros(size, np.int32), 0
@@ -98,7 +105,75 @@ def draw_parcels(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.nd
     canvas = wash(rng, labels, ink)
     canvas[borders] = ink
     write_names(rng, canvas, ink, angle)
-    return canvas, np.where(borders, 0, labels)
+    return canvas, [np.where(borders, 0, labels)]
+
+
+def draw_plans(rng: np.random.Generator, size: tuple[int, int]) -> Drawn:
+    """Draw an engraved plan: on bare paper, blocks of houses in outline, and in them buildings that are hatched.
+
+    A block is what its buildings leave of it; a line of ink belongs to nothing.
+    """
+    area, angle, reach = size[0] * size[1], rng.normal(0, 0.4), 0.65 * max(size)
+    labels, is_hatched = np.zeros(size, np.int32), [False]
+    block_area, building_area = area * rng.uniform(0.05, 0.35), area * rng.uniform(0.008, 0.04)
+    for block in subdivide(rng, SQUARE[::2] * reach, block_area):
+        block = block + INWARDS * max(size) * rng.uniform(0.01, 0.04)
+        skew, middle = rng.normal(0, 0.03, (4, 2)) * max(size), np.array(size[::-1]) / 2
+        outlines = [(block, True)] + [(part, False) for part in choose_buildings(rng, block, building_area)]
+        for rectangle, starts in outlines:
+            if starts or rng.random() < 0.6:  # else another wing of the last building
+                is_hatched.append(not starts or rng.random() < 0.1)
+            box, inside = fill(turn(to_quad(rectangle, block, skew), angle) + middle, size)
+            labels[box][inside] = len(is_hatched) - 1
+    borders, ink = find_borders(labels), rng.uniform(20, 90) * np.array([1, 0.95, 0.85])
+    along, across = turn_grid(size, angle + rng.choice([-1, 1]) * np.pi / 4)
+    period = rng.uniform(2.5, 6)
+    strokes = draw_lines(along, period, rng.uniform(0.35, 0.6) * period)
+    strokes = (strokes & draw_lines(across, period, period / 2)) if rng.random() < 0.2 else strokes
+    paper = np.array(PAPER) + rng.normal(0, 12, 3)
+    stains = 6 * (draw_noise(rng, size, 0.8) + np.sin(along / 40) * np.sin(across / 50) / 2)
+    canvas = np.float32(paper) + np.float32(stains)[..., None]
+    hatching = (np.array(is_hatched)[labels] & strokes) * np.float32(rng.uniform(0.5, 0.9))
+    canvas += hatching[..., None] * np.float32(ink - paper)
+    canvas[borders] = ink
+    for _ in range(rng.integers(1, 4)):
+        write_names(rng, canvas, ink, angle + rng.choice([0, np.pi / 2]))
+    return canvas, [np.where(borders, 0, labels)]
+
+
+def choose_buildings(rng: np.random.Generator, block: np.ndarray, building_area: float) -> list[np.ndarray]:
+    """Return the rectangles (each 2 x 2: two opposite corners, XY) in a block that are built on; some have none."""
+    if rng.random() < 0.3:
+        return []
+    yard = block + INWARDS * np.ptp(block, axis=0) * rng.uniform(0.0, 0.15, (2, 2))
+    return [part for part in subdivide(rng, yard, building_area) if rng.random() < 0.5]
+
+
+def draw_things(rng: np.random.Generator, size: tuple[int, int]) -> Drawn:
+    """Draw shaded things with parts, more alike than `draw_shapes` does: first the whole ones, then the parts."""
+    weight, wholes, parts = np.float32(draw_pattern(rng, size)), np.zeros(size, np.int32), np.zeros(size, np.int32)
+    paint, count = np.zeros(size, np.int32), int(rng.integers(8, 28))
+    radii = np.sort(np.sqrt(np.prod(size)) * np.exp(rng.uniform(np.log(0.06), np.log(0.3), count)))[::-1]
+    shade = np.ones(size, np.float32)
+    for label, radius in enumerate(radii, start=1):
+        outline, centre = turn(draw_outline(rng), rng.uniform(0, 2 * np.pi)), rng.random(2) * size[::-1]
+        box, inside = fill(radius * outline + centre, size)
+        wholes[box][inside], parts[box][inside], paint[box][inside] = label, 0, 2 * label - 1
+        weight[box][inside] = 0.6 * np.float32(draw_pattern(rng, inside.shape)[inside])
+        along, _ = turn_grid(inside.shape, rng.uniform(0, 2 * np.pi))
+        light = 1 + rng.uniform(0, 0.35) * (along - along.mean()) / max(np.ptp(along), 1)
+        shade[box][inside] = light[inside]
+        if rng.random() < 0.5:
+            inner = turn(draw_outline(rng), rng.uniform(0, 2 * np.pi)) * radius * rng.uniform(0.25, 0.55)
+            box, inside = fill(inner + centre + rng.normal(0, 0.15, 2) * radius, size)
+            inside &= wholes[box] == label
+            parts[box][inside], paint[box][inside] = label, 2 * label
+            weight[box][inside] = 0.6 * np.float32(draw_pattern(rng, inside.shape)[inside])
+    spread, middle = rng.uniform(18, 55), rng.uniform(70, 170)
+    colours = middle + rng.normal(0, spread, (2 * len(radii) + 1, 1)) + rng.normal(0, 0.5 * spread, (1, 3))
+    colours = colours + rng.normal(0, 0.6 * spread, (2 * len(radii) + 1, 3))
+    others = colours + rng.normal(0, 25, (len(colours), 1)) + rng.normal(0, 10, colours.shape)
+    return mix(colours, others, paint, weight) * shade[..., None], [wholes, parts]
 
 
 def subdivide(rng: np.random.Generator, rectangle: np.ndarray, max_area: float) -> list[np.ndarray]:
@@ -145,12 +220,12 @@ def write_names(rng: np.random.Generator, canvas: np.ndarray, ink: np.ndarray, a
             canvas[box][inside] = ink
 
 
-def draw_blobs(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def draw_blobs(rng: np.random.Generator, size: tuple[int, int]) -> Drawn:
     """Draw cells under a microscope: they touch, and an earlier one stops a later one."""
     labels, depths = np.zeros(size, np.int32), np.zeros(size, np.float32)
-    mean_radius = np.sqrt(np.prod(size)) * rng.uniform(0.06, 0.1)
+    mean_radius = np.sqrt(np.prod(size)) * np.exp(rng.uniform(np.log(0.035), np.log(0.1)))
     centres = [rng.random(2) * size[::-1]]
-    for label in range(1, rng.integers(20, 60)):
+    for label in range(1, rng.integers(20, 80)):
         centre, radius = rng.random(2) * size[::-1], mean_radius * np.exp(rng.normal(0, 0.25))
         if rng.random() < 0.6:  # beside an earlier one, which makes clusters
             centre = centres[rng.integers(len(centres))] + 1.9 * mean_radius * point_at(rng.uniform(0, 2 * np.pi))
@@ -160,7 +235,7 @@ def draw_blobs(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndar
             labels[box][inside] = label
             depths[box][inside] = depth[inside]
             centres.append(centre)
-    return stain(rng, labels, depths), labels
+    return stain(rng, labels, depths), [labels]
 
 
 def draw_cell(

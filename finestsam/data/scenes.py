@@ -1,8 +1,8 @@
 """Drawn pictures with exact instance masks: for the demo, the notebook, the tests, and training without a download.
 
-A scene is a pure function of (seed, index, size, kind). Each kind draws a canvas (H x W x 3, float32, 0 to 255) and a
-label map (H x W, int: 0 is background, k the k-th object). Masks are read off the label map: they never overlap, and
-the blur and noise of the canvas do not reach them.
+A scene is a pure function of (seed, index, size, kind). Each kind draws a canvas (H x W x 3, float32, 0 to 255) and
+label maps (each H x W, int: 0 is background, k the k-th object), one for each level of detail. Masks are read off the
+label maps: those of one level never overlap, and the blur and noise of the canvas do not reach them.
 """
 
 from __future__ import annotations
@@ -13,12 +13,20 @@ from pathlib import Path
 
 import numpy as np
 
-from finestsam.data.drawing import draw_blobs, draw_parcels, draw_shapes, find_borders
+from finestsam.data.drawing import draw_blobs, draw_parcels, draw_plans, draw_shapes, draw_things, find_borders
+from finestsam.data.processes import map_in_processes
 from finestsam.images import blur, write_image
 from finestsam.masks import encode_mask, rle_area, rle_box, rle_to_json
 
-KINDS = ("shapes", "parcels", "blobs")
-CATEGORIES = {"shapes": "shape", "parcels": "parcel", "blobs": "blob"}
+DRAWINGS = {
+    "shapes": draw_shapes,
+    "parcels": draw_parcels,
+    "blobs": draw_blobs,
+    "plans": draw_plans,
+    "things": draw_things,
+}
+KINDS = tuple(DRAWINGS)
+CATEGORIES = {"shapes": "shape", "parcels": "parcel", "blobs": "blob", "plans": "block", "things": "thing"}
 MIN_AREA_FRACTION = 0.002  # of the picture; an object that shows less stays painted but gets no mask
 MIN_CORE_FRACTION = 0.3  # of an object's visible pixels, those not on its border; crumbs and slivers have less
 
@@ -28,7 +36,7 @@ class Scene:
     """A picture and the visible pixels of its objects, in drawing order."""
 
     image: np.ndarray  # H x W x 3, uint8, RGB
-    masks: list[np.ndarray]  # each H x W, bool, disjoint from the others
+    masks: list[np.ndarray]  # each H x W, bool, level by level, disjoint from the others of its level
     categories: list[str]  # a value of CATEGORIES for each mask
 
 
@@ -41,20 +49,29 @@ def write_scenes(root: Path, count: int, seed: int = 0, size: tuple[int, int] = 
     sizes = (size, (height * 7 // 8, width * 9 // 8), (height * 9 // 8, width * 7 // 8))
     category_ids = {name: number for number, name in enumerate(CATEGORIES.values(), start=1)}
     images, annotations = [], []
-    (root / "data" / "images").mkdir(parents=True, exist_ok=True)
-    for index in range(count):
-        scene, name = draw_scene(seed, index, sizes[index % len(sizes)]), f"scene_{index:04d}.png"
-        write_image(root / "data" / "images" / name, scene.image)
-        height, width = scene.image.shape[:2]
-        images.append({"id": index + 1, "file_name": name, "height": height, "width": width})
-        for mask, category in zip(scene.masks, scene.categories, strict=True):
+    folder = root / "data" / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    tasks = [(folder / f"scene_{index:04d}.png", seed, index, sizes[index % len(sizes)]) for index in range(count)]
+    for (path, _, index, (height, width)), objects in zip(
+        tasks, map_in_processes(_write_scene, tasks, "drawing"), strict=True
+    ):
+        images.append({"id": index + 1, "file_name": path.name, "height": height, "width": width})
+        for category, described in objects:
             ids = {"id": len(annotations) + 1, "image_id": index + 1, "category_id": category_ids[category]}
-            annotations.append(ids | describe_mask(mask))
+            annotations.append(ids | described)
     categories = [{"id": number, "name": name} for name, number in category_ids.items()]
     info = {"description": f"{count} drawn scenes, seed {seed}"}
     coco = {"info": info, "images": images, "annotations": annotations, "categories": categories}
     (root / "data" / "annotations.json").write_text(json.dumps(coco), encoding="utf-8")
     return root
+
+
+def _write_scene(task: tuple[Path, int, int, tuple[int, int]]) -> list[tuple[str, dict]]:
+    """Draw a scene into a file, and return its objects: their categories, and what `describe_mask` says of them."""
+    path, seed, index, size = task
+    scene = draw_scene(seed, index, size)
+    write_image(path, scene.image)
+    return [(category, describe_mask(mask)) for category, mask in zip(scene.categories, scene.masks, strict=True)]
 
 
 def describe_mask(mask: np.ndarray) -> dict:
@@ -67,9 +84,8 @@ def draw_scene(seed: int, index: int, size: tuple[int, int] = (256, 256), kind: 
     """Draw scene number `index` of a seed; without a kind, the seed chooses one of KINDS."""
     rng = np.random.default_rng([seed, index])
     kind = kind or KINDS[rng.integers(len(KINDS))]
-    draw = {"shapes": draw_shapes, "parcels": draw_parcels, "blobs": draw_blobs}[kind]
-    canvas, labels = draw(rng, size)
-    masks = split_labels(labels)
+    canvas, levels = DRAWINGS[kind](rng, size)
+    masks = [mask for labels in levels for mask in split_labels(labels)]
     return Scene(develop(rng, canvas), masks, [CATEGORIES[kind]] * len(masks))
 
 

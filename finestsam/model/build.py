@@ -5,19 +5,16 @@ from functools import partial
 
 import torch
 from segment_anything.modeling import PromptEncoder, Sam, TwoWayTransformer
-from segment_anything.modeling.transformer import Attention
-from torch import nn
 
 from finestsam.config import IMAGE_SIZES
 from finestsam.model.decoder import FoldedMaskDecoder
 from finestsam.model.encoder import ChunkedImageEncoder
+from finestsam.model.initial import start_decoder_, start_encoder_
 
 PATCH_SIZE = 16
 # ImageNet's channel means and deviations, as in segment_anything's build_sam.py.
 PIXEL_MEAN = [123.675, 116.28, 103.53]
 PIXEL_STD = [58.395, 57.12, 57.375]
-# How sharply a decoder with random weights attends to the place of its prompt.
-POSITION_GAIN = 2.5
 
 
 @dataclass(frozen=True)
@@ -73,9 +70,8 @@ def build_sam(model_type: str, image_size: int | None = None) -> Sam:
         pixel_mean=PIXEL_MEAN,
         pixel_std=PIXEL_STD,
     )
-    # segment_anything leaves positions at zero, for a checkpoint to fill; from scratch, tokens must differ by place.
-    nn.init.trunc_normal_(sam.image_encoder.pos_embed, std=0.02)
-    _align_positions_(sam.mask_decoder)
+    start_encoder_(sam.image_encoder)
+    start_decoder_(sam.mask_decoder)
     return sam.eval()
 
 
@@ -109,15 +105,3 @@ def _build_mask_decoder(architecture: Architecture) -> FoldedMaskDecoder:
         iou_head_depth=3,
         iou_head_hidden_dim=256,
     )
-
-
-def _align_positions_(decoder: FoldedMaskDecoder) -> None:
-    """Let queries and keys begin with the same projection, so that a prompt attends to its own place from the start.
-
-    Prompts and picture carry the same positional encoding, but two random projections of it have nothing in common; a
-    decoder that starts so predicts empty masks for its first 200 steps, until it has found that out.
-    """
-    for attention in decoder.modules():
-        if isinstance(attention, Attention):
-            with torch.no_grad():
-                attention.k_proj.weight.copy_(attention.q_proj.weight.mul_(POSITION_GAIN))

@@ -28,6 +28,7 @@ class FinestSam(nn.Module):
         self.sam = sam
         self.multimask_output = multimask_output
         self.encoder_dtype = encoder_dtype
+        self.affinity_head: nn.Module | None = None  # of training alone, so that it is wrapped with the rest
 
     @property
     def image_size(self) -> int:

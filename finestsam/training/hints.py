@@ -11,7 +11,7 @@ def describe_training(model: FinestSam, model_type: str) -> str:
         count = sum(weight.numel() for weight in part.parameters() if weight.requires_grad)
         if count:
             parts.append(f"{name} {_in_millions(count)}")
-    total = sum(weight.numel() for weight in model.parameters())
+    total = sum(weight.numel() for weight in model.sam.parameters())
     return f"{model_type} at {model.image_size} pixels, {_in_millions(total)} weights; trains {', '.join(parts)}"
 
 
@@ -24,7 +24,12 @@ def list_mismatches(config: Config, starts_from_nothing: bool) -> list[str]:
             "trains without positive points, but the generator asks with points alone: it will find little; "
             "--prompts.use_points true --dataset.positive_points 1 trains what it reads"
         )
-    elif prompts.use_boxes or prompts.use_masks or data.positive_points > 1 or data.negative_points > 0:
+    elif (
+        (prompts.use_boxes or prompts.use_masks)
+        and not prompts.mix
+        or data.positive_points > 1
+        or data.negative_points > 0
+    ):
         warnings.append(
             "every training prompt holds more than the one point that the generator asks with; "
             "what is learnt from them need not show in its masks"

@@ -10,8 +10,8 @@ import yaml
 from lightning.fabric import Fabric
 from torch.utils.data import DataLoader
 
-from finestsam.config import AugmentConfig, Config, ModelConfig, flatten_config
-from finestsam.data.dataset import SampleDataset, SampleSettings, StepSampler
+from finestsam.config import AugmentConfig, Config, ModelConfig, PromptsConfig, flatten_config
+from finestsam.data.dataset import PROMPT_KINDS, SampleDataset, SampleSettings, StepSampler
 from finestsam.data.embeddings import EmbeddingStore
 from finestsam.data.loaders import build_train_loader, build_validation_loader
 from finestsam.data.previous_logits import PreviousLogits
@@ -20,9 +20,11 @@ from finestsam.data.report import write_report
 from finestsam.download import hash_file
 from finestsam.errors import UserError
 from finestsam.model.load import LoadedModel, load_model
+from finestsam.model.sam import FinestSam
 from finestsam.prediction.generator import resolve_generator
 from finestsam.prediction.precompute import Embedder, fill_store, open_store
 from finestsam.training import checkpoint
+from finestsam.training.affinity import AffinityHead
 from finestsam.training.probe import choose_chunk_objects
 from finestsam.training.random_state import random_state, restore_random_state
 from finestsam.training.run_folder import create_run_folder
@@ -85,7 +87,7 @@ def build_run(fabric: Fabric, config: Config) -> Run:
     folder = _prepare_folder(fabric, config, data)
     progress = _restore_progress(state, data) if state else _begin_progress(fabric, loaded)
     stepper, scheduler = _build_stepper(fabric, config, loaded, data, folder)
-    settings = _choose_sample_settings(config, loaded.model.image_size)
+    settings = _choose_sample_settings(config, loaded.model)
     sampler = StepSampler(len(data.train), config.batch_size, settings.seed, fabric.global_rank, fabric.world_size)
     store = stepper.embedder.store
     train_set = SampleDataset(data.train, settings, stepper.previous_logits, store)
@@ -156,6 +158,8 @@ def _build_stepper(
     model = loaded.model.train()
     model.sam.image_encoder.recomputes = config.model_layer.recompute_encoder
     freeze_(model, config)
+    if config.losses.affinity_ratio > 0 and trains_encoder(model):
+        model.affinity_head = AffinityHead(model.sam.prompt_encoder.embed_dim).to(model.device)
     optimizer = build_optimizer(model, config.opt)
     scheduler = build_scheduler(optimizer, config.sched, config.eval_interval)
     wrapped, optimizer = fabric.setup(model, optimizer)
@@ -183,11 +187,18 @@ def _choose_chunk_objects(
     return fabric.broadcast(choose_chunk_objects(stepper, train_set) if fabric.global_rank == 0 else None)
 
 
-def _choose_sample_settings(config: Config, image_size: int) -> SampleSettings:
+def _choose_sample_settings(config: Config, model: FinestSam) -> SampleSettings:
     seed = config.seed_device if config.seed_dataloader is None else config.seed_dataloader
     points_per_side = resolve_generator(config.generator, card=None).points_per_side
     return SampleSettings(
-        image_size, points_per_side, seed, config.prompts, config.dataset, config.dataset.max_objects, config.augment
+        model.image_size,
+        points_per_side,
+        seed,
+        config.prompts,
+        config.dataset,
+        config.dataset.max_objects,
+        config.augment,
+        wants_cells=model.affinity_head is not None,
     )
 
 
@@ -197,19 +208,33 @@ def _build_validation_set(
     records = [record for record in data.val if record.annotations]
     # All objects, pictures and boxes as they are: what is measured must not depend on the noise of training.
     plain = replace(
-        settings, max_objects=0, prompts=replace(config.prompts, box_jitter_ratio=0.0), augment=AugmentConfig()
+        settings,
+        max_objects=0,
+        prompts=replace(_choose_validated(config.prompts), box_jitter_ratio=0.0),
+        augment=AugmentConfig(),
+        wants_cells=False,
     )
     return SampleDataset(records, plain, store=store)
+
+
+def _choose_validated(prompts: PromptsConfig) -> PromptsConfig:
+    """Return what validation asks with: of mixed kinds the first, points where they are among them."""
+    if not prompts.mix:
+        return prompts
+    first = next(kind for kind in PROMPT_KINDS if getattr(prompts, kind))
+    return replace(prompts, mix=False, **{kind: kind == first for kind in PROMPT_KINDS})
 
 
 def save_last(run: Run) -> None:
     """Write last.ckpt: everything that is needed to continue."""
     if not run.is_first_rank:
         return
+    model = run.loaded.model
     state = {
         "model_type": run.loaded.model_type,
-        "image_size": run.loaded.model.image_size,
-        "model": run.loaded.model.sam.state_dict(),
+        "image_size": model.image_size,
+        "model": model.sam.state_dict(),
+        "affinity_head": model.affinity_head.state_dict() if model.affinity_head else None,
         "optimizer": run.stepper.optimizer.state_dict(),
         "scheduler": run.scheduler.state_dict(),
         "scaler": run.stepper.scaler.state_dict(),
@@ -223,6 +248,8 @@ def save_last(run: Run) -> None:
 
 
 def _restore(run: Run, state: dict) -> None:
+    if run.loaded.model.affinity_head:
+        run.loaded.model.affinity_head.load_state_dict(state["affinity_head"])
     run.stepper.optimizer.load_state_dict(state["optimizer"])
     run.scheduler.load_state_dict(state["scheduler"])
     if run.stepper.scaler.is_enabled():

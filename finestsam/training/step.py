@@ -12,6 +12,7 @@ from finestsam.config import CHUNK_OBJECTS, Config
 from finestsam.data.previous_logits import PreviousLogits
 from finestsam.model.sam import FinestSam
 from finestsam.prediction.precompute import Embedder
+from finestsam.training.affinity import affinity_loss
 from finestsam.training.losses import ObjectLosses, object_losses
 from finestsam.training.trainable import trains_encoder
 
@@ -87,6 +88,7 @@ class Stepper:
                 loss = losses.total.sum() * weight
                 if is_final:
                     loss = loss + self._carry(embeddings, copies.grad) + self._connect_all(is_last)
+                    loss = loss + self._affinity_loss(embeddings, samples) * weight
                 self.fabric.backward(self.scaler.scale(loss))
             if self.previous_logits is not None:
                 rows = torch.arange(end - first, device=losses.best.device)
@@ -111,6 +113,15 @@ class Stepper:
             return 0.0
         # The gradient on the copies is scaled already, and the sum below will be scaled once more.
         return (embeddings * (gradient / self.scaler.get_scale())).sum()
+
+    def _affinity_loss(self, embeddings: Tensor, samples: list[Sample]) -> Tensor | float:
+        """Return the sum over objects, each with the loss of its picture."""
+        if self.model.affinity_head is None:
+            return 0.0
+        labels = torch.stack([sample.cells for sample in samples])
+        counts = torch.tensor([len(sample) for sample in samples], device=labels.device)
+        losses = affinity_loss(self.model.affinity_head(embeddings), labels)
+        return self.config.losses.affinity_ratio * (losses * counts).sum()
 
     def _connect_all(self, is_last: bool) -> Tensor | float:
         """Return zero, by way of every weight that trains: several ranks wait for a gradient from each of them."""

@@ -43,7 +43,7 @@ def _freeze_unused_prompts_(sam: Sam, config: Config) -> None:
         encoder.not_a_point_embed.requires_grad_(False)
     if not masks:
         encoder.mask_downscaling.requires_grad_(False)
-    if prompts.use_masks:  # every object has one
+    if prompts.use_masks and not prompts.mix:  # every object has one
         encoder.no_mask_embed.requires_grad_(False)
 
 

@@ -1,0 +1,43 @@
+"""Which object each cell of the decoder's grid belongs to: what the affinity loss is taught from."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finestsam.data.augment import View, show
+from finestsam.data.index import Record
+from finestsam.masks import decode_rle
+
+BACKGROUND, PADDING = 0, -1
+# Along each side of a cell, input frame.
+CELL_PIXELS = 4
+
+
+def label_cells(record: Record, places: np.ndarray, view: View, input_size: tuple[int, int], side: int) -> Tensor:
+    """Return the object in the middle of each cell, side x side, int32.
+
+    Objects are numbered from 1 in no particular order; where several overlap, the smallest counts. 0: none. -1: the
+    cell lies in the padding.
+
+    Args:
+        places: in `record.annotations`, of the objects that the view shows.
+        input_size: (height, width) of the picture in the input frame.
+    """
+    labels = np.full((side, side), PADDING, dtype=np.int32)
+    rows, columns = (_find_middles(cells, shown) for cells, shown in zip(input_size, view.size, strict=True))
+    inside = np.full((len(rows), len(columns)), BACKGROUND, dtype=np.int32)
+    leaves_pixels = view.leaves_pixels(record.size)
+    order = sorted(places.tolist(), key=lambda place: record.annotations[place].area, reverse=True)
+    for number, place in enumerate(order, start=1):
+        mask = decode_rle(record.rle(record.annotations[place]))
+        if not leaves_pixels:
+            mask = show(torch.from_numpy(mask), view).numpy()
+        inside[mask[np.ix_(rows, columns)]] = number
+    labels[: len(rows), : len(columns)] = inside
+    return torch.from_numpy(labels)
+
+
+def _find_middles(input_length: int, shown_length: int) -> np.ndarray:
+    """Return the shown pixels, along one side, in the middles of the cells that hold any of the picture."""
+    middles = np.arange(0, input_length, CELL_PIXELS) + CELL_PIXELS / 2
+    return np.minimum(middles * shown_length / input_length, shown_length - 1).astype(np.int64)
