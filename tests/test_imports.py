@@ -18,7 +18,7 @@ LEVELS = {
 # Where each library may be touched.
 PLACES = {
     "cv2": {"images", "masks", "overlay"},
-    "segment_anything": {"build", "sam", "load", "trainable", "generator", "decoder", "encoder"},
+    "segment_anything": {"build", "initial", "sam", "load", "trainable", "generator", "decoder", "encoder"},
     "pycocotools": {"masks", "coco_scores"},
     "matplotlib": {"plots", "report"},
 }

@@ -209,3 +209,17 @@ print(len(list(build_validation_loader(Numbers([1, 2, 3]), num_workers=2))))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
 
     assert done.stdout.split() == ["5050", "3"], done.stderr
+
+
+def test_of_mixed_kinds_a_picture_is_asked_for_one_and_every_epoch_for_another(records):
+    config = build_config({"prompts.use_boxes": True, "prompts.mix": True})
+    dataset = SampleDataset(records, make_settings(prompts=config.prompts))
+
+    kinds = set()
+    for epoch in range(12):
+        prompts = dataset[(epoch, 0)].prompts
+        assert (prompts.points is None) != (prompts.boxes is None)
+        kinds.add(prompts.points is None)
+        again = dataset[(epoch, 0)].prompts
+        assert (again.points is None) == (prompts.points is None)
+    assert kinds == {False, True}

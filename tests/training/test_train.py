@@ -92,8 +92,13 @@ def test_the_settings_of_a_run_repeat_it(finished, tmp_path):
 
 @pytest.mark.parametrize(
     ("steps", "flags"),
-    [(2, []), (5, ["--prompts.use_logits=true"]), (3, ["--sched.type=ReduceLROnPlateau"])],
-    ids=["in the first epoch", "in a later epoch", "between two epochs"],
+    [
+        (2, []),
+        (5, ["--prompts.use_logits=true"]),
+        (3, ["--sched.type=ReduceLROnPlateau"]),
+        (2, ["--losses.affinity_ratio=5", "--prompts.mix=true", "--prompts.use_boxes=true"]),
+    ],
+    ids=["in the first epoch", "in a later epoch", "between two epochs", "with an auxiliary loss"],
 )
 def test_a_resumed_run_matches_an_unbroken_one(scenes, tmp_path, steps, flags):
     flags = [*flags, "--dataset.val_size=0.2", "--opt.accumulate_batches=2", "--batch_size=1"]
@@ -197,7 +202,14 @@ def test_a_signal_saves_and_stops_and_the_run_can_be_continued(scenes, tmp_path,
     assert main([*flags, "--num_workers=0"]) == 0
 
 
-@pytest.mark.parametrize("flags", [[], ["--model_layer.freeze.image_encoder=true", "--prompts.use_boxes=true"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--model_layer.freeze.image_encoder=true", "--prompts.use_boxes=true"],
+        ["--losses.affinity_ratio=5", "--prompts.use_boxes=true", "--prompts.mix=true"],
+    ],
+)
 def test_two_processes_learn_what_one_learns_at_the_same_global_batch(scenes, tmp_path, flags):
     flags = ["--num_epochs=2", "--dataset.val_size=0.5", *flags]  # 3 pictures a side: shares are never equal
     one = start_command(scenes, tmp_path, "--run_name=one", "--batch_size=2", *flags)
@@ -220,8 +232,19 @@ def test_settings_that_train_what_prediction_does_not_read_are_named():
     assert warn() == ""
     assert "without positive points" in warn(**{"prompts.use_points": False, "prompts.use_boxes": True})
     assert "more than the one point" in warn(**{"prompts.use_boxes": True})
+    assert warn(**{"prompts.use_boxes": True, "prompts.mix": True}) == ""
     assert "not snapped" in warn(**{"dataset.snap_to_grid": False})
     assert "never learns to see" in list_mismatches(build_config({}), starts_from_nothing=True)[0]
+
+
+def test_weights_that_an_auxiliary_loss_helped_to_learn_load_anywhere(scenes, tmp_path):
+    plain = run_training(scenes, tmp_path / "plain", "--num_epochs=1")
+    helped = run_training(scenes, tmp_path / "helped", "--num_epochs=1", "--losses.affinity_ratio=10")
+
+    first, second = torch.load(plain / "best.pth"), torch.load(helped / "best.pth")
+    assert first.keys() == second.keys()
+    name = "image_encoder.patch_embed.proj.weight"
+    assert not torch.equal(load_last(plain)["model"][name], load_last(helped)["model"][name])
 
 
 def test_a_run_with_the_store_learns_what_a_run_without_room_in_it_learns(scenes, tmp_path, monkeypatch):

@@ -1,0 +1,53 @@
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from finestsam.config import AugmentConfig, build_config
+from finestsam.data.augment import show_all
+from finestsam.data.cells import label_cells
+from finestsam.data.dataset import SampleDataset, SampleSettings
+from finestsam.images import compute_input_size
+from finestsam.masks import decode_rle
+
+
+def test_a_cell_belongs_to_the_smallest_object_in_its_middle(records):
+    record = records[0]
+    view, places = show_all(record)
+    height, width = compute_input_size(record.size, 64)
+
+    labels = label_cells(record, places, view, (height, width), 16)
+
+    assert labels.shape == (16, 16) and labels.dtype == torch.int32
+    order = sorted(places, key=lambda place: -record.annotations[place].area)
+    masks = [decode_rle(record.rle(record.annotations[place])) for place in order]
+    for row in range(16):
+        for column in range(16):
+            if 4 * row >= height or 4 * column >= width:
+                assert labels[row, column] == -1
+                continue
+            y = min(int((4 * row + 2) * record.size[0] / height), record.size[0] - 1)
+            x = min(int((4 * column + 2) * record.size[1] / width), record.size[1] - 1)
+            there = [number for number, mask in enumerate(masks, start=1) if mask[y, x]]
+            assert labels[row, column] == (there[-1] if there else 0)
+
+
+def test_cells_are_turned_and_flipped_with_the_picture_and_hold_objects_that_are_not_asked_for(records):
+    config = build_config({})
+    settings = SampleSettings(64, 16, 0, config.prompts, config.dataset, max_objects=1, wants_cells=True)
+    position = next(place for place, record in enumerate(records) if record.size[0] == record.size[1])
+
+    plain = SampleDataset(records, settings)[(0, position)]
+    flips = AugmentConfig(flip_horizontal=1.0)
+    flipped = SampleDataset(records, replace(settings, augment=flips))[(0, position)]
+
+    assert len(plain) == 1
+    assert plain.cells.max() > 1
+    same = plain.cells.numpy() == flipped.cells.numpy()[:, ::-1]
+    assert same.mean() > 0.9  # the middle of a cell of an even number of pixels lies on the other side of it
+    assert np.unique(flipped.cells).size == np.unique(plain.cells).size
+
+
+def test_without_being_asked_for_there_are_none(records):
+    config = build_config({})
+    assert SampleDataset(records, SampleSettings(64, 16, 0, config.prompts, config.dataset))[(0, 0)].cells is None
