@@ -252,6 +252,9 @@ class GeneratorConfig:
     crop_n_points_downscale_factor: int = setting(
         1, "layer n has its grid's side divided by this to the power n", "[1, 16]"
     )
+    correct_scores: bool = setting(
+        False, "report scores as corrected by the map stored beside the weights, the IoU to be expected of them"
+    )
     min_mask_region_area: int | None = setting(
         None, "holes and islands of fewer pixels are filled and dropped, SAM: 0", "[0, inf)"
     )
@@ -287,7 +290,23 @@ class EvaluateConfig:
         "weights to compare with on the same pictures; auto: those that the training started from, where they are "
         "still there; none: no comparison",
     )
-    generator: bool = setting(True, "run the automatic mask generator as well, and score it with COCO's measures")
+    generator: bool = setting(
+        True, "run the automatic mask generator as well, in validation too, and score it with COCO's measures"
+    )
+    search: bool | None = setting(
+        None,
+        "choose the generator's thresholds, those that are not given, on the same pictures; default: in training, "
+        "which stores them beside the weights; not in --mode evaluate, which takes the stored ones",
+    )
+    goal: Literal["recall", "f1"] = setting(
+        "recall",
+        "what thresholds are chosen for; recall: objects found, where a hundred masks cost as much as one object, "
+        "right for partly labelled pictures too, in which a mask that fits no label need not be wrong; f1: precision "
+        "and recall alike, for pictures in which every object is labelled",
+    )
+    max_images: int = setting(
+        0, "pictures that the generator runs on in training's validation, the first ones; 0: all", "[0, inf)"
+    )
 
 
 @dataclass(frozen=True)
@@ -353,7 +372,21 @@ class Config:
     early_stop_evaluations: int = setting(
         0, "stop after this many validations without a better one; 0: never", "[0, inf)"
     )
-    save_top_k: int = setting(0, "keep this many of the best weights, named {step}-{val_per_mask_iou}.pth", "[0, inf)")
+    best_metric: Literal[
+        "val_generator_ar_100",
+        "val_generator_ar_1000",
+        "val_generator_ap",
+        "val_generator_f1",
+        "val_per_mask_iou",
+        "val_best_iou",
+    ] = setting(
+        "val_generator_ar_100",
+        "what the best weights are chosen by, and ReduceLROnPlateau waits for. ar_100, the share of the objects that "
+        "the generator's 100 best masks of a picture find, also holds where pictures are partly labelled: a mask that "
+        "fits no label costs nothing but its place among them. ap and f1 count it as wrong. Of equals, and where the "
+        "generator does not run, val_per_mask_iou decides",
+    )
+    save_top_k: int = setting(0, "keep this many of the best weights, named {step}-{best_metric}.pth", "[0, inf)")
     chunk_objects: int | None = setting(
         None,
         "objects decoded at a time in training and validation, with the gradient of all together; default: as many as "

@@ -210,6 +210,17 @@ def rle_from_json(rle: dict) -> dict:
     return {"size": list(rle["size"]), "counts": rle["counts"].encode("ascii")}
 
 
+def rle_overlaps(rles: list[dict], truth: list[dict], over_own_area: bool = False) -> np.ndarray:
+    """Return the IoU of every mask with every true one, K x G.
+
+    Args:
+        over_own_area: instead the share of the mask that lies in the true one, as COCO treats crowds.
+    """
+    if not rles or not truth:
+        return np.zeros((len(rles), len(truth)))
+    return np.asarray(coco_mask.iou(list(rles), list(truth), [int(over_own_area)] * len(truth)))
+
+
 def box_iou(one: list[float], other: list[float]) -> float:
     """Return the IoU of two boxes [x, y, width, height]; 0 where neither covers anything."""
     width = min(one[0] + one[2], other[0] + other[2]) - max(one[0], other[0])

@@ -51,7 +51,8 @@ class CocoScorer:
         """Return the averages over IoU thresholds 0.5 to 0.95, as defined at cocodataset.org/#detection-eval.
 
         `ap`, `ap50`, `ap75`, `ap_small` ..., `ar_10`, `ar_100`, `ar_1000`, `ar_1000_small` ...; a size without objects
-        has no entry, and a set without objects none at all.
+        has no entry, and a set without objects none at all. And `f1`, the harmonic mean of precision and recall of all
+        that was found, which no ranking enters.
         """
         if not self.has_objects:
             return {}
@@ -68,7 +69,20 @@ class CocoScorer:
         scores |= {f"ap_{area}": _mean(precision[:, :, 0, place, -1]) for place, area in sizes}
         scores |= {f"ar_{limit}": _mean(recall[:, 0, 0, place]) for place, limit in enumerate(LIMITS)}
         scores |= {f"ar_{LIMITS[-1]}_{area}": _mean(recall[:, 0, place, 2]) for place, area in sizes}
+        scores["f1"] = self._measure_f1()
         return {name: value for name, value in scores.items() if value is not None}
+
+    def _measure_f1(self) -> float:
+        """Return the mean over IoU thresholds."""
+        hits = masks = objects = 0
+        for one in self._evaluator.evalImgs[: len(self._evaluator.params.imgIds)]:  # those of all areas come first
+            if one is None:
+                continue
+            is_ignored = np.asarray(one["dtIgnore"], dtype=bool)
+            hits = hits + ((one["dtMatches"] > 0) & ~is_ignored).sum(axis=1)
+            masks = masks + (~is_ignored).sum(axis=1)
+            objects += int((~np.asarray(one["gtIgnore"], dtype=bool)).sum())
+        return float(np.mean(2 * hits / np.maximum(masks + objects, 1)))
 
     def resample(self, places: Sequence[int]) -> dict[str, float]:
         """Return `ap` and `ar_1000` of a draw of the pictures, in which some may be several times."""

@@ -1,15 +1,19 @@
-"""Run the automatic mask generator on labelled pictures."""
+"""Run the automatic mask generator on labelled pictures, and choose its thresholds there."""
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from tqdm import tqdm
 
-from finestsam.config import GeneratorConfig, ImagesConfig
+from finestsam.config import GENERATOR_DEFAULTS, GeneratorConfig, ImagesConfig
 from finestsam.data.embeddings import picture_key
 from finestsam.data.index import Record
 from finestsam.errors import Defect
-from finestsam.evaluation.coco_scores import Detections
+from finestsam.evaluation.candidates import Candidates, clean, select
+from finestsam.evaluation.coco_scores import CocoScorer, Detections
+from finestsam.evaluation.thresholds import Calibration, SearchResult, calibrate, search
 from finestsam.images import read_image
 from finestsam.prediction.generator import generate_masks
 from finestsam.prediction.precompute import Embedder
@@ -36,3 +40,52 @@ def _find(embedder: Embedder, record: Record, settings: GeneratorConfig, images:
     embedding = embedder.embed_image(picture_key(record.digest, record.size), pixels)
     masks = generate_masks(embedder.model, pixels, settings, embedding)
     return Detections(masks.rles, masks.scores.tolist())
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The generator with the settings that were chosen for it, measured on the pictures that they were chosen on."""
+
+    result: SearchResult
+    found: list[Detections]  # in each picture
+    calibration: Calibration | None
+
+    def describe(self) -> dict[str, Any]:
+        """Return what goes beside the weights, by the names of `GeneratorConfig`."""
+        settings = {name: getattr(self.result.settings, name) for name in GENERATOR_DEFAULTS}
+        return settings | ({"score_map": self.calibration.knots} if self.calibration else {})
+
+    def measure(self, records: Sequence[Record]) -> dict[str, float]:
+        """Return COCO's figures, masks per picture, and the error of the predicted IoUs before their correction."""
+        figures = CocoScorer(records, self.found).score()
+        figures["masks_per_image"] = sum(len(one.rles) for one in self.found) / max(len(self.found), 1)
+        if self.calibration:
+            figures["calibration_error"] = self.calibration.error
+        return figures
+
+
+def choose_grids(settings: GeneratorConfig, fixed: frozenset[str]) -> tuple[int, ...]:
+    """Return the points along each side of the grids that the search looks at."""
+    whole = settings.points_per_side
+    return (whole,) if "points_per_side" in fixed or whole < 4 else (whole // 2, whole)
+
+
+def list_fixed(settings: GeneratorConfig) -> frozenset[str]:
+    """Return the names of what the user has decided."""
+    return frozenset(name for name in GENERATOR_DEFAULTS if getattr(settings, name) is not None)
+
+
+def tune(
+    records: Sequence[Record],
+    candidates: Sequence[Candidates],
+    start: GeneratorConfig,
+    fixed: frozenset[str],
+    goal: str,
+) -> Tuned:
+    """Choose the settings that do best on these pictures, as `thresholds.search` does."""
+    result = search(records, candidates, start, fixed, goal)
+    found = []
+    for record, one in zip(records, candidates, strict=True):
+        chosen = clean(one[select(one, result.settings)], record, result.settings.min_mask_region_area)
+        found.append(Detections(chosen.rles, chosen.scores.tolist()))
+    return Tuned(result, found, calibrate(candidates))

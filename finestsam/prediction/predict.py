@@ -48,7 +48,7 @@ def predict(config: Config) -> int:
     loaded = load_model(config, prefer_runs=True)
     settings = resolve_generator(config.generator, loaded.card)
     print(f"model: {loaded.model_type}, {printable(loaded.source)}")
-    results = Results(_name_category(loaded.card), settings)
+    results = Results(_name_category(loaded.card), settings, _find_score_map(config, loaded.card))
     start = time.perf_counter()
     embedder = Embedder(loaded.model, open_store(config.store, loaded.model))
     overlays = _predict_all(paths, name_overlays(paths, out_dir), embedder, config, results)
@@ -210,6 +210,20 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{printable(path)}: cannot be written: {error.strerror or error}") from None
+
+
+def _find_score_map(config: Config, card: Card | None) -> list[list[float]]:
+    """Return what corrects the scores, as it is stored beside the weights; nothing where the settings do not ask.
+
+    Raises:
+        UserError: a correction is asked for and there is none.
+    """
+    if not config.generator.correct_scores:
+        return []
+    found = card.generator.get("score_map") if card else None
+    if not found:
+        raise UserError("generator.correct_scores: no map is stored beside these weights; training makes one")
+    return found
 
 
 def _name_category(card: Card | None) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from finestsam.config import GeneratorConfig
 from finestsam.masks import rle_to_json
+from finestsam.prediction.calibration import correct_scores
 
 
 @dataclass
@@ -83,20 +84,26 @@ ARRAY_NAMES = [entry.name for entry in fields(GeneratedMasks) if entry.name not 
 
 
 class Results:
-    """A COCO dataset of predictions that grows picture by picture; `loadRes` takes its annotations as they are."""
+    """A COCO dataset of predictions that grows picture by picture; `loadRes` takes its annotations as they are.
 
-    def __init__(self, category: str, settings: GeneratorConfig):
+    Args:
+        score_map: what corrects the scores; None or empty: they are the predicted IoUs.
+    """
+
+    def __init__(self, category: str, settings: GeneratorConfig, score_map: list[list[float]] | None = None):
         self.images: list[dict] = []
         self.annotations: list[dict] = []
         self.category = category
         self.settings = settings
+        self.score_map = score_map or []
 
     def add(self, file_name: str, size: tuple[int, int], masks: GeneratedMasks) -> None:
         image_id = len(self.images) + 1
         self.images.append({"id": image_id, "file_name": file_name, "width": size[1], "height": size[0]})
+        scores = correct_scores(masks.scores, self.score_map)
         for index in range(len(masks)):
             ids = {"id": len(self.annotations) + 1, "image_id": image_id, "category_id": 1}
-            self.annotations.append(ids | _describe(masks, index))
+            self.annotations.append(ids | _describe(masks, index, scores[index]))
 
     def write(self, path: Path) -> None:
         """Write the json; a reader never meets half a file."""
@@ -114,16 +121,15 @@ class Results:
         partial.replace(path)
 
 
-def _describe(masks: GeneratedMasks, index: int) -> dict:
+def _describe(masks: GeneratedMasks, index: int, score: float) -> dict:
     # Six digits are what float32 holds; more would only be noise that changes from machine to machine.
-    score = round(float(masks.scores[index]), 6)
     return {
         "segmentation": rle_to_json(masks.rles[index]),
         "bbox": masks.boxes_xywh[index].tolist(),
         "area": int(masks.areas[index]),
         "iscrowd": 0,
-        "score": score,
-        "predicted_iou": score,
+        "score": round(float(score), 6),
+        "predicted_iou": round(float(masks.scores[index]), 6),
         "stability_score": round(float(masks.stability[index]), 6),
         "point": [round(float(place), 3) for place in masks.points[index]],
     }

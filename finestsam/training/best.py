@@ -8,17 +8,23 @@ from finestsam.model.card import Card, write_card
 from finestsam.training.checkpoint import CheckpointNotSaved, save_weights
 from finestsam.training.run import Run
 
-BEST_METRIC = "val_per_mask_iou"
+PROMPTED_METRIC = "val_per_mask_iou"
+
+
+def choose_metric(run: Run) -> str:
+    """Return the name of what weights are judged by."""
+    is_known = run.config.best_metric in run.progress.floor
+    return run.config.best_metric if is_known else PROMPTED_METRIC
 
 
 def keep_if_best(run: Run) -> None:
     """Save the weights as best.pth where they are better than all before; the untouched model is the first to beat."""
     progress = run.progress
-    value = progress.metrics.get(BEST_METRIC)
-    is_better = value is None or progress.best is None or value > progress.best
+    value, tie_breaker = (progress.metrics.get(name) for name in (choose_metric(run), PROMPTED_METRIC))
+    is_better = value is None or progress.best is None or [value, tie_breaker] > progress.best
     progress.evaluations_without_better = 0 if is_better else progress.evaluations_without_better + 1
     if value is not None and is_better:
-        progress.best = value
+        progress.best = [value, tie_breaker]
     if not run.is_first_rank:
         return
     warn_if_not_saved(lambda: _save_best(run, value, is_better))
@@ -42,6 +48,7 @@ def _make_card(run: Run) -> Card:
         image_size=model.image_size,
         multimask_output=model.multimask_output,
         categories=run.data.categories,
+        generator=progress.generator,
         metrics=progress.metrics,
         floor=progress.floor or progress.metrics,
         step=progress.step,

@@ -193,7 +193,7 @@ def _is_alive(pid: int) -> bool:
 
 
 class TopWeights:
-    """The best weights of a run, in files named {step}-{val_per_mask_iou}.pth; best.pth is another file.
+    """The best weights of a run, in files named {step}-{best_metric}.pth; best.pth is another file.
 
     Args:
         count: how many are kept.

@@ -13,7 +13,15 @@ from lightning.fabric.loggers import TensorBoardLogger
 from finestsam.errors import UserError
 
 TRAINING_COLUMNS = ("total_loss", "focal_loss", "dice_loss", "iou_loss", "iou", "predicted_iou")
-VALIDATION_COLUMNS = ("val_per_mask_iou", "val_per_mask_dice", "val_best_iou")
+PROMPT_COLUMNS = ("val_per_mask_iou", "val_per_mask_dice", "val_best_iou")
+GENERATOR_COLUMNS = (
+    "val_generator_ap",
+    "val_generator_ar_100",
+    "val_generator_ar_1000",
+    "val_generator_f1",
+    "val_generator_masks",
+)
+VALIDATION_COLUMNS = (*PROMPT_COLUMNS, *GENERATOR_COLUMNS)
 COLUMNS = ("epoch", "step", "seconds", "learning_rate", *TRAINING_COLUMNS, *VALIDATION_COLUMNS)
 
 Row = dict[str, float | None]
@@ -51,12 +59,12 @@ class RunLog:
         """Hand the losses of an optimizer step to TensorBoard."""
         self._send({f"train/{name}": value for name, value in values.items()}, step)
 
-    def log_epoch(self, row: Mapping[str, float | None], floor: float | None = None) -> None:
+    def log_epoch(self, row: Mapping[str, float | None], floor: Mapping[str, float] | None = None) -> None:
         """Write the row of an epoch in place of those from it on, and say it in one line.
 
         Args:
             row: by `COLUMNS`; what is missing, None or not finite is an empty field. Epoch 0 is the untouched model.
-            floor: val_per_mask_iou of the untouched model.
+            floor: the validation of the untouched model.
         """
         unknown = row.keys() - set(COLUMNS)
         assert not unknown, f"metrics.csv has no columns {sorted(unknown)}"
@@ -136,27 +144,29 @@ def _parse_line(line: dict[str, str | None]) -> Row:
     return row | {"epoch": int(line["epoch"] or ""), "step": int(line["step"] or "")}
 
 
-def describe_epoch(row: Row, num_epochs: int | None = None, floor: float | None = None) -> str:
+def describe_epoch(row: Row, num_epochs: int | None = None, floor: Mapping[str, float] | None = None) -> str:
     """Return the line for the screen, without what the row lacks.
 
-    `epoch 3/30 step 108 loss 0.412 iou 0.61 val 0.58 (floor 0.21, +0.37) lr 4.0e-05 12.3 s`
+    `epoch 3/30 step 108 loss 0.412 iou 0.61 val 0.58 (floor 0.21, +0.37) ar100 0.44 (floor 0.10, +0.34) lr 4.0e-05
+    12.3 s`
     """
     parts = [f"epoch {row['epoch']}" + (f"/{num_epochs}" if num_epochs else ""), f"step {row['step']}"]
     forms = {
         "total_loss": "loss {:.3f}",
         "iou": "iou {:.2f}",
         "val_per_mask_iou": "val {:.2f}",
+        "val_generator_ar_100": "ar100 {:.2f}",
         "learning_rate": "lr {:.1e}",
         "seconds": "{:.1f} s",
     }
     for name, form in forms.items():
-        if row[name] is None:
+        if row.get(name) is None:
             continue
         parts.append(form.format(row[name]))
-        if name == "val_per_mask_iou" and row["epoch"] == 0:
-            parts.append("(the untouched model: the floor)")
-        elif name == "val_per_mask_iou" and floor is not None:
-            parts.append(f"(floor {floor:.2f}, {row[name] - floor:+.2f})")
+        if row["epoch"] > 0 and floor and name in floor:
+            parts.append(f"(floor {floor[name]:.2f}, {row[name] - floor[name]:+.2f})")
+    if row["epoch"] == 0:
+        parts.append("(the untouched model: the floor)")
     return " ".join(parts)
 
 

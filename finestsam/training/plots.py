@@ -32,8 +32,8 @@ COLORS = {
     "predicted_iou": "#56B4E9",
     "learning_rate": "#666666",
 }
-VALIDATION = "val_per_mask_iou"
-VALIDATION_COLOR = "#E69F00"
+# Measured in validation: how a line is called, and its colour.
+VALIDATION = {"val_per_mask_iou": ("Validation IoU", "#E69F00"), "val_generator_ar_100": ("Generator AR", "#882255")}
 MARKED_POINTS = 30  # lines of more points are drawn without a marker on each
 
 
@@ -104,13 +104,14 @@ def _draw_line(axes: Axes, rows: Rows, name: str, label: str, linestyle: str = "
 
 
 def _draw_validation(axes: Axes, rows: Rows) -> None:
-    epochs, values = _list_points(rows, VALIDATION)
-    if not epochs:
-        return
-    style = {"color": VALIDATION_COLOR, "linewidth": 1.6}
-    axes.plot(epochs, values, marker="D", markersize=4.5, label="Validation IoU", **style)
-    if epochs[0] == 0:
-        axes.axhline(values[0], linestyle=":", label="Untouched model", **style)
+    for name, (label, color) in VALIDATION.items():
+        epochs, values = _list_points(rows, name)
+        if not epochs:
+            continue
+        style = {"color": color, "linewidth": 1.6}
+        axes.plot(epochs, values, marker="D", markersize=4.5, label=label, **style)
+        if epochs[0] == 0:
+            axes.axhline(values[0], linestyle=":", label=f"{label}, untouched", **style)
 
 
 def _list_points(rows: Rows, name: str) -> tuple[list[float], list[float]]:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -44,9 +45,10 @@ class Progress:
     objects: int = 0  # behind the sums
     seconds: float = 0.0  # of the epoch that runs
     skipped_steps: int = 0  # in a row, because their gradient was not finite
-    best: float | None = None
+    best: list[float] | None = None  # by the metric that was chosen, and of equals by val_per_mask_iou
     floor: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)  # of the newest validation
+    generator: dict[str, Any] = field(default_factory=dict)  # settings that did best in it, for best.json
     evaluations_without_better: int = 0
     chunk_objects: int | None = None
     started_from: str = ""

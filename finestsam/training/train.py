@@ -14,10 +14,13 @@ from tqdm import tqdm
 
 from finestsam.allocator import keep_freed_memory
 from finestsam.batch import Batch
-from finestsam.config import Config
+from finestsam.config import GENERATOR_DEFAULTS, Config
+from finestsam.evaluation.candidates import find_candidates
+from finestsam.evaluation.generator_scores import choose_grids, list_fixed, tune
 from finestsam.evaluation.prompt_scores import score_batches, summarize_scores
 from finestsam.model.load import RANDOM_WEIGHTS, choose_device
-from finestsam.training.best import BEST_METRIC, keep_if_best, warn_if_not_saved
+from finestsam.prediction.generator import resolve_generator
+from finestsam.training.best import PROMPTED_METRIC, choose_metric, keep_if_best, warn_if_not_saved
 from finestsam.training.hints import describe_training, list_mismatches
 from finestsam.training.interruption import Interruption
 from finestsam.training.log import RunLog
@@ -130,20 +133,57 @@ def _count_step(run: Run, log: RunLog | None, sums: dict[str, float], objects: i
 
 
 def validate(run: Run) -> None:
-    """Score the prompted masks of the validation pictures, shared by the ranks, into `progress.metrics`."""
+    """Measure prompted masks and the generator on the validation pictures, shared by the ranks.
+
+    Into `progress.metrics`, and the generator's settings that did best into `progress.generator`.
+    """
+    run.progress.metrics, run.progress.generator = {}, {}
     if run.val_loader is None:
-        run.progress.metrics = {}
         return
-    model = run.loaded.model.eval()
+    run.loaded.model.eval()
+    run.progress.metrics |= _validate_prompts(run)
+    if run.config.evaluate.generator:
+        run.progress.metrics |= _validate_generator(run)
+    run.loaded.model.train()
+
+
+def _validate_prompts(run: Run) -> dict[str, float]:
     batches = _show_progress(run.val_loader, "validation", len(run.val_loader), run.is_first_rank)
     mine = score_batches(run.stepper.embedder, batches, run.stepper.chunk_objects)
-    model.train()
     scores = summarize_scores([score for share in _gather(run.fabric, mine) for score in share])
-    run.progress.metrics = {
+    return {
         "val_per_mask_iou": scores["iou"],
         "val_per_mask_dice": scores["dice"],
         "val_best_iou": scores["best_iou"],
     }
+
+
+def _validate_generator(run: Run) -> dict[str, float]:
+    """Run the real generator without its thresholds, choose them, and measure what it gives with them."""
+    fabric, config = run.fabric, run.config
+    records = run.data.val[: config.evaluate.max_images or None]
+    start, fixed = resolve_generator(config.generator, card=None), list_fixed(config.generator)
+    mine = find_candidates(
+        run.stepper.embedder,
+        records[fabric.global_rank :: fabric.world_size],
+        start,
+        choose_grids(start, fixed),
+        config.dataset.images,
+        "validation, generator" if run.is_first_rank else None,
+    )
+    shares = _gather(fabric, mine)
+    found = [shares[place % fabric.world_size][place // fabric.world_size] for place in range(len(records))]
+    known = [(record, one) for record, one in zip(records, found, strict=True) if one is not None]
+    if not known:
+        return {}
+    records, found = map(list, zip(*known, strict=True))
+    if config.evaluate.search is False:
+        fixed |= set(GENERATOR_DEFAULTS)
+    tuned = tune(records, found, start, fixed, config.evaluate.goal)
+    run.progress.generator = tuned.describe()
+    figures = tuned.measure(records)
+    names = {"ap": "ap", "ar_100": "ar_100", "ar_1000": "ar_1000", "f1": "f1", "masks": "masks_per_image"}
+    return {f"val_generator_{name}": figures[source] for name, source in names.items() if source in figures}
 
 
 def finish_epoch(run: Run, log: RunLog | None) -> None:
@@ -162,7 +202,7 @@ def finish_epoch(run: Run, log: RunLog | None) -> None:
         validate(run)
         if run.config.sched.type == "ReduceLROnPlateau":
             fallback = -progress.sums["total_loss"] / max(progress.objects, 1)
-            run.scheduler.step(progress.metrics.get(BEST_METRIC, fallback))
+            run.scheduler.step(progress.metrics.get(choose_metric(run), fallback))
         keep_if_best(run)
     _write_row(run, log, learning_rate, epoch=progress.epoch + (not is_whole))
     if is_whole:
@@ -176,7 +216,7 @@ def _write_row(run: Run, log: RunLog | None, learning_rate: float | None, epoch:
     progress = run.progress
     means = {name: value / progress.objects for name, value in progress.sums.items()} if progress.objects else {}
     row = {"epoch": epoch, "step": progress.step, "seconds": progress.seconds or None, **means}
-    log.log_epoch(row | {"learning_rate": learning_rate} | progress.metrics, floor=progress.floor.get(BEST_METRIC))
+    log.log_epoch(row | {"learning_rate": learning_rate} | progress.metrics, floor=progress.floor)
     try:
         draw_curves(log.read_rows(), run.folder)
     except OSError as error:
@@ -247,9 +287,10 @@ def _say_start(run: Run) -> None:
 def _say_end(run: Run) -> None:
     progress = run.progress
     if progress.best is not None:
-        floor = progress.floor[BEST_METRIC]
-        if progress.best > floor:
-            run.fabric.print(f"best {BEST_METRIC} {progress.best:.4f}, untouched model {floor:.4f}")
+        name = choose_metric(run)
+        floor = progress.floor[name]
+        if progress.best > [floor, progress.floor[PROMPTED_METRIC]]:
+            run.fabric.print(f"best {name} {progress.best[0]:.4f}, untouched model {floor:.4f}")
         else:
             run.fabric.print(f"no epoch beat the untouched model ({floor:.4f}): best.pth holds its weights")
     for title, name in (("weights", "best.pth"), ("curves", "plots"), ("figures", "metrics.csv")):

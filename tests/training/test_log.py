@@ -6,6 +6,7 @@ import pytest
 from finestsam.errors import UserError
 from finestsam.training.log import COLUMNS, RunLog, describe_epoch, read_metrics
 
+KNOWN = {"val_per_mask_iou": 0.21}
 FLOOR = {"epoch": 0, "step": 0, "val_per_mask_iou": 0.21, "val_per_mask_dice": 0.3, "val_best_iou": 0.4}
 
 
@@ -32,9 +33,10 @@ def test_every_epoch_has_a_row_and_the_untouched_model_only_its_validation(tmp_p
         header, first, second = csv.reader(file)
     assert ",".join(header) == (
         "epoch,step,seconds,learning_rate,total_loss,focal_loss,dice_loss,iou_loss,iou,predicted_iou,"
-        "val_per_mask_iou,val_per_mask_dice,val_best_iou"
+        "val_per_mask_iou,val_per_mask_dice,val_best_iou,"
+        "val_generator_ap,val_generator_ar_100,val_generator_ar_1000,val_generator_f1,val_generator_masks"
     )
-    assert first == ["0", "0"] + [""] * 8 + ["0.21", "0.3", "0.4"]
+    assert first == ["0", "0"] + [""] * 8 + ["0.21", "0.3", "0.4"] + [""] * 5
     assert second[:5] == ["1", "1234567", "1.125", "4e-05", "1.25"]
 
 
@@ -132,7 +134,7 @@ def test_tensorboard_has_the_losses_of_steps_and_the_validation_of_epochs(tmp_pa
     assert scalars["train/total_loss"] == [(1, 1.0), (2, 0.5)]
     assert scalars["train/learning_rate"] == [(1, 0.5), (2, 0.5)]
     assert scalars["validation/val_per_mask_iou"] == [(2, make_row(1)["val_per_mask_iou"])]
-    assert len(scalars) == 5
+    assert len(scalars) == 10
 
 
 def test_tensorboard_shows_no_step_of_a_resumed_run_twice(tmp_path):
@@ -172,17 +174,23 @@ def test_without_tensorboard_the_log_is_silent(tmp_path, monkeypatch, capsys):
 
 def test_an_epoch_is_said_in_one_line(tmp_path, capsys):
     row = {"total_loss": 0.4123, "iou": 0.607, "val_per_mask_iou": 0.58, "learning_rate": 4e-5, "seconds": 12.345}
-    RunLog(tmp_path, num_epochs=30).log_epoch({"epoch": 3, "step": 108, **row}, floor=0.21)
-    expected = "epoch 3/30 step 108 loss 0.412 iou 0.61 val 0.58 (floor 0.21, +0.37) lr 4.0e-05 12.3 s\n"
+    row["val_generator_ar_100"] = 0.44
+    RunLog(tmp_path, num_epochs=30).log_epoch(
+        {"epoch": 3, "step": 108, **row}, floor={"val_per_mask_iou": 0.21, "val_generator_ar_100": 0.1}
+    )
+    expected = (
+        "epoch 3/30 step 108 loss 0.412 iou 0.61 val 0.58 (floor 0.21, +0.37) ar100 0.44 (floor 0.10, +0.34) "
+        "lr 4.0e-05 12.3 s\n"
+    )
     assert capsys.readouterr().out == expected
 
 
 @pytest.mark.parametrize(
     ("row", "floor", "line"),
     [
-        (FLOOR, 0.21, "epoch 0 step 0 val 0.21 (the untouched model: the floor)"),
-        ({"epoch": 1, "step": 2, "total_loss": 1.0}, 0.21, "epoch 1 step 2 loss 1.000"),
-        ({"epoch": 1, "step": 2, "val_per_mask_iou": 0.1}, 0.21, "epoch 1 step 2 val 0.10 (floor 0.21, -0.11)"),
+        (FLOOR, KNOWN, "epoch 0 step 0 val 0.21 (the untouched model: the floor)"),
+        ({"epoch": 1, "step": 2, "total_loss": 1.0}, KNOWN, "epoch 1 step 2 loss 1.000"),
+        ({"epoch": 1, "step": 2, "val_per_mask_iou": 0.1}, KNOWN, "epoch 1 step 2 val 0.10 (floor 0.21, -0.11)"),
         ({"epoch": 1, "step": 2, "val_per_mask_iou": 0.1}, None, "epoch 1 step 2 val 0.10"),
     ],
 )

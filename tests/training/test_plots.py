@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from finestsam.training.plots import COLORS, TITLES, VALIDATION_COLOR, draw_curves
+from finestsam.training.plots import COLORS, TITLES, VALIDATION, draw_curves
 
 NAMES = [*TITLES, "all_metrics"]
 FLOOR = {"epoch": 0, "step": 0, "val_per_mask_iou": 0.4}
@@ -48,13 +48,13 @@ def test_a_curve_is_drawn_in_its_own_color_in_both_pictures(images):
 
 
 def test_validation_is_drawn_beside_the_iou_and_among_all_curves(images):
-    drawn = {name for name, image in images.items() if count_pixels(image, VALIDATION_COLOR) > 200}
+    drawn = {name for name, image in images.items() if count_pixels(image, VALIDATION["val_per_mask_iou"][1]) > 200}
     assert drawn == {"iou", "all_metrics"}
 
 
 def test_the_untouched_model_is_a_line_through_the_whole_picture(images, tmp_path):
     without = draw(make_rows(5)[1:], tmp_path)["iou"]
-    rgb = [int(VALIDATION_COLOR[place : place + 2], 16) for place in (1, 3, 5)]
+    rgb = [int(VALIDATION["val_per_mask_iou"][1][place : place + 2], 16) for place in (1, 3, 5)]
 
     def count_columns(image: np.ndarray) -> int:
         rows = (np.abs(image.astype(int) - rgb).max(axis=-1) < 60).sum(axis=1)

@@ -14,7 +14,7 @@ import yaml
 from conftest import FROM_SCRATCH, run_training
 
 from finestsam.cli import main
-from finestsam.config import build_config
+from finestsam.config import GENERATOR_DEFAULTS, build_config
 from finestsam.model.load import load_model
 from finestsam.training.hints import list_mismatches
 
@@ -57,7 +57,9 @@ def test_a_run_leaves_everything_that_is_needed_to_use_repeat_and_continue_it(fi
     assert [path for path in finished.glob("*-0.*.pth") if path.with_suffix(".json").is_file()]
     card = json.loads((finished / "best.json").read_text())
     assert (card["model_type"], card["image_size"], card["multimask_output"]) == ("vit_tiny_test", 64, True)
-    assert set(card["floor"]) == {"val_per_mask_iou", "val_per_mask_dice", "val_best_iou"}
+    prompted = {"val_per_mask_iou", "val_per_mask_dice", "val_best_iou"}
+    assert prompted | {"val_generator_ar_100", "val_generator_masks"} <= set(card["floor"]) == set(card["metrics"])
+    assert set(GENERATOR_DEFAULTS) | {"score_map"} == set(card["generator"])
 
 
 def test_the_figures_have_a_row_for_the_untouched_model_and_one_per_epoch(finished):
@@ -78,7 +80,8 @@ def test_best_weights_load_anywhere_and_are_never_worse_than_the_untouched_model
     assert set(state_dict) == set(loaded.model.sam.state_dict())
     assert all(value.device.type == "cpu" and value.dtype == torch.float32 for value in state_dict.values())
     card = json.loads((finished / "best.json").read_text())
-    assert card["metrics"]["val_per_mask_iou"] >= card["floor"]["val_per_mask_iou"]
+    judged = ("val_generator_ar_100", "val_per_mask_iou")
+    assert [card["metrics"][name] for name in judged] >= [card["floor"][name] for name in judged]
 
 
 def test_the_settings_of_a_run_repeat_it(finished, tmp_path):

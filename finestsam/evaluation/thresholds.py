@@ -1,0 +1,199 @@
+"""Search the generator's settings for a kind of picture, and correct the scores that the model gives itself."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from finestsam.config import GeneratorConfig
+from finestsam.data.index import Record
+from finestsam.evaluation.candidates import Candidates, clean, match, select
+
+# COCO's, at which a mask counts as the object.
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+# What a mask costs where not every object is labelled, and a mask that fits none is not known to be wrong: an object
+# found pays for a hundred masks.
+MASK_COST = 0.01
+# What is tried, beside what the search starts from; of predicted IoUs, quantiles of those seen.
+SCORE_QUANTILES = np.linspace(0, 0.98, 50)
+STABILITIES = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.92, 0.95)
+OVERLAPS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+REGION_AREAS = (0, 16, 64, 256)
+ROUNDS = 4
+# The settings that the search decides about, the cheapest to change first.
+SEARCHED = ("pred_iou_thresh", "stability_score_thresh", "box_nms_thresh", "points_per_side", "crop_n_layers")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """How the generator does at one choice of its settings; no ranking of its masks enters."""
+
+    f1: float  # harmonic mean of precision and recall, over all pictures, the mean over COCO's IoU thresholds
+    recall: float  # the mean over the same
+    masks_per_object: float
+
+    def measure(self, goal: str) -> float:
+        """Return what the search makes as large as it can: `f1`, or for partly labelled pictures `recall`."""
+        return self.f1 if goal == "f1" else self.recall - MASK_COST * self.masks_per_object
+
+
+def operate(found: Sequence[Candidates], chosen: Sequence[np.ndarray] | None = None) -> Operation:
+    """Return how some candidates of each picture do, by falling score; None: all of them."""
+    hits, masks, objects = np.zeros(len(IOU_THRESHOLDS)), np.zeros(len(IOU_THRESHOLDS)), 0
+    for place, one in enumerate(found):
+        ious, crowd_shares = one.ious, one.crowd_shares
+        if chosen is not None:
+            ious, crowd_shares = ious[chosen[place]], crowd_shares[chosen[place]]
+        is_hit = match(ious, IOU_THRESHOLDS)
+        is_ignored = ~is_hit & (crowd_shares >= IOU_THRESHOLDS[:, None])
+        hits += is_hit.sum(axis=1)
+        masks += (~is_ignored).sum(axis=1)
+        objects += ious.shape[1]
+    f1 = 2 * hits / np.maximum(masks + objects, 1)
+    return Operation(float(f1.mean()), float((hits / max(objects, 1)).mean()), float(masks.mean() / max(objects, 1)))
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The best settings found, and how they and those that the search started from do."""
+
+    settings: GeneratorConfig
+    before: Operation
+    after: Operation
+    tried: int
+
+
+def search(
+    records: Sequence[Record], found: Sequence[Candidates], start: GeneratorConfig, fixed: frozenset[str], goal: str
+) -> SearchResult:
+    """Return the generator's settings that do best on these pictures: one at a time is changed until none helps.
+
+    Args:
+        found: one for each record.
+        start: without None.
+        fixed: names of settings that stay.
+        goal: `f1` or `recall`.
+    """
+    known: dict[tuple, Operation] = {}
+
+    def evaluate(settings: GeneratorConfig) -> Operation:
+        key = tuple(getattr(settings, name) for name in SEARCHED)
+        if key not in known:
+            known[key] = operate(found, [select(one, settings) for one in found])
+        return known[key]
+
+    options = _list_options(found, start, fixed)
+    starts = [dataclasses.replace(start, min_mask_region_area=0)]
+    for share in (0.25, 0.75):
+        middle = {name: values[int(share * (len(values) - 1))] for name, values in options.items()}
+        starts.append(dataclasses.replace(starts[0], **middle))
+    ends = [_climb(one, options, lambda settings: evaluate(settings).measure(goal)) for one in starts]
+    best = max(ends, key=lambda settings: evaluate(settings).measure(goal))
+    operation = evaluate(best)
+    if "min_mask_region_area" in fixed:
+        best = dataclasses.replace(best, min_mask_region_area=start.min_mask_region_area)
+    else:
+        best, operation = _choose_region_area(records, found, best, operation, goal)
+    return SearchResult(best, evaluate(starts[0]), operation, len(known))
+
+
+def _list_options(found: Sequence[Candidates], start: GeneratorConfig, fixed: frozenset[str]) -> dict[str, list[float]]:
+    """Return the values to try of each setting that is free, rising."""
+    scores = np.concatenate([one.scores for one in found]) if found else np.zeros(0)
+    scores = scores[np.isfinite(scores)]
+    levels = np.quantile(scores, SCORE_QUANTILES).clip(0, 1) if len(scores) else np.zeros(1)
+    grids = sorted({int(grid) for one in found for grid in np.unique(one.points_per_side)})
+    options = {
+        # Down, so that what is rounded passes as before.
+        "pred_iou_thresh": [float(np.floor(level * 1e4) / 1e4) for level in levels],
+        "stability_score_thresh": list(STABILITIES),
+        "box_nms_thresh": list(OVERLAPS),
+        "points_per_side": grids or [start.points_per_side],
+        "crop_n_layers": list(range(start.crop_n_layers + 1)),
+    }
+    return {name: sorted(set(values)) for name, values in options.items() if name not in fixed and len(set(values)) > 1}
+
+
+def _climb(
+    settings: GeneratorConfig, options: dict[str, list[float]], measure: Callable[[GeneratorConfig], float]
+) -> GeneratorConfig:
+    best = measure(settings)
+    for _ in range(ROUNDS):
+        before = best
+        for name, values in options.items():
+            for value in values:
+                changed = dataclasses.replace(settings, **{name: value})
+                if (result := measure(changed)) > best:
+                    settings, best = changed, result
+        if best == before:
+            break
+    return settings
+
+
+def _choose_region_area(
+    records: Sequence[Record], found: Sequence[Candidates], settings: GeneratorConfig, operation: Operation, goal: str
+) -> tuple[GeneratorConfig, Operation]:
+    chosen = [one[select(one, settings)] for one in found]
+    for area in REGION_AREAS[1:]:
+        cleaned = [clean(one, record, area) for one, record in zip(chosen, records, strict=True)]
+        result = operate(cleaned)
+        if result.measure(goal) > operation.measure(goal):
+            settings, operation = dataclasses.replace(settings, min_mask_region_area=area), result
+    return settings, operation
+
+
+# Of the scores, from 0 to 1.
+BINS = 10
+# Of the monotone map: enough for its shape, few enough to read in best.json.
+MOST_KNOTS = 16
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How the predicted IoU relates to the measured one."""
+
+    centres: np.ndarray  # B, mean prediction in each bin; bins without a mask are left out
+    measured: np.ndarray  # B, mean IoU with the object that fits best
+    counts: np.ndarray  # B
+    error: float  # expected calibration error: the mean distance of the two, weighted by count
+    knots: list[list[float]]  # [predicted, measured] pairs, both rising: the map that corrects
+
+
+def calibrate(found: Sequence[Candidates]) -> Calibration | None:
+    """Measure and correct the scores of candidates against the IoU with the object that fits each best.
+
+    The error is that of Guo et al. (arXiv 1706.04599) with an IoU in place of a hit rate; the map is the isotonic
+    regression, by pooling adjacent violators (Barlow et al., Statistical Inference under Order Restrictions, 1972).
+
+    Returns:
+        None where there is no candidate.
+    """
+    scores = np.concatenate([one.scores for one in found]) if found else np.zeros(0)
+    if len(scores) == 0:
+        return None
+    ious = np.concatenate([one.ious.max(axis=1, initial=0.0) for one in found])
+    is_known = np.isfinite(scores)
+    scores, ious = scores[is_known].astype(float), ious[is_known]
+    bins = np.clip((scores * BINS).astype(int), 0, BINS - 1)
+    counts = np.bincount(bins, minlength=BINS)
+    used = counts > 0
+    centres = np.bincount(bins, scores, BINS)[used] / counts[used]
+    measured = np.bincount(bins, ious, BINS)[used] / counts[used]
+    error = float((np.abs(centres - measured) * counts[used]).sum() / max(counts.sum(), 1))
+    return Calibration(centres, measured, counts[used], error, _fit_knots(scores, ious))
+
+
+def _fit_knots(scores: np.ndarray, ious: np.ndarray) -> list[list[float]]:
+    order = np.argsort(scores, kind="stable")
+    groups = np.array_split(order, min(4 * MOST_KNOTS, len(order)))
+    blocks: list[list[float]] = []  # of sum of predictions, sum of measurements, count; means of the second rise
+    for group in groups:
+        blocks.append([float(scores[group].sum()), float(ious[group].sum()), len(group)])
+        while len(blocks) > 1 and blocks[-2][1] * blocks[-1][2] >= blocks[-1][1] * blocks[-2][2]:
+            last = blocks.pop()
+            blocks[-1] = [one + other for one, other in zip(blocks[-1], last, strict=True)]
+    knots = [[predicted / count, measured / count] for predicted, measured, count in blocks]
+    if len(knots) > MOST_KNOTS:
+        knots = [knots[place] for place in np.linspace(0, len(knots) - 1, MOST_KNOTS).round().astype(int)]
+    return [[round(predicted, 5), round(measured, 5)] for predicted, measured in knots]
