@@ -293,6 +293,12 @@ class EvaluateConfig:
     generator: bool = setting(
         True, "run the automatic mask generator as well, in validation too, and score it with COCO's measures"
     )
+    clicks: int = setting(
+        8, "corrective clicks on each object in --mode evaluate, as an annotator sets them; 0: none", "[0, 20]"
+    )
+    predictions: str | None = setting(
+        None, "score this COCO results file, of any program, instead of the generator's masks of a model"
+    )
     search: bool | None = setting(
         None,
         "choose the generator's thresholds, those that are not given, on the same pictures; default: in training, "

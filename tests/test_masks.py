@@ -7,10 +7,12 @@ from pycocotools import mask as coco_mask
 
 from finestsam.errors import Defect
 from finestsam.masks import (
+    boundary_iou,
     decode_rle,
     decode_rles,
     distance_inside,
     encode_mask,
+    find_boundary,
     rasterize,
     remove_small_regions,
     rle_area,
@@ -159,3 +161,20 @@ def test_the_largest_island_stays_however_small():
 
     assert cleaned.sum() == 4
     assert cleaned[5, 5]
+
+
+def test_boundaries_are_as_thick_as_the_picture_asks_and_their_iou_is_that_of_plain_loops():
+    rng = np.random.default_rng(0)
+    shape = (60, 80)  # 2 % of its diagonal of 100: 2 pixels
+    truth = rasterize(np.array([[5.0, 5.0], [60.0, 10.0], [70.0, 50.0], [10.0, 59.0]]), shape)
+    mask = np.roll(truth, (2, 3), axis=(0, 1)) & (rng.random(shape) > 0.01)
+
+    def walk(one: np.ndarray) -> np.ndarray:
+        framed = np.pad(one, 2)
+        near = [framed[2 + dy : 62 + dy, 2 + dx : 82 + dx] for dy in range(-2, 3) for dx in range(-2, 3)]
+        return one & ~np.all(near, axis=0)
+
+    np.testing.assert_array_equal(find_boundary(truth, 2), walk(truth))
+    one, other = walk(mask), walk(truth)
+    assert boundary_iou(mask, truth) == pytest.approx((one & other).sum() / (one | other).sum())
+    assert boundary_iou(truth, truth) == 1 and boundary_iou(~truth & False, truth & False) == 1

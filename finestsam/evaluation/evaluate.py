@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from finestsam.allocator import keep_freed_memory
-from finestsam.config import CHUNK_OBJECTS, Config, ModelConfig, PromptsConfig
+from finestsam.config import CHUNK_OBJECTS, GENERATOR_DEFAULTS, Config, GeneratorConfig, ModelConfig, PromptsConfig
 from finestsam.data.dataset import SampleDataset, SampleSettings
 from finestsam.data.index import Record
 from finestsam.data.loaders import build_validation_loader
@@ -19,9 +20,12 @@ from finestsam.data.read import describe_dataset, read_evaluation_set
 from finestsam.data.report import write_report
 from finestsam.download import hash_file
 from finestsam.errors import UserError, printable
-from finestsam.evaluation.generator_scores import find_all
+from finestsam.evaluation.candidates import find_candidates
+from finestsam.evaluation.clicks import measure_clicks
+from finestsam.evaluation.generator_scores import choose_grids, find_all, list_fixed, tune
 from finestsam.evaluation.measurement import Difference, Measurement, compare
 from finestsam.evaluation.prompt_scores import ObjectScore, score_batches
+from finestsam.evaluation.result_files import read_results
 from finestsam.model.load import LoadedModel, load_model
 from finestsam.output_folder import make_output_folder
 from finestsam.prediction.generator import resolve_generator
@@ -32,7 +36,10 @@ PROMPT_KINDS = {
     "box": PromptsConfig(use_points=False, use_boxes=True, box_jitter_ratio=0.0),
 }
 # On the screen, in this order.
-HEADLINES = ("generator/ap", "generator/ar_1000", "point/iou", "point/best_iou", "box/iou")
+HEADLINES = (
+    "generator/ap", "generator/ar_100", "generator/ar_1000", "generator/f1", "point/iou", "point/best_iou", "box/iou",
+    "clicks/iou_8",
+)  # fmt: skip
 FIGURES_NAME, PICTURES_NAME = "evaluation.json", "per_image.csv"
 
 
@@ -51,11 +58,17 @@ def evaluate(config: Config) -> int:
     if not any(record.annotations for record in data.val):
         raise UserError(f"dataset {config.dataset.path}: no picture with objects to evaluate on")
     write_report(folder / "dataset_report.json", describe_dataset(data.report, data.val))
-    loaded = load_model(config, prefer_runs=True)
-    rival = find_rival(config, loaded)
     print("\n".join([f"layout: {data.layout}", *data.report.list_lines()]))
-    print(f"weights: {printable(loaded.source)} ({loaded.model_type}); {len(data.val)} images")
-    ours = measure_model(config, loaded, data.val, "weights")
+    if config.evaluate.predictions:
+        found = read_results(Path(config.evaluate.predictions), data.val)
+        print(f"results: {printable(config.evaluate.predictions)}; {len(data.val)} images")
+        ours = Measurement(data.val, {}, found)
+        rival = find_rival(config, None)
+    else:
+        loaded = load_model(config, prefer_runs=True)
+        rival = find_rival(config, loaded)
+        print(f"weights: {printable(loaded.source)} ({loaded.model_type}); {len(data.val)} images")
+        ours = measure_model(config, loaded, data.val, "weights")
     theirs = None
     if rival:
         print(f"compared with: {printable(rival.source)} ({rival.model_type})")
@@ -73,15 +86,19 @@ def evaluate(config: Config) -> int:
     return 0
 
 
-def find_rival(config: Config, loaded: LoadedModel) -> LoadedModel | None:
-    """Return the model to compare with, or None."""
+def find_rival(config: Config, loaded: LoadedModel | None) -> LoadedModel | None:
+    """Return the model to compare with, or None.
+
+    Args:
+        loaded: whose origin is meant where nothing is named; None: results of another program, which have none.
+    """
     name = config.evaluate.against
     if name == "auto":
-        name = _find_origin(loaded)
+        name = _find_origin(loaded) if loaded else None
     if name in (None, "none"):
         return None
     other = replace(config, model=ModelConfig(checkpoint=str(name)))
-    return load_model(other, prefer_runs=True, device=loaded.model.device)
+    return load_model(other, prefer_runs=True, device=loaded.model.device if loaded else None)
 
 
 def _find_origin(loaded: LoadedModel) -> str | None:
@@ -107,18 +124,63 @@ def measure_model(config: Config, loaded: LoadedModel, records: Sequence[Record]
         kind: _score(config, loaded, embedder, labelled, prompts, f"{title}, {kind}")
         for kind, prompts in PROMPT_KINDS.items()
     }
+    clicks = _measure_clicks(config, loaded, embedder, labelled, f"{title}, clicks") if config.evaluate.clicks else {}
     if not config.evaluate.generator:
-        return Measurement(records, prompted, None)
+        return Measurement(records, prompted, None, clicks)
     settings = resolve_generator(config.generator, loaded.card)
+    if config.evaluate.search:
+        return _measure_tuned(config, embedder, records, settings, prompted, clicks, f"{title}, generator")
     found = find_all(embedder, records, settings, config.dataset.images, f"{title}, generator")
     pairs = [(record, one) for record, one in zip(records, found, strict=True) if one is not None]
-    return Measurement([record for record, _ in pairs], prompted, [one for _, one in pairs])
+    return Measurement([record for record, _ in pairs], prompted, [one for _, one in pairs], clicks)
+
+
+def _measure_tuned(
+    config: Config,
+    embedder: Embedder,
+    records: Sequence[Record],
+    start: GeneratorConfig,
+    prompted: dict[str, list[ObjectScore]],
+    clicks: dict[int, float],
+    title: str,
+) -> Measurement:
+    """Measure the generator with thresholds chosen on these pictures, and say them."""
+    fixed = list_fixed(config.generator)
+    found = find_candidates(embedder, records, start, choose_grids(start, fixed), config.dataset.images, title)
+    pairs = [(record, one) for record, one in zip(records, found, strict=True) if one is not None]
+    known, candidates = [record for record, _ in pairs], [one for _, one in pairs]
+    tuned = tune(known, candidates, start, fixed, config.evaluate.goal)
+    chosen = {name: getattr(tuned.result.settings, name) for name in GENERATOR_DEFAULTS}
+    flags = " ".join(f"--generator.{name} {value}" for name, value in chosen.items())
+    print(f"{title}: best for {config.evaluate.goal} on these pictures: {flags}")
+    extra = {f"generator/{name}": float(value) for name, value in chosen.items()}
+    if tuned.calibration:
+        extra["generator/calibration_error"] = tuned.calibration.error
+    return Measurement(known, prompted, tuned.found, clicks, extra)
+
+
+def _measure_clicks(
+    config: Config, loaded: LoadedModel, embedder: Embedder, records: list[Record], title: str
+) -> dict[int, float]:
+    """Correct the model on every object, click by click."""
+    loader = _load(config, loaded, embedder, records, PROMPT_KINDS["point"])
+    batches = tqdm(loader, desc=title, disable=not sys.stderr.isatty(), leave=False)
+    return measure_clicks(embedder, batches, config.chunk_objects or CHUNK_OBJECTS, config.evaluate.clicks)
 
 
 def _score(
     config: Config, loaded: LoadedModel, embedder: Embedder, records: list[Record], prompts: PromptsConfig, title: str
 ) -> list[ObjectScore]:
     """Ask for every object with one prompt of a kind."""
+    loader = _load(config, loaded, embedder, records, prompts)
+    batches = tqdm(loader, desc=title, disable=not sys.stderr.isatty(), leave=False)
+    return score_batches(embedder, batches, config.chunk_objects or CHUNK_OBJECTS)
+
+
+def _load(
+    config: Config, loaded: LoadedModel, embedder: Embedder, records: list[Record], prompts: PromptsConfig
+) -> DataLoader:
+    """Return the loader of pictures with prompts of a kind, their embeddings in the store."""
     settings = SampleSettings(
         loaded.model.image_size,
         resolve_generator(config.generator, loaded.card).points_per_side,
@@ -129,9 +191,7 @@ def _score(
     dataset = SampleDataset(records, settings, store=embedder.store)
     if embedder.store:
         fill_store(embedder, [dataset], config.num_workers)
-    loader = build_validation_loader(dataset, config.num_workers)
-    batches = tqdm(loader, desc=title, disable=not sys.stderr.isatty(), leave=False)
-    return score_batches(embedder, batches, config.chunk_objects or CHUNK_OBJECTS)
+    return build_validation_loader(dataset, config.num_workers)
 
 
 def _list_headlines(ours: Measurement, theirs: Measurement | None, differences: dict[str, Difference]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -14,7 +14,7 @@ from finestsam.evaluation.prompt_scores import ObjectScore, summarize_scores
 DRAWS = 300
 # Of the draws lie between the ends of an interval.
 CONFIDENCE = 0.95
-PROMPT_MEASURES = ("iou", "dice", "best_iou")
+PROMPT_MEASURES = ("iou", "dice", "best_iou", "boundary_iou")
 GENERATOR_MEASURES = ("ap", "ar_1000")
 
 
@@ -25,6 +25,8 @@ class Measurement:
     records: Sequence[Record]
     prompted: dict[str, list[ObjectScore]]  # by kind of prompt
     found: Sequence[Detections] | None  # what the generator found in each picture; None: it did not run
+    clicks: dict[int, float] = field(default_factory=dict)  # mean IoU after so many corrective clicks
+    extra: dict[str, float] = field(default_factory=dict)  # further figures, by their whole names
 
     @cached_property
     def scorer(self) -> CocoScorer | None:
@@ -39,7 +41,8 @@ class Measurement:
         if self.scorer:
             figures |= {f"generator/{name}": value for name, value in self.scorer.score().items()}
             figures["generator/masks_per_image"] = sum(len(one.rles) for one in self.found) / max(len(self.found), 1)
-        return figures
+        figures |= {f"clicks/iou_{count}": value for count, value in self.clicks.items()}
+        return figures | self.extra
 
     @cached_property
     def sums(self) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Score the masks that prompts on known objects give: IoU and Dice per object, in the original frame."""
+"""Score the masks that prompts on known objects give: IoU, Dice and boundary IoU per object, in the original frame."""
 
 import math
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from finestsam.batch import Batch, Predictions, Sample
-from finestsam.masks import count_overlap, decode_rles
+from finestsam.masks import boundary_iou, count_overlap, decode_rles
 from finestsam.model.resample import upscale_logits
 from finestsam.prediction.precompute import Embedder
 
@@ -24,6 +24,7 @@ class ObjectScore:
     iou: float  # of the mask that the model itself prefers
     dice: float  # of the same mask
     best_iou: float  # of the best of its masks
+    boundary_iou: float  # of the mask that the model prefers
     score: float  # the IoU that the model expected of the preferred mask
 
 
@@ -61,6 +62,7 @@ def _score_objects(predictions: Predictions, sample: Sample, first: int, image_s
         for row, place in enumerate(places):
             expected = predictions.scores[start + row]
             chosen = int(expected.argmax())
+            mask, target = masks[row, chosen].cpu().numpy(), truth[row, 0].cpu().numpy()
             scores.append(
                 ObjectScore(
                     sample.image_id,
@@ -68,6 +70,7 @@ def _score_objects(predictions: Predictions, sample: Sample, first: int, image_s
                     float(ious[row, chosen]),
                     float(dices[row, chosen]),
                     float(ious[row].max()),
+                    boundary_iou(mask, target),
                     float(expected[chosen]),
                 )
             )
@@ -83,6 +86,7 @@ def summarize_scores(scores: list[ObjectScore]) -> dict[str, float]:
         "iou": math.fsum(score.iou for score in scores) / count,
         "dice": math.fsum(score.dice for score in scores) / count,
         "best_iou": math.fsum(score.best_iou for score in scores) / count,
+        "boundary_iou": math.fsum(score.boundary_iou for score in scores) / count,
         "score": math.fsum(score.score for score in scores) / count,
         "objects": count,
     }

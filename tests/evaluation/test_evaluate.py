@@ -154,3 +154,11 @@ def test_a_split_that_is_not_there_is_told(scenes, tmp_path, capsys):
     assert main(["--mode=evaluate", f"--dataset={scenes}", f"--out_dir={tmp_path}", "--evaluate.split=test"]) == 2
 
     assert "no test split" in capsys.readouterr().err
+
+
+def test_thresholds_are_searched_on_demand_and_said(scenes, tmp_path, capsys):
+    figures = run_evaluation(scenes, tmp_path, "--evaluate.search=true", "--evaluate.goal=f1", "--evaluate.clicks=2")
+
+    assert figures["generator/points_per_side"] == 4 and 0 <= figures["generator/pred_iou_thresh"] <= 1
+    assert {"clicks/iou_1", "clicks/iou_2", "point/boundary_iou", "generator/calibration_error"} <= set(figures)
+    assert "best for f1 on these pictures: --generator.points_per_side 4" in capsys.readouterr().out

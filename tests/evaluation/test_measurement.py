@@ -27,7 +27,7 @@ def make_measurement(shift: int, iou: float, spread: float = 0.05, has_generator
         annotation = Annotation(number, 1, truth["counts"], rle_area(truth), rle_box(truth))
         records.append(Record(100 + number, f"{number}.png", Path(f"{number}.png"), SIZE, [annotation]))
         value = iou + spread * noise.standard_normal()
-        scores.append(ObjectScore(100 + number, number, value, value, value, 0.5))
+        scores.append(ObjectScore(100 + number, number, value, value, value, value, 0.5))
         found.append(Detections([make_rle(10 + shift)], [0.9]))
     return Measurement(records, {"point": scores}, found if has_generator else None)
 
@@ -76,7 +76,7 @@ def test_the_same_draws_every_time():
 def test_only_what_both_measured_is_compared():
     differences = compare(make_measurement(0, 0.7), make_measurement(0, 0.6, has_generator=False))
 
-    assert set(differences) == {"point/iou", "point/dice", "point/best_iou"}
+    assert set(differences) == {"point/iou", "point/dice", "point/best_iou", "point/boundary_iou"}
 
 
 def test_each_picture_has_a_row():

@@ -44,7 +44,7 @@ def make_candidates(scores, ious, **changes) -> Candidates:
     [
         {},
         {"box_nms_thresh": 0.3},
-        {"stability_score_thresh": 0.1},
+        {"stability_score_thresh": "median"},
         {"points_per_side": 3},
         {"crop_n_layers": 1, "box_nms_thresh": 0.5},
     ],
@@ -58,6 +58,8 @@ def test_what_is_selected_is_what_the_generator_gives(tiny_sam, records, changes
     for record, one in zip(records[:2], found, strict=True):
         threshold = float(np.median(one.scores))
         settings = dataclasses.replace(open_settings, pred_iou_thresh=threshold)
+        if settings.stability_score_thresh == "median":
+            settings = dataclasses.replace(settings, stability_score_thresh=float(np.median(one.stability)))
         pixels = read_image(record.path, record.size, images)
         masks = generate_masks(tiny_sam, pixels, settings)
         chosen = one[select(one, settings)]

@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+import torch
+
+from finestsam.config import build_config
+from finestsam.data.dataset import SampleDataset, SampleSettings, collate
+from finestsam.evaluation.clicks import find_click, measure_clicks
+from finestsam.prediction.precompute import Embedder
+
+
+def test_the_first_click_is_in_the_middle_of_the_object():
+    truth = np.zeros((20, 30), dtype=bool)
+    truth[4:13, 10:21] = True
+
+    (x, y), label = find_click(truth, np.zeros_like(truth))
+
+    assert (y, label) == (8, 1) and 13 <= x <= 17
+
+
+def test_the_next_click_is_in_the_middle_of_the_largest_error():
+    truth = np.zeros((20, 30), dtype=bool)
+    truth[4:13, 10:21] = True
+    overstepped = truth.copy()
+    overstepped[4:13, 21:28] = True
+    overstepped[4, 10:13] = False  # a smaller error
+
+    (x, y), label = find_click(truth, overstepped)
+
+    assert not truth[y, x] and overstepped[y, x] and label == 0
+    assert x in (23, 24) and y in (7, 8, 9)
+
+
+def test_where_all_is_right_nobody_clicks():
+    truth = np.eye(8, dtype=bool)
+
+    assert find_click(truth, truth)[1] == -1
+
+
+@pytest.fixture
+def batches(records):
+    config = build_config({})
+    dataset = SampleDataset(records[:2], SampleSettings(64, 16, 0, config.prompts, config.dataset))
+    return [collate([dataset[(0, place)]]) for place in range(2)]
+
+
+def test_chunks_change_nothing_and_only_the_reported_counts_are_given(tiny_sam, batches):
+    embedder = Embedder(tiny_sam)
+
+    one, all_together = (measure_clicks(embedder, batches, size, clicks=3) for size in (1, 1000))
+
+    assert set(one) == {1, 2, 3}
+    for count, value in one.items():
+        assert value == pytest.approx(all_together[count], abs=1e-6)
+        assert 0 <= value <= 1
+
+
+def test_a_model_that_answers_with_its_clicks_gets_better_with_each(tiny_sam, batches, monkeypatch):
+    """A stand-in for a decoder: an object is what lies near positive clicks and not near negative ones."""
+    embedder = Embedder(tiny_sam)
+    seen = []
+
+    def answer(embedding, prompts):
+        side = tiny_sam.image_size // 4
+        y, x = torch.meshgrid(torch.arange(side) * 4.0, torch.arange(side) * 4.0, indexing="ij")
+        distance = (x - prompts.points[..., 0, None, None]) ** 2 + (y - prompts.points[..., 1, None, None]) ** 2
+        sign = torch.where(prompts.labels == 1, 1.0, -1.0) * (prompts.labels >= 0)
+        votes = (sign[..., None, None] * torch.exp(-distance / 200)).sum(dim=1, keepdim=True) - 0.3
+        seen.append((prompts.points.shape[1], None if prompts.mask_logits is None else prompts.mask_logits.shape))
+        return type("P", (), {"logits": votes, "scores": torch.ones(len(votes), 1)})
+
+    monkeypatch.setattr(type(tiny_sam), "forward", lambda self, *args: answer(*args))
+
+    found = measure_clicks(embedder, batches, 1000, clicks=8)
+
+    assert found[8] > found[1]
+    assert [count for count, _ in seen[:8]] == list(range(1, 9))
+    assert seen[0][1] is None and seen[1][1] is not None  # the answer before goes along

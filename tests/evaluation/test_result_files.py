@@ -1,0 +1,70 @@
+import json
+
+import pytest
+from test_evaluate import run_evaluation
+
+from finestsam.cli import main
+from finestsam.data.read import DatasetConfig, read_evaluation_set
+from finestsam.masks import rle_to_json
+
+
+@pytest.fixture
+def everything(scenes):
+    return read_evaluation_set(DatasetConfig(path=str(scenes), use_cache=False), "auto").val
+
+
+def list_results(records) -> list[dict]:
+    return [
+        {
+            "image_id": record.image_id,
+            "category_id": 7,
+            "segmentation": rle_to_json(record.rle(annotation)),
+            "score": 0.5 + annotation.area / 1e6,
+        }
+        for record in records
+        for annotation in record.annotations
+    ]
+
+
+def test_the_truth_scores_full_marks(scenes, everything, tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(list_results(everything)))
+
+    figures = run_evaluation(scenes, tmp_path / "out", f"--evaluate.predictions={path}")
+
+    assert figures["generator/ap"] == pytest.approx(1) and figures["generator/f1"] == pytest.approx(1)
+    assert not any(name.startswith(("point/", "floor/")) for name in figures)
+
+
+def test_pictures_of_a_file_that_lists_them_are_known_by_name(scenes, everything, tmp_path):
+    results = list_results(everything)
+    for entry in results:
+        entry["image_id"] += 1000
+    images = [{"id": record.image_id + 1000, "file_name": f"x/{record.file_name}"} for record in everything]
+    path = tmp_path / "predictions.json"
+    path.write_text(json.dumps({"images": images, "annotations": results}))
+
+    assert run_evaluation(scenes, tmp_path / "out", f"--evaluate.predictions={path}")["generator/ap"] == pytest.approx(
+        1
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("no json", "not a JSON file"),
+        ("{}", "not a COCO results file"),
+        ('[{"image_id": 99999, "segmentation": [], "score": 1}]', "none of its 1 results is of a picture of this set"),
+        ('[{"image_id": 1, "segmentation": [[1, 2]], "score": 1}]', "result 0"),
+        ('[{"image_id": 1, "segmentation": [[1, 2, 3, 4, 5, 9]], "score": "high"}]', "its score is 'high'"),
+        ('[{"image_id": 1, "segmentation": [[1, 2, 3, 4, 5, 9]], "score": NaN}]', "its score is nan"),
+    ],
+)
+def test_a_file_that_is_none_is_told(scenes, everything, tmp_path, capsys, content, message):
+    path = tmp_path / "results.json"
+    path.write_text(content.replace('"image_id": 1,', f'"image_id": {everything[0].image_id},'))
+
+    code = main(["--mode=evaluate", f"--dataset={scenes}", f"--out_dir={tmp_path}", f"--evaluate.predictions={path}"])
+
+    assert code == 2
+    assert message in capsys.readouterr().err
