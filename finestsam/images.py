@@ -23,6 +23,7 @@ from finestsam.config import ImagesConfig
 from finestsam.errors import Defect
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
+JPEG_QUALITY = 85
 ORIENTATION_TAG = 0x0112  # of EXIF; from 5 on width and height are exchanged
 
 
@@ -293,6 +294,19 @@ def write_image(path: Path, image: np.ndarray) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def encode_image(image: np.ndarray, suffix: str) -> bytes:
+    """Return the bytes of a picture file.
+
+    Args:
+        image: H x W x 3, RGB, or H x W x 4, RGBA, uint8.
+        suffix: .jpg (without transparency) or .png.
+    """
+    data = io.BytesIO()
+    options = {"quality": JPEG_QUALITY} if suffix == ".jpg" else {"optimize": True}
+    Image.fromarray(image).save(data, format=Image.registered_extensions()[suffix], **options)
+    return data.getvalue()
 
 
 def build_point_grid(points_per_side: int) -> np.ndarray:

@@ -25,6 +25,7 @@ from finestsam.evaluation.clicks import measure_clicks
 from finestsam.evaluation.generator_scores import choose_grids, find_all, list_fixed, tune
 from finestsam.evaluation.measurement import Difference, Measurement, compare
 from finestsam.evaluation.prompt_scores import ObjectScore, score_batches
+from finestsam.evaluation.report import REPORT_NAME, Story, write_report_page
 from finestsam.evaluation.result_files import read_results
 from finestsam.model.load import LoadedModel, load_model
 from finestsam.output_folder import make_output_folder
@@ -47,7 +48,7 @@ def evaluate(config: Config) -> int:
     """Measure what the weights find on their own, and what they answer to one point and one box per object.
 
     Writes `evaluation.json` (`generator/ap`, `point/iou`, ..., the same of the model compared with under `floor/`, and
-    the differences with their intervals) and `per_image.csv` into out_dir.
+    the differences with their intervals), `per_image.csv` and `report.html` into out_dir.
     """
     if config.keep_memory:
         keep_freed_memory()
@@ -76,13 +77,17 @@ def evaluate(config: Config) -> int:
     differences = compare(ours, theirs, config.seed_device or 0) if theirs else {}
     rows, their_rows = ours.list_pictures(), theirs.list_pictures() if theirs else None
     print("\n".join(_list_headlines(ours, theirs, differences)))
+    worse = _list_worse(rows, their_rows) if their_rows else []
     if their_rows:
-        worse = _list_worse(rows, their_rows)
         names = ", ".join(printable(name) for name in worse[:10]) + (", ..." if len(worse) > 10 else "")
         print(f"worse than the other on {len(worse)} of {len(rows)} pictures{': ' if worse else ''}{names}")
     _write_figures(folder / FIGURES_NAME, ours, theirs, differences)
     _write_pictures(folder / PICTURES_NAME, rows, their_rows)
+    name = config.evaluate.predictions or loaded.source
+    story = Story(name, ours, rival.source if rival else "", theirs, differences)
+    write_report_page(folder / REPORT_NAME, story, worse, config)
     print(f"figures: {folder / FIGURES_NAME}, picture by picture: {folder / PICTURES_NAME}")
+    print(f"report: {folder / REPORT_NAME}")
     return 0
 
 
@@ -156,7 +161,7 @@ def _measure_tuned(
     extra = {f"generator/{name}": float(value) for name, value in chosen.items()}
     if tuned.calibration:
         extra["generator/calibration_error"] = tuned.calibration.error
-    return Measurement(known, prompted, tuned.found, clicks, extra)
+    return Measurement(known, prompted, tuned.found, clicks, extra, tuned.calibration)
 
 
 def _measure_clicks(

@@ -10,6 +10,7 @@ import numpy as np
 from finestsam.data.index import Record
 from finestsam.evaluation.coco_scores import CocoScorer, Detections
 from finestsam.evaluation.prompt_scores import ObjectScore, summarize_scores
+from finestsam.evaluation.thresholds import Calibration
 
 DRAWS = 300
 # Of the draws lie between the ends of an interval.
@@ -27,6 +28,7 @@ class Measurement:
     found: Sequence[Detections] | None  # what the generator found in each picture; None: it did not run
     clicks: dict[int, float] = field(default_factory=dict)  # mean IoU after so many corrective clicks
     extra: dict[str, float] = field(default_factory=dict)  # further figures, by their whole names
+    calibration: Calibration | None = None  # of the scores of candidates, where thresholds were searched
 
     @cached_property
     def scorer(self) -> CocoScorer | None:

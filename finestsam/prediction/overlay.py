@@ -43,6 +43,27 @@ def draw_overlay(image: np.ndarray, rles: list[dict], opacity: float) -> np.ndar
     return _blend(blended, outlined, opacity**0.5)  # thin lines need more to be seen through the same veil
 
 
+def draw_layer(size: tuple[int, int], rles: list[dict], opacity: float) -> np.ndarray:
+    """Return masks and their outlines on nothing, H x W x 4, uint8, RGBA, to be laid over a picture.
+
+    Args:
+        size: (height, width) of the picture.
+        rles: masks of that size.
+    """
+    shown = sorted(rles, key=rle_area, reverse=True)
+    boxes = np.array([rle_box(rle) for rle in shown], dtype=np.int64).reshape(-1, 4)
+    layer = np.zeros((*size, 4), dtype=np.uint8)
+    outlines = []
+    for rle, (x, y, width, height), colour in zip(shown, boxes.tolist(), PALETTE[choose_colours(boxes)], strict=True):
+        mask = decode_rle(rle)[y : y + height, x : x + width]
+        layer[y : y + height, x : x + width][mask] = [*colour, round(255 * opacity)]
+        outlines.append((_trace(mask, (x, y)), [*colour.tolist(), 255]))
+    thickness = max(round(max(size) * OUTLINE_WIDTH), 1)
+    for contours, colour in outlines:
+        cv2.polylines(layer, contours, isClosed=True, color=colour, thickness=thickness)
+    return layer
+
+
 def choose_colours(boxes_xywh: np.ndarray) -> np.ndarray:
     """Return an index into PALETTE for each mask, the same from run to run.
 

@@ -1,0 +1,83 @@
+"""What kind of mistakes the generator makes: objects missed, merged and split, masks of nothing, by size."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from finestsam.data.index import Record
+from finestsam.evaluation.candidates import match, measure_truth
+from finestsam.evaluation.coco_scores import Detections
+from finestsam.masks import rle_area, rle_overlaps
+
+# A mask finds an object from this IoU on; most of something is more than half of it.
+FOUND_IOU, MOST = 0.5, 0.5
+# COCO's limits of area, pixels of the original frame.
+SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}
+
+
+@dataclass
+class Mistakes:
+    """Counts of one size; every object is in one of the first four, every mask that finds none may be spurious."""
+
+    found: int = 0
+    merged: int = 0  # most of the object is in a mask that holds most of another one, too
+    split: int = 0  # two masks or more lie mostly in it
+    missed: int = 0  # none of these
+    spurious: int = 0  # masks that lie mostly in no object and in no crowd region; by their own size
+
+    @property
+    def objects(self) -> int:
+        return self.found + self.merged + self.split + self.missed
+
+
+def count_mistakes(records: Sequence[Record], found: Sequence[Detections]) -> dict[str, Mistakes]:
+    """Return the counts by size, and under `all` their sum."""
+    counts = {size: Mistakes() for size in SIZES}
+    for record, one in zip(records, found, strict=True):
+        _count(record, one, counts)
+    total = Mistakes(*(sum(getattr(part, entry.name) for part in counts.values()) for entry in fields(Mistakes)))
+    return counts | {"all": total}
+
+
+def _count(record: Record, one: Detections, counts: dict[str, Mistakes]) -> None:
+    order = np.argsort(-np.asarray(one.scores, dtype=float), kind="stable")
+    rles = [one.rles[place] for place in order]
+    truth = [record.rle(annotation) for annotation in record.annotations]
+    ious, crowd_shares = measure_truth(rles, record)
+    is_hit = match(ious, np.array([FOUND_IOU]))[0]
+    found_objects = _list_found(ious)
+    inside = rle_overlaps(rles, truth, over_own_area=True)  # K x G: the share of the mask in the object
+    covered = rle_overlaps(truth, rles, over_own_area=True).T  # K x G: the share of the object in the mask
+    holds = covered > MOST
+    is_merging = holds.sum(axis=1) > 1
+    for place, annotation in enumerate(record.annotations):
+        count = counts[_size_of(annotation.area)]
+        if place in found_objects:
+            count.found += 1
+        elif (holds[:, place] & is_merging).any():
+            count.merged += 1
+        elif (inside[:, place] > MOST).sum() > 1:
+            count.split += 1
+        else:
+            count.missed += 1
+    for place, rle in enumerate(rles):
+        touches = max(inside[place].max(initial=0.0), crowd_shares[place]) > MOST or is_merging[place]
+        if not is_hit[place] and not touches:
+            counts[_size_of(rle_area(rle))].spurious += 1
+
+
+def _list_found(ious: np.ndarray) -> set[int]:
+    """Return which objects `match` gives a mask."""
+    is_left = np.ones(ious.shape[1], dtype=bool)
+    found = set()
+    for row in ious:
+        left = np.where(is_left, row, -1.0)
+        if len(left) and left.max() >= FOUND_IOU:
+            found.add(int(left.argmax()))
+            is_left[left.argmax()] = False
+    return found
+
+
+def _size_of(area: int) -> str:
+    return next(size for size, (low, high) in SIZES.items() if low <= area < high)

@@ -1,0 +1,307 @@
+"""`report.html`: what an evaluation found, in one file that needs no network, for somebody who knows the pictures."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from finestsam.config import Config, flatten_config
+from finestsam.data.index import Record
+from finestsam.errors import Defect, printable
+from finestsam.evaluation.measurement import Difference, Measurement
+from finestsam.evaluation.mistakes import SIZES, Mistakes, count_mistakes
+from finestsam.images import compute_input_size, encode_image, read_image, resize_image
+from finestsam.masks import decode_rle, encode_mask
+from finestsam.prediction.overlay import draw_layer
+
+REPORT_NAME = "report.html"
+# Of each end of the ranking.
+PICTURES_SHOWN = 4
+# The longest side of a picture in the report.
+SHOWN_PIXELS = 768
+OPACITY = 0.45
+OURS, THEIRS = "#0072B2", "#999999"
+TITLES = {
+    "generator/ap": "Generator: average precision",
+    "generator/ap50": "Generator: average precision at IoU 0.5",
+    "generator/ap75": "Generator: average precision at IoU 0.75",
+    "generator/ar_10": "Generator: recall, 10 masks a picture",
+    "generator/ar_100": "Generator: recall, 100 masks a picture",
+    "generator/ar_1000": "Generator: recall, 1000 masks a picture",
+    "generator/f1": "Generator: F1 of all its masks",
+    "generator/masks_per_image": "Generator: masks a picture",
+    "point/iou": "One point: IoU of the mask that the model prefers",
+    "point/best_iou": "One point: IoU of its best mask",
+    "point/boundary_iou": "One point: boundary IoU",
+    "box/iou": "One box: IoU",
+    "box/boundary_iou": "One box: boundary IoU",
+    "clicks/iou_1": "IoU after one click",
+    "clicks/iou_8": "IoU after eight clicks",
+}
+KINDS = {
+    "found": "found",
+    "missed": "missed",
+    "merged": "merged with another",
+    "split": "split",
+    "spurious": "masks of nothing labelled",
+}
+
+
+@dataclass(frozen=True)
+class Story:
+    """What a report tells.
+
+    Attributes:
+        name, rival_name: of the two models, for the reader.
+        theirs: None: there is nothing to compare with; its pictures are in the order of ours.
+    """
+
+    name: str
+    ours: Measurement
+    rival_name: str = ""
+    theirs: Measurement | None = None
+    differences: dict[str, Difference] | None = None
+
+
+def write_report_page(path: Path, story: Story, worse: Sequence[str], config: Config) -> None:
+    """Write the page; a reader never meets half a file.
+
+    Args:
+        worse: names of the pictures that one point finds worse than the rival does, the worst first.
+    """
+    body = [
+        _write_headlines(story),
+        _write_worse(worse, story),
+        _write_charts(story),
+        _write_mistakes(story),
+        _write_pictures(story, config),
+        _write_settings(config),
+    ]
+    columns = 3 if story.theirs is None else 4
+    page = Template(files("finestsam.evaluation").joinpath("page.html").read_text(encoding="utf-8")).substitute(
+        title=_text(f"Evaluation of {story.name}"),
+        subtitle=_text(_describe_set(story)),
+        columns=str(columns),
+        body="\n".join(part for part in body if part),
+    )
+    partial = path.with_name(f".{path.name}.part")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(path)
+
+
+def _text(value: str) -> str:
+    """Return text that cannot be taken for HTML, and that every encoding can write."""
+    return escape(printable(value), quote=True)
+
+
+def _describe_set(story: Story) -> str:
+    objects = sum(len(record.annotations) for record in story.ours.records)
+    against = f"; compared with {story.rival_name}" if story.theirs else ""
+    return f"{len(story.ours.records)} pictures with {objects} objects{against}"
+
+
+def _write_headlines(story: Story) -> str:
+    figures = story.ours.figures
+    rival = story.theirs.figures if story.theirs else {}
+    head = "<th>figure</th><th>value</th>"
+    if rival:
+        head += "<th>compared with</th><th>difference</th><th>95 % interval</th>"
+    rows = []
+    for name, title in TITLES.items():
+        if name not in figures:
+            continue
+        cells = [_text(title), f"{figures[name]:.3f}"]
+        if rival:
+            cells.append(f"{rival[name]:.3f}" if name in rival else "")
+            cells += _write_difference(name, figures, rival, (story.differences or {}).get(name))
+        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    note = ""
+    if story.differences:
+        note = (
+            "<p class='quiet'>An interval tells where the difference would lie if other pictures of the same kind had "
+            "been drawn; one that holds 0 means that these pictures do not decide it.</p>"
+        )
+    return f"<h2>Figures</h2><table><tr>{head}</tr>{''.join(rows)}</table>{note}"
+
+
+def _write_difference(
+    name: str, figures: dict[str, float], rival: dict[str, float], found: Difference | None
+) -> list[str]:
+    if name not in rival:
+        return ["", ""]
+    value = figures[name] - rival[name]
+    if found is None:
+        return [f"{value:+.3f}", ""]
+    kind = "better" if found.low > 0 else "worse" if found.high < 0 else ""
+    return [f"<span class='{kind}'>{value:+.3f}</span>", f"{found.low:+.3f} to {found.high:+.3f}"]
+
+
+def _write_worse(worse: Sequence[str], story: Story) -> str:
+    if story.theirs is None:
+        return ""
+    count = len(story.ours.records)
+    if not worse:
+        return f"<p>On none of the {count} pictures is one point answered worse than before.</p>"
+    names = ", ".join(f"<code>{_text(name)}</code>" for name in worse[:20]) + (", ..." if len(worse) > 20 else "")
+    return f"<p>One point is answered worse than by the other on {len(worse)} of {count} pictures: {names}</p>"
+
+
+def _write_charts(story: Story) -> str:
+    charts = [_draw_clicks(story), _draw_calibration(story)]
+    shown = "".join(chart for chart in charts if chart)
+    return f"<h2>Curves</h2><div class='charts'>{shown}</div>" if shown else ""
+
+
+def _draw_clicks(story: Story) -> str:
+    if not story.ours.clicks:
+        return ""
+    figure = Figure(figsize=(5, 3.4))
+    axes = figure.add_subplot(title="IoU after corrective clicks", xlabel="clicks on the object", ylabel="mean IoU")
+    for measured, color, label in ((story.theirs, THEIRS, "compared with"), (story.ours, OURS, "this model")):
+        if measured and measured.clicks:
+            axes.plot(list(measured.clicks), list(measured.clicks.values()), "o-", color=color, label=label)
+    axes.set(ylim=(0, 1), xticks=list(story.ours.clicks))
+    return _finish(figure)
+
+
+def _draw_calibration(story: Story) -> str:
+    found = story.ours.calibration
+    if found is None:
+        return ""
+    figure = Figure(figsize=(5, 3.4))
+    axes = figure.add_subplot(
+        title=f"Predicted and measured IoU (error {found.error:.3f})", xlabel="predicted IoU", ylabel="measured IoU"
+    )
+    axes.plot([0, 1], [0, 1], ":", color="#666666", label="perfect")
+    axes.plot(found.centres, found.measured, "o-", color=OURS, label="candidates")
+    axes.plot(*np.array(found.knots).T, "-", color="#E69F00", alpha=0.8, label="correction")
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    return _finish(figure)
+
+
+def _finish(figure: Figure) -> str:
+    """Return the figure as SVG."""
+    (axes,) = figure.axes
+    axes.grid(color="#DDDDDD", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    text = io.StringIO()
+    FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def _write_mistakes(story: Story) -> str:
+    if story.ours.found is None:
+        return ""
+    ours = count_mistakes(story.ours.records, story.ours.found)
+    theirs = None
+    if story.theirs and story.theirs.found is not None:
+        theirs = count_mistakes(story.theirs.records, story.theirs.found)
+    sizes = ("all", *SIZES)
+    head = "<th></th>" + "".join(f"<th>{size}</th>" for size in sizes)
+    rows = ["<tr><td>objects</td>" + "".join(f"<td>{ours[size].objects}</td>" for size in sizes) + "</tr>"]
+    for kind, title in KINDS.items():
+        cells = "".join(f"<td>{_write_count(kind, size, ours, theirs)}</td>" for size in sizes)
+        rows.append(f"<tr><td>{title}</td>{cells}</tr>")
+    note = "in brackets the model compared with; " if theirs else ""
+    return (
+        f"<h2>What the generator finds and misses</h2><table><tr>{head}</tr>{''.join(rows)}</table>"
+        f"<p class='quiet'>Numbers of objects, and in the last row of masks; {note}found: with an IoU of at least 0.5; "
+        "small: below 32 x 32 pixels, large: from 96 x 96 on. A mask of nothing labelled is a mistake only where every "
+        "object is labelled.</p>"
+    )
+
+
+def _write_count(kind: str, size: str, ours: dict[str, Mistakes], theirs: dict[str, Mistakes] | None) -> str:
+    count = str(getattr(ours[size], kind))
+    return f"{count} <span class='quiet'>({getattr(theirs[size], kind)})</span>" if theirs else count
+
+
+def _write_pictures(story: Story, config: Config) -> str:
+    """Return the pictures where the generator does worst, and those where it does best."""
+    if story.ours.found is None:
+        return ""
+    order = [place for place, record in enumerate(story.ours.records) if record.annotations]
+    rank = {place: _rate(story.ours, place) for place in order}
+    order.sort(key=lambda place: rank[place])
+    shown = min(PICTURES_SHOWN, (len(order) + 1) // 2)
+    groups = {"Where it does worst": order[:shown], "Where it does best": order[::-1][: min(shown, len(order) - shown)]}
+    parts = [
+        "<div class='sticky'><label><input type='checkbox' id='masks' checked> masks (key m)</label> "
+        "<span class='quiet'>wheel: zoom, drag: move, double click: whole picture</span></div>"
+    ]
+    for title, places in groups.items():
+        pictures = [_write_picture(story, place, rank[place], config) for place in places]
+        parts += [f"<h2>{title}</h2>", *pictures] if pictures else []
+    return "\n".join(parts)
+
+
+def _rate(measured: Measurement, place: int) -> tuple[float, float]:
+    """Return F1 at COCO's thresholds of one picture, and its recall."""
+    mistakes = count_mistakes([measured.records[place]], [measured.found[place]])["all"]
+    masks = len(measured.found[place].rles)
+    recall = mistakes.found / max(mistakes.objects, 1)
+    return 2 * mistakes.found / max(masks + mistakes.objects, 1), recall
+
+
+def _write_picture(story: Story, place: int, rate: tuple[float, float], config: Config) -> str:
+    record = story.ours.records[place]
+    try:
+        pixels = read_image(record.path, record.size, config.dataset.images)
+    except Defect as defect:
+        return f"<p>{_text(record.file_name)}: {_text(defect.message)}</p>"
+    size = compute_input_size(record.size, min(SHOWN_PIXELS, max(record.size)))
+    base = _embed(encode_image(resize_image(pixels, size), ".jpg"), "jpeg")
+    truth = [record.rle(annotation) for annotation in record.annotations]
+    panels = [("picture", None), (f"truth: {len(truth)} objects", truth)]
+    if story.theirs and story.theirs.found is not None:
+        panels.append((f"compared with: {len(story.theirs.found[place].rles)} masks", story.theirs.found[place].rles))
+    panels.append((f"this model: {len(story.ours.found[place].rles)} masks", story.ours.found[place].rles))
+    drawn = "".join(_write_panel(caption, base, rles, record, size) for caption, rles in panels)
+    return (
+        f"<div class='picture'><div><code>{_text(record.file_name)}</code> "
+        f"<span class='quiet'>finds {rate[1]:.0%} of the objects, F1 {rate[0]:.2f}</span></div>"
+        f"<div class='panels'>{drawn}</div></div>"
+    )
+
+
+def _write_panel(caption: str, base: str, rles: list[dict] | None, record: Record, size: tuple[int, int]) -> str:
+    layer = ""
+    if rles is not None:
+        if size != record.size:
+            rles = [encode_mask(_shrink(decode_rle(rle), size)) for rle in rles]
+        layer = f"<img alt='' src='{_embed(encode_image(draw_layer(size, rles, OPACITY), '.png'), 'png')}'>"
+    picture = f"<img alt='{_text(record.file_name)}' src='{base}'>"
+    return (
+        f"<figure class='panel'><div class='view'>{picture}{layer}</div><figcaption>{_text(caption)}</figcaption>"
+        "</figure>"
+    )
+
+
+def _shrink(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return the mask at the size of the report, nearest pixels."""
+    rows, columns = (np.arange(new) * old // new for new, old in zip(size, mask.shape, strict=True))
+    return mask[np.ix_(rows, columns)]
+
+
+def _embed(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _write_settings(config: Config) -> str:
+    names = ("generator", "evaluate", "model", "dataset.path")
+    rows = [
+        f"<tr><td>{_text(name)}</td><td>{_text(str(value))}</td></tr>"
+        for name, value in flatten_config(config).items()
+        if name.startswith(names)
+    ]
+    return f"<h2>Settings</h2><details><summary>as they were given</summary><table>{''.join(rows)}</table></details>"
