@@ -48,6 +48,7 @@ class Sample:
     rows: list[int] = field(default_factory=list)  # N, the objects' places in the whole set, counted through
     variant: int = 0  # which augmented variant of the picture; 0: the plain one
     embedding: Tensor | None = None  # C x g x g, float16, from the store
+    background: Prompts = field(default_factory=Prompts)  # points where no object is; one label each, inside
     cells: Tensor | None = None  # 4g x 4g, int32: the object in each, from 1; 0 none, -1 padding. None: not asked for
 
     def __len__(self) -> int:
@@ -57,7 +58,14 @@ class Sample:
         image = None if self.image is None else self.image.to(target)
         embedding = None if self.embedding is None else self.embedding.to(target)
         cells = None if self.cells is None else self.cells.to(target)
-        return replace(self, image=image, embedding=embedding, cells=cells, prompts=self.prompts.to(target))
+        return replace(
+            self,
+            image=image,
+            embedding=embedding,
+            cells=cells,
+            prompts=self.prompts.to(target),
+            background=self.background.to(target),
+        )
 
 
 @dataclass

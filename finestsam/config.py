@@ -46,7 +46,10 @@ class ModelConfig:
         "downloaded when it is missing; in predict and evaluate the newest run of sav_dir first)",
     )
     image_size: int | None = setting(
-        None, "pixels of the longest side that the model sees; default: what the weights were made for", "[32, 4096]"
+        None,
+        "pixels of the longest side that the model sees, a multiple of 16; default: what the weights were made for. "
+        "Another size has what they know of places interpolated, and is worth training at",
+        "[32, 4096]",
     )
 
 
@@ -184,6 +187,12 @@ class DatasetConfig:
     images: ImagesConfig = section(ImagesConfig)
     positive_points: int = setting(1, "points inside each object", "[0, 1000]")
     negative_points: int = setting(0, "points outside each object, inside its box where there is room", "[0, 1000]")
+    background_points: int = setting(
+        0,
+        "points of the grid in each training picture where no object is, whose masks are taught the score 0: the "
+        "generator asks there, too. For pictures in which every object is labelled",
+        "[0, 1024]",
+    )
     use_center: bool = setting(
         False, "the first positive point is the centre, the pixel deepest inside, in every epoch; false: all vary"
     )

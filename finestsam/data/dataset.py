@@ -20,6 +20,7 @@ from finestsam.data.augment import (
     choose_variant,
     choose_view,
     recolour,
+    show,
     show_all,
     show_image,
     show_object,
@@ -40,10 +41,11 @@ from finestsam.data.prompts import (
 )
 from finestsam.errors import Defect
 from finestsam.images import compute_input_size, read_image, resize_image, scale_boxes, scale_points
+from finestsam.masks import decode_rle
 
 # What a random stream is for, the end of its seed: drawing one never changes another. None is 0, which at the end of a
 # seed counts for nothing in numpy.
-CHOICE, VARIANT, POINTS, BOX, MASK, KIND = range(1, 7)
+CHOICE, VARIANT, POINTS, BOX, MASK, KIND, BACKGROUND = range(1, 8)
 PROMPT_KINDS = ("use_points", "use_boxes", "use_masks")
 
 
@@ -102,6 +104,7 @@ class SampleDataset(Dataset):
         cells = None
         if self.settings.wants_cells:
             cells = label_cells(record, places, view, input_size, self.settings.image_size // CELL_PIXELS)
+        background = self._draw_background(record, view, places, input_size, epoch)
         places = self._choose_objects(record, places, epoch)
         asked = self._choose_kind(record, epoch)
         rows = (self.first_rows[position] + places).tolist()
@@ -123,6 +126,7 @@ class SampleDataset(Dataset):
             rows=rows,
             variant=variant,
             embedding=embedding,
+            background=background,
             cells=cells,
         )
 
@@ -169,6 +173,30 @@ class SampleDataset(Dataset):
         generator = self._open_stream(epoch, record.image_id, CHOICE)
         return np.sort(generator.choice(places, size=limit, replace=False))
 
+    def _draw_background(
+        self, record: Record, view: View, places: np.ndarray, input_size: tuple[int, int], epoch: int
+    ) -> Prompts:
+        """Return points of the grid that lie in no object and no crowd region, at most as many as are asked for."""
+        count = self.settings.dataset.background_points
+        if count == 0:
+            return Prompts()
+        rles = [record.rle(record.annotations[place]) for place in places]
+        rles += [{"size": list(record.size), "counts": counts} for counts in record.crowds]
+        is_taken = np.zeros(record.size, dtype=bool)
+        for rle in rles:
+            is_taken |= decode_rle(rle)
+        is_free = show(torch.from_numpy(~is_taken), view).numpy()
+        grid = build_image_grid(self.settings.points_per_side, view.size)
+        free = find_grid_points_inside(
+            cut_out(is_free, [0, 0, view.size[1], view.size[0]]), grid, _scale_of(view.size, input_size)
+        )
+        if len(free) == 0:
+            return Prompts()
+        generator = self._open_stream(epoch, record.image_id, BACKGROUND)
+        chosen = free[generator.permutation(len(free))[:count]]
+        points = torch.from_numpy(scale_points(chosen, view.size, input_size).astype(np.float32))
+        return Prompts(points[:, None], torch.ones(len(points), 1, dtype=torch.int64))
+
     def _choose_kind(self, record: Record, epoch: int) -> PromptsConfig:
         """Return what a picture's objects are asked for with: all kinds that are turned on, or one of them."""
         asked = self.settings.prompts
@@ -202,8 +230,7 @@ class SampleDataset(Dataset):
         found = cut_out(shown.mask, shown.box)
         inside = None
         if dataset.snap_to_grid:
-            scale = max(frames.input_size) / max(frames.original_size)
-            inside = find_grid_points_inside(found, frames.grid, scale)
+            inside = find_grid_points_inside(found, frames.grid, _scale_of(frames.original_size, frames.input_size))
         counts = PointCounts(dataset.positive_points, dataset.negative_points, dataset.use_center, inside)
         points, labels = sample_points(found, counts, generator)
         return scale_points(points, frames.original_size, frames.input_size).astype(np.float32), labels
@@ -247,6 +274,11 @@ class _Frames:
     original_size: tuple[int, int]
     input_size: tuple[int, int]
     grid: np.ndarray  # K x 2, XY, original frame: the generator's points
+
+
+def _scale_of(original_size: tuple[int, int], input_size: tuple[int, int]) -> float:
+    """Return the input pixels per original pixel."""
+    return max(input_size) / max(original_size)
 
 
 def _embedding_key(record: Record, view: View) -> str:

@@ -126,6 +126,11 @@ class FoldedMaskDecoder(MaskDecoder):
             logits += self._make_kept(picture, self._make_filters(tokens, masks), is_kept[-1])
         return Answers(torch.cat(scores), torch.cat(is_kept), torch.cat(logits))
 
+    def score(self, view: PictureView, sparse: Tensor, masks: slice) -> Tensor:
+        """Return what `answer` gives as scores, N x M, without making a mask; arguments as of `answer`."""
+        parts = self._list_chunks(view, len(sparse))
+        return torch.cat([self._score(self._attend(view[part], sparse[part], masks)[0], masks) for part in parts])
+
     def _make_kept(self, picture: Tensor, filters: Tensor, is_kept: Tensor) -> list[Tensor]:
         """Return some of the masks, each list entry k x 4g x 4g, in the order of n x M `is_kept`."""
         rows = is_kept.any(dim=1).nonzero()[:, 0].tolist()

@@ -8,7 +8,7 @@ from segment_anything.modeling import Sam
 
 from finestsam.config import Config
 from finestsam.errors import UserError
-from finestsam.model.build import ARCHITECTURES, build_sam
+from finestsam.model.build import ARCHITECTURES, PATCH_SIZE, build_sam
 from finestsam.model.card import Card, read_card
 from finestsam.model.sam import FinestSam
 from finestsam.model.weights import (
@@ -18,6 +18,7 @@ from finestsam.model.weights import (
     identify,
     image_size_of,
     load_state_dict,
+    resize_positions,
 )
 
 RANDOM_WEIGHTS = "random weights"
@@ -60,22 +61,27 @@ def _build_with_weights(config: Config, path: Path | None) -> tuple[Sam, str]:
     asked_type, asked_size = config.model.type, config.model.image_size
     if path is None:
         model_type = "vit_b" if asked_type == "auto" else asked_type
-        if asked_size is not None and asked_size % 16:
-            raise UserError(f"model.image_size must be a multiple of 16, got {asked_size}")
+        _check_size(asked_size)
         return build_sam(model_type, asked_size), model_type
     state_dict = load_state_dict(path)
     model_type = identify(state_dict, path)
     if asked_type != "auto":
         check_matches(state_dict, asked_type, path)
-    size = image_size_of(state_dict)
-    if asked_size not in (None, size):
-        raise UserError(f"{path} was made for model.image_size {size}, the settings say {asked_size}")
+    size = asked_size or image_size_of(state_dict)
+    if size != image_size_of(state_dict):
+        _check_size(size)
+        state_dict = resize_positions(state_dict, size)
     sam = build_sam(model_type, size)
     try:
         sam.load_state_dict(state_dict)
     except RuntimeError as error:
         raise UserError(f"{path}: not the weights of a {model_type}: {str(error).splitlines()[1].strip()}") from None
     return sam, model_type
+
+
+def _check_size(size: int | None) -> None:
+    if size is not None and size % PATCH_SIZE:
+        raise UserError(f"model.image_size must be a multiple of {PATCH_SIZE}, got {size}")
 
 
 def find_weights(config: Config, prefer_runs: bool = False) -> Path | None:

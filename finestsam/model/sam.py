@@ -62,6 +62,17 @@ class FinestSam(nn.Module):
         view = decoder.look(embedding, self.sam.prompt_encoder.get_dense_pe(), dense)
         return Predictions(*decoder.answer(view, sparse, self._asked_masks))
 
+    def score(self, embedding: Tensor, prompts: Prompts) -> Tensor:
+        """Return the scores alone, N x M, of prompts that bring no mask; with a gradient, and without making masks.
+
+        Args:
+            embedding: 1 x C x g x g.
+        """
+        sparse, _ = self._embed_prompts(prompts)
+        decoder = self.sam.mask_decoder
+        view = decoder.look(embedding, self.sam.prompt_encoder.get_dense_pe(), self._no_mask)
+        return decoder.score(view, sparse, self._asked_masks)
+
     def look(self, embedding: Tensor) -> PictureView:
         """Return what the decoder computes once for all prompts of a picture that bring no mask; without gradient.
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from finestsam.cache_folder import cache_folder
 from finestsam.download import download
@@ -227,6 +228,30 @@ def identify(state_dict: dict[str, Tensor], path: Path | str = "the file") -> st
             return model_type
     known = ", ".join(f"{name} {entry.width} and {entry.depth}" for name, entry in ARCHITECTURES.items())
     raise UserError(f"{path} is a SAM of unknown size: width {width} and {depth} blocks, known are {known}")
+
+
+def resize_positions(state_dict: dict[str, Tensor], image_size: int) -> dict[str, Tensor]:
+    """Return the weights for pictures of another size: what they know of places is interpolated, the rest stays.
+
+    The embeddings of places are resized as pictures are, bicubic; the tables of relative places of global attention,
+    one entry for each distance from one side of the picture to the other, along their length. Windows keep their size.
+
+    Args:
+        image_size: pixels of the longest side, a multiple of the patch.
+    """
+    model_type = identify(state_dict)
+    patch_size = state_dict["image_encoder.patch_embed.proj.weight"].shape[-1]
+    side = image_size // patch_size
+    resized = dict(state_dict)
+    places = state_dict["image_encoder.pos_embed"].permute(0, 3, 1, 2)
+    places = F.interpolate(places.float(), size=(side, side), mode="bicubic", antialias=side < places.shape[-1])
+    resized["image_encoder.pos_embed"] = places.permute(0, 2, 3, 1).to(places.dtype)
+    for block in ARCHITECTURES[model_type].global_blocks:
+        for axis in ("rel_pos_h", "rel_pos_w"):
+            name = f"image_encoder.blocks.{block}.attn.{axis}"
+            table = state_dict[name].float().T[None]
+            resized[name] = F.interpolate(table, size=2 * side - 1, mode="linear")[0].T.to(state_dict[name].dtype)
+    return resized
 
 
 def image_size_of(state_dict: dict[str, Tensor]) -> int:

@@ -212,6 +212,7 @@ def _build_validation_set(
     plain = replace(
         settings,
         max_objects=0,
+        dataset=replace(config.dataset, background_points=0),
         prompts=replace(_choose_validated(config.prompts), box_jitter_ratio=0.0),
         augment=AugmentConfig(),
         wants_cells=False,

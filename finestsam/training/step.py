@@ -89,6 +89,7 @@ class Stepper:
                 if is_final:
                     loss = loss + self._carry(embeddings, copies.grad) + self._connect_all(is_last)
                     loss = loss + self._affinity_loss(embeddings, samples) * weight
+                    loss = loss + self._background_loss(embeddings, samples) * weight
                 self.fabric.backward(self.scaler.scale(loss))
             if self.previous_logits is not None:
                 rows = torch.arange(end - first, device=losses.best.device)
@@ -122,6 +123,18 @@ class Stepper:
         counts = torch.tensor([len(sample) for sample in samples], device=labels.device)
         losses = affinity_loss(self.model.affinity_head(embeddings), labels)
         return self.config.losses.affinity_ratio * (losses * counts).sum()
+
+    def _background_loss(self, embeddings: Tensor, samples: list[Sample]) -> Tensor | float:
+        """Return the squared scores of masks where no object is, a picture's mean counted once for each of its objects.
+
+        So that they weigh as much beside the scores of objects however many objects a picture has.
+        """
+        total = 0.0
+        for place, sample in enumerate(samples):
+            if len(sample.background):
+                scores = self.model.score(embeddings[place : place + 1], sample.background)
+                total = total + scores.square().mean() * len(sample)
+        return self.config.losses.iou_ratio * total
 
     def _connect_all(self, is_last: bool) -> Tensor | float:
         """Return zero, by way of every weight that trains: several ranks wait for a gradient from each of them."""

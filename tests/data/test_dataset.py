@@ -223,3 +223,19 @@ def test_of_mixed_kinds_a_picture_is_asked_for_one_and_every_epoch_for_another(r
         again = dataset[(epoch, 0)].prompts
         assert (again.points is None) == (prompts.points is None)
     assert kinds == {False, True}
+
+
+def test_background_points_lie_on_the_grid_and_in_no_object(records):
+    config = build_config({"dataset.background_points": 5})
+    dataset = SampleDataset(records, make_settings(dataset=config.dataset, max_objects=1))
+
+    for position, record in enumerate(records):
+        sample = dataset[(0, position)]
+        scale = 64 / max(record.size)
+        taken = sum(decode_rle(record.rle(annotation)) for annotation in record.annotations)
+        assert 1 <= len(sample.background) <= 5 and (sample.background.labels == 1).all()
+        for (point,) in sample.background.points:
+            x, y = ((point + 0.5) / scale).int().tolist()
+            assert not taken[min(y, record.size[0] - 1), min(x, record.size[1] - 1)]
+        assert torch.equal(sample.background.points, dataset[(0, position)].background.points)
+    assert len(SampleDataset(records, make_settings())[(0, 0)].background) == 0

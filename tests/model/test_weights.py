@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from segment_anything.modeling.image_encoder import get_rel_pos
 
 from finestsam.cache_folder import cache_folder
 from finestsam.config import IMAGE_SIZES
@@ -23,6 +24,7 @@ from finestsam.model.weights import (
     identify,
     image_size_of,
     load_state_dict,
+    resize_positions,
 )
 
 VIT_B = META_WEIGHTS["vit_b"]
@@ -385,3 +387,45 @@ def test_a_sam_of_unknown_size_is_told_with_the_known_ones():
         UserError, match="is a SAM of unknown size: width 384 and 12 blocks, known are vit_b 768 and 12"
     ):
         identify(weights)
+
+
+@pytest.mark.parametrize("size", [32, 96, 128])
+def test_weights_serve_another_size_of_picture(size):
+    torch.manual_seed(0)
+    sam = build_sam("vit_tiny_test")
+    for name, weight in sam.named_parameters():
+        if "rel_pos" in name:
+            torch.nn.init.normal_(weight)
+
+    resized = resize_positions(sam.state_dict(), size)
+
+    other = build_sam("vit_tiny_test", size)
+    other.load_state_dict(resized)
+    assert image_size_of(resized) == size
+    untouched = [name for name, value in sam.state_dict().items() if value.shape == resized[name].shape]
+    assert all(torch.equal(resized[name], sam.state_dict()[name]) for name in untouched)
+    # The places of the corners stay those of the corners, and relative places grow with the picture.
+    table, larger = (weights["image_encoder.blocks.1.attn.rel_pos_h"] for weights in (sam.state_dict(), resized))
+    assert len(larger) == 2 * size // 16 - 1
+    middle, larger_middle = len(table) // 2, len(larger) // 2
+    torch.testing.assert_close(larger[larger_middle], table[middle])  # a token's own place
+
+
+def test_relative_places_are_those_that_segment_anything_would_interpolate():
+    """Its get_rel_pos does so while the model runs, and any table can be used for any picture."""
+    torch.manual_seed(0)
+    sam = build_sam("vit_tiny_test")
+    name = "image_encoder.blocks.1.attn.rel_pos_h"
+    torch.nn.init.normal_(sam.image_encoder.blocks[1].attn.rel_pos_h)
+    resized = resize_positions(sam.state_dict(), 128)
+
+    expected = get_rel_pos(8, 8, sam.state_dict()[name])
+
+    torch.testing.assert_close(get_rel_pos(8, 8, resized[name]), expected)
+
+
+def test_the_same_size_changes_nothing():
+    weights = build_sam("vit_tiny_test").state_dict()
+    resized = resize_positions(weights, 64)
+
+    assert all(torch.allclose(resized[name], value, atol=1e-6) for name, value in weights.items())

@@ -1,10 +1,11 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from lightning.fabric import Fabric
 
-from finestsam.batch import Batch
+from finestsam.batch import Batch, Prompts
 from finestsam.config import build_config
 from finestsam.data.dataset import SampleDataset, SampleSettings
 from finestsam.prediction.precompute import Embedder
@@ -137,3 +138,24 @@ def test_weights_that_no_prompt_reaches_do_not_train(tiny_sam, multimask_output)
     assert trains == ([False, True, True, True] if multimask_output else [True, False, False, False])
     assert [embedding.weight.requires_grad for embedding in encoder.point_embeddings] == [False, True, False, False]
     assert not any(weight.requires_grad for weight in encoder.mask_downscaling.parameters())
+
+
+def test_points_where_no_object_is_are_taught_the_score_zero(tiny_sam, records):
+    config = build_config({"dataset.background_points": 4})
+    dataset = SampleDataset(records, SampleSettings(64, 16, 0, config.prompts, config.dataset))
+    with_background, without = dataset[(0, 0)], replace(dataset[(0, 0)], background=Prompts())
+    plain = copy.deepcopy(tiny_sam).train()
+    freeze_(plain, build_config(ALL_TRAIN))
+    embedding = plain.encode([without.image])
+    predictions = plain(embedding, without.prompts)
+    loss = object_losses(predictions, without, 0, config.losses, 64).total.mean()
+    (loss + plain(embedding, with_background.background).scores.square().mean()).backward()
+
+    found = compute_gradients(make_stepper(tiny_sam, chunk_objects=3), [Batch([with_background])])
+    ignored = compute_gradients(make_stepper(tiny_sam, chunk_objects=3), [Batch([without])])
+
+    name = "sam.mask_decoder.iou_prediction_head.layers.2.bias"
+    assert not torch.allclose(found[name], ignored[name], rtol=1e-3)
+    for name, weight in plain.named_parameters():
+        if weight.requires_grad and weight.grad is not None:
+            torch.testing.assert_close(found[name], weight.grad, rtol=1e-3, atol=1e-6)

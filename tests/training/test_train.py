@@ -210,7 +210,12 @@ def test_a_signal_saves_and_stops_and_the_run_can_be_continued(scenes, tmp_path,
     [
         [],
         ["--model_layer.freeze.image_encoder=true", "--prompts.use_boxes=true"],
-        ["--losses.affinity_ratio=5", "--prompts.use_boxes=true", "--prompts.mix=true"],
+        [
+            "--losses.affinity_ratio=5",
+            "--prompts.use_boxes=true",
+            "--prompts.mix=true",
+            "--dataset.background_points=6",
+        ],
     ],
 )
 def test_two_processes_learn_what_one_learns_at_the_same_global_batch(scenes, tmp_path, flags):
