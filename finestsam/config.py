@@ -76,6 +76,12 @@ class OptConfig:
     learning_rate: float = setting(4e-5, "peak learning rate of AdamW; from scratch 1e-3 is a good start", "(0, 1]")
     weight_decay: float = setting(1e-4, "AdamW's weight decay; norms, biases and embeddings have none", "[0, 1]")
     clip_norm: float = setting(1.0, "largest norm of the gradient, 0: no clipping", "[0, inf)")
+    keep_original: float | Literal["auto"] = setting(
+        0.0,
+        "share of the weights that training started from in those that it ends with, so that the model forgets less of "
+        "what it could; auto: of 0, 0.1, 0.2, 0.3 and 0.5 the one that validates best",
+        "[0, 1]",
+    )
     accumulate_batches: int = setting(1, "batches per optimizer step", "[1, inf)")
 
 

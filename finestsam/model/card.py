@@ -23,6 +23,7 @@ class Card:
     step: int = 0
     started_from: str = "random weights"
     started_from_sha256: str | None = None
+    kept_original: float = 0.0  # share of the weights that it started from in these
     finestsam_version: str = ""
 
 

@@ -17,21 +17,33 @@ def choose_metric(run: Run) -> str:
     return run.config.best_metric if is_known else PROMPTED_METRIC
 
 
-def keep_if_best(run: Run) -> None:
-    """Save the weights as best.pth where they are better than all before; the untouched model is the first to beat."""
+def rank(run: Run, metrics: dict[str, float]) -> list[float]:
+    """Return what weights are compared by: the metric that was chosen, and of equals the prompted one."""
+    return [metrics[choose_metric(run)], metrics[PROMPTED_METRIC]]
+
+
+def keep_if_best(run: Run, kept_original: float = 0.0) -> bool:
+    """Save the weights as best.pth where they are better than all before, and tell whether they are.
+
+    The untouched model is the first to beat.
+
+    Args:
+        kept_original: the share of its weights in these, for the card.
+    """
     progress = run.progress
-    value, tie_breaker = (progress.metrics.get(name) for name in (choose_metric(run), PROMPTED_METRIC))
-    is_better = value is None or progress.best is None or [value, tie_breaker] > progress.best
+    ranked = rank(run, progress.metrics) if progress.metrics else None
+    value = ranked[0] if ranked else None
+    is_better = ranked is None or progress.best is None or ranked > progress.best
     progress.evaluations_without_better = 0 if is_better else progress.evaluations_without_better + 1
-    if value is not None and is_better:
-        progress.best = [value, tie_breaker]
-    if not run.is_first_rank:
-        return
-    warn_if_not_saved(lambda: _save_best(run, value, is_better))
+    if is_better and ranked:
+        progress.best = ranked
+    if run.is_first_rank:
+        warn_if_not_saved(lambda: _save_best(run, value, is_better, kept_original))
+    return is_better
 
 
-def _save_best(run: Run, value: float | None, is_better: bool) -> None:
-    weights, card = run.loaded.model.sam.state_dict(), _make_card(run)
+def _save_best(run: Run, value: float | None, is_better: bool, kept_original: float) -> None:
+    weights, card = run.loaded.model.sam.state_dict(), _make_card(run, kept_original)
     if value is not None and run.progress.step > 0:
         path = run.top.save(weights, run.progress.step, value)
         if path:
@@ -41,7 +53,7 @@ def _save_best(run: Run, value: float | None, is_better: bool) -> None:
         write_card(run.folder / "best.pth", card)
 
 
-def _make_card(run: Run) -> Card:
+def _make_card(run: Run, kept_original: float) -> Card:
     progress, model = run.progress, run.loaded.model
     return Card(
         model_type=run.loaded.model_type,
@@ -53,6 +65,7 @@ def _make_card(run: Run) -> Card:
         floor=progress.floor or progress.metrics,
         step=progress.step,
         started_from=progress.started_from,
+        kept_original=kept_original,
         started_from_sha256=progress.started_from_sha256,
         finestsam_version=__version__,
     )

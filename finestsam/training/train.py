@@ -21,6 +21,7 @@ from finestsam.evaluation.prompt_scores import score_batches, summarize_scores
 from finestsam.model.load import RANDOM_WEIGHTS, choose_device
 from finestsam.prediction.generator import resolve_generator
 from finestsam.training.best import PROMPTED_METRIC, choose_metric, keep_if_best, warn_if_not_saved
+from finestsam.training.blend import blend_best, keep_start
 from finestsam.training.hints import describe_training, list_mismatches
 from finestsam.training.interruption import Interruption
 from finestsam.training.log import RunLog
@@ -72,6 +73,7 @@ def run_epochs(run: Run, log: RunLog | None, interruption: Interruption) -> int:
     """Validate the untouched model, then learn and validate until the end, a signal, or numbers that are not finite."""
     progress = run.progress
     if progress.step == 0 and not progress.floor:
+        keep_start(run)
         validate(run)
         progress.floor = dict(progress.metrics)
         keep_if_best(run)
@@ -86,6 +88,7 @@ def run_epochs(run: Run, log: RunLog | None, interruption: Interruption) -> int:
             return interruption.exit_code
         finish_epoch(run, log)
         warn_if_not_saved(lambda: save_last(run))
+    blend_best(run, validate)
     _say_end(run)
     return 0
 

@@ -1,5 +1,6 @@
 """The search of the generator's settings: what it selects is what the generator gives, and what it finds is best."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -81,7 +82,7 @@ def test_only_the_best_candidates_are_worth_a_mask(tiny_sam, records, monkeypatc
 
 
 def test_f1_and_recall_are_those_of_pycocotools(tiny_sam, records):
-    embedder = Embedder(tiny_sam)
+    embedder, records = Embedder(tiny_sam), copy.deepcopy(records)
     found = find_candidates(embedder, records, START, (6,), ImagesConfig())
     # Truth among the candidates, so that there is something to find.
     for record, one in zip(records, found, strict=True):

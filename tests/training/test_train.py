@@ -264,3 +264,23 @@ def test_a_run_with_the_store_learns_what_a_run_without_room_in_it_learns(scenes
     assert not list((tmp_path / "empty").glob("embeddings/*/*/*.f16"))
     first, second = (torch.load(folder / "best.pth") for folder in (stored, encoded))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("share", ["0.4", "auto"])
+def test_some_of_the_original_weights_can_be_put_back(scenes, tmp_path, capsys, share):
+    flags = ["--best_metric=val_per_mask_iou", "--num_epochs=3"]
+    plain = run_training(scenes, tmp_path / "plain", *flags)
+    blended = run_training(scenes, tmp_path / "blended", f"--opt.keep_original={share}", *flags)
+
+    said = [line for line in capsys.readouterr().out.splitlines() if "of the original weights" in line]
+    assert len(said) == (4 if share == "auto" else 1)
+    card = json.loads((blended / "best.json").read_text())
+    best, original = torch.load(plain / "best.pth"), torch.load(blended / "start.pth")
+    result = torch.load(blended / "best.pth")
+    kept = card["kept_original"]
+    assert kept == 0.4 if share == "0.4" and "no better" not in said[0] else kept in (0, 0.1, 0.2, 0.3, 0.5)
+    for name, value in result.items():
+        expected = torch.lerp(best[name], original[name], kept) if name in original else best[name]
+        torch.testing.assert_close(value, expected)
+    assert card["metrics"]["val_per_mask_iou"] >= card["floor"]["val_per_mask_iou"]
+    assert load_last(plain)["model"].keys() == load_last(blended)["model"].keys()

@@ -1,0 +1,61 @@
+"""Put some of the weights that training started from back into the best ones, where that validates better.
+
+On a straight line between the two lie models that forget less and still know what is new: Wortsman et al., Robust
+fine-tuning of zero-shot models (arXiv 2109.01903).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from finestsam.training.best import keep_if_best, rank
+from finestsam.training.checkpoint import save_weights
+from finestsam.training.run import Run
+
+START_NAME = "start.pth"
+SHARES = (0.1, 0.2, 0.3, 0.5)
+
+
+def keep_start(run: Run) -> None:
+    """Write what will train as it is before the first step, for a run that will put some of it back."""
+    if run.config.opt.keep_original == 0 or not run.is_first_rank:
+        return
+    trained = {name for name, weight in run.loaded.model.sam.named_parameters() if weight.requires_grad}
+    weights = run.loaded.model.sam.state_dict()
+    save_weights(run.folder / START_NAME, {name: weights[name] for name in sorted(trained)})
+
+
+def blend_best(run: Run, validate: Callable[[Run], None]) -> None:
+    """Try the shares that the settings ask for on the best weights; what validates better becomes best.pth.
+
+    A share that is given is taken if the blend is at least better than the untouched model, whatever the best weights
+    alone were.
+    """
+    wanted, path = run.config.opt.keep_original, run.folder / START_NAME
+    if wanted == 0 or (wanted == "auto" and run.val_loader is None):
+        return
+    run.fabric.barrier()
+    start = torch.load(path, map_location="cpu", weights_only=True)
+    best = torch.load(run.folder / "best.pth", map_location="cpu", weights_only=True)
+    if all(torch.equal(start[name], best[name]) for name in start):
+        return  # no epoch was better than the start
+    last = {name: value.clone() for name, value in run.loaded.model.sam.state_dict().items()}
+    found = run.progress.best
+    if wanted != "auto" and found is not None:
+        run.progress.best = rank(run, run.progress.floor)
+    has_better = False
+    for share in SHARES if wanted == "auto" else (wanted,):
+        run.loaded.model.sam.load_state_dict(blend(start, best, share))
+        validate(run)
+        is_better = keep_if_best(run, kept_original=share)
+        has_better |= is_better
+        run.fabric.print(f"with {share:g} of the original weights: {'better' if is_better else 'no better'}")
+    if not has_better:
+        run.progress.best = found
+    run.loaded.model.sam.load_state_dict(last)
+
+
+def blend(start: dict[str, Tensor], best: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+    """Return the weights on the line from `best`, share 0, to `start`, share 1; the rest did not train."""
+    return {name: torch.lerp(value, start[name], share) if name in start else value for name, value in best.items()}

@@ -1,0 +1,130 @@
+"""The page is whole, safe against names, and opens in a real browser where there is one."""
+
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from finestsam.config import build_config
+from finestsam.evaluation.coco_scores import Detections
+from finestsam.evaluation.measurement import Measurement, compare
+from finestsam.evaluation.prompt_scores import ObjectScore
+from finestsam.evaluation.report import Story, write_report_page
+from finestsam.evaluation.thresholds import Calibration
+
+HOSTILE = "<img src=x onerror=alert(1)> & \u202ename"
+BROWSER = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+
+
+def make_measurement(records, shift: float) -> Measurement:
+    scores = [
+        ObjectScore(record.image_id, annotation.id, 0.5 + shift, 0.6, 0.7, 0.4, 0.5)
+        for record in records
+        for annotation in record.annotations
+    ]
+    found = [
+        Detections(
+            [record.rle(annotation) for annotation in record.annotations[::2]], [0.9] * len(record.annotations[::2])
+        )
+        for record in records
+    ]
+    calibration = Calibration(
+        np.array([0.2, 0.8]), np.array([0.3, 0.6]), np.array([5, 5]), 0.15, [[0.2, 0.3], [0.8, 0.6]]
+    )
+    return Measurement(records, {"point": scores, "box": scores}, found, {1: 0.4, 8: 0.6 + shift}, {}, calibration)
+
+
+@pytest.fixture
+def page(records, tmp_path):
+    records = [replace(record, file_name=f"{HOSTILE}{place}.png") for place, record in enumerate(records)]
+    ours, theirs = make_measurement(records, 0.1), make_measurement(records, 0.0)
+    path = tmp_path / "report.html"
+    story = Story(HOSTILE, ours, HOSTILE, theirs, compare(ours, theirs))
+    write_report_page(path, story, [HOSTILE], build_config({"dataset.path": HOSTILE}))
+    return path
+
+
+class Tags(HTMLParser):
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.attributes = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += attrs
+        if tag not in ("meta", "img", "input", "br", "path", "use"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in ("meta", "img", "input", "br", "path", "use"):
+            assert self.open.pop() == tag
+
+
+def test_names_are_text_and_never_html(page):
+    text = page.read_text(encoding="utf-8")
+
+    tags = Tags(text)
+    assert tags.open == []
+    assert not any(name.startswith("on") for name, _ in tags.attributes)
+    assert "<img src=x" not in text and "\u202e" not in text
+
+
+def test_the_page_asks_the_network_for_nothing(page):
+    text = page.read_text(encoding="utf-8")
+
+    sources = re.findall(r"""(?:src|href)=["']([^"']*)""", text)
+    assert sources and all(source.startswith(("data:", "#")) for source in sources)
+    assert "@import" not in text and "url(http" not in text
+
+
+def test_every_figure_stands_beside_its_difference(page):
+    text = page.read_text(encoding="utf-8")
+
+    assert "One point: IoU of the mask that the model prefers" in text and "+0.100" in text
+    assert "Where it does worst" in text and "Where it does best" in text
+    assert "missed" in text and "compared with" in text
+    assert text.count("<div class='picture'>") == 6  # every picture once
+
+
+def test_a_report_of_one_model_alone_has_no_empty_columns(records, tmp_path):
+    ours = make_measurement(records, 0.1)
+    write_report_page(tmp_path / "r.html", Story("best.pth", ours), [], build_config({}))
+
+    text = (tmp_path / "r.html").read_text()
+    assert "compared with" not in text.split("<h2>Curves")[0]
+    assert "repeat(3, 1fr)" in text
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+def test_masks_can_be_hidden_and_pictures_zoomed_in_a_browser(page, tmp_path):
+    """The page with a script at its end that works it, and says in the document what came of it."""
+    trial = tmp_path / "trial.html"
+    script = """<script>
+    const view = document.querySelector('.view'), layer = document.querySelectorAll('.view img + img')[0];
+    const seen = [getComputedStyle(layer).visibility];
+    document.getElementById('masks').click();
+    seen.push(getComputedStyle(layer).visibility);
+    view.dispatchEvent(new WheelEvent('wheel', { deltaY: -300, clientX: 50, clientY: 50, cancelable: true }));
+    seen.push(view.querySelector('img').style.transform);
+    seen.push([...document.images].every(image => image.complete && image.naturalWidth > 0));
+    document.title = 'seen ' + seen.join(' ');
+    </script></body>"""
+    trial.write_text(page.read_text(encoding="utf-8").replace("</body>", script), encoding="utf-8")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+
+    found = subprocess.run(
+        [*command, "--virtual-time-budget=3000", "--dump-dom", trial.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+
+    title = re.search("<title>(.*?)</title>", found.stdout).group(1)
+    assert title.startswith("seen visible hidden translate(") and title.endswith("true")
+    assert float(re.search(r"scale\(([\d.]+)\)", title).group(1)) > 2
