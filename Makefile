@@ -24,13 +24,16 @@ demo: setup
 		--model.type vit_tiny --model.image_size 256 --model.checkpoint none \
 		--model_layer.freeze.image_encoder false --model_layer.freeze.prompt_encoder false \
 		--opt.learning_rate 1e-3 --sched.LambdaLR.steps [350,480] --sched.LambdaLR.decay_factor 3 \
-		--losses.resolution low --losses.focal_ratio 10 --dataset.max_objects 16 --num_epochs 14 --eval_interval 2
+		--losses.resolution low --losses.focal_ratio 10 --losses.affinity_ratio 10 --dataset.max_objects 16 \
+		--dataset.background_points 16 --evaluate.goal f1 --num_epochs 14 --eval_interval 7
 	$(RUN) -m finestsam --mode predict --input $(DEMO)/unseen/data/images --model.checkpoint $(DEMO)/run/best.pth \
-		--out_dir $(DEMO)/predictions --generator.pred_iou_thresh 0.28 --generator.stability_score_thresh 0.5 \
-		--generator.box_nms_thresh 0.3
+		--out_dir $(DEMO)/predictions
+	$(RUN) -m finestsam --mode evaluate --dataset $(DEMO)/unseen/data --model.checkpoint $(DEMO)/run/best.pth \
+		--out_dir $(DEMO)/evaluation
 	@echo
 	@echo "overlays: $(DEMO)/predictions/*.png"
 	@echo "json:     $(DEMO)/predictions/predictions.json"
+	@echo "report:   $(DEMO)/evaluation/report.html"
 	@echo "curves:   $(DEMO)/run/plots/all_metrics.png"
 	@echo "weights:  $(DEMO)/run/best.pth, described by best.json beside it"
 

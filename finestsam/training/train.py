@@ -32,6 +32,8 @@ from finestsam.training.step import MEASURES
 # Steps in a row without a finite gradient after which a run has gone wrong for good.
 MAX_SKIPPED_STEPS = 10
 EXIT_NUMERICAL = 3
+# Nobody minds a validation of so long.
+CHEAP_SECONDS = 10
 
 
 def train(config: Config) -> int:
@@ -202,7 +204,10 @@ def finish_epoch(run: Run, log: RunLog | None) -> None:
     learning_rate = _learning_rate(run)
     progress.metrics = {}
     if is_due or _is_complete(run):
+        started = time.perf_counter()
         validate(run)
+        if progress.epoch == interval:
+            _say_cost(run, time.perf_counter() - started)
         if run.config.sched.type == "ReduceLROnPlateau":
             fallback = -progress.sums["total_loss"] / max(progress.objects, 1)
             run.scheduler.step(progress.metrics.get(choose_metric(run), fallback))
@@ -211,6 +216,15 @@ def finish_epoch(run: Run, log: RunLog | None) -> None:
     if is_whole:
         progress.batches_done, progress.objects, progress.seconds = 0, 0, 0.0
         progress.sums = dict.fromkeys(MEASURES, 0.0)
+
+
+def _say_cost(run: Run, seconds: float) -> None:
+    """Tell how to validate for less where it takes longer than to learn."""
+    if seconds > max(run.progress.seconds, CHEAP_SECONDS):
+        run.fabric.print(
+            f"validation took {seconds:.0f} s, the epoch {run.progress.seconds:.0f} s; a larger --eval_interval or "
+            "fewer pictures for the generator (--evaluate.max_images) make it cheaper"
+        )
 
 
 def _write_row(run: Run, log: RunLog | None, learning_rate: float | None, epoch: int) -> None:

@@ -284,3 +284,16 @@ def test_some_of_the_original_weights_can_be_put_back(scenes, tmp_path, capsys, 
         torch.testing.assert_close(value, expected)
     assert card["metrics"]["val_per_mask_iou"] >= card["floor"]["val_per_mask_iou"]
     assert load_last(plain)["model"].keys() == load_last(blended)["model"].keys()
+
+
+def test_a_validation_that_takes_longer_than_its_epoch_says_how_to_make_it_cheaper(
+    scenes, tmp_path, capsys, monkeypatch
+):
+    run_training(scenes, tmp_path / "cheap", "--num_epochs=1")
+    assert "make it cheaper" not in capsys.readouterr().out
+    monkeypatch.setattr("finestsam.training.train.CHEAP_SECONDS", 0)
+    monkeypatch.setattr("finestsam.training.run.Progress.seconds", property(lambda _: 0.0, lambda *_: None))
+
+    run_training(scenes, tmp_path / "dear", "--num_epochs=1")
+
+    assert "--evaluate.max_images) make it cheaper" in capsys.readouterr().out
