@@ -267,9 +267,6 @@ class GeneratorConfig:
     crop_n_points_downscale_factor: int = setting(
         1, "layer n has its grid's side divided by this to the power n", "[1, 16]"
     )
-    correct_scores: bool = setting(
-        False, "report scores as corrected by the map stored beside the weights, the IoU to be expected of them"
-    )
     min_mask_region_area: int | None = setting(
         None, "holes and islands of fewer pixels are filled and dropped, SAM: 0", "[0, inf)"
     )
@@ -381,6 +378,9 @@ class Config:
     strict: bool = setting(False, "refuse a dataset with any defect, where else it is skipped and reported")
     resume: str | None = setting(None, "continue a run: its folder, or auto for the newest of sav_dir")
     input: list[str] = setting([], "pictures to predict: files, folders, patterns")
+    correct_scores: bool = setting(
+        False, "report scores as corrected by the map stored beside the weights, the IoU to be expected of them"
+    )
     opacity: float = setting(0.6, "of the masks laid over the picture, 0 invisible, 1 solid", "[0, 1]")
 
     model: ModelConfig = section(ModelConfig)

@@ -218,11 +218,11 @@ def _find_score_map(config: Config, card: Card | None) -> list[list[float]]:
     Raises:
         UserError: a correction is asked for and there is none.
     """
-    if not config.generator.correct_scores:
+    if not config.correct_scores:
         return []
     found = card.generator.get("score_map") if card else None
     if not found:
-        raise UserError("generator.correct_scores: no map is stored beside these weights; training makes one")
+        raise UserError("correct_scores: no map is stored beside these weights; training makes one")
     return found
 
 

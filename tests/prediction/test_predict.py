@@ -310,3 +310,18 @@ def test_masks_of_the_json_are_those_of_the_overlay(predict, folder):
     assert (image != overlay).any(axis=2)[~outside].all()
     # Outlines reach a little over the edge.
     assert (image == overlay)[distance_inside(outside) > 2].all()
+
+
+def test_scores_are_corrected_on_demand_by_the_map_beside_the_weights(predict, folder, weights):
+    code, _, err = predict("pictures/scene_0.png", correct_scores="true")
+    assert code == 2 and "no map is stored beside these weights" in err
+    shutil.copy(weights, "best.pth")
+    card = Card("vit_tiny_test", 64, True, ["cell"], generator={"score_map": [[-5.0, 0.1], [5.0, 0.9]]})
+    write_card(folder / "best.pth", card)
+
+    predict("pictures/scene_0.png", **{"model.checkpoint": "best.pth", "correct_scores": "true"})
+
+    annotations = load(folder / "out/predictions.json")["annotations"]
+    assert annotations
+    for annotation in annotations:
+        assert annotation["score"] == pytest.approx(0.5 + 0.08 * annotation["predicted_iou"], abs=1e-5)
