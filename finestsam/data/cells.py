@@ -13,23 +13,22 @@ BACKGROUND, PADDING = 0, -1
 CELL_PIXELS = 4
 
 
-def label_cells(record: Record, places: np.ndarray, view: View, input_size: tuple[int, int], side: int) -> Tensor:
+def label_cells(record: Record, view: View, input_size: tuple[int, int], side: int) -> Tensor:
     """Return the object in the middle of each cell, side x side, int32.
 
     Objects are numbered from 1 in no particular order; where several overlap, the smallest counts. 0: none. -1: the
     cell lies in the padding.
 
     Args:
-        places: in `record.annotations`, of the objects that the view shows.
         input_size: (height, width) of the picture in the input frame.
     """
     labels = np.full((side, side), PADDING, dtype=np.int32)
     rows, columns = (_find_middles(cells, shown) for cells, shown in zip(input_size, view.size, strict=True))
     inside = np.full((len(rows), len(columns)), BACKGROUND, dtype=np.int32)
     leaves_pixels = view.leaves_pixels(record.size)
-    order = sorted(places.tolist(), key=lambda place: record.annotations[place].area, reverse=True)
-    for number, place in enumerate(order, start=1):
-        mask = decode_rle(record.rle(record.annotations[place]))
+    order = sorted(record.annotations, key=lambda annotation: annotation.area, reverse=True)
+    for number, annotation in enumerate(order, start=1):
+        mask = decode_rle(record.rle(annotation))
         if not leaves_pixels:
             mask = show(torch.from_numpy(mask), view).numpy()
         inside[mask[np.ix_(rows, columns)]] = number

@@ -60,7 +60,7 @@ class SampleSettings:
     dataset: DatasetConfig
     max_objects: int = 0  # a random choice where a picture has more; 0: all
     augment: AugmentConfig = AugmentConfig()
-    wants_cells: bool = False
+    wants_cells: bool = False  # which object each cell of the decoder's grid belongs to
 
 
 class SampleDataset(Dataset):
@@ -103,8 +103,8 @@ class SampleDataset(Dataset):
             return Defect(defect.code, f"{record.file_name}: {defect.message}")
         cells = None
         if self.settings.wants_cells:
-            cells = label_cells(record, places, view, input_size, self.settings.image_size // CELL_PIXELS)
-        background = self._draw_background(record, view, places, input_size, epoch)
+            cells = label_cells(record, view, input_size, self.settings.image_size // CELL_PIXELS)
+        background = self._draw_background(record, view, input_size, epoch)
         places = self._choose_objects(record, places, epoch)
         asked = self._choose_kind(record, epoch)
         rows = (self.first_rows[position] + places).tolist()
@@ -173,14 +173,13 @@ class SampleDataset(Dataset):
         generator = self._open_stream(epoch, record.image_id, CHOICE)
         return np.sort(generator.choice(places, size=limit, replace=False))
 
-    def _draw_background(
-        self, record: Record, view: View, places: np.ndarray, input_size: tuple[int, int], epoch: int
-    ) -> Prompts:
+    def _draw_background(self, record: Record, view: View, input_size: tuple[int, int], epoch: int) -> Prompts:
         """Return points of the grid that lie in no object and no crowd region, at most as many as are asked for."""
         count = self.settings.dataset.background_points
         if count == 0:
             return Prompts()
-        rles = [record.rle(record.annotations[place]) for place in places]
+        # All of them: of an object that the view cuts too short to be asked for, the rest is no background.
+        rles = [record.rle(annotation) for annotation in record.annotations]
         rles += [{"size": list(record.size), "counts": counts} for counts in record.crowds]
         is_taken = np.zeros(record.size, dtype=bool)
         for rle in rles:

@@ -13,14 +13,14 @@ from finestsam.masks import decode_rle
 
 def test_a_cell_belongs_to_the_smallest_object_in_its_middle(records):
     record = records[0]
-    view, places = show_all(record)
+    view, _ = show_all(record)
     height, width = compute_input_size(record.size, 64)
 
-    labels = label_cells(record, places, view, (height, width), 16)
+    labels = label_cells(record, view, (height, width), 16)
 
     assert labels.shape == (16, 16) and labels.dtype == torch.int32
-    order = sorted(places, key=lambda place: -record.annotations[place].area)
-    masks = [decode_rle(record.rle(record.annotations[place])) for place in order]
+    order = sorted(record.annotations, key=lambda annotation: -annotation.area)
+    masks = [decode_rle(record.rle(annotation)) for annotation in order]
     for row in range(16):
         for column in range(16):
             if 4 * row >= height or 4 * column >= width:

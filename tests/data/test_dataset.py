@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from finestsam.batch import Batch
-from finestsam.config import build_config
+from finestsam.config import AugmentConfig, build_config
+from finestsam.data.augment import show
 from finestsam.data.dataset import SampleDataset, SampleSettings, StepSampler, collate
 from finestsam.data.loaders import build_train_loader, build_validation_loader
 from finestsam.data.previous_logits import PreviousLogits
@@ -239,3 +240,21 @@ def test_background_points_lie_on_the_grid_and_in_no_object(records):
             assert not taken[min(y, record.size[0] - 1), min(x, record.size[1] - 1)]
         assert torch.equal(sample.background.points, dataset[(0, position)].background.points)
     assert len(SampleDataset(records, make_settings())[(0, 0)].background) == 0
+
+
+def test_what_a_crop_leaves_of_an_object_is_no_background(records):
+    config = build_config({"dataset.background_points": 1000})
+    crops = AugmentConfig(crop_min=0.2)
+    dataset = SampleDataset(records, make_settings(dataset=config.dataset, augment=crops))
+    cut_off = 0
+
+    for epoch, record in enumerate(records * 3):
+        sample = dataset[(epoch, epoch % len(records))]
+        view, shown = dataset._choose_view(record, sample.variant)
+        masks = [torch.from_numpy(decode_rle(record.rle(annotation))) for annotation in record.annotations]
+        taken = torch.stack([show(mask, view) for mask in masks]).any(dim=0)
+        cut_off += sum(bool(show(mask, view).any()) for mask in masks) > len(shown)
+        for (point,) in sample.background.points:
+            x, y = ((point + 0.5) * max(view.size) / 64).int().tolist()
+            assert not taken[min(y, view.size[0] - 1), min(x, view.size[1] - 1)]
+    assert cut_off  # in some pictures objects are seen that are too cut to be asked for
