@@ -12,7 +12,7 @@ from finestsam.data.augment import show
 from finestsam.data.dataset import SampleDataset, SampleSettings, StepSampler, collate
 from finestsam.data.loaders import build_train_loader, build_validation_loader
 from finestsam.data.previous_logits import PreviousLogits
-from finestsam.images import compute_input_size
+from finestsam.images import compute_input_size, scale_points
 from finestsam.masks import decode_rle
 
 
@@ -255,6 +255,7 @@ def test_what_a_crop_leaves_of_an_object_is_no_background(records):
         taken = torch.stack([show(mask, view) for mask in masks]).any(dim=0)
         cut_off += sum(bool(show(mask, view).any()) for mask in masks) > len(shown)
         for (point,) in sample.background.points:
-            x, y = ((point + 0.5) * max(view.size) / 64).int().tolist()
+            place = scale_points(point[None].double().numpy(), sample.input_size, view.size)[0]
+            x, y = np.floor(place + 0.5 * max(view.size) / max(sample.input_size) + 1e-4).astype(int)
             assert not taken[min(y, view.size[0] - 1), min(x, view.size[1] - 1)]
     assert cut_off  # in some pictures objects are seen that are too cut to be asked for
