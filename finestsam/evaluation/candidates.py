@@ -75,12 +75,10 @@ def find_candidates(
 def _find(
     embedder: Embedder, record: Record, settings: GeneratorConfig, grids: Sequence[int], images: ImagesConfig
 ) -> Candidates | None:
-    try:
-        pixels = read_image(record.path, record.size, images)
-    except Defect as defect:
-        tqdm.write(f"skipped {record.file_name}: {defect.message}", file=sys.stderr)
+    read = read_embedded(embedder, record, images)
+    if read is None:
         return None
-    embedding = embedder.embed_image(picture_key(record.digest, record.size), pixels)
+    pixels, embedding = read
     min_score = _probe_min_score(embedder, embedding, pixels.shape[:2], max(grids))
     parts = []
     for points_per_side in grids:
@@ -108,6 +106,16 @@ def _find(
     names = [entry.name for entry in dataclasses.fields(Candidates)[1:]]
     joined = Candidates(rles, *(np.concatenate([getattr(part, name) for part in parts]) for name in names))
     return joined[np.argsort(-joined.scores, kind="stable")]
+
+
+def read_embedded(embedder: Embedder, record: Record, images: ImagesConfig) -> tuple[np.ndarray, torch.Tensor] | None:
+    """Return a picture (H x W x 3, uint8) and its embedding (1 x C x g x g); None, and a word, where it broke."""
+    try:
+        pixels = read_image(record.path, record.size, images)
+    except Defect as defect:
+        tqdm.write(f"skipped {record.file_name}: {defect.message}", file=sys.stderr)
+        return None
+    return pixels, embedder.embed_image(picture_key(record.digest, record.size), pixels)
 
 
 @torch.no_grad()

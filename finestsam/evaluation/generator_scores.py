@@ -8,13 +8,10 @@ from typing import Any
 from tqdm import tqdm
 
 from finestsam.config import GENERATOR_DEFAULTS, GeneratorConfig, ImagesConfig
-from finestsam.data.embeddings import picture_key
 from finestsam.data.index import Record
-from finestsam.errors import Defect
-from finestsam.evaluation.candidates import Candidates, clean, select
+from finestsam.evaluation.candidates import Candidates, clean, read_embedded, select
 from finestsam.evaluation.coco_scores import CocoScorer, Detections
 from finestsam.evaluation.thresholds import Calibration, SearchResult, calibrate, search
-from finestsam.images import read_image
 from finestsam.prediction.generator import generate_masks
 from finestsam.prediction.precompute import Embedder
 
@@ -32,12 +29,10 @@ def find_all(
 
 
 def _find(embedder: Embedder, record: Record, settings: GeneratorConfig, images: ImagesConfig) -> Detections | None:
-    try:
-        pixels = read_image(record.path, record.size, images)
-    except Defect as defect:
-        tqdm.write(f"skipped {record.file_name}: {defect.message}", file=sys.stderr)
+    read = read_embedded(embedder, record, images)
+    if read is None:
         return None
-    embedding = embedder.embed_image(picture_key(record.digest, record.size), pixels)
+    pixels, embedding = read
     masks = generate_masks(embedder.model, pixels, settings, embedding)
     return Detections(masks.rles, masks.scores.tolist())
 
