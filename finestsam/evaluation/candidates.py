@@ -14,15 +14,16 @@ import torch
 from torchvision.ops.boxes import nms
 from tqdm import tqdm
 
-from finestsam.batch import Prompts
 from finestsam.config import GeneratorConfig, ImagesConfig
 from finestsam.data.embeddings import picture_key
 from finestsam.data.index import Record
 from finestsam.errors import Defect
-from finestsam.images import build_point_grid, compute_input_size, read_image, scale_points
-from finestsam.masks import decode_rle, encode_mask, remove_small_regions, rle_area, rle_box, rle_overlaps
-from finestsam.prediction.generator import generate_masks
+from finestsam.images import build_point_grid, compute_input_size, read_image
+from finestsam.masks import rle_overlaps
+from finestsam.model.sam import FinestSam
+from finestsam.prediction.generator import ask_points, clean_regions, generate_masks
 from finestsam.prediction.precompute import Embedder
+from finestsam.prediction.results import FilterReport, GeneratedMasks
 
 # Candidates of a picture that are worth a mask, those with the best scores; objects are far fewer.
 MOST_CANDIDATES = 600
@@ -31,26 +32,26 @@ PROBE_POINTS = 16
 
 
 @dataclass(frozen=True)
-class Candidates:
-    """K masks of one picture, by falling score, and what there is to find in it."""
+class MeasuredMasks:
+    """K masks of one picture, by falling score, beside what there is to find in it."""
 
-    rles: list[dict]  # K, compressed, original frame
-    scores: np.ndarray  # K, predicted IoU
-    stability: np.ndarray  # K
-    corners: np.ndarray  # K x 4, XYXY: first and last pixel inside
-    points_per_side: np.ndarray  # K, int: the grid that asked
-    layers: np.ndarray  # K, int: of crops; 0: the whole picture
-    crop_areas: np.ndarray  # K, pixels
+    masks: GeneratedMasks
     ious: np.ndarray  # K x G, with the picture's objects
     crowd_shares: np.ndarray  # K, of the mask that lies in a crowd region
 
     def __len__(self) -> int:
-        return len(self.rles)
+        return len(self.masks)
+
+
+@dataclass(frozen=True)
+class Candidates(MeasuredMasks):
+    """What settings can choose from."""
+
+    points_per_side: np.ndarray  # K, int: the grid that asked
+    layers: np.ndarray  # K, int: of crops; 0: the whole picture
 
     def __getitem__(self, index: np.ndarray) -> "Candidates":
-        names = [entry.name for entry in dataclasses.fields(self)[1:]]
-        rles = [self.rles[place] for place in np.arange(len(self))[index]]
-        return Candidates(rles, *(getattr(self, name)[index] for name in names))
+        return Candidates(*(getattr(self, entry.name)[index] for entry in dataclasses.fields(self)))
 
 
 def find_candidates(
@@ -79,7 +80,7 @@ def _find(
     if read is None:
         return None
     pixels, embedding = read
-    min_score = _probe_min_score(embedder, embedding, pixels.shape[:2], max(grids))
+    min_score = _probe_min_score(embedder.model, embedding, pixels.shape[:2], max(grids))
     parts = []
     for points_per_side in grids:
         open_settings = dataclasses.replace(
@@ -91,21 +92,13 @@ def _find(
             crop_nms_thresh=1.0,
             min_mask_region_area=0,
         )
-        masks = generate_masks(embedder.model, pixels, open_settings, embedding)
-        first, size = masks.boxes_xywh[:, :2], masks.boxes_xywh[:, 2:]
-        crop_areas = masks.crop_boxes_xywh[:, 2:].prod(axis=1)
-        ious, crowd_shares = measure_truth(masks.rles, record)
-        parts.append(
-            Candidates(
-                masks.rles, masks.scores, masks.stability, np.concatenate([first, first + size - 1], axis=1),
-                np.full(len(masks), points_per_side), _find_layers(crop_areas, pixels.shape[:2], settings), crop_areas,
-                ious, crowd_shares,
-            )
-        )  # fmt: skip
-    rles = [rle for part in parts for rle in part.rles]
-    names = [entry.name for entry in dataclasses.fields(Candidates)[1:]]
-    joined = Candidates(rles, *(np.concatenate([getattr(part, name) for part in parts]) for name in names))
-    return joined[np.argsort(-joined.scores, kind="stable")]
+        parts.append(generate_masks(embedder.model, pixels, open_settings, embedding))
+    joined = GeneratedMasks.join(parts, FilterReport())
+    asked = np.repeat(grids, [len(part) for part in parts])
+    order = np.argsort(-joined.scores, kind="stable")
+    masks = joined[order]
+    layers = _find_layers(masks.crop_areas, pixels.shape[:2], settings)
+    return Candidates(masks, *measure_truth(masks.rles, record), asked[order], layers)
 
 
 def read_embedded(embedder: Embedder, record: Record, images: ImagesConfig) -> tuple[np.ndarray, torch.Tensor] | None:
@@ -119,18 +112,15 @@ def read_embedded(embedder: Embedder, record: Record, images: ImagesConfig) -> t
 
 
 @torch.no_grad()
-def _probe_min_score(embedder: Embedder, embedding: torch.Tensor, size: tuple[int, int], points_per_side: int) -> float:
+def _probe_min_score(model: FinestSam, embedding: torch.Tensor, size: tuple[int, int], points_per_side: int) -> float:
     """Return the score that about `MOST_CANDIDATES` of a picture's candidates pass; -inf where there are no more."""
-    model = embedder.model
-    points = build_point_grid(PROBE_POINTS) * size[::-1]
-    inputs = scale_points(points, size, compute_input_size(size, model.image_size))
-    inputs = torch.tensor(inputs, dtype=torch.float32, device=model.device)
-    labels = torch.ones(len(points), 1, dtype=torch.int, device=model.device)
-    answers = model.answer_above(model.look(embedding), Prompts(inputs[:, None], labels), np.inf)
-    share = MOST_CANDIDATES / (points_per_side**2 * answers.scores.shape[1])
+    share = MOST_CANDIDATES / (points_per_side**2 * (3 if model.multimask_output else 1))
     if share >= 1:
         return -np.inf
-    scores = answers.scores.flatten()
+    points = build_point_grid(PROBE_POINTS) * size[::-1]
+    prompts = ask_points(points, size, compute_input_size(size, model.image_size), model.device)
+    # As the generator will see the picture, in its precision, and without making a mask.
+    scores = model.answer_above(model.look(embedding), prompts, np.inf).scores.flatten()
     return float(scores[scores.isfinite()].quantile(1 - share)) if scores.isfinite().any() else -np.inf
 
 
@@ -155,45 +145,45 @@ def select(candidates: Candidates, settings: GeneratorConfig) -> np.ndarray:
     """Return which candidates the generator would give with these settings, by falling score."""
     is_asked = candidates.points_per_side == settings.points_per_side
     is_asked &= candidates.layers <= settings.crop_n_layers
-    is_good = candidates.scores > settings.pred_iou_thresh if settings.pred_iou_thresh else np.True_
-    places = np.flatnonzero(is_asked & is_good & (candidates.stability >= settings.stability_score_thresh))
+    masks = candidates.masks
+    is_good = masks.scores > settings.pred_iou_thresh if settings.pred_iou_thresh else np.True_
+    places = np.flatnonzero(is_asked & is_good & (masks.stability >= settings.stability_score_thresh))
+    corners, crop_areas = masks.corners, masks.crop_areas
     kept = []
-    areas = candidates.crop_areas[places]
+    areas = crop_areas[places]
     for area in np.unique(areas):
-        kept.append(_suppress(candidates, places[areas == area], candidates.scores, settings.box_nms_thresh))
+        kept.append(_suppress(corners, places[areas == area], masks.scores, settings.box_nms_thresh))
     places = np.concatenate(kept) if kept else places
     if len(kept) > 1:
-        places = _suppress(candidates, np.sort(places), 1 / candidates.crop_areas, settings.crop_nms_thresh)
+        places = _suppress(corners, np.sort(places), 1 / crop_areas, settings.crop_nms_thresh)
     return np.sort(places)
 
 
-def _suppress(candidates: Candidates, places: np.ndarray, priorities: np.ndarray, max_overlap: float) -> np.ndarray:
-    boxes = torch.from_numpy(candidates.corners[places]).float()
+def _suppress(corners: np.ndarray, places: np.ndarray, priorities: np.ndarray, max_overlap: float) -> np.ndarray:
+    boxes = torch.from_numpy(corners[places]).float()
     return places[nms(boxes, torch.from_numpy(priorities[places]).float(), max_overlap).numpy()]
 
 
-def clean(candidates: Candidates, record: Record, min_area: int) -> Candidates:
-    """Return candidates without holes and islands of fewer pixels than `min_area`."""
-    if min_area == 0:
-        return candidates
-    rles = [encode_mask(remove_small_regions(decode_rle(rle), min_area)) for rle in candidates.rles]
-    ious, crowd_shares = measure_truth(rles, record)
-    boxes = np.array([rle_box(rle) for rle in rles], dtype=np.int64).reshape(-1, 4)
-    corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:] - 1], axis=1)
-    cleaned = dataclasses.replace(candidates, rles=rles, corners=corners, ious=ious, crowd_shares=crowd_shares)
-    return cleaned[np.array([rle_area(rle) > 0 for rle in rles], dtype=bool)]
+def clean(chosen: Candidates, record: Record, settings: GeneratorConfig) -> MeasuredMasks:
+    """Return what the generator makes of the masks that it gives: without small holes and islands, where asked for."""
+    if settings.min_mask_region_area == 0:
+        return chosen
+    masks = clean_regions(chosen.masks[np.arange(len(chosen))], settings)
+    masks = masks[np.argsort(-masks.scores, kind="stable")]
+    return MeasuredMasks(masks, *measure_truth(masks.rles, record))
 
 
 def match(ious: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """Return at each threshold which masks find an object, T x K: the better score first, each object once.
+    """Return at each threshold which object each mask finds, T x K, -1: none. The better score first, each object once.
 
     COCO's rule (pycocotools' evaluateImg): a mask takes the object that it covers best of those that are left.
 
     Args:
         ious: K x G, by falling score.
+        thresholds: rising.
     """
     count, objects = ious.shape
-    found = np.zeros((len(thresholds), count), dtype=bool)
+    found = np.full((len(thresholds), count), -1)
     if objects == 0:
         return found
     is_left = np.ones((len(thresholds), objects), dtype=bool)
@@ -202,6 +192,6 @@ def match(ious: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
         left = np.where(is_left, ious[place], -1.0)
         best = left.argmax(axis=1)
         hits = left[rows, best] >= thresholds
-        found[hits, place] = True
+        found[hits, place] = best[hits]
         is_left[rows[hits], best[hits]] = False
     return found

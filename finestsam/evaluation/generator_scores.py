@@ -81,6 +81,6 @@ def tune(
     result = search(records, candidates, start, fixed, goal)
     found = []
     for record, one in zip(records, candidates, strict=True):
-        chosen = clean(one[select(one, result.settings)], record, result.settings.min_mask_region_area)
-        found.append(Detections(chosen.rles, chosen.scores.tolist()))
+        masks = clean(one[select(one, result.settings)], record, result.settings).masks
+        found.append(Detections(masks.rles, masks.scores.tolist()))
     return Tuned(result, found, calibrate(candidates))

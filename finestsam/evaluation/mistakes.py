@@ -45,15 +45,14 @@ def _count(record: Record, one: Detections, counts: dict[str, Mistakes]) -> None
     rles = [one.rles[place] for place in order]
     truth = [record.rle(annotation) for annotation in record.annotations]
     ious, crowd_shares = measure_truth(rles, record)
-    is_hit = match(ious, np.array([FOUND_IOU]))[0]
-    found_objects = _list_found(ious)
+    hits = match(ious, np.array([FOUND_IOU]))[0]
     inside = rle_overlaps(rles, truth, over_own_area=True)  # K x G: the share of the mask in the object
     covered = rle_overlaps(truth, rles, over_own_area=True).T  # K x G: the share of the object in the mask
     holds = covered > MOST
     is_merging = holds.sum(axis=1) > 1
     for place, annotation in enumerate(record.annotations):
         count = counts[_size_of(annotation.area)]
-        if place in found_objects:
+        if place in hits:
             count.found += 1
         elif (holds[:, place] & is_merging).any():
             count.merged += 1
@@ -63,20 +62,8 @@ def _count(record: Record, one: Detections, counts: dict[str, Mistakes]) -> None
             count.missed += 1
     for place, rle in enumerate(rles):
         touches = max(inside[place].max(initial=0.0), crowd_shares[place]) > MOST or is_merging[place]
-        if not is_hit[place] and not touches:
+        if hits[place] < 0 and not touches:
             counts[_size_of(rle_area(rle))].spurious += 1
-
-
-def _list_found(ious: np.ndarray) -> set[int]:
-    """Return which objects `match` gives a mask."""
-    is_left = np.ones(ious.shape[1], dtype=bool)
-    found = set()
-    for row in ious:
-        left = np.where(is_left, row, -1.0)
-        if len(left) and left.max() >= FOUND_IOU:
-            found.add(int(left.argmax()))
-            is_left[left.argmax()] = False
-    return found
 
 
 def _size_of(area: int) -> str:

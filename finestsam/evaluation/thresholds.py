@@ -8,7 +8,7 @@ import numpy as np
 
 from finestsam.config import GeneratorConfig
 from finestsam.data.index import Record
-from finestsam.evaluation.candidates import Candidates, clean, match, select
+from finestsam.evaluation.candidates import Candidates, MeasuredMasks, clean, match, select
 
 # COCO's, at which a mask counts as the object.
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
@@ -38,14 +38,14 @@ class Operation:
         return self.f1 if goal == "f1" else self.recall - MASK_COST * self.masks_per_object
 
 
-def operate(found: Sequence[Candidates], chosen: Sequence[np.ndarray] | None = None) -> Operation:
+def operate(found: Sequence[MeasuredMasks], chosen: Sequence[np.ndarray] | None = None) -> Operation:
     """Return how some candidates of each picture do, by falling score; None: all of them."""
     hits, masks, objects = np.zeros(len(IOU_THRESHOLDS)), np.zeros(len(IOU_THRESHOLDS)), 0
     for place, one in enumerate(found):
         ious, crowd_shares = one.ious, one.crowd_shares
         if chosen is not None:
             ious, crowd_shares = ious[chosen[place]], crowd_shares[chosen[place]]
-        is_hit = match(ious, IOU_THRESHOLDS)
+        is_hit = match(ious, IOU_THRESHOLDS) >= 0
         is_ignored = ~is_hit & (crowd_shares >= IOU_THRESHOLDS[:, None])
         hits += is_hit.sum(axis=1)
         masks += (~is_ignored).sum(axis=1)
@@ -100,7 +100,7 @@ def search(
 
 def _list_options(found: Sequence[Candidates], start: GeneratorConfig, fixed: frozenset[str]) -> dict[str, list[float]]:
     """Return the values to try of each setting that is free, rising."""
-    scores = np.concatenate([one.scores for one in found]) if found else np.zeros(0)
+    scores = np.concatenate([one.masks.scores for one in found]) if found else np.zeros(0)
     scores = scores[np.isfinite(scores)]
     levels = np.quantile(scores, SCORE_QUANTILES).clip(0, 1) if len(scores) else np.zeros(1)
     grids = sorted({int(grid) for one in found for grid in np.unique(one.points_per_side)})
@@ -136,10 +136,10 @@ def _choose_region_area(
 ) -> tuple[GeneratorConfig, Operation]:
     chosen = [one[select(one, settings)] for one in found]
     for area in REGION_AREAS[1:]:
-        cleaned = [clean(one, record, area) for one, record in zip(chosen, records, strict=True)]
-        result = operate(cleaned)
+        changed = dataclasses.replace(settings, min_mask_region_area=area)
+        result = operate([clean(one, record, changed) for one, record in zip(chosen, records, strict=True)])
         if result.measure(goal) > operation.measure(goal):
-            settings, operation = dataclasses.replace(settings, min_mask_region_area=area), result
+            settings, operation = changed, result
     return settings, operation
 
 
@@ -169,7 +169,7 @@ def calibrate(found: Sequence[Candidates]) -> Calibration | None:
     Returns:
         None where there is no candidate.
     """
-    scores = np.concatenate([one.scores for one in found]) if found else np.zeros(0)
+    scores = np.concatenate([one.masks.scores for one in found]) if found else np.zeros(0)
     if len(scores) == 0:
         return None
     ious = np.concatenate([one.ious.max(axis=1, initial=0.0) for one in found])

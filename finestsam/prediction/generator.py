@@ -78,10 +78,11 @@ def generate_masks(
     found = [_search(model, crop, settings, report) for crop in _cut_crops(model, image, settings, embedding)]
     masks = GeneratedMasks.join(found, report)
     if len(found) > 1:
-        crop_areas = torch.from_numpy(masks.crop_boxes_xywh[:, 2:].prod(axis=1))
-        masks = _drop_duplicates(masks, 1 / crop_areas, settings.crop_nms_thresh)  # the smaller crop saw more detail
+        masks = _drop_duplicates(
+            masks, 1 / torch.from_numpy(masks.crop_areas), settings.crop_nms_thresh
+        )  # the smaller crop saw more detail
     if settings.min_mask_region_area > 0:
-        masks = _clean_regions(masks, settings)
+        masks = clean_regions(masks, settings)
     order = np.lexsort([*masks.boxes_xywh.T[::-1], -masks.areas])  # the last key counts first
     return masks[order]
 
@@ -129,13 +130,18 @@ def _search(model: FinestSam, crop: _Crop, settings: GeneratorConfig, report: Fi
     return _compress(candidates[kept], crop)
 
 
+def ask_points(points: np.ndarray, size: tuple[int, int], input_size: tuple[int, int], device: torch.device) -> Prompts:
+    """Return the prompts that ask with one point each, P x 2, XY, of a picture or crop of (height, width) `size`."""
+    inputs = torch.tensor(scale_points(points, size, input_size), dtype=torch.float32, device=device)
+    return Prompts(inputs[:, None], torch.ones(len(points), 1, dtype=torch.int, device=device))
+
+
 def _ask(model: FinestSam, crop: _Crop, indices: range, settings: GeneratorConfig, report: FilterReport) -> _Candidates:
     """Decode the masks of some points of a crop, and return those that are good, stable and whole."""
     points = crop.points[indices.start : indices.stop]
-    inputs = torch.tensor(scale_points(points, crop.size, crop.input_size), dtype=torch.float32, device=model.device)
-    labels = torch.ones(len(points), 1, dtype=torch.int, device=model.device)
+    prompts = ask_points(points, crop.size, crop.input_size, model.device)
     # A threshold of 0 lets every number pass, as in segment_anything: the score head may answer below 0.
-    answers = model.answer_above(crop.view, Prompts(inputs[:, None], labels), settings.pred_iou_thresh or -np.inf)
+    answers = model.answer_above(crop.view, prompts, settings.pred_iou_thresh or -np.inf)
     scores, is_good = answers.scores.flatten(), answers.is_kept.flatten()
     point_indices = torch.tensor(indices, device=model.device).repeat_interleave(answers.scores.shape[1])
     stability, boxes = measure_masks(crop.upscaler, answers.logits, settings.stability_score_offset)
@@ -178,15 +184,16 @@ def _compress(candidates: _Candidates, crop: _Crop) -> GeneratedMasks:
 
 def _drop_duplicates(masks: GeneratedMasks, priorities: Tensor, max_overlap: float) -> GeneratedMasks:
     """Return masks by falling priority, K, without those whose box overlaps an earlier one's too much."""
-    first, size = masks.boxes_xywh[:, :2], masks.boxes_xywh[:, 2:]
-    corners = torch.from_numpy(np.concatenate([first, first + size - 1], axis=1))  # first and last pixel, as above
-    kept = nms(corners.float(), priorities.float(), max_overlap)
+    kept = nms(torch.from_numpy(masks.corners).float(), priorities.float(), max_overlap)
     masks.report.duplicates += len(masks) - len(kept)
     return masks[kept.numpy()]
 
 
-def _clean_regions(masks: GeneratedMasks, settings: GeneratorConfig) -> GeneratedMasks:
-    """Fill small holes, drop small islands, then drop what has become a duplicate, rather of the changed masks."""
+def clean_regions(masks: GeneratedMasks, settings: GeneratorConfig) -> GeneratedMasks:
+    """Fill small holes, drop small islands, then drop what has become a duplicate, rather of the changed masks.
+
+    The masks that come in are changed.
+    """
     min_area = settings.min_mask_region_area
     was_clean = torch.zeros(len(masks))
     for i, rle in enumerate(masks.rles):

@@ -70,6 +70,17 @@ class GeneratedMasks:
     def __len__(self) -> int:
         return len(self.rles)
 
+    @property
+    def corners(self) -> np.ndarray:
+        """Return K x 4, XYXY: the first and the last pixel inside, as NMS compares boxes here."""
+        first, size = self.boxes_xywh[:, :2], self.boxes_xywh[:, 2:]
+        return np.concatenate([first, first + size - 1], axis=1)
+
+    @property
+    def crop_areas(self) -> np.ndarray:
+        """Return K, pixels of the part of the picture that the model saw."""
+        return self.crop_boxes_xywh[:, 2:].prod(axis=1)
+
     def __getitem__(self, index: np.ndarray) -> "GeneratedMasks":
         arrays = [getattr(self, name)[index] for name in ARRAY_NAMES]
         return GeneratedMasks([self.rles[i] for i in index], *arrays, self.report)

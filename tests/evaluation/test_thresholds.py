@@ -18,6 +18,7 @@ from finestsam.masks import encode_mask
 from finestsam.prediction.calibration import correct_scores
 from finestsam.prediction.generator import generate_masks
 from finestsam.prediction.precompute import Embedder
+from finestsam.prediction.results import GeneratedMasks
 
 START = GeneratorConfig(**GENERATOR_DEFAULTS | {"points_per_side": 6})
 
@@ -26,16 +27,21 @@ def make_candidates(scores, ious, **changes) -> Candidates:
     """Return candidates that overlap nobody, of known scores and IoUs (K x G)."""
     count = len(scores)
     places = np.arange(count)[:, None] * 10
+    masks = GeneratedMasks(
+        rles=[encode_mask(np.ones((2, 2), dtype=bool))] * count,
+        boxes_xywh=np.concatenate([places, places, np.full((count, 2), 6)], axis=1),
+        scores=np.array(scores, dtype=np.float32),
+        stability=np.ones(count),
+        areas=np.full(count, 4),
+        points=np.zeros((count, 2)),
+        crop_boxes_xywh=np.tile([0, 0, 10, 10], (count, 1)),
+    )
     fields = {
-        "rles": [encode_mask(np.ones((2, 2), dtype=bool))] * count,
-        "scores": np.array(scores, dtype=np.float32),
-        "stability": np.ones(count),
-        "corners": np.concatenate([places, places, places + 5, places + 5], axis=1),
-        "points_per_side": np.full(count, 6),
-        "layers": np.zeros(count, dtype=int),
-        "crop_areas": np.full(count, 100),
+        "masks": masks,
         "ious": np.array(ious, dtype=float),
         "crowd_shares": np.zeros(count),
+        "points_per_side": np.full(count, 6),
+        "layers": np.zeros(count, dtype=int),
     }
     return Candidates(**fields | changes)
 
@@ -57,16 +63,16 @@ def test_what_is_selected_is_what_the_generator_gives(tiny_sam, records, changes
     found = find_candidates(embedder, records[:2], dump, (3, 6), images, title=None)
 
     for record, one in zip(records[:2], found, strict=True):
-        threshold = float(np.median(one.scores))
+        threshold = float(np.median(one.masks.scores))
         settings = dataclasses.replace(open_settings, pred_iou_thresh=threshold)
         if settings.stability_score_thresh == "median":
-            settings = dataclasses.replace(settings, stability_score_thresh=float(np.median(one.stability)))
+            settings = dataclasses.replace(settings, stability_score_thresh=float(np.median(one.masks.stability)))
         pixels = read_image(record.path, record.size, images)
         masks = generate_masks(tiny_sam, pixels, settings)
         chosen = one[select(one, settings)]
         assert 0 < len(chosen) < len(one)
-        assert sorted(rle["counts"] for rle in masks.rles) == sorted(rle["counts"] for rle in chosen.rles)
-        np.testing.assert_allclose(sorted(masks.scores), sorted(chosen.scores))
+        assert sorted(rle["counts"] for rle in masks.rles) == sorted(rle["counts"] for rle in chosen.masks.rles)
+        np.testing.assert_allclose(sorted(masks.scores), sorted(chosen.masks.scores))
 
 
 def test_only_the_best_candidates_are_worth_a_mask(tiny_sam, records, monkeypatch):
@@ -78,7 +84,7 @@ def test_only_the_best_candidates_are_worth_a_mask(tiny_sam, records, monkeypatc
 
     assert len(everything) == 3 * 12**2
     assert 80 <= len(some) <= 120
-    np.testing.assert_array_equal(some.scores, everything.scores[: len(some)])
+    np.testing.assert_array_equal(some.masks.scores, everything.masks.scores[: len(some)])
 
 
 def test_f1_and_recall_are_those_of_pycocotools(tiny_sam, records):
@@ -86,11 +92,11 @@ def test_f1_and_recall_are_those_of_pycocotools(tiny_sam, records):
     found = find_candidates(embedder, records, START, (6,), ImagesConfig())
     # Truth among the candidates, so that there is something to find.
     for record, one in zip(records, found, strict=True):
-        record.annotations[0] = dataclasses.replace(record.annotations[0], counts=one.rles[-1]["counts"])
+        record.annotations[0] = dataclasses.replace(record.annotations[0], counts=one.masks.rles[-1]["counts"])
     found = find_candidates(embedder, records, START, (6,), ImagesConfig())
 
     result = operate(found)
-    figures = CocoScorer(records, [Detections(one.rles, one.scores.tolist()) for one in found]).score()
+    figures = CocoScorer(records, [Detections(one.masks.rles, one.masks.scores.tolist()) for one in found]).score()
 
     assert result.f1 == pytest.approx(figures["f1"], abs=1e-12) and result.f1 > 0
     assert result.recall == pytest.approx(figures["ar_1000"], abs=1e-12)
@@ -102,7 +108,7 @@ def test_a_mask_takes_the_object_that_it_covers_best_of_those_left():
     found = match(ious, np.array([0.5, 0.65]))
 
     # At 0.5 the second is left with the first object; at 0.65 that one is too far from it, and goes to the third.
-    assert found.tolist() == [[True, True, False], [True, False, True]]
+    assert found.tolist() == [[1, 0, -1], [1, -1, 0]]
 
 
 def test_the_search_cuts_where_wrong_masks_begin():
@@ -165,11 +171,14 @@ def test_without_candidates_there_is_nothing_to_correct():
     assert calibrate([make_candidates([], np.zeros((0, 3)))]) is None
 
 
-def test_tuned_settings_are_told_by_the_names_of_the_generator_and_give_what_they_promise(tiny_sam, records):
+@pytest.mark.parametrize("min_area", [None, 40])
+def test_tuned_settings_are_told_by_the_names_of_the_generator_and_give_what_they_promise(tiny_sam, records, min_area):
     embedder, images = Embedder(tiny_sam), ImagesConfig()
     candidates = find_candidates(embedder, records, START, (3, 6), images)
+    start = START if min_area is None else dataclasses.replace(START, min_mask_region_area=min_area)
+    fixed = frozenset() if min_area is None else frozenset({"min_mask_region_area"})
 
-    tuned = tune(records, candidates, START, frozenset(), "recall")
+    tuned = tune(records, candidates, start, fixed, "recall")
 
     stored = tuned.describe()
     assert set(stored) == set(GENERATOR_DEFAULTS) | {"score_map"}
