@@ -31,13 +31,23 @@ class Mistakes:
         return self.found + self.merged + self.split + self.missed
 
 
-def count_mistakes(records: Sequence[Record], found: Sequence[Detections]) -> dict[str, Mistakes]:
-    """Return the counts by size, and under `all` their sum."""
-    counts = {size: Mistakes() for size in SIZES}
+def count_mistakes(records: Sequence[Record], found: Sequence[Detections]) -> list[dict[str, Mistakes]]:
+    """Return each picture's counts by size."""
+    pictures = []
     for record, one in zip(records, found, strict=True):
-        _count(record, one, counts)
-    total = Mistakes(*(sum(getattr(part, entry.name) for part in counts.values()) for entry in fields(Mistakes)))
-    return counts | {"all": total}
+        pictures.append({size: Mistakes() for size in SIZES})
+        _count(record, one, pictures[-1])
+    return pictures
+
+
+def sum_mistakes(pictures: Sequence[dict[str, Mistakes]]) -> dict[str, Mistakes]:
+    """Return the counts of all pictures by size, and under `all` their sum."""
+    by_size = {size: _sum([picture[size] for picture in pictures]) for size in SIZES}
+    return by_size | {"all": _sum(list(by_size.values()))}
+
+
+def _sum(parts: Sequence[Mistakes]) -> Mistakes:
+    return Mistakes(*(sum(getattr(part, entry.name) for part in parts) for entry in fields(Mistakes)))
 
 
 def _count(record: Record, one: Detections, counts: dict[str, Mistakes]) -> None:

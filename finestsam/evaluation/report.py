@@ -17,7 +17,7 @@ from finestsam.config import Config, flatten_config
 from finestsam.data.index import Record
 from finestsam.errors import Defect, printable
 from finestsam.evaluation.measurement import Difference, Measurement
-from finestsam.evaluation.mistakes import SIZES, Mistakes, count_mistakes
+from finestsam.evaluation.mistakes import SIZES, Mistakes, count_mistakes, sum_mistakes
 from finestsam.images import compute_input_size, encode_image, read_image, resize_image
 from finestsam.masks import decode_rle, encode_mask
 from finestsam.prediction.overlay import draw_layer
@@ -77,12 +77,13 @@ def write_report_page(path: Path, story: Story, worse: Sequence[str], config: Co
     Args:
         worse: names of the pictures that one point finds worse than the rival does, the worst first.
     """
+    mistakes = [] if story.ours.found is None else count_mistakes(story.ours.records, story.ours.found)
     body = [
         _write_headlines(story),
         _write_worse(worse, story),
         _write_charts(story),
-        _write_mistakes(story),
-        _write_pictures(story, config),
+        _write_mistakes(story, mistakes),
+        _write_pictures(story, mistakes, config),
         _write_settings(config),
     ]
     columns = 3 if story.theirs is None else 4
@@ -199,13 +200,13 @@ def _finish(figure: Figure) -> str:
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
-def _write_mistakes(story: Story) -> str:
-    if story.ours.found is None:
+def _write_mistakes(story: Story, mistakes: list[dict[str, Mistakes]]) -> str:
+    if not mistakes:
         return ""
-    ours = count_mistakes(story.ours.records, story.ours.found)
+    ours = sum_mistakes(mistakes)
     theirs = None
     if story.theirs and story.theirs.found is not None:
-        theirs = count_mistakes(story.theirs.records, story.theirs.found)
+        theirs = sum_mistakes(count_mistakes(story.theirs.records, story.theirs.found))
     sizes = ("all", *SIZES)
     head = "<th></th>" + "".join(f"<th>{size}</th>" for size in sizes)
     rows = ["<tr><td>objects</td>" + "".join(f"<td>{ours[size].objects}</td>" for size in sizes) + "</tr>"]
@@ -226,12 +227,12 @@ def _write_count(kind: str, size: str, ours: dict[str, Mistakes], theirs: dict[s
     return f"{count} <span class='quiet'>({getattr(theirs[size], kind)})</span>" if theirs else count
 
 
-def _write_pictures(story: Story, config: Config) -> str:
+def _write_pictures(story: Story, mistakes: list[dict[str, Mistakes]], config: Config) -> str:
     """Return the pictures where the generator does worst, and those where it does best."""
-    if story.ours.found is None:
+    if not mistakes:
         return ""
     order = [place for place, record in enumerate(story.ours.records) if record.annotations]
-    rank = {place: _rate(story.ours, place) for place in order}
+    rank = {place: _rate(mistakes[place], len(story.ours.found[place].rles)) for place in order}
     order.sort(key=lambda place: rank[place])
     shown = min(PICTURES_SHOWN, (len(order) + 1) // 2)
     groups = {"Where it does worst": order[:shown], "Where it does best": order[::-1][: min(shown, len(order) - shown)]}
@@ -245,12 +246,10 @@ def _write_pictures(story: Story, config: Config) -> str:
     return "\n".join(parts)
 
 
-def _rate(measured: Measurement, place: int) -> tuple[float, float]:
-    """Return F1 at COCO's thresholds of one picture, and its recall."""
-    mistakes = count_mistakes([measured.records[place]], [measured.found[place]])["all"]
-    masks = len(measured.found[place].rles)
-    recall = mistakes.found / max(mistakes.objects, 1)
-    return 2 * mistakes.found / max(masks + mistakes.objects, 1), recall
+def _rate(mistakes: dict[str, Mistakes], masks: int) -> tuple[float, float]:
+    """Return F1 of one picture, a mask counting as an object from an IoU of 0.5 on, and its recall."""
+    whole = sum_mistakes([mistakes])["all"]
+    return 2 * whole.found / max(masks + whole.objects, 1), whole.found / max(whole.objects, 1)
 
 
 def _write_picture(story: Story, place: int, rate: tuple[float, float], config: Config) -> str:

@@ -111,7 +111,7 @@ def _draw_validation(axes: Axes, rows: Rows) -> None:
         style = {"color": color, "linewidth": 1.6}
         axes.plot(epochs, values, marker="D", markersize=4.5, label=label, **style)
         if epochs[0] == 0:
-            axes.axhline(values[0], linestyle=":", label=f"{label}, untouched", **style)
+            axes.axhline(values[0], linestyle=":", label=f"{label}, floor", **style)
 
 
 def _list_points(rows: Rows, name: str) -> tuple[list[float], list[float]]:

@@ -2,7 +2,7 @@ import numpy as np
 
 from finestsam.data.index import Annotation, Record
 from finestsam.evaluation.coco_scores import Detections
-from finestsam.evaluation.mistakes import count_mistakes
+from finestsam.evaluation.mistakes import count_mistakes, sum_mistakes
 from finestsam.masks import encode_mask, rle_area, rle_box
 
 SIZE = (60, 200)
@@ -19,7 +19,8 @@ def count(truth: list[dict], found: list[dict], crowds: list[dict] = ()) -> dict
         Annotation(number, 1, rle["counts"], rle_area(rle), rle_box(rle)) for number, rle in enumerate(truth)
     ]
     record = Record(1, "a.png", None, SIZE, annotations, [crowd["counts"] for crowd in crowds])
-    return count_mistakes([record], [Detections(found, [0.9 - 0.1 * place for place in range(len(found))])])
+    detections = Detections(found, [0.9 - 0.1 * place for place in range(len(found))])
+    return sum_mistakes(count_mistakes([record], [detections]))
 
 
 def test_each_kind_of_mistake_is_told_from_the_others():
