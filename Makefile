@@ -15,7 +15,7 @@ $(VENV)/ready: requirements.txt pyproject.toml
 	$(RUN) -m pip install --quiet -e ".[test]"
 	touch $@
 
-# From random weights in two minutes: every part at work, and masks that are rough patches around the points asked at.
+# From random weights in a few minutes: every part at work, and masks that are rough patches around the points asked at.
 demo: setup
 	rm -rf $(DEMO)
 	$(RUN) -c "from pathlib import Path; from finestsam.data.scenes import write_scenes; \
