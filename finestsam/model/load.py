@@ -8,6 +8,7 @@ from segment_anything.modeling import Sam
 
 from finestsam.config import Config
 from finestsam.errors import UserError
+from finestsam.model.adapter_file import find_adapter
 from finestsam.model.build import ARCHITECTURES, PATCH_SIZE, build_sam
 from finestsam.model.card import Card, read_card
 from finestsam.model.sam import FinestSam
@@ -92,7 +93,7 @@ def find_weights(config: Config, prefer_runs: bool = False) -> Path | None:
     if name != "auto":
         candidates = [Path(name), Path(config.sav_dir) / name]
         path = next((candidate for candidate in candidates if candidate.exists()), candidates[0])
-        return path / "best.pth" if path.is_dir() else path
+        return (find_adapter(path) or path / "best.pth") if path.is_dir() else path
     newest = _find_newest_run(config) if prefer_runs else None
     if newest:
         return newest

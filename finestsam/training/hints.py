@@ -1,6 +1,7 @@
 """What a user should know before the first step."""
 
 from finestsam.config import Config
+from finestsam.model.lora import list_lora
 from finestsam.model.sam import FinestSam
 
 
@@ -9,8 +10,9 @@ def describe_training(model: FinestSam, model_type: str) -> str:
     parts = []
     for name, part in model.sam.named_children():
         count = sum(weight.numel() for weight in part.parameters() if weight.requires_grad)
+        ranks = {layer.lora_A.out_features for _, layer in list_lora(part)}
         if count:
-            parts.append(f"{name} {_in_millions(count)}")
+            parts.append(f"{name} {_in_millions(count)}" + "".join(f" (LoRA of rank {rank})" for rank in ranks))
     total = sum(weight.numel() for weight in model.sam.parameters())
     return f"{model_type} at {model.image_size} pixels, {_in_millions(total)} weights; trains {', '.join(parts)}"
 

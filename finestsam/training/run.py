@@ -20,6 +20,7 @@ from finestsam.data.read import LabelledSet, describe_dataset, read_training_set
 from finestsam.data.report import write_report
 from finestsam.download import hash_file
 from finestsam.errors import UserError
+from finestsam.model.adapt import adapt_
 from finestsam.model.load import LoadedModel, load_model
 from finestsam.model.sam import FinestSam
 from finestsam.prediction.generator import resolve_generator
@@ -116,11 +117,29 @@ def build_run(fabric: Fabric, config: Config) -> Run:
 def _load_weights(fabric: Fabric, config: Config, state: dict | None) -> LoadedModel:
     """Return the model to start from, or the one that a run was stopped with."""
     if state is None:
-        return load_model(config, device=fabric.device)
+        loaded = load_model(config, device=fabric.device)
+        adapt_(loaded.model.sam, config.model_layer)
+        return loaded
+    _refuse_other_layers(config, json.loads(state["config"]))
     bare = replace(config, model=ModelConfig(state["model_type"], "none", state["image_size"]))
     loaded = load_model(bare, device=fabric.device)
+    adapt_(loaded.model.sam, config.model_layer)
     loaded.model.sam.load_state_dict(state["model"])
     return loaded
+
+
+def _refuse_other_layers(config: Config, before: dict[str, Any]) -> None:
+    """Raise where the settings ask for other layers, or other ones that train, than the run was stopped with."""
+    now = flatten_config(config)
+    changed = [
+        f"{name} {now[name]}, before {before[name]}"
+        for name in now
+        if name.startswith(("model_layer.freeze.", "model_layer.thaw.", "model_layer.lora."))
+        and name in before
+        and now[name] != before[name]
+    ]
+    if changed:
+        raise UserError(f"--resume: {'; '.join(changed)}: a run goes on with what it trained; start a new one")
 
 
 def _prepare_folder(fabric: Fabric, config: Config, data: LabelledSet) -> Path:
