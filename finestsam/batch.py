@@ -1,10 +1,11 @@
 """The one page that defines shapes, frames and orders of what travels between the rooms.
 
-N objects of one picture, P points of an object, M masks of an object. Points and boxes are pixels of the input frame
-(`images.py`), XY and XYXY, float32. g is the side of the embedding in tokens (64 at 1024 pixels): SAM's masks are
-4g x 4g logits that cover the padded square.
+N prompts of one picture, one for each of its objects or several, P points of a prompt, M masks of its answer. Points
+and boxes are pixels of the input frame (`images.py`), XY and XYXY, float32. g is the side of the embedding in tokens
+(64 at 1024 pixels): SAM's masks are 4g x 4g logits that cover the padded square.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 
 from torch import Tensor, device
@@ -12,13 +13,13 @@ from torch import Tensor, device
 
 @dataclass
 class Prompts:
-    """What N objects are asked for with; each kind is there for all N objects or None."""
+    """What objects are asked for with, N times; each kind is there for all N or None."""
 
     points: Tensor | None = None  # N x P x 2
     labels: Tensor | None = None  # N x P, int: 1 inside, 0 outside, -1 no point
     boxes: Tensor | None = None  # N x 4
     mask_logits: Tensor | None = None  # N x 1 x 4g x 4g
-    has_mask: Tensor | None = None  # N, bool: objects whose mask_logits count; None: all
+    has_mask: Tensor | None = None  # N, bool: those whose mask_logits count; None: all
 
     def __len__(self) -> int:
         given = [tensor for tensor in (self.points, self.boxes, self.mask_logits) if tensor is not None]
@@ -44,15 +45,27 @@ class Sample:
     image: Tensor | None  # 3 x h x w, uint8, RGB, input frame before padding; None: there is an embedding
     prompts: Prompts
     rles: list[dict] = field(default_factory=list)  # N masks, original frame, pycocotools' compressed form
-    annotation_ids: list[int] = field(default_factory=list)  # N
+    annotation_ids: list[int] = field(default_factory=list)  # N; equal ones follow each other: prompts of one object
     rows: list[int] = field(default_factory=list)  # N, the objects' places in the whole set, counted through
+    correction_clicks: int = 0  # how often training corrects the first answer
     variant: int = 0  # which augmented variant of the picture; 0: the plain one
     embedding: Tensor | None = None  # C x g x g, float16, from the store
     background: Prompts = field(default_factory=Prompts)  # points where no object is; one label each, inside
     cells: Tensor | None = None  # 4g x 4g, int32: the object in each, from 1; 0 none, -1 padding. None: not asked for
 
     def __len__(self) -> int:
+        """Return N, the number of prompts."""
         return len(self.rles)
+
+    @property
+    def object_count(self) -> int:
+        return len(set(self.annotation_ids))
+
+    @property
+    def weights(self) -> list[float]:
+        """Return what each of the N prompts counts: those of one object share the weight 1."""
+        counts = Counter(self.annotation_ids)
+        return [1 / counts[number] for number in self.annotation_ids]
 
     def to(self, target: device | str) -> "Sample":
         image = None if self.image is None else self.image.to(target)
@@ -76,7 +89,7 @@ class Batch:
 
     @property
     def object_count(self) -> int:
-        return sum(len(sample) for sample in self.samples)
+        return sum(sample.object_count for sample in self.samples)
 
     def to(self, target: device | str) -> "Batch":
         return Batch([sample.to(target) for sample in self.samples])
@@ -84,7 +97,7 @@ class Batch:
 
 @dataclass
 class Predictions:
-    """What the decoder answers for N objects of one picture. M is 3, or 1 where one mask is asked for."""
+    """What the decoder answers to N prompts of one picture. M is 3, or 1 where one mask is asked for."""
 
     logits: Tensor  # N x M x 4g x 4g, float32, inside where above 0
     scores: Tensor  # N x M, float32: the IoU that the model expects

@@ -68,6 +68,18 @@ class PromptsConfig:
         "ask for the objects of each training picture with one of the kinds that are turned on, drawn anew in every "
         "epoch, instead of with all of them together",
     )
+    correction_clicks: int = setting(
+        0,
+        "clicks that correct the first answer in training, one after the other: each in the middle of the largest "
+        "error, together with the logits of the answer before, as annotators work and --mode evaluate measures. All "
+        "answers on an object share its weight; each click takes as long as the first answer",
+        "[0, 20]",
+    )
+    correction_share: float = setting(
+        0.5,
+        "share of the training pictures that are corrected, drawn anew in every epoch; the others are asked once",
+        "(0, 1]",
+    )
     box_jitter_ratio: float = setting(0.1, "standard deviation of the noise on a box, as a share of its side", "[0, 1]")
     box_jitter_max_pixels: float = setting(20.0, "largest noise on a side of a box, input pixels", "[0, inf)")
 
@@ -237,6 +249,13 @@ class DatasetConfig:
     images: ImagesConfig = section(ImagesConfig)
     positive_points: int = setting(1, "points inside each object", "[0, 1000]")
     negative_points: int = setting(0, "points outside each object, inside its box where there is room", "[0, 1000]")
+    prompts_per_object: int = setting(
+        1,
+        "times that each object of a training picture is asked for in a step, each time with other points, on the grid "
+        "at most as often as it has points there: the generator asks it at every one of them. They share the object's "
+        "weight, and take so many times as long",
+        "[1, 1024]",
+    )
     background_points: int = setting(
         0,
         "points of the grid in each training picture where no object is, whose masks are taught the score 0: the "

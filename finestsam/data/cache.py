@@ -21,7 +21,8 @@ VERSION = 2
 # What does not change how a picture and its labels are read.
 UNREAD_SETTINGS = {
     "path", "auto_split", "seed", "val_size", "use_cache", "sav", "positive_points", "negative_points", "use_center",
-    "snap_to_grid", "min_area_pixels", "max_objects", "download", "download_images",
+    "snap_to_grid", "min_area_pixels", "max_objects", "download", "download_images", "background_points",
+    "prompts_per_object",
 }  # fmt: skip
 
 

@@ -37,7 +37,7 @@ from finestsam.data.prompts import (
     cut_out,
     find_grid_points_inside,
     jitter_box,
-    sample_points,
+    sample_point_sets,
 )
 from finestsam.errors import Defect
 from finestsam.images import compute_input_size, read_image, resize_image, scale_boxes, scale_points
@@ -45,7 +45,7 @@ from finestsam.masks import decode_rle
 
 # What a random stream is for, the end of its seed: drawing one never changes another. None is 0, which at the end of a
 # seed counts for nothing in numpy.
-CHOICE, VARIANT, POINTS, BOX, MASK, KIND, BACKGROUND = range(1, 8)
+CHOICE, VARIANT, POINTS, BOX, MASK, KIND, BACKGROUND, CORRECTION = range(1, 9)
 PROMPT_KINDS = ("use_points", "use_boxes", "use_masks")
 
 
@@ -107,13 +107,15 @@ class SampleDataset(Dataset):
         background = self._draw_background(record, view, input_size, epoch)
         places = self._choose_objects(record, places, epoch)
         asked = self._choose_kind(record, epoch)
-        rows = (self.first_rows[position] + places).tolist()
         frames = _Frames(view.size, input_size, build_image_grid(self.settings.points_per_side, view.size))
-        rles, prompts = [], []
+        rles, prompts, counts = [], [], []
         for place in places:
             shown = show_object(record, record.annotations[place], view)
-            rles.append(shown.rle)
             prompts.append(self._draw_prompts(asked, shown, frames, epoch))
+            counts.append(len(prompts[-1]))
+            rles += [shown.rle] * counts[-1]
+        places = np.repeat(places, counts)
+        rows = (self.first_rows[position] + places).tolist()
         return Sample(
             image_id=record.image_id,
             file_name=record.file_name,
@@ -124,6 +126,7 @@ class SampleDataset(Dataset):
             rles=rles,
             annotation_ids=[record.annotations[place].id for place in places],
             rows=rows,
+            correction_clicks=self._count_corrections(record, epoch),
             variant=variant,
             embedding=embedding,
             background=background,
@@ -205,33 +208,41 @@ class SampleDataset(Dataset):
         chosen = kinds[self._open_stream(epoch, record.image_id, KIND).integers(len(kinds))]
         return replace(asked, **{name: name == chosen for name in PROMPT_KINDS})
 
+    def _count_corrections(self, record: Record, epoch: int) -> int:
+        """Return how often the first answers on a picture's objects are corrected."""
+        asked = self.settings.prompts
+        if asked.correction_clicks == 0:
+            return 0
+        is_corrected = self._open_stream(epoch, record.image_id, CORRECTION).random() < asked.correction_share
+        return asked.correction_clicks if is_corrected else 0
+
     def _draw_prompts(self, asked: PromptsConfig, shown: ShownObject, frames: "_Frames", epoch: int) -> Prompts:
-        """Return what one object is asked for with."""
-        prompts = Prompts()
+        """Return what one object is asked for with: S prompts with other points, and one box and one mask for all."""
+        prompts, count = Prompts(), 1
         if asked.use_points:
             generator = self._open_stream(epoch, shown.annotation_id, POINTS)
             points, labels = self._draw_points(shown, frames, generator)
-            prompts.points, prompts.labels = torch.from_numpy(points)[None], torch.from_numpy(labels)[None]
+            prompts.points, prompts.labels, count = torch.from_numpy(points), torch.from_numpy(labels), len(points)
         if asked.use_boxes:
             generator = self._open_stream(epoch, shown.annotation_id, BOX)
-            prompts.boxes = torch.from_numpy(self._draw_box(shown, frames, generator))[None]
+            prompts.boxes = torch.from_numpy(self._draw_box(shown, frames, generator)).expand(count, -1)
         if asked.use_masks or asked.use_logits:
             generator = self._open_stream(epoch, shown.annotation_id, MASK)
-            prompts.mask_logits = torch.from_numpy(self._draw_mask(shown, frames, generator))[None, None]
-            prompts.has_mask = torch.tensor([asked.use_masks])
+            prompts.mask_logits = torch.from_numpy(self._draw_mask(shown, frames, generator)).expand(count, 1, -1, -1)
+            prompts.has_mask = torch.full((count,), asked.use_masks)
         return prompts
 
     def _draw_points(
         self, shown: ShownObject, frames: "_Frames", generator: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return P x 2 points, XY, input frame, and P labels."""
+        """Return S x P x 2 points, XY, input frame, and S x P labels."""
         dataset = self.settings.dataset
         found = cut_out(shown.mask, shown.box)
         inside = None
         if dataset.snap_to_grid:
             inside = find_grid_points_inside(found, frames.grid, _scale_of(frames.original_size, frames.input_size))
         counts = PointCounts(dataset.positive_points, dataset.negative_points, dataset.use_center, inside)
-        points, labels = sample_points(found, counts, generator)
+        points, labels = sample_point_sets(found, counts, dataset.prompts_per_object, generator)
         return scale_points(points, frames.original_size, frames.input_size).astype(np.float32), labels
 
     def _draw_box(self, shown: ShownObject, frames: "_Frames", generator: np.random.Generator) -> np.ndarray:
@@ -286,7 +297,7 @@ def _embedding_key(record: Record, view: View) -> str:
 
 
 def _stack_prompts(prompts: list[Prompts]) -> Prompts:
-    """Join the prompts of single objects to those of a picture."""
+    """Join the prompts of objects to those of a picture."""
     columns = {entry.name: [getattr(one, entry.name) for one in prompts] for entry in fields(Prompts)}
     return Prompts(**{name: torch.cat(values) for name, values in columns.items() if values[0] is not None})
 

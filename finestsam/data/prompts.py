@@ -4,7 +4,7 @@ Everything here is a pure function of the mask and the random generator that com
 original frame; the dataset brings them to the input frame.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -57,6 +57,28 @@ def sample_points(
     end = counts.positive + len(negative)
     points[counts.positive : end], labels[counts.positive : end] = negative, NEGATIVE
     return points, labels
+
+
+def sample_point_sets(
+    found: ObjectMask, counts: PointCounts, sets: int, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw points for up to `sets` prompts of one object, as `sample_points` does for one.
+
+    Returns:
+        S x P x 2 and S x P. Where points are snapped to the grid no two sets share one, and there are as many sets as
+        the points of the grid inside the object are enough for, at least one.
+    """
+    drawn = []
+    while len(drawn) < sets:
+        drawn.append(sample_points(found, counts, generator))
+        if counts.grid is None or counts.positive == 0:
+            continue
+        is_used = (counts.grid[:, None] == drawn[-1][0][None]).all(axis=2).any(axis=1)
+        counts = replace(counts, grid=counts.grid[~is_used])
+        if len(counts.grid) == 0:
+            break
+    points, labels = zip(*drawn, strict=True)
+    return np.stack(points), np.stack(labels)
 
 
 def find_center(found: ObjectMask) -> np.ndarray:

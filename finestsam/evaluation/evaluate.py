@@ -191,7 +191,7 @@ def _load(
         resolve_generator(config.generator, loaded.card).points_per_side,
         config.seed_device or 0,
         prompts,
-        replace(config.dataset, positive_points=1, negative_points=0, background_points=0),
+        replace(config.dataset, positive_points=1, negative_points=0, background_points=0, prompts_per_object=1),
     )
     dataset = SampleDataset(records, settings, store=embedder.store)
     if embedder.store:

@@ -93,7 +93,11 @@ def _find_heaviest(dataset: SampleDataset) -> Sample | None:
 
 
 def _decode(stepper: Stepper, embedding: Tensor, sample: Sample, count: int) -> Tensor:
-    predictions = stepper.model(embedding, sample.prompts[:count])
+    prompts = sample.prompts[:count]
+    with torch.no_grad():  # the last correction is the heaviest answer: it brings a mask along, and the most clicks
+        for _ in range(stepper.config.prompts.correction_clicks):
+            prompts = stepper.correct(prompts, stepper.model(embedding, prompts), sample, 0)
+    predictions = stepper.model(embedding, prompts)
     return object_losses(predictions, sample, 0, stepper.config.losses, stepper.model.image_size).total
 
 

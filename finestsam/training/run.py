@@ -44,7 +44,8 @@ class Progress:
     step: int = 0
     sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MEASURES, 0.0))  # of the epoch that runs
     objects: int = 0  # behind the sums
-    seconds: float = 0.0  # of the epoch that runs
+    seconds: float = 0.0  # of the epoch that runs, without its validation
+    validation_seconds: float = 0.0  # of the newest validation
     skipped_steps: int = 0  # in a row, because their gradient was not finite
     best: list[float] | None = None  # by the metric that was chosen, and of equals by val_per_mask_iou
     floor: dict[str, float] = field(default_factory=dict)
@@ -231,7 +232,7 @@ def _build_validation_set(
     plain = replace(
         settings,
         max_objects=0,
-        dataset=replace(config.dataset, background_points=0),
+        dataset=replace(config.dataset, background_points=0, prompts_per_object=1),
         prompts=replace(_choose_validated(config.prompts), box_jitter_ratio=0.0),
         augment=AugmentConfig(),
         wants_cells=False,

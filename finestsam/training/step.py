@@ -7,10 +7,12 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from finestsam.batch import Batch, Prompts, Sample
+from finestsam.batch import Batch, Predictions, Prompts, Sample
 from finestsam.config import CHUNK_OBJECTS, Config
 from finestsam.data.previous_logits import PreviousLogits
+from finestsam.masks import decode_rle
 from finestsam.model.sam import FinestSam
+from finestsam.prediction.correction import add_clicks, show_preferred
 from finestsam.prediction.precompute import Embedder
 from finestsam.training.affinity import affinity_loss
 from finestsam.training.losses import ObjectLosses, object_losses
@@ -27,7 +29,7 @@ class Stepper:
     Args:
         wrapped: the model as Fabric's strategy wraps it; `model` is the same one bare.
         previous_logits: where prompts.use_logits finds an epoch's answers; None: not used.
-        chunk_objects: decoded at a time, at most.
+        chunk_objects: prompts decoded at a time, at most.
     """
 
     fabric: Fabric
@@ -64,11 +66,11 @@ class Stepper:
         return dict(zip(MEASURES, sums.tolist(), strict=True)), int(count), is_finite, stops > 0
 
     def _add_gradients(self, batch: Batch, epoch: int, weight: float, is_last: bool) -> Tensor:
-        """Add the gradient of `weight` times the batch's summed loss, in chunks of objects.
+        """Add the gradient of `weight` times the batch's summed loss, in chunks of prompts.
 
-        The decoder's gradients are taken chunk by chunk against a copy of the embeddings. The last chunk is decoded
-        from the embeddings themselves and carries what the others left on the copy, so that the encoder is gone through
-        once, and the strategy synchronises once.
+        The decoder's gradients are taken chunk by chunk, and answer by answer where a chunk is corrected, against a
+        copy of the embeddings. The last answer is decoded from the embeddings themselves and carries what the others
+        left on the copy, so that the encoder is gone through once, and the strategy synchronises once.
         """
         sums = torch.zeros(len(MEASURES), dtype=torch.float64)
         samples = [sample for sample in batch.samples if len(sample)]
@@ -79,23 +81,33 @@ class Stepper:
         copies = embeddings.detach().requires_grad_(embeddings.requires_grad)
         chunks = list(self._list_chunks([len(sample) for sample in samples]))
         for number, (place, first, end) in enumerate(chunks):
-            is_final = number == len(chunks) - 1
-            with self.fabric.no_backward_sync(self.wrapped, enabled=not (is_last and is_final)):
-                source = embeddings if is_final else copies
-                sample = samples[place]
-                predictions = self.wrapped(source[place : place + 1], sample.prompts[first:end])
-                losses = object_losses(predictions, sample, first, self.config.losses, self.model.image_size)
-                loss = losses.total.sum() * weight
-                if is_final:
-                    loss = loss + self._carry(embeddings, copies.grad) + self._connect_all(is_last)
-                    loss = loss + self._affinity_loss(embeddings, samples) * weight
-                    loss = loss + self._background_loss(embeddings, samples) * weight
-                self.fabric.backward(self.scaler.scale(loss))
-            if self.previous_logits is not None:
-                rows = torch.arange(end - first, device=losses.best.device)
-                self.previous_logits.write(epoch, sample.rows[first:end], predictions.logits[rows, losses.best])
-            sums += self._sum_measures(losses)
+            sample = samples[place]
+            prompts = sample.prompts[first:end]
+            shares = torch.tensor(sample.weights[first:end], device=embeddings.device) / (1 + sample.correction_clicks)
+            for corrections in range(1 + sample.correction_clicks):
+                is_final = number == len(chunks) - 1 and corrections == sample.correction_clicks
+                with self.fabric.no_backward_sync(self.wrapped, enabled=not (is_last and is_final)):
+                    source = embeddings if is_final else copies
+                    predictions = self.wrapped(source[place : place + 1], prompts)
+                    losses = object_losses(predictions, sample, first, self.config.losses, self.model.image_size)
+                    loss = (losses.total * shares).sum() * weight
+                    if is_final:
+                        loss = loss + self._carry(embeddings, copies.grad) + self._connect_all(is_last)
+                        loss = loss + self._affinity_loss(embeddings, samples) * weight
+                        loss = loss + self._background_loss(embeddings, samples) * weight
+                    self.fabric.backward(self.scaler.scale(loss))
+                if self.previous_logits is not None and corrections == 0:
+                    rows = torch.arange(end - first, device=losses.best.device)
+                    self.previous_logits.write(epoch, sample.rows[first:end], predictions.logits[rows, losses.best])
+                sums += self._sum_measures(losses, shares)
+                if corrections < sample.correction_clicks:
+                    prompts = self.correct(prompts, predictions, sample, first)
         return sums
+
+    def correct(self, prompts: Prompts, predictions: Predictions, sample: Sample, first: int) -> Prompts:
+        """Return what the same objects are asked for with after a corrective click on each answer."""
+        truth = [decode_rle(rle) for rle in sample.rles[first : first + len(prompts)]]
+        return add_clicks(prompts, show_preferred(predictions, sample, self.model.image_size), truth, sample)
 
     def encode(self, samples: list[Sample]) -> Tensor:
         """Return the embeddings of samples, B x C x g x g, with a gradient where the encoder trains."""
@@ -120,7 +132,7 @@ class Stepper:
         if self.model.affinity_head is None:
             return 0.0
         labels = torch.stack([sample.cells for sample in samples])
-        counts = torch.tensor([len(sample) for sample in samples], device=labels.device)
+        counts = torch.tensor([sample.object_count for sample in samples], device=labels.device)
         losses = affinity_loss(self.model.affinity_head(embeddings), labels)
         return self.config.losses.affinity_ratio * (losses * counts).sum()
 
@@ -133,7 +145,7 @@ class Stepper:
         for place, sample in enumerate(samples):
             if len(sample.background):
                 scores = self.model.score(embeddings[place : place + 1], sample.background)
-                total = total + scores.square().mean() * len(sample)
+                total = total + scores.square().mean() * sample.object_count
         return self.config.losses.iou_ratio * total
 
     def _connect_all(self, is_last: bool) -> Tensor | float:
@@ -164,7 +176,8 @@ class Stepper:
             self.scaler.update()
         return is_finite
 
-    def _sum_measures(self, losses: ObjectLosses) -> Tensor:
+    def _sum_measures(self, losses: ObjectLosses, shares: Tensor) -> Tensor:
+        """Return the sums over objects; shares: N, of each prompt's answer in its object."""
         weights = self.config.losses
         columns = (
             losses.total.detach(),
@@ -174,7 +187,7 @@ class Stepper:
             losses.iou,
             losses.score,
         )
-        return torch.stack([column.cpu().double().sum() for column in columns])
+        return torch.stack([(column.cpu().double() * shares.cpu().double()).sum() for column in columns])
 
     def _sum_over_ranks(self, values: list[float]) -> Tensor:
         # float64 on the CPU and float32 where the device has no other (mps).

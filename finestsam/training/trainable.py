@@ -48,18 +48,19 @@ def _freeze_unused_mask_tokens_(sam: Sam, multimask_output: bool) -> None:
 def _freeze_unused_prompts_(sam: Sam, config: Config) -> None:
     prompts, encoder = config.prompts, sam.prompt_encoder
     points, boxes = prompts.use_points, prompts.use_boxes
-    masks = prompts.use_masks or prompts.use_logits
+    clicks = prompts.correction_clicks > 0  # of both kinds, with the logits of the answer before
+    masks = prompts.use_masks or prompts.use_logits or clicks
     # point_embeddings: outside, inside, upper left corner, lower right corner.
     is_used = [
-        points and config.dataset.negative_points > 0,
-        points and config.dataset.positive_points > 0,
+        points and config.dataset.negative_points > 0 or clicks,
+        points and config.dataset.positive_points > 0 or clicks,
         boxes,
         boxes,
     ]
     for embedding, used in zip(encoder.point_embeddings, is_used, strict=True):
         if not used:
             embedding.requires_grad_(False)
-    if not points:
+    if not points and not clicks:
         encoder.not_a_point_embed.requires_grad_(False)
     if not masks:
         encoder.mask_downscaling.requires_grad_(False)

@@ -259,3 +259,37 @@ def test_what_a_crop_leaves_of_an_object_is_no_background(records):
             x, y = np.floor(place + 0.5 * max(view.size) / max(sample.input_size) + 1e-4).astype(int)
             assert not taken[min(y, view.size[0] - 1), min(x, view.size[1] - 1)]
     assert cut_off  # in some pictures objects are seen that are too cut to be asked for
+
+
+def test_an_object_is_asked_for_at_several_points_that_share_its_weight(records):
+    config = build_config({"dataset.prompts_per_object": 3, "prompts.use_boxes": True, "prompts.use_masks": True})
+    dataset = SampleDataset(records, make_settings(prompts=config.prompts, dataset=config.dataset, max_objects=4))
+    once = SampleDataset(records, make_settings(prompts=config.prompts, max_objects=4))[(1, 0)]
+
+    sample = dataset[(1, 0)]
+
+    assert sample.object_count == len(once) == 4
+    assert len(sample) == len(sample.prompts) == len(sample.rows) == len(sample.prompts.has_mask) > 4
+    assert sum(sample.weights) == pytest.approx(4)
+    for number in once.annotation_ids:
+        mine = [row for row, other in enumerate(sample.annotation_ids) if other == number]
+        assert mine == list(range(mine[0], mine[-1] + 1)) and 1 <= len(mine) <= 3
+        assert len({tuple(sample.prompts.points[row, 0].tolist()) for row in mine}) == len(mine)
+        for row in mine:  # one box and one mask for all
+            assert torch.equal(sample.prompts.boxes[row], sample.prompts.boxes[mine[0]])
+            assert torch.equal(sample.prompts.mask_logits[row], sample.prompts.mask_logits[mine[0]])
+            assert sample.rows[row] == sample.rows[mine[0]] and sample.rles[row] == sample.rles[mine[0]]
+    assert_same(dataset[(1, 0)], sample)
+    assert dataset[(2, 0)].prompts.points.tolist() != sample.prompts.points.tolist()
+
+
+def test_a_share_of_the_pictures_is_corrected_another_one_in_every_epoch(records):
+    config = build_config({"prompts.correction_clicks": 3, "prompts.correction_share": 0.4})
+    dataset = SampleDataset(records, make_settings(prompts=config.prompts))
+
+    corrected = [[dataset[(epoch, place)].correction_clicks for place in range(len(records))] for epoch in range(20)]
+
+    assert set(sum(corrected, [])) == {0, 3}
+    assert 0.2 < np.mean(corrected) / 3 < 0.6
+    assert len({tuple(row) for row in corrected}) > 10
+    assert SampleDataset(records, make_settings())[(0, 0)].correction_clicks == 0

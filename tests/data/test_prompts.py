@@ -9,6 +9,7 @@ from finestsam.data.prompts import (
     find_center,
     find_grid_points_inside,
     jitter_box,
+    sample_point_sets,
     sample_points,
 )
 from finestsam.masks import encode_mask, rle_box
@@ -95,6 +96,34 @@ def test_the_half_pixel_that_sam_adds_decides_which_pixel_a_grid_point_means(sca
     is_found = len(find_grid_points_inside(cut(mask), grid, scale)) == 1
 
     assert is_found == (np.floor(7.8 + 0.5 / scale) == 8)
+
+
+@pytest.mark.parametrize(("positive", "wanted", "expected"), [(1, 4, 4), (3, 4, 4), (1, 1000, None), (1, 1, 1)])
+def test_prompts_of_one_object_share_no_grid_point_and_end_with_them(positive, wanted, expected):
+    mask = draw_ring()
+    inside = find_grid_points_inside(cut(mask), build_image_grid(32, mask.shape), scale=1.0)
+    counts = PointCounts(positive, 0, False, inside)
+
+    points, labels = sample_point_sets(cut(mask), counts, wanted, generator())
+
+    assert points.shape == (expected or len(inside), positive, 2)
+    assert (labels == 1).all()
+    assert len(np.unique(points.reshape(-1, 2), axis=0)) == points.shape[0] * positive
+    assert is_inside(mask, points.reshape(-1, 2)).all()
+    first, _ = sample_points(cut(mask), counts, generator())
+    assert (points[0] == first).all()  # further prompts change nothing about the first
+
+
+def test_an_object_between_grid_points_is_asked_for_once_and_off_the_grid_as_often_as_wanted():
+    mask = np.zeros((320, 320), dtype=bool)
+    mask[7:10, 8:11] = True
+    between = find_grid_points_inside(cut(mask), build_image_grid(32, mask.shape), scale=1.0)
+
+    once, _ = sample_point_sets(cut(mask), PointCounts(1, 1, False, between), 5, generator())
+    often, labels = sample_point_sets(cut(mask), PointCounts(1, 1, False, None), 5, generator())
+
+    assert once.shape == (1, 2, 2) and once[0, 0].tolist() == [9, 8]
+    assert often.shape == (5, 2, 2) and (labels == [1, 0]).all()
 
 
 def test_negative_points_lie_in_the_box_outside_the_mask():

@@ -55,6 +55,14 @@ def test_the_need_of_many_objects_is_told_from_two(make_stepper, dataset):
     assert kept[1] - kept[0] == pytest.approx(3 * need.object_bytes, rel=0.05)
 
 
+def test_corrections_need_more_for_an_object_than_its_first_answer(make_stepper, dataset):
+    plain, corrected = (
+        measure_need(make_stepper(prompts__correction_clicks=clicks), dataset).object_bytes for clicks in (0, 2)
+    )
+
+    assert corrected > plain
+
+
 def test_a_training_encoder_and_more_pictures_need_more(make_stepper, dataset):
     thawed = {"model_layer__freeze__image_encoder": False}
     needs = [

@@ -8,6 +8,9 @@ from lightning.fabric import Fabric
 from finestsam.batch import Batch, Prompts
 from finestsam.config import build_config
 from finestsam.data.dataset import SampleDataset, SampleSettings
+from finestsam.data.previous_logits import PreviousLogits
+from finestsam.masks import decode_rle
+from finestsam.prediction.correction import add_clicks, show_preferred
 from finestsam.prediction.precompute import Embedder
 from finestsam.training.losses import object_losses
 from finestsam.training.schedules import build_optimizer
@@ -159,3 +162,103 @@ def test_points_where_no_object_is_are_taught_the_score_zero(tiny_sam, records):
     for name, weight in plain.named_parameters():
         if weight.requires_grad and weight.grad is not None:
             torch.testing.assert_close(found[name], weight.grad, rtol=1e-3, atol=1e-6)
+
+
+SEVERAL = {"dataset.prompts_per_object": 3, "generator.points_per_side": 32}
+CORRECTED = {"prompts.correction_clicks": 2, "prompts.correction_share": 1.0}
+
+
+def make_batches(records, **values: object) -> list[Batch]:
+    config = build_config(values)
+    dataset = SampleDataset(records, SampleSettings(64, 32, 0, config.prompts, config.dataset))
+    return [Batch([dataset[(0, 0)], dataset[(0, 1)]]), Batch([dataset[(0, 2)]])]
+
+
+def test_an_object_weighs_one_however_often_it_is_asked_for(tiny_sam, records):
+    batches = make_batches(records, **SEVERAL)
+    stepper = make_stepper(tiny_sam, chunk_objects=3)
+    plain = copy.deepcopy(stepper.model)
+    means = []
+    for sample in (sample for batch in batches for sample in batch.samples):
+        predictions = plain(plain.encode([sample.image]), sample.prompts)
+        losses = object_losses(predictions, sample, 0, stepper.config.losses, 64).total
+        numbers = torch.tensor(sample.annotation_ids)
+        means += [losses[numbers == number].mean() for number in numbers.unique()]
+    assert len(means) < sum(len(sample) for batch in batches for sample in batch.samples)
+    torch.stack(means).mean().backward()
+
+    sums, objects, _, _ = stepper.step(batches, epoch=0, wants_stop=False)
+
+    assert objects == len(means)
+    assert sums["total_loss"] / objects == pytest.approx(torch.stack(means).mean().item(), rel=1e-5)
+    for name, weight in stepper.model.named_parameters():
+        expected = dict(plain.named_parameters())[name].grad
+        if weight.requires_grad and expected is not None:
+            torch.testing.assert_close(weight.grad, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_corrections_are_learnt_from_as_answers_to_clicks_and_the_logits_before(tiny_sam, records):
+    batches = make_batches(records, **CORRECTED)
+    stepper = make_stepper(tiny_sam, chunk_objects=500, **CORRECTED)
+    plain = copy.deepcopy(stepper.model)
+    total, objects = 0.0, 0
+    for sample in (sample for batch in batches for sample in batch.samples):
+        prompts = sample.prompts
+        for _ in range(3):
+            predictions = plain(plain.encode([sample.image]), prompts)
+            total = total + object_losses(predictions, sample, 0, stepper.config.losses, 64).total.sum() / 3
+            shown = show_preferred(predictions, sample, 64)
+            prompts = add_clicks(prompts, shown, [decode_rle(rle) for rle in sample.rles], sample)
+        objects += len(sample)
+    (total / objects).backward()
+
+    sums, count, _, _ = stepper.step(batches, epoch=0, wants_stop=False)
+
+    assert count == objects
+    assert sums["total_loss"] == pytest.approx(total.item(), rel=1e-5)
+    weights = dict(plain.named_parameters())
+    assert weights["sam.prompt_encoder.mask_downscaling.6.weight"].grad.abs().max() > 0
+    assert weights["sam.prompt_encoder.point_embeddings.0.weight"].grad.abs().max() > 0
+    for name, weight in stepper.model.named_parameters():
+        expected = weights[name].grad
+        if weight.requires_grad and expected is not None:
+            torch.testing.assert_close(weight.grad, expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("values", [SEVERAL, CORRECTED, SEVERAL | CORRECTED | {"prompts.use_boxes": True}])
+def test_chunks_of_several_prompts_and_corrections_give_one_gradient(tiny_sam, records, values):
+    batches = make_batches(records, **values)
+
+    whole = compute_gradients(make_stepper(tiny_sam, chunk_objects=500, **values), batches)
+    chunked = compute_gradients(make_stepper(tiny_sam, chunk_objects=4, **values), batches)
+
+    for name, gradient in whole.items():
+        torch.testing.assert_close(chunked[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("first", [{}, {"prompts.use_points": False, "prompts.use_boxes": True}])
+def test_corrective_clicks_reach_the_embeddings_of_clicks_and_masks(tiny_sam, first):
+    freeze_(tiny_sam, build_config(ALL_TRAIN | CORRECTED | first))
+
+    encoder = tiny_sam.sam.prompt_encoder
+    reached = [embedding.weight.requires_grad for embedding in encoder.point_embeddings]
+    assert reached == [True, True] + [bool(first)] * 2
+    for part in (encoder.not_a_point_embed, encoder.mask_downscaling, encoder.no_mask_embed):
+        assert all(weight.requires_grad for weight in part.parameters())
+
+
+def test_the_first_answer_is_what_the_next_epoch_is_given(tiny_sam, records, tmp_path):
+    batches = make_batches(records, **SEVERAL)
+    corrected = [Batch([replace(s, correction_clicks=2) for s in batch.samples]) for batch in batches]
+    kept = []
+    for number, some in enumerate((batches, corrected)):
+        stepper = make_stepper(tiny_sam, **SEVERAL)
+        count = sum(len(record.annotations) for record in records)
+        stepper.previous_logits = PreviousLogits(tmp_path / str(number), count, 16)
+        stepper.previous_logits.create()
+        stepper.step(some, epoch=0, wants_stop=False)
+        kept.append(stepper.previous_logits.read(1, list(range(count))))
+
+    (plain, is_known), (other, _) = kept
+    assert is_known.sum() == sum(batch.object_count for batch in batches)
+    torch.testing.assert_close(other, plain)
