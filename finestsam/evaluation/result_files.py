@@ -1,11 +1,11 @@
 """Masks that any program found, from a COCO results file, to be scored like the generator's own."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from finestsam.data.coco import load_json
 from finestsam.data.index import Record
 from finestsam.errors import Defect, UserError, printable
 from finestsam.evaluation.coco_scores import Detections
@@ -22,7 +22,7 @@ def read_results(path: Path, records: Sequence[Record]) -> list[Detections]:
     Raises:
         UserError: not such a file, a picture that is not of this set, or a mask that is none.
     """
-    content = _read_json(path)
+    content = load_json(path)
     entries = content.get("annotations") if isinstance(content, dict) else content
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{printable(path)}: not a COCO results file, a list of image_id, segmentation and score")
@@ -47,15 +47,6 @@ def read_results(path: Path, records: Sequence[Record]) -> list[Detections]:
         one.sort(key=lambda pair: -pair[0])
         detections.append(Detections([rle for _, rle in one], [score for score, _ in one]))
     return detections
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{printable(path)}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{printable(path)}: not a JSON file") from None
 
 
 def _find_places(content: Any, records: Sequence[Record], path: Path) -> dict[Any, int]:

@@ -52,7 +52,7 @@ def test_pictures_of_a_file_that_lists_them_are_known_by_name(scenes, everything
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("no json", "not a JSON file"),
+        ("no json", "results.json: not JSON: Expecting value at line 1 column 1"),
         ("{}", "not a COCO results file"),
         ('[{"image_id": 99999, "segmentation": [], "score": 1}]', "none of its 1 results is of a picture of this set"),
         ('[{"image_id": 1, "segmentation": [[1, 2]], "score": 1}]', "result 0"),
