@@ -22,7 +22,7 @@ GENERATOR_COLUMNS = (
     "val_generator_masks",
 )
 VALIDATION_COLUMNS = (*PROMPT_COLUMNS, *GENERATOR_COLUMNS)
-COLUMNS = ("epoch", "step", "seconds", "learning_rate", *TRAINING_COLUMNS, *VALIDATION_COLUMNS)
+COLUMNS = ("epoch", "step", "seconds", "validation_seconds", "learning_rate", *TRAINING_COLUMNS, *VALIDATION_COLUMNS)
 
 Row = dict[str, float | None]
 
@@ -137,10 +137,10 @@ def read_metrics(path: Path) -> list[Row]:
 
 
 def _parse_line(line: dict[str, str | None]) -> Row:
-    missing = set(COLUMNS) - line.keys()
+    missing = {"epoch", "step"} - line.keys()
     if missing:
         raise ValueError(f"no columns {sorted(missing)}")
-    row = {name: float(line[name]) if line[name] else None for name in COLUMNS}
+    row = {name: float(line[name]) if line.get(name) else None for name in COLUMNS}
     return row | {"epoch": int(line["epoch"] or ""), "step": int(line["step"] or "")}
 
 
@@ -158,6 +158,7 @@ def describe_epoch(row: Row, num_epochs: int | None = None, floor: Mapping[str, 
         "val_generator_ar_100": "ar100 {:.2f}",
         "learning_rate": "lr {:.1e}",
         "seconds": "{:.1f} s",
+        "validation_seconds": "validation {:.1f} s",
     }
     for name, form in forms.items():
         if row.get(name) is None:

@@ -143,14 +143,16 @@ def validate(run: Run) -> None:
 
     Into `progress.metrics`, and the generator's settings that did best into `progress.generator`.
     """
-    run.progress.metrics, run.progress.generator = {}, {}
+    run.progress.metrics, run.progress.generator, run.progress.validation_seconds = {}, {}, 0.0
     if run.val_loader is None:
         return
+    started = time.perf_counter()
     run.loaded.model.eval()
     run.progress.metrics |= _validate_prompts(run)
     if run.config.evaluate.generator:
         run.progress.metrics |= _validate_generator(run)
     run.loaded.model.train()
+    run.progress.validation_seconds = time.perf_counter() - started
 
 
 def _validate_prompts(run: Run) -> dict[str, float]:
@@ -203,12 +205,11 @@ def finish_epoch(run: Run, log: RunLog | None) -> None:
     progress.epoch += is_whole
     is_due = interval > 0 and progress.epoch % interval == 0
     learning_rate = _learning_rate(run)
-    progress.metrics = {}
+    progress.metrics, progress.validation_seconds = {}, 0.0
     if is_due or _is_complete(run):
-        started = time.perf_counter()
         validate(run)
         if progress.epoch == interval:
-            _say_cost(run, time.perf_counter() - started)
+            _say_cost(run)
         if run.config.sched.type == "ReduceLROnPlateau":
             fallback = -progress.sums["total_loss"] / max(progress.objects, 1)
             run.scheduler.step(progress.metrics.get(choose_metric(run), fallback))
@@ -219,11 +220,12 @@ def finish_epoch(run: Run, log: RunLog | None) -> None:
         progress.sums = dict.fromkeys(MEASURES, 0.0)
 
 
-def _say_cost(run: Run, seconds: float) -> None:
+def _say_cost(run: Run) -> None:
     """Tell how to validate for less where it takes longer than to learn."""
-    if seconds > max(run.progress.seconds, CHEAP_SECONDS):
+    learning, validating = run.progress.seconds, run.progress.validation_seconds
+    if validating > max(learning, CHEAP_SECONDS):
         run.fabric.print(
-            f"validation took {seconds:.0f} s, the epoch {run.progress.seconds:.0f} s; a larger --eval_interval or "
+            f"validation took {validating:.0f} s, the epoch {learning:.0f} s; a larger --eval_interval or "
             "fewer pictures for the generator (--evaluate.max_images) make it cheaper"
         )
 
@@ -234,6 +236,7 @@ def _write_row(run: Run, log: RunLog | None, learning_rate: float | None, epoch:
     progress = run.progress
     means = {name: value / progress.objects for name, value in progress.sums.items()} if progress.objects else {}
     row = {"epoch": epoch, "step": progress.step, "seconds": progress.seconds or None, **means}
+    row["validation_seconds"] = progress.validation_seconds or None
     log.log_epoch(row | {"learning_rate": learning_rate} | progress.metrics, floor=progress.floor)
     try:
         draw_curves(log.read_rows(), run.folder)

@@ -376,4 +376,5 @@ def test_a_run_trains_on_variants_validates_on_plain_pictures_and_continues_exac
 
 def _read_figures(path: Path) -> list[dict[str, str]]:
     with path.open() as file:
-        return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    return [{name: value for name, value in row.items() if not name.endswith("seconds")} for row in rows]

@@ -32,12 +32,12 @@ def test_every_epoch_has_a_row_and_the_untouched_model_only_its_validation(tmp_p
     with (tmp_path / "metrics.csv").open() as file:
         header, first, second = csv.reader(file)
     assert ",".join(header) == (
-        "epoch,step,seconds,learning_rate,total_loss,focal_loss,dice_loss,iou_loss,iou,predicted_iou,"
+        "epoch,step,seconds,validation_seconds,learning_rate,total_loss,focal_loss,dice_loss,iou_loss,iou,predicted_iou,"
         "val_per_mask_iou,val_per_mask_dice,val_best_iou,"
         "val_generator_ap,val_generator_ar_100,val_generator_ar_1000,val_generator_f1,val_generator_masks"
     )
-    assert first == ["0", "0"] + [""] * 8 + ["0.21", "0.3", "0.4"] + [""] * 5
-    assert second[:5] == ["1", "1234567", "1.125", "4e-05", "1.25"]
+    assert first == ["0", "0"] + [""] * 9 + ["0.21", "0.3", "0.4"] + [""] * 5
+    assert second[:6] == ["1", "1234567", "1.125", "1.1875", "4e-05", "1.3125"]
 
 
 def test_the_row_of_an_epoch_is_on_the_disk_as_soon_as_it_is_logged(tmp_path):
@@ -96,6 +96,12 @@ def test_a_new_run_begins_an_empty_table_and_a_run_without_one_can_be_resumed(tm
     assert read_metrics(log.path) == [make_row(1)]
     log.path.unlink()
     assert RunLog(tmp_path, resumed_epoch=1).read_rows() == []
+
+
+def test_columns_that_a_table_lacks_are_empty(tmp_path):
+    (tmp_path / "metrics.csv").write_text("epoch,step,iou\n1,2,0.5\n")
+
+    assert read_metrics(tmp_path / "metrics.csv") == [dict.fromkeys(COLUMNS) | {"epoch": 1, "step": 2, "iou": 0.5}]
 
 
 @pytest.mark.parametrize(
@@ -174,13 +180,13 @@ def test_without_tensorboard_the_log_is_silent(tmp_path, monkeypatch, capsys):
 
 def test_an_epoch_is_said_in_one_line(tmp_path, capsys):
     row = {"total_loss": 0.4123, "iou": 0.607, "val_per_mask_iou": 0.58, "learning_rate": 4e-5, "seconds": 12.345}
-    row["val_generator_ar_100"] = 0.44
+    row |= {"val_generator_ar_100": 0.44, "validation_seconds": 6.0}
     RunLog(tmp_path, num_epochs=30).log_epoch(
         {"epoch": 3, "step": 108, **row}, floor={"val_per_mask_iou": 0.21, "val_generator_ar_100": 0.1}
     )
     expected = (
         "epoch 3/30 step 108 loss 0.412 iou 0.61 val 0.58 (floor 0.21, +0.37) ar100 0.44 (floor 0.10, +0.34) "
-        "lr 4.0e-05 12.3 s\n"
+        "lr 4.0e-05 12.3 s validation 6.0 s\n"
     )
     assert capsys.readouterr().out == expected
 

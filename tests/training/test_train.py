@@ -68,6 +68,8 @@ def test_the_figures_have_a_row_for_the_untouched_model_and_one_per_epoch(finish
     assert [int(row["epoch"]) for row in rows] == [0, 1, 2, 3]
     assert rows[0]["total_loss"] == ""
     assert float(rows[3]["total_loss"]) < float(rows[1]["total_loss"])
+    assert rows[0]["seconds"] == "" and all(float(row["validation_seconds"]) > 0 for row in rows)
+    assert all(float(row["seconds"]) > 0 for row in rows[1:])
     for row in rows[1:]:
         parts = sum(float(row[name]) for name in ("focal_loss", "dice_loss", "iou_loss"))
         assert parts == pytest.approx(float(row["total_loss"]), rel=1e-4)
@@ -100,8 +102,9 @@ def test_the_settings_of_a_run_repeat_it(finished, tmp_path):
         (5, ["--prompts.use_logits=true"]),
         (3, ["--sched.type=ReduceLROnPlateau"]),
         (2, ["--losses.affinity_ratio=5", "--prompts.mix=true", "--prompts.use_boxes=true"]),
+        (2, ["--dataset.prompts_per_object=2", "--prompts.correction_clicks=2"]),
     ],
-    ids=["in the first epoch", "in a later epoch", "between two epochs", "with an auxiliary loss"],
+    ids=["in the first epoch", "in a later epoch", "between two epochs", "with an auxiliary loss", "with corrections"],
 )
 def test_a_resumed_run_matches_an_unbroken_one(scenes, tmp_path, steps, flags):
     flags = [*flags, "--dataset.val_size=0.2", "--opt.accumulate_batches=2", "--batch_size=1"]
@@ -111,7 +114,7 @@ def test_a_resumed_run_matches_an_unbroken_one(scenes, tmp_path, steps, flags):
     assert main(["--mode=train", f"--resume={tmp_path / 'broken'}", "--max_steps=0"]) == 0
 
     assert_same_weights(tmp_path / "whole", tmp_path / "broken")
-    drop = ("seconds",)
+    drop = ("seconds", "validation_seconds")
     whole, broken = (
         [{name: value for name, value in row.items() if name not in drop} for row in read_csv(tmp_path / name)]
         for name in ("whole", "broken")
@@ -145,6 +148,7 @@ def test_another_dataset_is_not_resumed(finished, coco_folder, capsys):
         ["--dataset.val_size=0"],
         ["--dataset.use_center=true", "--dataset.snap_to_grid=false", "--dataset.max_objects=4"],
         ["--early_stop_evaluations=1", "--opt.learning_rate=1e-9"],
+        ["--dataset.prompts_per_object=3", "--prompts.use_logits=true", "--prompts.correction_clicks=1"],
     ],
 )
 def test_every_way_to_train_runs(scenes, tmp_path, flags):
@@ -215,6 +219,12 @@ def test_a_signal_saves_and_stops_and_the_run_can_be_continued(scenes, tmp_path,
             "--prompts.use_boxes=true",
             "--prompts.mix=true",
             "--dataset.background_points=6",
+        ],
+        [
+            "--prompts.use_points=false",
+            "--prompts.use_boxes=true",
+            "--prompts.correction_clicks=1",
+            "--prompts.correction_share=0.3",
         ],
     ],
 )
