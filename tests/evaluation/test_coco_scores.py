@@ -50,8 +50,8 @@ def pictures():
     return records, found
 
 
-def score_plainly(records, found, folder):
-    """Return pycocotools' own figures, by way of files."""
+def write_files(records, found, folder):
+    """Write the truth and what was found as COCO's files, and return their paths."""
     images, annotations, results = [], [], []
     for number, (record, one) in enumerate(zip(records, found, strict=True), start=1):
         images.append({"id": number, "height": SIZE[0], "width": SIZE[1], "file_name": f"{number}.png"})
@@ -69,27 +69,45 @@ def score_plainly(records, found, folder):
         json.dumps({"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "object"}]})
     )
     answers.write_text(json.dumps(results))
-    coco = COCO(truth)
-    evaluator = COCOeval(coco, coco.loadRes(str(answers)), "segm")
-    evaluator.evaluate()
-    evaluator.accumulate()
-    evaluator.summarize()
-    return evaluator.stats
+    return str(truth), str(answers)
+
+
+# In the order of pycocotools' summary. No picture has more than a hundred detections, its limit for sizes.
+SUMMARY = (
+    "ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", None, "ar_10", "ar_100",
+    "ar_1000_small", "ar_1000_medium", "ar_1000_large",
+)  # fmt: skip
+
+
+def assert_same_scores(scores, stats):
+    for name, expected in zip(SUMMARY, stats[: len(SUMMARY)], strict=True):
+        if name:
+            assert scores[name] == pytest.approx(expected, abs=1e-12), name
+    assert 0.1 < scores["ap"] < 0.9
 
 
 def test_scores_are_those_of_pycocotools_called_plainly(pictures, tmp_path):
-    stats = score_plainly(*pictures, tmp_path)
+    truth, answers = write_files(*pictures, tmp_path)
+    coco = COCO(truth)
+    evaluator = COCOeval(coco, coco.loadRes(answers), "segm")
+    evaluator.evaluate()
+    evaluator.accumulate()
+    evaluator.summarize()
 
-    scores = score_detections(*pictures)
+    assert_same_scores(score_detections(*pictures), evaluator.stats)
 
-    names = ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", None, "ar_10", "ar_100"]
-    for name, expected in zip(names, stats, strict=False):
-        if name:
-            assert scores[name] == pytest.approx(expected, abs=1e-12), name
-    # No picture has more than a hundred detections.
-    for name, expected in zip(("ar_1000_small", "ar_1000_medium", "ar_1000_large"), stats[9:], strict=True):
-        assert scores[name] == pytest.approx(expected, abs=1e-12), name
-    assert 0.1 < scores["ap"] < 0.9
+
+def test_scores_are_those_of_faster_coco_eval(pictures, tmp_path):
+    """Another implementation than pycocotools', in C++."""
+    faster = pytest.importorskip("faster_coco_eval")
+    truth, answers = write_files(*pictures, tmp_path)
+    coco = faster.COCO(truth)
+    evaluator = faster.COCOeval_faster(coco, coco.loadRes(answers), "segm")
+    evaluator.evaluate()
+    evaluator.accumulate()
+    evaluator.summarize()
+
+    assert_same_scores(score_detections(*pictures), evaluator.stats)
 
 
 def test_a_draw_of_pictures_scores_what_a_dataset_of_them_would(pictures):
