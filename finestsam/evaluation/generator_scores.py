@@ -14,6 +14,7 @@ from finestsam.evaluation.coco_scores import CocoScorer, Detections
 from finestsam.evaluation.thresholds import Calibration, SearchResult, calibrate, search
 from finestsam.prediction.generator import generate_masks
 from finestsam.prediction.precompute import Embedder
+from finestsam.prediction.results import FilterReport
 
 
 def find_all(
@@ -23,18 +24,26 @@ def find_all(
     images: ImagesConfig,
     title: str = "generator",
 ) -> list[Detections | None]:
-    """Run the generator on each picture; None for one that broke since it was checked."""
-    progress = tqdm(records, desc=title, disable=not sys.stderr.isatty(), leave=False)
-    return [_find(embedder, record, settings, images) for record in progress]
+    """Run the generator on each picture; None for one that broke since it was checked.
 
-
-def _find(embedder: Embedder, record: Record, settings: GeneratorConfig, images: ImagesConfig) -> Detections | None:
-    read = read_embedded(embedder, record, images)
-    if read is None:
-        return None
-    pixels, embedding = read
-    masks = generate_masks(embedder.model, pixels, settings, embedding)
-    return Detections(masks.rles, masks.scores.tolist())
+    Where it gives no mask at all, what removed them is said.
+    """
+    found: list[Detections | None] = []
+    empty: list[FilterReport] = []
+    for record in tqdm(records, desc=title, disable=not sys.stderr.isatty(), leave=False):
+        read = read_embedded(embedder, record, images)
+        if read is None:
+            found.append(None)
+            continue
+        pixels, embedding = read
+        masks = generate_masks(embedder.model, pixels, settings, embedding)
+        found.append(Detections(masks.rles, masks.scores.tolist()))
+        if len(masks) == 0:
+            empty.append(masks.report)
+    if empty:
+        why = sum(empty, FilterReport()).explain_no_masks(settings)
+        print(f"{title}: no masks in {len(empty)} of {len(records)} pictures: {why}")
+    return found
 
 
 @dataclass(frozen=True)

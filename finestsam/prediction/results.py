@@ -15,7 +15,7 @@ from finestsam.prediction.calibration import correct_scores
 
 @dataclass
 class FilterReport:
-    """What became of a picture's candidates, to tell which threshold leaves nothing over."""
+    """What became of the candidates of a picture, or of several, to tell which threshold leaves nothing over."""
 
     candidates: int = 0
     low_score: int = 0  # removed by pred_iou_thresh
@@ -33,6 +33,13 @@ class FilterReport:
     def count_stability(self, stability: Tensor, is_kept: Tensor) -> None:
         self.unstable += int((~is_kept).sum())
         self.best_stability = max([self.best_stability, *stability.tolist()])
+
+    def __add__(self, other: "FilterReport") -> "FilterReport":
+        counts = (self.candidates, self.low_score, self.unstable, self.cut_by_crop, self.duplicates)
+        others = (other.candidates, other.low_score, other.unstable, other.cut_by_crop, other.duplicates)
+        best_score = max(self.best_score, other.best_score)
+        best_stability = max(self.best_stability, other.best_stability)
+        return FilterReport(*(sum(pair) for pair in zip(counts, others, strict=True)), best_score, best_stability)
 
     def explain_no_masks(self, settings: GeneratorConfig) -> str:
         """Say which threshold left nothing over, with the best figures seen."""

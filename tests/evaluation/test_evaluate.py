@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -51,6 +52,17 @@ def test_the_file_holds_flat_names_and_numbers(scenes, tmp_path):
 def test_the_generator_can_be_left_out(scenes, tmp_path):
     assert not any(
         name.startswith("generator/") for name in run_evaluation(scenes, tmp_path, "--evaluate.generator=false")
+    )
+
+
+def test_what_removed_all_masks_is_said(scenes, tmp_path, capsys):
+    run_evaluation(scenes, tmp_path, "--generator.pred_iou_thresh=1", "--evaluate.clicks=0", "--evaluate.split=val")
+
+    # 4 x 4 points, three masks each.
+    assert re.search(
+        r"weights, generator: no masks in 1 of 1 pictures: 48 of 48 candidates have a predicted IoU of at most "
+        r"generator.pred_iou_thresh 1 \(best -?[\d.]+\)",
+        capsys.readouterr().out,
     )
 
 
