@@ -371,6 +371,12 @@ class EvaluateConfig:
     clicks: int = setting(
         8, "corrective clicks on each object in --mode evaluate, as an annotator sets them; 0: none", "[0, 20]"
     )
+    background_points: int = setting(
+        32,
+        "points of the grid in each picture where no object is, asked for in --mode evaluate: where every object is "
+        "labelled the predicted IoU should be low there; 0: none",
+        "[0, 1024]",
+    )
     predictions: str | None = setting(
         None, "score this COCO results file, of any program, instead of the generator's masks of a model"
     )

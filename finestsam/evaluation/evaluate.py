@@ -3,49 +3,38 @@
 import csv
 import io
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from torch.utils.data import DataLoader
-from tqdm import tqdm
-
 from finestsam.allocator import keep_freed_memory
-from finestsam.config import CHUNK_OBJECTS, GENERATOR_DEFAULTS, Config, GeneratorConfig, ModelConfig, PromptsConfig
-from finestsam.data.dataset import SampleDataset, SampleSettings
+from finestsam.config import GENERATOR_DEFAULTS, Config, GeneratorConfig, ModelConfig
 from finestsam.data.index import Record
-from finestsam.data.loaders import build_validation_loader
 from finestsam.data.read import describe_dataset, read_evaluation_set
 from finestsam.data.report import write_report
 from finestsam.download import hash_file
 from finestsam.errors import UserError, printable
+from finestsam.evaluation.battery import Battery
 from finestsam.evaluation.candidates import find_candidates
-from finestsam.evaluation.clicks import measure_clicks
 from finestsam.evaluation.generator_scores import choose_grids, find_all, list_fixed, tune
 from finestsam.evaluation.measurement import Difference, Measurement, compare
-from finestsam.evaluation.prompt_scores import ObjectScore, score_batches
 from finestsam.evaluation.report import REPORT_NAME, Story, write_report_page
 from finestsam.evaluation.result_files import read_results
 from finestsam.model.load import LoadedModel, load_model
 from finestsam.output_folder import make_output_folder
 from finestsam.prediction.generator import resolve_generator
-from finestsam.prediction.precompute import Embedder, fill_store, open_store
+from finestsam.prediction.precompute import Embedder, open_store
 
-PROMPT_KINDS = {
-    "point": PromptsConfig(use_points=True),
-    "box": PromptsConfig(use_points=False, use_boxes=True, box_jitter_ratio=0.0),
-}
 # On the screen, in this order.
 HEADLINES = (
     "generator/ap", "generator/ar_100", "generator/ar_1000", "generator/f1", "point/iou", "point/best_iou", "box/iou",
-    "clicks/iou_8",
+    "clicks/iou_8", "background/score", "background/taken_share",
 )  # fmt: skip
 FIGURES_NAME, PICTURES_NAME = "evaluation.json", "per_image.csv"
 
 
 def evaluate(config: Config) -> int:
-    """Measure what the weights find on their own, and what they answer to one point and one box per object.
+    """Measure what the weights find on their own, and what they answer to points and boxes.
 
     Writes `evaluation.json` (`generator/ap`, `point/iou`, ..., the same of the model compared with under `floor/`, and
     the differences with their intervals), `per_image.csv` and `report.html` into out_dir.
@@ -63,7 +52,7 @@ def evaluate(config: Config) -> int:
     if config.evaluate.predictions:
         found = read_results(Path(config.evaluate.predictions), data.val)
         print(f"results: {printable(config.evaluate.predictions)}; {len(data.val)} images")
-        ours = Measurement(data.val, {}, found)
+        ours = Measurement(data.val, found)
         rival = find_rival(config, None)
     else:
         loaded = load_model(config, prefer_runs=True)
@@ -124,31 +113,29 @@ def _find_origin(loaded: LoadedModel) -> str | None:
 def measure_model(config: Config, loaded: LoadedModel, records: Sequence[Record], title: str) -> Measurement:
     """Measure one model on the pictures; those that broke since they were checked are left out."""
     embedder = Embedder(loaded.model, open_store(config.store, loaded.model))
-    labelled = [record for record in records if record.annotations]
-    prompted = {
-        kind: _score(config, loaded, embedder, labelled, prompts, f"{title}, {kind}")
-        for kind, prompts in PROMPT_KINDS.items()
-    }
-    clicks = _measure_clicks(config, loaded, embedder, labelled, f"{title}, clicks") if config.evaluate.clicks else {}
-    if not config.evaluate.generator:
-        return Measurement(records, prompted, None, clicks)
+    battery = Battery(config, loaded, embedder, [record for record in records if record.annotations], title)
+    prompted, clicks = battery.score_prompts(), battery.measure_clicks()
     settings = resolve_generator(config.generator, loaded.card)
-    if config.evaluate.search:
-        return _measure_tuned(config, embedder, records, settings, prompted, clicks, f"{title}, generator")
-    found = find_all(embedder, records, settings, config.dataset.images, f"{title}, generator")
-    pairs = [(record, one) for record, one in zip(records, found, strict=True) if one is not None]
-    return Measurement([record for record, _ in pairs], prompted, [one for _, one in pairs], clicks)
+    measured = Measurement(records, None)
+    if config.evaluate.generator and config.evaluate.search:
+        measured, settings = _tune_generator(config, embedder, records, settings, f"{title}, generator")
+    elif config.evaluate.generator:
+        measured = _run_generator(config, embedder, records, settings, f"{title}, generator")
+    background = battery.measure_background(settings.pred_iou_thresh)
+    return replace(measured, prompted=prompted, clicks=clicks, background=background)
 
 
-def _measure_tuned(
-    config: Config,
-    embedder: Embedder,
-    records: Sequence[Record],
-    start: GeneratorConfig,
-    prompted: dict[str, list[ObjectScore]],
-    clicks: dict[int, float],
-    title: str,
+def _run_generator(
+    config: Config, embedder: Embedder, records: Sequence[Record], settings: GeneratorConfig, title: str
 ) -> Measurement:
+    found = find_all(embedder, records, settings, config.dataset.images, title)
+    pairs = [(record, one) for record, one in zip(records, found, strict=True) if one is not None]
+    return Measurement([record for record, _ in pairs], [one for _, one in pairs])
+
+
+def _tune_generator(
+    config: Config, embedder: Embedder, records: Sequence[Record], start: GeneratorConfig, title: str
+) -> tuple[Measurement, GeneratorConfig]:
     """Measure the generator with thresholds chosen on these pictures, and say them."""
     fixed = list_fixed(config.generator)
     found = find_candidates(embedder, records, start, choose_grids(start, fixed), config.dataset.images, title)
@@ -161,42 +148,7 @@ def _measure_tuned(
     extra = {f"generator/{name}": float(value) for name, value in chosen.items()}
     if tuned.calibration:
         extra["generator/calibration_error"] = tuned.calibration.error
-    return Measurement(known, prompted, tuned.found, clicks, extra, tuned.calibration)
-
-
-def _measure_clicks(
-    config: Config, loaded: LoadedModel, embedder: Embedder, records: list[Record], title: str
-) -> dict[int, float]:
-    """Correct the model on every object, click by click."""
-    loader = _load(config, loaded, embedder, records, PROMPT_KINDS["point"])
-    batches = tqdm(loader, desc=title, disable=not sys.stderr.isatty(), leave=False)
-    return measure_clicks(embedder, batches, config.chunk_objects or CHUNK_OBJECTS, config.evaluate.clicks)
-
-
-def _score(
-    config: Config, loaded: LoadedModel, embedder: Embedder, records: list[Record], prompts: PromptsConfig, title: str
-) -> list[ObjectScore]:
-    """Ask for every object with one prompt of a kind."""
-    loader = _load(config, loaded, embedder, records, prompts)
-    batches = tqdm(loader, desc=title, disable=not sys.stderr.isatty(), leave=False)
-    return score_batches(embedder, batches, config.chunk_objects or CHUNK_OBJECTS)
-
-
-def _load(
-    config: Config, loaded: LoadedModel, embedder: Embedder, records: list[Record], prompts: PromptsConfig
-) -> DataLoader:
-    """Return the loader of pictures with prompts of a kind, their embeddings in the store."""
-    settings = SampleSettings(
-        loaded.model.image_size,
-        resolve_generator(config.generator, loaded.card).points_per_side,
-        config.seed_device or 0,
-        prompts,
-        replace(config.dataset, positive_points=1, negative_points=0, background_points=0, prompts_per_object=1),
-    )
-    dataset = SampleDataset(records, settings, store=embedder.store)
-    if embedder.store:
-        fill_store(embedder, [dataset], config.num_workers)
-    return build_validation_loader(dataset, config.num_workers)
+    return Measurement(known, tuned.found, extra=extra, calibration=tuned.calibration), tuned.result.settings
 
 
 def _list_headlines(ours: Measurement, theirs: Measurement | None, differences: dict[str, Difference]) -> list[str]:
@@ -204,7 +156,7 @@ def _list_headlines(ours: Measurement, theirs: Measurement | None, differences: 
     for name in HEADLINES:
         if name not in ours.figures:
             continue
-        line = f"{name:<20}{ours.figures[name]:.4f}"
+        line = f"{name:<24}{ours.figures[name]:.4f}"
         if name in differences:
             found = differences[name]
             line += f"   against {theirs.figures[name]:.4f}   {found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"

@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from finestsam.data.index import Record
+from finestsam.evaluation.background import BackgroundScores, summarize_background
 from finestsam.evaluation.coco_scores import CocoScorer, Detections
 from finestsam.evaluation.prompt_scores import ObjectScore, summarize_scores
 from finestsam.evaluation.thresholds import Calibration
@@ -24,9 +25,10 @@ class Measurement:
     """One model on the pictures of a set; every model gets the same ones, in the same order."""
 
     records: Sequence[Record]
-    prompted: dict[str, list[ObjectScore]]  # by kind of prompt
     found: Sequence[Detections] | None  # what the generator found in each picture; None: it did not run
+    prompted: dict[str, list[ObjectScore]] = field(default_factory=dict)  # by kind of prompt
     clicks: dict[int, float] = field(default_factory=dict)  # mean IoU after so many corrective clicks
+    background: list[BackgroundScores] = field(default_factory=list)
     extra: dict[str, float] = field(default_factory=dict)  # further figures, by their whole names
     calibration: Calibration | None = None  # of the scores of candidates, where thresholds were searched
 
@@ -44,11 +46,12 @@ class Measurement:
             figures |= {f"generator/{name}": value for name, value in self.scorer.score().items()}
             figures["generator/masks_per_image"] = sum(len(one.rles) for one in self.found) / max(len(self.found), 1)
         figures |= {f"clicks/iou_{count}": value for count, value in self.clicks.items()}
+        figures |= {f"background/{name}": value for name, value in summarize_background(self.background).items()}
         return figures | self.extra
 
     @cached_property
     def sums(self) -> dict[str, np.ndarray]:
-        """Return for each prompted measure its sum in each picture, and under `{kind}/objects` how many it is over."""
+        """Return for each prompted measure its sum in each picture, and under `{kind}/count` how many it is over."""
         places = {record.image_id: place for place, record in enumerate(self.records)}
         sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(len(self.records)))
         for kind, scores in self.prompted.items():
@@ -56,20 +59,30 @@ class Measurement:
                 if score.image_id not in places:
                     continue
                 place = places[score.image_id]
-                sums[f"{kind}/objects"][place] += 1
+                sums[f"{kind}/count"][place] += 1
                 for name in PROMPT_MEASURES:
                     sums[f"{kind}/{name}"][place] += getattr(score, name)
+        for one in self.background:
+            if one.image_id in places:
+                place = places[one.image_id]
+                sums["background/count"][place] += len(one.scores)
+                sums["background/score"][place] += one.scores.sum(dtype=float)
+                sums["background/taken_share"][place] += one.is_taken.sum()
         return dict(sums)
+
+    @property
+    def sampled(self) -> list[str]:
+        """Return the names of the figures that are means over prompts."""
+        return [name for name in self.sums if not name.endswith("/count")]
 
     def list_pictures(self) -> list[dict[str, object]]:
         """Return a row of figures for each picture."""
         rows = []
         for place, record in enumerate(self.records):
             row: dict[str, object] = {"file_name": record.file_name, "objects": len(record.annotations)}
-            for kind in self.prompted:
-                count = self.sums[f"{kind}/objects"][place] if f"{kind}/objects" in self.sums else 0
-                for name in PROMPT_MEASURES:
-                    row[f"{kind}/{name}"] = float(self.sums[f"{kind}/{name}"][place] / count) if count else None
+            for name in self.sampled:
+                count = self.sums[f"{name.split('/')[0]}/count"][place]
+                row[name] = float(self.sums[name][place] / count) if count else None
             if self.scorer:
                 row["generator/masks"] = len(self.found[place].rles)
                 row |= {f"generator/{name}": value for name, value in self.scorer.resample([place]).items()}
@@ -105,7 +118,7 @@ def compare(ours: Measurement, theirs: Measurement, seed: int = 0) -> dict[str, 
 
 
 def _list_common(ours: Measurement, theirs: Measurement) -> list[str]:
-    names = [f"{kind}/{name}" for kind in ours.prompted if kind in theirs.prompted for name in PROMPT_MEASURES]
+    names = [name for name in ours.sampled if name in theirs.sums]
     if ours.scorer and theirs.scorer and ours.scorer.has_objects:
         names += [f"generator/{name}" for name in GENERATOR_MEASURES]
     return [name for name in names if name in ours.figures and name in theirs.figures]
@@ -116,5 +129,5 @@ def _draw(measurement: Measurement, name: str, draws: np.ndarray) -> np.ndarray:
     kind, measure = name.split("/")
     if kind == "generator":
         return np.array([measurement.scorer.resample(places)[measure] for places in draws])
-    sums, counts = measurement.sums[name][draws].sum(axis=1), measurement.sums[f"{kind}/objects"][draws].sum(axis=1)
+    sums, counts = measurement.sums[name][draws].sum(axis=1), measurement.sums[f"{kind}/count"][draws].sum(axis=1)
     return np.divide(sums, counts, out=np.full(len(draws), np.nan), where=counts > 0)

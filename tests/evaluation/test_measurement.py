@@ -29,7 +29,7 @@ def make_measurement(shift: int, iou: float, spread: float = 0.05, has_generator
         value = iou + spread * noise.standard_normal()
         scores.append(ObjectScore(100 + number, number, value, value, value, value, 0.5))
         found.append(Detections([make_rle(10 + shift)], [0.9]))
-    return Measurement(records, {"point": scores}, found if has_generator else None)
+    return Measurement(records, found if has_generator else None, {"point": scores})
 
 
 def test_figures_have_flat_names():

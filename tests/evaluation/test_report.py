@@ -37,7 +37,8 @@ def make_measurement(records, shift: float) -> Measurement:
     calibration = Calibration(
         np.array([0.2, 0.8]), np.array([0.3, 0.6]), np.array([5, 5]), 0.15, [[0.2, 0.3], [0.8, 0.6]]
     )
-    return Measurement(records, {"point": scores, "box": scores}, found, {1: 0.4, 8: 0.6 + shift}, {}, calibration)
+    clicks = {1: 0.4, 8: 0.6 + shift}
+    return Measurement(records, found, {"point": scores, "box": scores}, clicks, calibration=calibration)
 
 
 @pytest.fixture

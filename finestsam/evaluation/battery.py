@@ -1,0 +1,84 @@
+"""The fixed battery of questions: a point, a box and corrective clicks on every object, and points where none is."""
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from tqdm import tqdm
+
+from finestsam.batch import Batch
+from finestsam.config import CHUNK_OBJECTS, Config, PromptsConfig
+from finestsam.data.dataset import SampleDataset, SampleSettings
+from finestsam.data.index import Record
+from finestsam.data.loaders import build_validation_loader
+from finestsam.evaluation.background import BackgroundScores, measure_background
+from finestsam.evaluation.clicks import measure_clicks
+from finestsam.evaluation.prompt_scores import ObjectScore, score_batches
+from finestsam.model.load import LoadedModel
+from finestsam.prediction.generator import resolve_generator
+from finestsam.prediction.precompute import Embedder, fill_store
+
+PROMPT_KINDS = {
+    "point": PromptsConfig(use_points=True),
+    "box": PromptsConfig(use_points=False, use_boxes=True, box_jitter_ratio=0.0),
+}
+
+
+@dataclass(frozen=True)
+class Battery:
+    """What one model is asked on labelled pictures: the same, whatever the model.
+
+    Args:
+        records: each with at least one object.
+        title: of the progress bars.
+    """
+
+    config: Config
+    loaded: LoadedModel
+    embedder: Embedder
+    records: list[Record]
+    title: str
+
+    def score_prompts(self) -> dict[str, list[ObjectScore]]:
+        """Ask for every object with one prompt of each kind."""
+        return {
+            kind: score_batches(self.embedder, self._load(kind, prompts), self._chunk_objects)
+            for kind, prompts in PROMPT_KINDS.items()
+        }
+
+    def measure_clicks(self) -> dict[int, float]:
+        """Correct the model on every object, click by click; nothing where the settings want none."""
+        clicks = self.config.evaluate.clicks
+        if clicks == 0:
+            return {}
+        batches = self._load("clicks", PROMPT_KINDS["point"])
+        return measure_clicks(self.embedder, batches, self._chunk_objects, clicks)
+
+    def measure_background(self, pred_iou_thresh: float) -> list[BackgroundScores]:
+        """Ask at points where no object is; nothing where the settings want none."""
+        count = self.config.evaluate.background_points
+        if count == 0:
+            return []
+        batches = self._load("background", PROMPT_KINDS["point"], count)
+        return measure_background(self.embedder, batches, self._chunk_objects, pred_iou_thresh)
+
+    @property
+    def _chunk_objects(self) -> int:
+        return self.config.chunk_objects or CHUNK_OBJECTS
+
+    def _load(self, name: str, prompts: PromptsConfig, background_points: int = 0) -> Iterable[tuple[Batch, list[str]]]:
+        """Return the pictures with prompts of a kind, their embeddings in the store."""
+        config = self.config
+        points = {"positive_points": 1, "negative_points": 0, "prompts_per_object": 1}
+        settings = SampleSettings(
+            self.loaded.model.image_size,
+            resolve_generator(config.generator, self.loaded.card).points_per_side,
+            config.seed_device or 0,
+            prompts,
+            replace(config.dataset, **points, background_points=background_points),
+        )
+        dataset = SampleDataset(self.records, settings, store=self.embedder.store)
+        if self.embedder.store:
+            fill_store(self.embedder, [dataset], config.num_workers)
+        loader = build_validation_loader(dataset, config.num_workers)
+        return tqdm(loader, desc=f"{self.title}, {name}", disable=not sys.stderr.isatty(), leave=False)
