@@ -32,7 +32,7 @@ PLACES = {
         "adapter_file",
     },
     "pycocotools": {"masks", "coco_scores"},
-    "matplotlib": {"plots", "report"},
+    "matplotlib": {"plots", "charts"},
 }
 
 

@@ -9,6 +9,7 @@ import copy
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -20,6 +21,8 @@ from finestsam.masks import rle_area, rle_box
 CATEGORY_ID = 1
 # Detections of a picture, the best first, within which recall is measured.
 LIMITS = (10, 100, 1000)
+# IoUs at which the precision is traced, and the recalls that it is given for: pycocotools'.
+TRACED_IOUS, TRACED_RECALLS = (0.5, 0.75), np.linspace(0, 1, 101)
 AREAS = ("all", "small", "medium", "large")  # COCO's, in the order of pycocotools
 
 
@@ -56,10 +59,7 @@ class CocoScorer:
         """
         if not self.has_objects:
             return {}
-        with _silence():
-            self._evaluator.accumulate()
-        tables = self._evaluator.eval
-        precision, recall = tables["precision"], tables["recall"]  # T x R x 1 x A x M, T x 1 x A x M
+        precision, recall = self._tables["precision"], self._tables["recall"]  # T x R x 1 x A x M, T x 1 x A x M
         scores = {
             "ap": _mean(precision[:, :, 0, 0, -1]),
             "ap50": _mean(precision[0, :, 0, 0, -1]),
@@ -71,6 +71,23 @@ class CocoScorer:
         scores |= {f"ar_{LIMITS[-1]}_{area}": _mean(recall[:, 0, place, 2]) for place, area in sizes}
         scores["f1"] = self._measure_f1()
         return {name: value for name, value in scores.items() if value is not None}
+
+    def trace_precision(self) -> dict[float, np.ndarray]:
+        """Return the precision at `TRACED_RECALLS` by IoU, the best at that recall or above; nothing without objects.
+
+        The mean of each is the average precision at that IoU.
+        """
+        if not self.has_objects:
+            return {}
+        places = [int(np.argmin(np.abs(self._evaluator.params.iouThrs - iou))) for iou in TRACED_IOUS]
+        precision = self._tables["precision"][places, :, 0, 0, -1]
+        return dict(zip(TRACED_IOUS, precision, strict=True))
+
+    @cached_property
+    def _tables(self) -> dict[str, np.ndarray]:
+        with _silence():
+            self._evaluator.accumulate()
+        return self._evaluator.eval
 
     def _measure_f1(self) -> float:
         """Return the mean over IoU thresholds."""

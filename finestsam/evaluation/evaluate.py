@@ -17,6 +17,7 @@ from finestsam.errors import UserError, printable
 from finestsam.evaluation.battery import Battery
 from finestsam.evaluation.candidates import find_candidates
 from finestsam.evaluation.generator_scores import choose_grids, find_all, list_fixed, tune
+from finestsam.evaluation.history import read_history
 from finestsam.evaluation.measurement import Difference, Measurement, compare
 from finestsam.evaluation.report import REPORT_NAME, Story, write_report_page
 from finestsam.evaluation.result_files import read_results
@@ -49,6 +50,7 @@ def evaluate(config: Config) -> int:
         raise UserError(f"dataset {config.dataset.path}: no picture with objects to evaluate on")
     write_report(folder / "dataset_report.json", describe_dataset(data.report, data.val))
     print("\n".join([f"layout: {data.layout}", *data.report.list_lines()]))
+    history = None
     if config.evaluate.predictions:
         found = read_results(Path(config.evaluate.predictions), data.val)
         print(f"results: {printable(config.evaluate.predictions)}; {len(data.val)} images")
@@ -58,7 +60,7 @@ def evaluate(config: Config) -> int:
         loaded = load_model(config, prefer_runs=True)
         rival = find_rival(config, loaded)
         print(f"weights: {printable(loaded.source)} ({loaded.model_type}); {len(data.val)} images")
-        ours = measure_model(config, loaded, data.val, "weights")
+        ours, history = measure_model(config, loaded, data.val, "weights"), read_history(loaded)
     theirs = None
     if rival:
         print(f"compared with: {printable(rival.source)} ({rival.model_type})")
@@ -73,7 +75,7 @@ def evaluate(config: Config) -> int:
     _write_figures(folder / FIGURES_NAME, ours, theirs, differences)
     _write_pictures(folder / PICTURES_NAME, rows, their_rows)
     name = config.evaluate.predictions or loaded.source
-    story = Story(name, ours, rival.source if rival else "", theirs, differences)
+    story = Story(name, ours, rival.source if rival else "", theirs, differences, history)
     write_report_page(folder / REPORT_NAME, story, worse, config)
     print(f"figures: {folder / FIGURES_NAME}, picture by picture: {folder / PICTURES_NAME}")
     print(f"report: {folder / REPORT_NAME}")

@@ -6,14 +6,13 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from finestsam.data.index import Record
+from finestsam.data.reach import SIZES, name_size
 from finestsam.evaluation.candidates import match, measure_truth
 from finestsam.evaluation.coco_scores import Detections
 from finestsam.masks import rle_area, rle_overlaps
 
 # A mask finds an object from this IoU on; most of something is more than half of it.
 FOUND_IOU, MOST = 0.5, 0.5
-# COCO's limits of area, pixels of the original frame.
-SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}
 
 
 @dataclass
@@ -61,7 +60,7 @@ def _count(record: Record, one: Detections, counts: dict[str, Mistakes]) -> None
     holds = covered > MOST
     is_merging = holds.sum(axis=1) > 1
     for place, annotation in enumerate(record.annotations):
-        count = counts[_size_of(annotation.area)]
+        count = counts[name_size(annotation.area)]
         if place in hits:
             count.found += 1
         elif (holds[:, place] & is_merging).any():
@@ -73,8 +72,4 @@ def _count(record: Record, one: Detections, counts: dict[str, Mistakes]) -> None
     for place, rle in enumerate(rles):
         touches = max(inside[place].max(initial=0.0), crowd_shares[place]) > MOST or is_merging[place]
         if hits[place] < 0 and not touches:
-            counts[_size_of(rle_area(rle))].spurious += 1
-
-
-def _size_of(area: int) -> str:
-    return next(size for size, (low, high) in SIZES.items() if low <= area < high)
+            counts[name_size(rle_area(rle))].spurious += 1

@@ -1,7 +1,6 @@
 """`report.html`: what an evaluation found, in one file that needs no network, for somebody who knows the pictures."""
 
 import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -10,14 +9,15 @@ from pathlib import Path
 from string import Template
 
 import numpy as np
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 
 from finestsam.config import Config, flatten_config
 from finestsam.data.index import Record
+from finestsam.data.reach import SIZES
 from finestsam.errors import Defect, printable
+from finestsam.evaluation.charts import draw_calibration, draw_clicks, draw_history, draw_precision
+from finestsam.evaluation.history import History
 from finestsam.evaluation.measurement import Difference, Measurement
-from finestsam.evaluation.mistakes import SIZES, Mistakes, count_mistakes, sum_mistakes
+from finestsam.evaluation.mistakes import Mistakes, count_mistakes, sum_mistakes
 from finestsam.images import compute_input_size, encode_image, read_image, resize_image
 from finestsam.masks import decode_rle, encode_mask
 from finestsam.prediction.overlay import draw_layer
@@ -28,7 +28,6 @@ PICTURES_SHOWN = 4
 # The longest side of a picture in the report.
 SHOWN_PIXELS = 768
 OPACITY = 0.45
-OURS, THEIRS = "#0072B2", "#999999"
 TITLES = {
     "generator/ap": "Generator: average precision",
     "generator/ap50": "Generator: average precision at IoU 0.5",
@@ -45,7 +44,11 @@ TITLES = {
     "box/boundary_iou": "One box: boundary IoU",
     "clicks/iou_1": "IoU after one click",
     "clicks/iou_8": "IoU after eight clicks",
+    "background/score": "A point on no object: predicted IoU",
+    "background/taken_share": "A point on no object: share above the generator's threshold",
 }
+# Of these, less is better.
+FAULTS = ("background/score", "background/taken_share")
 KINDS = {
     "found": "found",
     "missed": "missed",
@@ -62,6 +65,7 @@ class Story:
     Attributes:
         name, rival_name: of the two models, for the reader.
         theirs: None: there is nothing to compare with; its pictures are in the order of ours.
+        history: of the run that our weights come from; None: it is not known.
     """
 
     name: str
@@ -69,6 +73,7 @@ class Story:
     rival_name: str = ""
     theirs: Measurement | None = None
     differences: dict[str, Difference] | None = None
+    history: History | None = None
 
 
 def write_report_page(path: Path, story: Story, worse: Sequence[str], config: Config) -> None:
@@ -130,6 +135,11 @@ def _write_headlines(story: Story) -> str:
             "<p class='quiet'>An interval tells where the difference would lie if other pictures of the same kind had "
             "been drawn; one that holds 0 means that these pictures do not decide it.</p>"
         )
+    if story.ours.background:
+        note += (
+            "<p class='quiet'>On no object, less is better, as far as every object is labelled: the generator asks "
+            "there as well.</p>"
+        )
     return f"<h2>Figures</h2><table><tr>{head}</tr>{''.join(rows)}</table>{note}"
 
 
@@ -141,7 +151,8 @@ def _write_difference(
     value = figures[name] - rival[name]
     if found is None:
         return [f"{value:+.3f}", ""]
-    kind = "better" if found.low > 0 else "worse" if found.high < 0 else ""
+    gain, loss = (found.high < 0, found.low > 0) if name in FAULTS else (found.low > 0, found.high < 0)
+    kind = "better" if gain else "worse" if loss else ""
     return [f"<span class='{kind}'>{value:+.3f}</span>", f"{found.low:+.3f} to {found.high:+.3f}"]
 
 
@@ -156,48 +167,16 @@ def _write_worse(worse: Sequence[str], story: Story) -> str:
 
 
 def _write_charts(story: Story) -> str:
-    charts = [_draw_clicks(story), _draw_calibration(story)]
-    shown = "".join(chart for chart in charts if chart)
-    return f"<h2>Curves</h2><div class='charts'>{shown}</div>" if shown else ""
-
-
-def _draw_clicks(story: Story) -> str:
-    if not story.ours.clicks:
-        return ""
-    figure = Figure(figsize=(5, 3.4))
-    axes = figure.add_subplot(title="IoU after corrective clicks", xlabel="clicks on the object", ylabel="mean IoU")
-    for measured, color, label in ((story.theirs, THEIRS, "compared with"), (story.ours, OURS, "this model")):
-        if measured and measured.clicks:
-            axes.plot(list(measured.clicks), list(measured.clicks.values()), "o-", color=color, label=label)
-    axes.set(ylim=(0, 1), xticks=list(story.ours.clicks))
-    return _finish(figure)
-
-
-def _draw_calibration(story: Story) -> str:
-    found = story.ours.calibration
-    if found is None:
-        return ""
-    figure = Figure(figsize=(5, 3.4))
-    axes = figure.add_subplot(
-        title=f"Predicted and measured IoU (error {found.error:.3f})", xlabel="predicted IoU", ylabel="measured IoU"
-    )
-    axes.plot([0, 1], [0, 1], ":", color="#666666", label="perfect")
-    axes.plot(found.centres, found.measured, "o-", color=OURS, label="candidates")
-    axes.plot(*np.array(found.knots).T, "-", color="#E69F00", alpha=0.8, label="correction")
-    axes.set(xlim=(0, 1), ylim=(0, 1))
-    return _finish(figure)
-
-
-def _finish(figure: Figure) -> str:
-    """Return the figure as SVG."""
-    (axes,) = figure.axes
-    axes.grid(color="#DDDDDD", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.tight_layout()
-    text = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    ours, theirs, charts = story.ours, story.theirs, []
+    if ours.scorer and ours.scorer.has_objects:
+        charts.append(draw_precision(ours.scorer, theirs.scorer if theirs else None))
+    if ours.clicks:
+        charts.append(draw_clicks(ours.clicks, theirs.clicks if theirs else {}))
+    if ours.calibration:
+        charts.append(draw_calibration(ours.calibration))
+    if story.history:
+        charts += draw_history(story.history)
+    return f"<h2>Curves</h2><div class='charts'>{''.join(charts)}</div>" if charts else ""
 
 
 def _write_mistakes(story: Story, mistakes: list[dict[str, Mistakes]]) -> str:

@@ -7,7 +7,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from finestsam.data.index import Annotation, Record
-from finestsam.evaluation.coco_scores import CocoScorer, Detections, score_detections
+from finestsam.evaluation.coco_scores import TRACED_RECALLS, CocoScorer, Detections, score_detections
 from finestsam.masks import encode_mask, rle_area, rle_box, rle_to_json
 
 SIZE = (200, 300)
@@ -108,6 +108,18 @@ def test_scores_are_those_of_faster_coco_eval(pictures, tmp_path):
     evaluator.summarize()
 
     assert_same_scores(score_detections(*pictures), evaluator.stats)
+
+
+def test_the_traced_precision_is_what_average_precision_is_the_mean_of(pictures):
+    scorer = CocoScorer(*pictures)
+
+    traced = scorer.trace_precision()
+
+    scores = scorer.score()
+    assert traced[0.5].mean() == pytest.approx(scores["ap50"], abs=1e-12)
+    assert traced[0.75].mean() == pytest.approx(scores["ap75"], abs=1e-12)
+    assert (np.diff(traced[0.5]) <= 0).all() and len(traced[0.5]) == len(TRACED_RECALLS)
+    assert CocoScorer([make_record([])], [Detections([], [])]).trace_precision() == {}
 
 
 def test_a_draw_of_pictures_scores_what_a_dataset_of_them_would(pictures):

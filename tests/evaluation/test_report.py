@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from finestsam.config import build_config
+from finestsam.evaluation.background import BackgroundScores
 from finestsam.evaluation.coco_scores import Detections
 from finestsam.evaluation.measurement import Measurement, compare
 from finestsam.evaluation.prompt_scores import ObjectScore
@@ -37,8 +38,10 @@ def make_measurement(records, shift: float) -> Measurement:
     calibration = Calibration(
         np.array([0.2, 0.8]), np.array([0.3, 0.6]), np.array([5, 5]), 0.15, [[0.2, 0.3], [0.8, 0.6]]
     )
+    points = np.full(8, 0.3 + shift)
+    background = [BackgroundScores(record.image_id, points, points > 0.35) for record in records]
     clicks = {1: 0.4, 8: 0.6 + shift}
-    return Measurement(records, found, {"point": scores, "box": scores}, clicks, calibration=calibration)
+    return Measurement(records, found, {"point": scores, "box": scores}, clicks, background, calibration=calibration)
 
 
 @pytest.fixture
@@ -91,6 +94,21 @@ def test_every_figure_stands_beside_its_difference(page):
     assert "Where it does worst" in text and "Where it does best" in text
     assert "missed" in text and "compared with" in text
     assert text.count("<div class='picture'>") == 6  # every picture once
+
+
+def test_a_higher_score_where_no_object_is_is_worse(page):
+    text = page.read_text(encoding="utf-8")
+
+    row = re.search("<td>A point on no object: predicted IoU</td>(.*?)</tr>", text).group(1)
+    assert "<span class='worse'>+0.100</span>" in row
+    assert "<span class='better'>+0.100</span>" in text
+
+
+def test_precision_is_drawn_for_both_models(page):
+    text = page.read_text(encoding="utf-8")
+
+    for label in ("this model, IoU 0.5", "this model, IoU 0.75", "compared with, IoU 0.5", "compared with, IoU 0.75"):
+        assert f"<!-- {label} -->" in text
 
 
 def test_a_report_of_one_model_alone_has_no_empty_columns(records, tmp_path):

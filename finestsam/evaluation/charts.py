@@ -1,0 +1,112 @@
+"""The charts of the report, as SVG that stands in the page."""
+
+import io
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from finestsam.evaluation.coco_scores import TRACED_RECALLS, CocoScorer
+from finestsam.evaluation.history import History
+from finestsam.evaluation.thresholds import Calibration
+
+# Okabe and Ito's, told apart by the colour-blind too.
+OURS, THEIRS = "#0072B2", "#999999"
+# What is drawn of a run's validations: how a line is called, and its colour.
+VALIDATED = {
+    "val_generator_ar_100": ("generator, recall of 100 masks", "#882255"),
+    "val_generator_ap": ("generator, average precision", "#D55E00"),
+    "val_per_mask_iou": ("one point, IoU", "#009E73"),
+}
+
+
+def draw_precision(ours: CocoScorer, theirs: CocoScorer | None) -> str:
+    """Draw precision against recall of the generator's masks by falling score."""
+    figure, axes = _make_axes("Precision and recall of the generator", "recall", "precision")
+    for scorer, color, label in ((theirs, THEIRS, "compared with"), (ours, OURS, "this model")):
+        for (iou, precision), style in zip(scorer.trace_precision().items() if scorer else (), "-:", strict=False):
+            axes.plot(TRACED_RECALLS, precision, style, color=color, label=f"{label}, IoU {iou:g}")
+    axes.set(xlim=(0, 1), ylim=(0, 1.02))
+    return _finish(figure)
+
+
+def draw_clicks(ours: dict[int, float], theirs: dict[int, float]) -> str:
+    """Draw the mean IoU after corrective clicks, by their number; theirs may be empty."""
+    figure, axes = _make_axes("IoU after corrective clicks", "clicks on the object", "mean IoU")
+    for clicks, color, label in ((theirs, THEIRS, "compared with"), (ours, OURS, "this model")):
+        if clicks:
+            axes.plot(list(clicks), list(clicks.values()), "o-", color=color, label=label)
+    axes.set(ylim=(0, 1), xticks=list(ours))
+    return _finish(figure)
+
+
+def draw_calibration(found: Calibration) -> str:
+    """Draw the IoUs that the model expects against those that were measured."""
+    title = f"Predicted and measured IoU (error {found.error:.3f})"
+    figure, axes = _make_axes(title, "predicted IoU", "measured IoU")
+    axes.plot([0, 1], [0, 1], ":", color="#666666", label="perfect")
+    axes.plot(found.centres, found.measured, "o-", color=OURS, label="candidates")
+    axes.plot(*np.array(found.knots).T, "-", color="#E69F00", alpha=0.8, label="correction")
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    return _finish(figure)
+
+
+def draw_history(history: History) -> list[str]:
+    """Draw the loss of a run's epochs, and what its validations measured; nothing of what was not measured."""
+    charts = []
+    if history.trace("total_loss")[0]:
+        charts.append(_draw_loss(history))
+    if any(history.trace(name)[0] for name in VALIDATED):
+        charts.append(_draw_validation(history))
+    return charts
+
+
+def _draw_loss(history: History) -> str:
+    figure, axes = _make_axes("Training: loss", "epoch", "mean over objects")
+    axes.plot(*history.trace("total_loss"), "o-", color="black", markersize=3, label="total loss")
+    return _finish_history(figure, history)
+
+
+def _draw_validation(history: History) -> str:
+    """Draw each figure beside that of the untouched model, a dotted line."""
+    figure, axes = _make_axes("Training: validation (dotted: the untouched model)", "epoch", "")
+    for name, (label, color) in VALIDATED.items():
+        epochs, values = history.trace(name)
+        if not epochs:
+            continue
+        axes.plot(epochs, values, "o-", color=color, markersize=3, label=label)
+        if epochs[0] == 0:
+            axes.axhline(values[0], linestyle=":", color=color)
+    return _finish_history(figure, history)
+
+
+def _finish_history(figure: Figure, history: History) -> str:
+    """Mark the epoch that the weights are of, and return the figure as SVG."""
+    (axes,) = figure.axes
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if history.kept_epoch is not None:
+        axes.axvline(history.kept_epoch, color="#666666", linewidth=0.8, label="these weights")
+    return _finish(figure)
+
+
+def _make_axes(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(5, 3.4))
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize="medium")
+    axes.set(xlabel=x_label, ylabel=y_label)
+    return figure, axes
+
+
+def _finish(figure: Figure) -> str:
+    """Return the figure as SVG."""
+    (axes,) = figure.axes
+    axes.grid(color="#DDDDDD", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize="small")
+    figure.tight_layout()
+    text = io.StringIO()
+    FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]
