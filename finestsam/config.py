@@ -72,7 +72,7 @@ class PromptsConfig:
         0,
         "clicks that correct the first answer in training, one after the other: each in the middle of the largest "
         "error, together with the logits of the answer before, as annotators work and --mode evaluate measures. All "
-        "answers on an object share its weight; each click takes as long as the first answer",
+        "answers on an object share its weight; each click takes at least as long as the first answer",
         "[0, 20]",
     )
     correction_share: float = setting(

@@ -238,6 +238,19 @@ def find_components(mask: np.ndarray) -> tuple[int, np.ndarray]:
     return count - 1, labels
 
 
+def find_largest_component(mask: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
+    """Return the largest 8-connected region of a mask (H x W, bool), cut out with its box, and the box's corner, XY.
+
+    Where the mask is empty, so is what is returned.
+    """
+    _, labels, boxes, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    if len(boxes) == 1:  # the rest of the picture alone
+        return mask[:0, :0], (0, 0)
+    largest = 1 + int(boxes[1:, cv2.CC_STAT_AREA].argmax())
+    x, y, width, height = boxes[largest, :4].tolist()
+    return labels[y : y + height, x : x + width] == largest, (x, y)
+
+
 def rasterize(polygon: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Fill one polygon, K x 2, XY pixels, and return the mask, H x W, bool."""
     mask = np.zeros(size, dtype=np.uint8)

@@ -13,6 +13,7 @@ from finestsam.masks import (
     distance_inside,
     encode_mask,
     find_boundary,
+    find_largest_component,
     rasterize,
     remove_small_regions,
     rle_area,
@@ -178,3 +179,17 @@ def test_boundaries_are_as_thick_as_the_picture_asks_and_their_iou_is_that_of_pl
     one, other = walk(mask), walk(truth)
     assert boundary_iou(mask, truth) == pytest.approx((one & other).sum() / (one | other).sum())
     assert boundary_iou(truth, truth) == 1 and boundary_iou(~truth & False, truth & False) == 1
+
+
+def test_the_largest_region_comes_with_its_place_and_without_the_others():
+    mask = np.zeros((20, 30), dtype=bool)
+    mask[2:5, 3:6] = True
+    mask[10:14, 20:24] = True
+    mask[14, 24] = True  # touches at a corner
+    mask[9, 10:15] = True
+
+    region, corner = find_largest_component(mask)
+
+    assert corner == (20, 10)
+    assert (region == mask[10:15, 20:25]).all()
+    assert find_largest_component(mask & False)[0].size == 0

@@ -14,7 +14,7 @@ from torch import Tensor
 from finestsam.batch import Predictions, Prompts, Sample
 from finestsam.data.prompts import MISSING, NEGATIVE, POSITIVE
 from finestsam.images import scale_points
-from finestsam.masks import distance_inside, find_components
+from finestsam.masks import distance_inside, find_largest_component
 from finestsam.model.resample import upscale_logits
 
 
@@ -68,14 +68,9 @@ def find_click(truth: np.ndarray, shown: np.ndarray) -> tuple[tuple[int, int], i
         return (0, 0), MISSING
     top, left = int(rows[0]), int(columns[0])
     part = np.s_[top : rows[-1] + 1, left : columns[-1] + 1]
-    best, where, label = 0.0, (0, 0), MISSING
-    for region, kind in ((truth[part] & errors[part], POSITIVE), (shown[part] & errors[part], NEGATIVE)):
-        count, regions = find_components(region)
-        if count == 0:
-            continue
-        area = np.bincount(regions.ravel())[1:]
-        if area.max() > best:
-            depth = distance_inside(regions == 1 + area.argmax())
-            y, x = np.unravel_index(depth.argmax(), depth.shape)
-            best, where, label = area.max(), (left + int(x), top + int(y)), kind
-    return where, label
+    missed, overstepped = (find_largest_component(mask[part] & errors[part]) for mask in (truth, shown))
+    is_addition = np.count_nonzero(missed[0]) >= np.count_nonzero(overstepped[0])
+    region, corner = missed if is_addition else overstepped
+    depth = distance_inside(region)
+    y, x = np.unravel_index(depth.argmax(), depth.shape)
+    return (left + corner[0] + int(x), top + corner[1] + int(y)), POSITIVE if is_addition else NEGATIVE
