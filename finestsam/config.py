@@ -562,6 +562,8 @@ def _find_training_problems(config: Config) -> list[str]:
         problems.append("nothing is asked: turn on prompts.use_points, prompts.use_boxes or prompts.use_masks")
     if prompts.use_points and points == 0:
         problems.append("prompts.use_points needs dataset.positive_points or dataset.negative_points above 0")
+    if config.dataset.prompts_per_object > 1 and not prompts.use_points:
+        problems.append("dataset.prompts_per_object above 1 needs prompts.use_points: they differ in their points")
     if prompts.use_logits and config.augment.moves_pixels:
         problems.append(
             "prompts.use_logits needs pictures that stay in place: leave augment.flip_horizontal, flip_vertical, "

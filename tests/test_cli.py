@@ -101,6 +101,16 @@ def test_a_file_that_is_no_settings_file_is_refused(tmp_path, content, message):
         (["--mode", "evaluate"], "--mode evaluate needs --dataset"),
         (["--mode=predict", "--input=a", "--opacity=1.5"], "opacity must lie in [0, 1], got 1.5"),
         (["--mode=train", "--dataset=d", "--prompts.use_points=false"], "nothing is asked"),
+        (
+            [
+                "--mode=train",
+                "--dataset=d",
+                "--prompts.use_points=false",
+                "--prompts.use_boxes=true",
+                "--dataset.prompts_per_object=2",
+            ],
+            "dataset.prompts_per_object above 1 needs prompts.use_points",
+        ),
         (["--mode=train", "--dataset=d", "--model_layer.freeze.mask_decoder=true"], "nothing trains"),
         (["--mode=train", "--dataset=d", "--sched.LambdaLR.steps=[200,100]"], "must rise"),
         (["--mode=train", "--dataset=d", "--model.type=vit_x"], "model.type must be one of auto, vit_h"),

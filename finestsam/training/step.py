@@ -96,13 +96,18 @@ class Stepper:
                         loss = loss + self._affinity_loss(embeddings, samples) * weight
                         loss = loss + self._background_loss(embeddings, samples) * weight
                     self.fabric.backward(self.scaler.scale(loss))
-                if self.previous_logits is not None and corrections == 0:
-                    rows = torch.arange(end - first, device=losses.best.device)
-                    self.previous_logits.write(epoch, sample.rows[first:end], predictions.logits[rows, losses.best])
+                if corrections == 0:
+                    self._remember(epoch, sample.rows[first:end], predictions, losses)
                 sums += self._sum_measures(losses, shares)
                 if corrections < sample.correction_clicks:
                     prompts = self.correct(prompts, predictions, sample, first)
         return sums
+
+    def _remember(self, epoch: int, rows: list[int], predictions: Predictions, losses: ObjectLosses) -> None:
+        """Keep the first answers for the next epoch; of several on one object the last."""
+        if self.previous_logits is not None:
+            places = torch.arange(len(rows), device=losses.best.device)
+            self.previous_logits.write(epoch, rows, predictions.logits[places, losses.best])
 
     def correct(self, prompts: Prompts, predictions: Predictions, sample: Sample, first: int) -> Prompts:
         """Return what the same objects are asked for with after a corrective click on each answer."""
