@@ -14,7 +14,6 @@ from finestsam.data.loaders import build_validation_loader
 from finestsam.evaluation.background import BackgroundScores, measure_background
 from finestsam.evaluation.clicks import measure_clicks
 from finestsam.evaluation.prompt_scores import ObjectScore, score_batches
-from finestsam.model.load import LoadedModel
 from finestsam.prediction.generator import resolve_generator
 from finestsam.prediction.precompute import Embedder, fill_store
 
@@ -34,7 +33,6 @@ class Battery:
     """
 
     config: Config
-    loaded: LoadedModel
     embedder: Embedder
     records: list[Record]
     title: str
@@ -71,8 +69,9 @@ class Battery:
         config = self.config
         points = {"positive_points": 1, "negative_points": 0, "prompts_per_object": 1}
         settings = SampleSettings(
-            self.loaded.model.image_size,
-            resolve_generator(config.generator, self.loaded.card).points_per_side,
+            self.embedder.model.image_size,
+            # As in training's validation: what is stored beside one model would give it other points than another.
+            resolve_generator(config.generator, card=None).points_per_side,
             config.seed_device or 0,
             prompts,
             replace(config.dataset, **points, background_points=background_points),

@@ -115,7 +115,7 @@ def _find_origin(loaded: LoadedModel) -> str | None:
 def measure_model(config: Config, loaded: LoadedModel, records: Sequence[Record], title: str) -> Measurement:
     """Measure one model on the pictures; those that broke since they were checked are left out."""
     embedder = Embedder(loaded.model, open_store(config.store, loaded.model))
-    battery = Battery(config, loaded, embedder, [record for record in records if record.annotations], title)
+    battery = Battery(config, embedder, [record for record in records if record.annotations], title)
     prompted, clicks = battery.score_prompts(), battery.measure_clicks()
     settings = resolve_generator(config.generator, loaded.card)
     measured = Measurement(records, None)

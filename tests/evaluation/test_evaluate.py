@@ -136,6 +136,24 @@ def test_weights_are_compared_with_those_that_they_came_from(scenes, finished, t
     assert {"file_name", "point/iou", "generator/ap", "floor/point/iou"} <= set(rows[0])
 
 
+def test_models_with_other_thresholds_are_asked_the_same(scenes, finished, tmp_path):
+    """The number of points along a side that is stored beside one model is that of its generator alone."""
+    other = tmp_path / "other" / "best.pth"
+    other.parent.mkdir()
+    other.write_bytes((finished / "best.pth").read_bytes())
+    card = json.loads((finished / "best.json").read_text())
+    card["generator"]["points_per_side"] = 7
+    other.with_suffix(".json").write_text(json.dumps(card))
+    flags = ["--mode=evaluate", f"--dataset={scenes}", "--device=cpu", "--num_workers=0", "--evaluate.clicks=0"]
+    flags += ["--evaluate.generator=false"]
+
+    assert main([*flags, f"--out_dir={tmp_path}", f"--model.checkpoint={finished}", f"--against={other}"]) == 0
+
+    figures = json.loads((tmp_path / "evaluation.json").read_text())
+    for name in ("point/iou", "point/boundary_iou", "box/iou", "background/score"):
+        assert figures[name] == figures[f"floor/{name}"]
+
+
 def test_an_origin_that_is_gone_is_told_and_another_can_be_named(scenes, finished, tmp_path, capsys):
     moved = tmp_path / "moved" / "best.pth"
     moved.parent.mkdir()
