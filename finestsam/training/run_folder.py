@@ -2,9 +2,12 @@
 
 import itertools
 import os
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from finestsam.errors import UserError
 from finestsam.output_folder import make_output_folder
@@ -28,6 +31,23 @@ def create_run_folder(sav_dir: Path, name: str | None, dataset: str | None = Non
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{folder} is not writable; choose another --sav_dir")
     return folder
+
+
+def lock_run(folder: Path) -> FileLock | None:
+    """Keep other processes out of a run, until the lock is released or this process ends, however it ends.
+
+    Raises:
+        UserError: another process has it.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{folder}: another process trains this run; wait for its end, or stop it") from None
+    except (OSError, NotImplementedError) as error:
+        print(f"warning: {folder} cannot be locked ({error}): start no second process on this run", file=sys.stderr)
+        return None
+    return lock
 
 
 def _create_dated_folder(sav_dir: Path) -> Path:
