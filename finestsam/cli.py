@@ -61,8 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: None: those of the process, which is then the command's own.
     """
     try:
-        mode, config = parse_command_line(sys.argv[1:] if arguments is None else arguments)
         with watch_signals(is_command=arguments is None):
+            mode, config = parse_command_line(sys.argv[1:] if arguments is None else arguments)
             return _run(mode, config)
     except UserError as error:
         for line in str(error).splitlines():

@@ -102,8 +102,10 @@ def build_run(fabric: Fabric, ranks: Ranks, config: Config) -> Run:
     # The others find what the first one has kept, and what it has downloaded.
     data, loaded = ranks.join_after_first(lambda: _load_data_and_weights(fabric, config, state))
     if not config.resume:
-        folder, lock = ranks.join(lambda: _create_folder(config, data) if ranks.rank == 0 else (None, None))
+        folder, lock = ranks.join(lambda: _create_folder(config) if ranks.rank == 0 else (None, None))
     folder = Path(config.resume) if config.resume else fabric.broadcast(folder)
+    if state is None and ranks.rank == 0:
+        _describe(folder, config, data)
     progress = _restore_progress(state, config, ranks) if state else _begin_progress(fabric, loaded)
     stepper, scheduler = _build_stepper(fabric, config, loaded, data, folder)
     settings = _choose_sample_settings(config, loaded.model)
@@ -162,19 +164,27 @@ def _load_weights(fabric: Fabric, config: Config, state: dict | None) -> LoadedM
     return loaded
 
 
-def _create_folder(config: Config, data: LabelledSet) -> tuple[Path, FileLock | None]:
-    """Return the folder of a new run with the settings, the report and the split in it, and its lock."""
+def _create_folder(config: Config) -> tuple[Path, FileLock | None]:
+    """Return the folder of a new run, and its lock."""
     folder = create_run_folder(Path(config.sav_dir), config.run_name, config.dataset.path)
-    lock = lock_run(folder)
+    return folder, lock_run(folder)
+
+
+def _describe(folder: Path, config: Config, data: LabelledSet) -> None:
+    """Write the settings of a run that begins, then the report and the split.
+
+    A run that is killed meanwhile can be continued from the first on.
+    """
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "resume"}
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    partial = folder / ".config.yaml.part"
+    partial.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    partial.replace(folder / "config.yaml")
     write_report(folder / "dataset_report.json", describe_dataset(data.report, data.train + data.val))
     split = {
         side: [{"id": record.image_id, "file_name": record.file_name} for record in records]
         for side, records in (("train", data.train), ("val", data.val))
     }
     (folder / "split.json").write_text(json.dumps(split, indent=1) + "\n", encoding="utf-8")
-    return folder, lock
 
 
 def _begin_progress(fabric: Fabric, loaded: LoadedModel) -> Progress:

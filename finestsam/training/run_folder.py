@@ -66,6 +66,7 @@ def _create_named_folder(sav_dir: Path, name: str) -> Path:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another --run_name")
     folder.mkdir(exist_ok=True)
-    if any(folder.iterdir()):
+    # Hidden ones are the lock and the half files of a process that was killed before it began.
+    if any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UserError(f"{folder} holds files; choose another --run_name, or continue that run with --resume {folder}")
     return folder

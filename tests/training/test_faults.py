@@ -152,7 +152,7 @@ class FullDisk:
 
 
 def test_a_disk_that_is_full_for_a_while_ends_no_run(scenes, whole, tmp_path, monkeypatch, capsys):
-    FullDisk(monkeypatch, "_write_verified", first=2, last=4, limit=100_000)
+    FullDisk(monkeypatch, "_write_verified", first=2, last=3, limit=100_000)
 
     assert start(scenes, tmp_path) == 0
 
@@ -261,9 +261,9 @@ def test_a_changed_rate_or_batch_size_is_told_with_the_one_that_wins(stopped, ca
 
     lines = [line for line in capsys.readouterr().err.splitlines() if "--resume" in line]
     assert lines == [
+        "warning: --resume: batch_size: 2 from here on, 1 before",
         "warning: --resume: opt.learning_rate 1e-05: the run goes on with 0.001, which its optimizer holds",
         "warning: --resume: opt.clip_norm: 2.0 from here on, 1.0 before",
-        "warning: --resume: batch_size: 2 from here on, 1 before",
         "warning: --resume: 2 pictures a step from here on, 1 before: not what an unbroken run learns",
     ]
     state = torch.load(stopped / "run" / "last.ckpt", weights_only=True)
