@@ -138,18 +138,18 @@ def _lengthen(word: str) -> str:
 
 
 def _complete_switches(words: list[str]) -> list[str]:
-    """Let a switch stand alone: `--strict` is `--strict=true`."""
-    switches = {f"--{name}" for name, entry in list_settings() if entry.type is bool}
+    """Let a switch stand alone: `--strict` is `--strict=true`, and `--resume` is `--resume=auto`."""
+    switches = {f"--{name}": "true" for name, entry in list_settings() if entry.type is bool} | {"--resume": "auto"}
     following = [*words, "--"][1:]
     return [
-        f"{word}=true" if word in switches and after.startswith("--") else word
+        f"{word}={switches[word]}" if word in switches and after.startswith("--") else word
         for word, after in zip(words, following, strict=True)
     ]
 
 
 def _with_config_of_resumed_run(words: list[str]) -> list[str]:
     resumed = _find_value(words, "--resume")
-    if resumed is None or _find_value(words, "--config") is not None:
+    if resumed is None or _find_value(words, "--config") is not None or _find_value(words, "--mode") == "predict":
         return words
     folder = find_run(resumed, Path(_find_value(words, "--sav_dir") or Config.sav_dir))
     settings = folder / "config.yaml"

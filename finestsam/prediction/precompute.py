@@ -99,6 +99,18 @@ def hash_encoder(model: FinestSam) -> str:
     return digest.hexdigest()
 
 
+def hash_weights(embedder: Embedder) -> str:
+    """Return a hash of everything that masks depend on besides the picture and the generator's settings."""
+    model = embedder.model
+    key = embedder.store.encoder_key if embedder.store else hash_encoder(model)
+    digest = hashlib.blake2b(f"{key} {model.multimask_output}".encode(), digest_size=16)
+    for name, values in sorted(model.sam.state_dict().items()):
+        if not name.startswith("image_encoder."):
+            digest.update(name.encode())
+            digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def fill_store(embedder: Embedder, datasets: Sequence[SampleDataset], num_workers: int) -> tuple[int, int]:
     """Encode the pictures that the store lacks; what is there already costs nothing.
 
