@@ -1,5 +1,6 @@
 """What Ctrl-C, SIGTERM and SIGUSR1 do: end the work where it stands, or at the next place where nothing is lost."""
 
+import _thread
 import os
 import signal
 import socket
@@ -12,6 +13,8 @@ from types import FrameType
 # A scheduler that takes the machine away sends SIGTERM, or SIGUSR1 where it is asked to warn first.
 WATCHED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 WARNING = getattr(signal, "SIGUSR1", None)
+# Modules whose functions Python calls when a process forks or an object goes.
+CALLED_BACK = ("logging", "weakref")
 
 _watching: "Interruption | None" = None
 
@@ -84,9 +87,12 @@ class Interruption:
         if self.received is not None:
             raise Interrupted(self.received)
 
-    def _receive(self, number: int, _: FrameType | None) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
             return  # a process that was just forked; who forked it answers
+        if not self._is_held and _loses_exceptions(frame):
+            _thread.start_new_thread(_send_later, (number,))  # threading's own would take locks, which may be taken
+            return
         is_first = self.received is None
         if is_first or self.received == WARNING:
             self.received = number
@@ -100,6 +106,20 @@ class Interruption:
                     os.kill(pid, WARNING)
             if not self._is_held:
                 raise Interrupted(number)
+
+
+def _loses_exceptions(frame: FrameType | None) -> bool:
+    """Whether Python has called this to destroy an object or to fork: it drops what is raised there, and says so."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__" or frame.f_globals.get("__name__") in CALLED_BACK:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _send_later(number: int) -> None:
+    time.sleep(0.01)
+    os.kill(os.getpid(), number)
 
 
 @contextmanager

@@ -62,6 +62,23 @@ def test_the_second_signal_does_what_it_always_did():
     assert not isinstance(caught.value, Interrupted)
 
 
+def test_a_signal_while_an_object_is_destroyed_is_not_lost(capsys):
+    class Destroyed:
+        def __del__(self) -> None:
+            send(signal.SIGTERM)
+            done.append("destroyed")
+
+    done = []
+    with pytest.raises(Interrupted), watch_signals():
+        del_me = Destroyed()
+        del del_me
+        time.sleep(10)
+        done.append("slept")
+
+    assert done == ["destroyed"]
+    assert "ignored" not in capsys.readouterr().err
+
+
 def test_a_warning_between_processes_is_no_second_signal():
     with watch_signals() as interruption, interruption.held():
         send(signal.SIGUSR1)

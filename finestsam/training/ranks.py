@@ -69,9 +69,8 @@ class Ranks:
         return self._interruption.received is not None
 
     def find_signal(self) -> int:
-        """Return the signal that any rank received; of several rather one that is no mere warning."""
-        numbers = [number for number in self._exchange(self._interruption.received) if number is not None]
-        return min(numbers, key=lambda number: number == WARNING)
+        """Return the signal that any rank received."""
+        return _choose_signal([number for number in self._exchange(self._interruption.received) if number is not None])
 
     def _exchange(self, mine: Result) -> list[Result]:
         """Return every rank's object, on every rank."""
@@ -84,7 +83,12 @@ class Ranks:
     def _leave(self, problems: list[Problem]) -> NoReturn:
         mistakes = [problem for problem in problems if isinstance(problem, UserError)]
         if not mistakes:
-            raise problems[0]
+            raise Interrupted(_choose_signal([problem.number for problem in problems]))
         if self.rank == 0:
             raise mistakes[0]
         raise SystemExit(2)
+
+
+def _choose_signal(numbers: list[int]) -> int:
+    """Return what stopped the ranks: what came from outside rather than the warning that they sent each other."""
+    return min(numbers, key=lambda number: number == WARNING)
