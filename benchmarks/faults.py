@@ -358,7 +358,8 @@ def run() -> int:
             (fuzz.break_annotations, arguments.annotations),
             (fuzz.break_pictures, arguments.pictures),
         ):
-            print(work(count), flush=True)
+            if count:
+                print(work(count), flush=True)
     print(f"{len(findings.lines)} things went wrong, in {time.monotonic() - start:.0f} s")
     return min(len(findings.lines), 1)
 
