@@ -37,7 +37,7 @@ def _mutate_node(content: dict, generator: np.random.Generator) -> None:
         other, other_key = places[generator.integers(len(places))]
         parent[key] = copy.deepcopy(other[other_key])
     else:
-        parent[key] = HOSTILE[generator.integers(len(HOSTILE))]
+        parent[key] = copy.deepcopy(HOSTILE[generator.integers(len(HOSTILE))])
 
 
 def _list_places(node: Any) -> list[tuple[Any, Any]]:
