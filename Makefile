@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 DEMO := demo
 
-.PHONY: demo test test-slow lint setup clean
+.PHONY: demo test test-slow faults lint setup clean
 
 setup: $(VENV)/ready
 
@@ -42,6 +42,10 @@ test: setup
 
 test-slow: setup
 	$(RUN) -m pytest -q -m slow
+
+# Kills, signals, full disks, broken files: about half an hour on two cores.
+faults: setup
+	$(RUN) -m benchmarks.faults
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import errno
+import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,12 +13,14 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from finestsam.config import MODES, Config, build_config, find_problems, flatten_config, list_settings
 from finestsam.errors import UserError
+from finestsam.interruption import Interrupted, end_with_parent, watch_signals
 
 SHORT_NAMES = {
     "--dataset": "--dataset.path",
     "--download": "--dataset.download",
     "--against": "--evaluate.against",
 }
+DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 DESCRIPTION = "Fine-tune Segment Anything on your labelled pictures, and find their objects in new ones."
 USAGE = """
   python -m finestsam --mode train --dataset path [--setting value ...]
@@ -51,20 +55,32 @@ def parse_command_line(arguments: list[str]) -> tuple[str, Config]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one mode and return the exit code."""
+    """Run one mode and return the exit code.
+
+    Args:
+        arguments: None: those of the process, which is then the command's own.
+    """
     try:
-        mode, config = parse_command_line(sys.argv[1:] if arguments is None else arguments)
-        return _run(mode, config)
+        with watch_signals(is_command=arguments is None):
+            mode, config = parse_command_line(sys.argv[1:] if arguments is None else arguments)
+            return _run(mode, config)
     except UserError as error:
         for line in str(error).splitlines():
             print(f"finestsam: {line}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except OSError as error:
+        if error.errno not in DISK_IS_FULL:
+            raise
+        print(f"finestsam: {error.strerror}: {error.filename or 'on the disk that is written to'}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
         print("finestsam: interrupted", file=sys.stderr)
-        return 130
+        return error.exit_code if isinstance(error, Interrupted) else 130
 
 
 def _run(mode: str, config: Config) -> int:
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # one of several processes, which the first has started
+        end_with_parent()
     if config.dataset.download:
         from finestsam.data.coco_download import fetch_coco
 
@@ -122,18 +138,18 @@ def _lengthen(word: str) -> str:
 
 
 def _complete_switches(words: list[str]) -> list[str]:
-    """Let a switch stand alone: `--strict` is `--strict=true`."""
-    switches = {f"--{name}" for name, entry in list_settings() if entry.type is bool}
+    """Let a switch stand alone: `--strict` is `--strict=true`, and `--resume` is `--resume=auto`."""
+    switches = {f"--{name}": "true" for name, entry in list_settings() if entry.type is bool} | {"--resume": "auto"}
     following = [*words, "--"][1:]
     return [
-        f"{word}=true" if word in switches and after.startswith("--") else word
+        f"{word}={switches[word]}" if word in switches and after.startswith("--") else word
         for word, after in zip(words, following, strict=True)
     ]
 
 
 def _with_config_of_resumed_run(words: list[str]) -> list[str]:
     resumed = _find_value(words, "--resume")
-    if resumed is None or _find_value(words, "--config") is not None:
+    if resumed is None or _find_value(words, "--config") is not None or _find_value(words, "--mode") == "predict":
         return words
     folder = find_run(resumed, Path(_find_value(words, "--sav_dir") or Config.sav_dir))
     settings = folder / "config.yaml"

@@ -445,7 +445,11 @@ class Config:
     run_name: str | None = setting(None, "folder of this run below sav_dir; default: the time it started")
     out_dir: str = setting("out", "folder of predictions, evaluations, reports and converted datasets")
     strict: bool = setting(False, "refuse a dataset with any defect, where else it is skipped and reported")
-    resume: str | None = setting(None, "continue a run: its folder, or auto for the newest of sav_dir")
+    resume: str | None = setting(
+        None,
+        "continue a run: its folder, or auto for the newest of sav_dir; in predict, auto: leave out the pictures that "
+        "out_dir has the results of. auto is also what the flag alone means",
+    )
     input: list[str] = setting([], "pictures to predict: files, folders, patterns")
     correct_scores: bool = setting(
         False, "report scores as corrected by the map stored beside the weights, the IoU to be expected of them"
@@ -549,6 +553,8 @@ def find_problems(mode: str, values: dict[str, Any]) -> list[str]:
         and not (mode == "train" and values["resume"])
     ):
         problems.append(f"--mode {mode} needs --dataset FOLDER")
+    if mode == "predict" and values["resume"] not in (None, "auto"):
+        problems.append(f"--mode predict goes on in its --out_dir: --resume takes no value, got {values['resume']}")
     if mode == "predict" and not values["input"]:
         problems.append("--mode predict needs --input PICTURE, a folder or a pattern")
     return problems

@@ -1,12 +1,11 @@
 """DataLoaders whose order, prompts and number of processes never change what is learnt."""
 
-import signal
-
 import torch
 from torch.utils.data import DataLoader
 
 from finestsam.data.dataset import SampleDataset, StepSampler, collate
 from finestsam.images import use_one_thread
+from finestsam.interruption import leave_signals_to_parent
 
 
 def build_train_loader(dataset: SampleDataset, sampler: StepSampler, num_workers: int) -> DataLoader:
@@ -39,7 +38,6 @@ def build_validation_loader(dataset: SampleDataset, num_workers: int, rank: int 
 
 def start_worker(_: int) -> None:
     """Make a loader's process a quiet one."""
-    # The main process alone answers Ctrl-C; workers end with it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_signals_to_parent()
     torch.set_num_threads(1)
     use_one_thread()

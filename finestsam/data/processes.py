@@ -1,7 +1,6 @@
 """Work on many items in several processes, in order, with progress and bounded memory."""
 
 import os
-import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from finestsam.errors import UserError
 from finestsam.images import use_one_thread
+from finestsam.interruption import leave_signals_to_parent
 
 # Fewer than these are done before processes have started.
 ITEMS_WORTH_A_PROCESS = 32
@@ -60,8 +60,7 @@ def _do_all(function: Callable[[Item], Result], items: Sequence[Item]) -> list[R
 
 
 def _start_process() -> None:
-    # The main process alone answers Ctrl-C; the others end with it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_signals_to_parent(but_end_on_sigterm=True)
     use_one_thread()
 
 

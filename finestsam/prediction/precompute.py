@@ -99,35 +99,56 @@ def hash_encoder(model: FinestSam) -> str:
     return digest.hexdigest()
 
 
-def fill_store(
-    embedder: Embedder,
-    datasets: Sequence[SampleDataset],
-    num_workers: int,
-    rank: int = 0,
-    world_size: int = 1,
-    agree: Callable[[list[str]], list[str]] = lambda keys: keys,
-) -> tuple[int, int]:
-    """Encode the pictures that the store lacks, each rank its share; what is there already costs nothing.
+def hash_weights(embedder: Embedder) -> str:
+    """Return a hash of everything that masks depend on besides the picture and the generator's settings."""
+    model = embedder.model
+    key = embedder.store.encoder_key if embedder.store else hash_encoder(model)
+    digest = hashlib.blake2b(f"{key} {model.multimask_output}".encode(), digest_size=16)
+    for name, values in sorted(model.sam.state_dict().items()):
+        if not name.startswith("image_encoder."):
+            digest.update(name.encode())
+            digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
-    Args:
-        agree: returns what it is given on the first rank, on every rank.
+
+def fill_store(embedder: Embedder, datasets: Sequence[SampleDataset], num_workers: int) -> tuple[int, int]:
+    """Encode the pictures that the store lacks; what is there already costs nothing.
 
     Returns:
         How many of the datasets' pictures are in the store now, and how many there are.
     """
-    store = embedder.store
-    wanted = {key: (dataset, place) for dataset in datasets for key, place in dataset.list_embedding_keys()}
-    missing: list[str] = []
-    if rank == 0:
-        room = store.make_room(wanted)
-        missing = [key for key in wanted if not store.holds(key)]
-        missing, left_out = missing[:room], len(missing) - min(room, len(missing))
-        if left_out:
-            print(f"embeddings: no room for {left_out} of {len(wanted)} pictures (store.max_gigabytes, or the disk)")
-    missing = agree(missing)
-    pictures = _Pictures([(key, *wanted[key]) for key in missing[rank::world_size]])
-    _encode_all(embedder, pictures, num_workers, is_quiet=rank > 0 or not sys.stderr.isatty())
-    return sum(store.holds(key) for key in wanted), len(wanted)
+    encode_missing(embedder, datasets, find_missing(embedder.store, datasets), num_workers)
+    wanted = _list_wanted(datasets)
+    return sum(embedder.store.holds(key) for key in wanted), len(wanted)
+
+
+def _list_wanted(datasets: Sequence[SampleDataset]) -> dict[str, tuple[SampleDataset, tuple[int, int]]]:
+    """Return where to read each picture that can be kept, by its key."""
+    return {key: (dataset, place) for dataset in datasets for key, place in dataset.list_embedding_keys()}
+
+
+def find_missing(store: EmbeddingStore, datasets: Sequence[SampleDataset]) -> list[str]:
+    """Return the keys of the pictures that the store lacks and has room for, which is made where that is allowed."""
+    wanted = _list_wanted(datasets)
+    room = store.make_room(wanted)
+    missing = [key for key in wanted if not store.holds(key)]
+    if len(missing) > room:
+        left_out = len(missing) - room
+        print(f"embeddings: no room for {left_out} of {len(wanted)} pictures (store.max_gigabytes, or the disk)")
+    return missing[:room]
+
+
+def encode_missing(
+    embedder: Embedder, datasets: Sequence[SampleDataset], keys: Sequence[str], num_workers: int, is_quiet: bool = False
+) -> None:
+    """Encode pictures of the datasets, known by their keys, and keep what comes out.
+
+    Args:
+        is_quiet: without a progress bar.
+    """
+    wanted = _list_wanted(datasets)
+    pictures = _Pictures([(key, *wanted[key]) for key in keys])
+    _encode_all(embedder, pictures, num_workers, is_quiet=is_quiet or not sys.stderr.isatty())
 
 
 def _encode_all(embedder: Embedder, pictures: "_Pictures", num_workers: int, is_quiet: bool) -> None:

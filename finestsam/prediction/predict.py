@@ -24,8 +24,9 @@ from finestsam.model.card import Card
 from finestsam.model.load import load_model
 from finestsam.output_folder import make_output_folder
 from finestsam.prediction.generator import generate_masks, resolve_generator
+from finestsam.prediction.journal import Journal, read_finished
 from finestsam.prediction.overlay import draw_overlay
-from finestsam.prediction.precompute import Embedder, open_store
+from finestsam.prediction.precompute import Embedder, hash_weights, open_store
 from finestsam.prediction.results import GeneratedMasks, Results
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".wmv", ".flv", ".mpg", ".mpeg"}
@@ -36,7 +37,7 @@ MAX_STEM_BYTES = 200  # of the 255 that file systems allow a name; a number and 
 
 
 def predict(config: Config) -> int:
-    """Run the mode and return the exit code.
+    """Run the mode and return the exit code: 2 where `strict` is set and a picture cannot be predicted, else 0.
 
     Raises:
         UserError: there is nothing to predict, or nowhere to write it.
@@ -48,20 +49,31 @@ def predict(config: Config) -> int:
     loaded = load_model(config, prefer_runs=True)
     settings = resolve_generator(config.generator, loaded.card)
     print(f"model: {loaded.model_type}, {printable(loaded.source)}")
-    results = Results(_name_category(loaded.card), settings, _find_score_map(config, loaded.card))
-    start = time.perf_counter()
     embedder = Embedder(loaded.model, open_store(config.store, loaded.model))
-    overlays = _predict_all(paths, name_overlays(paths, out_dir), embedder, config, results)
-    seconds = (time.perf_counter() - start) / len(overlays)
+    score_map = _find_score_map(config, loaded.card)
+    results = Results(_name_category(loaded.card), settings, score_map, hash_weights(embedder))
+    journal = Journal(out_dir, results.origin)
+    jobs = _list_jobs(paths, name_overlays(paths, out_dir))
+    left = _take_up(jobs, results, journal, out_dir) if config.resume else jobs
+    with _writing(journal.path):
+        journal.begin(list(results.entries.values()))
+    if len(left) < len(jobs):
+        print(f"{len(jobs) - len(left)} of {_count(len(jobs), 'picture')} are done already")
+    start = time.perf_counter()
+    predicted = _predict_all(left, embedder, config, results, journal) if left else 0
+    seconds = (time.perf_counter() - start) / max(predicted, 1)
+    overlays = [job.overlay for job in jobs if job.name in results.entries]
+    if not overlays:
+        journal.remove()
+        raise UserError(f"none of the {len(paths)} pictures can be predicted")
     with _writing(out_dir / RESULTS_NAME):
-        results.write(out_dir / RESULTS_NAME)
+        results.write(out_dir / RESULTS_NAME, [job.name for job in jobs])
+    journal.remove()
     shown = overlays[0] if len(overlays) == 1 else f"{out_dir}{os.sep} ({len(overlays)} overlays)"
     print(f"pictures: {printable(shown)}")
     print(f"COCO json: {printable(out_dir / RESULTS_NAME)}")
-    print(
-        f"{_count(len(results.annotations), 'mask')} in {_count(len(overlays), 'picture')}, {seconds:.2f} s a picture"
-    )
-    return 0
+    print(f"{_count(results.mask_count, 'mask')} in {_count(len(overlays), 'picture')}, {seconds:.2f} s a picture")
+    return 2 if config.strict and len(overlays) < len(jobs) else 0
 
 
 def find_pictures(inputs: list[str]) -> list[Path]:
@@ -133,61 +145,89 @@ def _sanitize(stem: str) -> str:
 
 
 @dataclass
+class _Job:
+    """A picture to predict."""
+
+    path: Path
+    name: str  # in the results
+    overlay: Path
+
+
+def _list_jobs(paths: list[Path], overlays: list[Path]) -> list[_Job]:
+    is_one_folder = len({path.parent for path in paths}) == 1
+    names = [path.name if is_one_folder else path.as_posix() for path in paths]
+    return [_Job(*job) for job in zip(paths, names, overlays, strict=True)]
+
+
+def _take_up(jobs: list[_Job], results: Results, journal: Journal, out_dir: Path) -> list[_Job]:
+    """Put into `results` what an earlier call has done, and return the jobs that are left."""
+    done = {entry["image"]["file_name"]: entry for entry in read_finished(out_dir / RESULTS_NAME, results.origin)}
+    done |= {entry["image"]["file_name"]: entry for entry in journal.read()}
+    left = []
+    for job in jobs:
+        entry = done.get(job.name)
+        if entry and job.overlay.is_file() and entry["image"]["digest"] == hash_picture(job.path):
+            results.entries[job.name] = entry
+        else:
+            left.append(job)
+    return left
+
+
+@dataclass
 class _Picture:
     """What a picture's file holds."""
 
     pixels: np.ndarray  # H x W x 3, uint8, RGB
-    key: str  # of the embedding store
+    digest: str
+
+    @property
+    def key(self) -> str:
+        """Return the name of its embedding in the store."""
+        return picture_key(self.digest, self.pixels.shape[:2])
 
 
-def _predict_all(
-    paths: list[Path], overlays: list[Path], embedder: Embedder, config: Config, results: Results
-) -> list[Path]:
-    """Predict picture by picture into `results`, skip what cannot be read, and return the overlays written.
+def _predict_all(jobs: list[_Job], embedder: Embedder, config: Config, results: Results, journal: Journal) -> int:
+    """Predict picture by picture into `results`, skip what cannot be read, and return how many could be.
 
     The next picture is read, and the last overlay drawn and written, while the model works on this one.
     """
-    is_one_folder = len({path.parent for path in paths}) == 1
-    written = []
+    done = 0
     with ThreadPoolExecutor(max_workers=1) as reader, ThreadPoolExecutor(max_workers=1) as writer:
-        pictures = _read_ahead(reader, paths, config)
-        overlay_before: Future | None = None
-        progress = tqdm(paths, unit="picture", disable=len(paths) == 1 or None)
-        for path, picture, overlay in zip(progress, pictures, overlays, strict=True):
+        pictures = _read_ahead(reader, jobs, config)
+        written: Future | None = None
+        progress = tqdm(jobs, unit="picture", disable=len(jobs) == 1 or None)
+        for job, picture in zip(progress, pictures, strict=True):
             try:
                 image = picture.result()
-                masks = _find_masks(embedder, image, path, results)
+                masks = _find_masks(embedder, image, job.path, results)
             except Defect as defect:
-                if len(paths) == 1:
-                    raise UserError(f"{printable(path)}: {defect.message}") from None
-                tqdm.write(f"finestsam: skipped {printable(path)}: {defect.message}", file=sys.stderr)
+                if len(jobs) == 1 and not results.entries:
+                    raise UserError(f"{printable(job.path)}: {defect.message}") from None
+                tqdm.write(f"finestsam: skipped {printable(job.path)}: {defect.message}", file=sys.stderr)
                 continue
-            if overlay_before:
-                overlay_before.result()
-            overlay_before = writer.submit(_write_overlay, overlay, image.pixels, masks.rles, config.opacity)
-            results.add(path.name if is_one_folder else path.as_posix(), image.pixels.shape[:2], masks)
-            written.append(overlay)
+            if written:
+                written.result()
+            entry = results.add(job.name, image.pixels.shape[:2], masks, image.digest)
+            written = writer.submit(_write, job.overlay, image.pixels, masks.rles, config.opacity, journal, entry)
+            done += 1
             if len(masks) == 0:
-                tqdm.write(f"{printable(path)}: no masks: {masks.report.explain_no_masks(results.settings)}")
-        if overlay_before:
-            overlay_before.result()
-    if not written:
-        raise UserError(f"none of the {len(paths)} pictures can be predicted")
-    return written
+                tqdm.write(f"{printable(job.path)}: no masks: {masks.report.explain_no_masks(results.settings)}")
+        if written:
+            written.result()
+    return done
 
 
-def _read_ahead(reader: Executor, paths: list[Path], config: Config) -> Iterator[Future]:
+def _read_ahead(reader: Executor, jobs: list[_Job], config: Config) -> Iterator[Future]:
     """Yield the pictures in order, with one more being read."""
-    following = reader.submit(_read, paths[0], config)
-    for path in paths[1:]:
-        picture, following = following, reader.submit(_read, path, config)
+    following = reader.submit(_read, jobs[0].path, config)
+    for job in jobs[1:]:
+        picture, following = following, reader.submit(_read, job.path, config)
         yield picture
     yield following
 
 
 def _read(path: Path, config: Config) -> _Picture:
-    pixels = read_image(path, settings=config.dataset.images)
-    return _Picture(pixels, picture_key(hash_picture(path), pixels.shape[:2]))
+    return _Picture(read_image(path, settings=config.dataset.images), hash_picture(path))
 
 
 def _find_masks(embedder: Embedder, picture: _Picture, path: Path, results: Results) -> GeneratedMasks:
@@ -199,9 +239,11 @@ def _find_masks(embedder: Embedder, picture: _Picture, path: Path, results: Resu
         raise UserError(f"{printable(path)}: the memory of {embedder.model.device} is too small; {advice}") from None
 
 
-def _write_overlay(path: Path, pixels: np.ndarray, rles: list[dict], opacity: float) -> None:
+def _write(path: Path, pixels: np.ndarray, rles: list[dict], opacity: float, journal: Journal, entry: dict) -> None:
+    """Write an overlay, and that its picture is done."""
     with _writing(path):
         write_image(path, draw_overlay(pixels, rles, opacity))
+        journal.add(entry)
 
 
 @contextmanager

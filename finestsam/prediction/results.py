@@ -106,32 +106,62 @@ class Results:
 
     Args:
         score_map: what corrects the scores; None or empty: they are the predicted IoUs.
+        weights: a hash of the model's.
     """
 
-    def __init__(self, category: str, settings: GeneratorConfig, score_map: list[list[float]] | None = None):
-        self.images: list[dict] = []
-        self.annotations: list[dict] = []
+    def __init__(
+        self, category: str, settings: GeneratorConfig, score_map: list[list[float]] | None = None, weights: str = ""
+    ):
         self.category = category
         self.settings = settings
         self.score_map = score_map or []
+        self.weights = weights
+        self.entries: dict[str, dict] = {}  # by file name
 
-    def add(self, file_name: str, size: tuple[int, int], masks: GeneratedMasks) -> None:
-        image_id = len(self.images) + 1
-        self.images.append({"id": image_id, "file_name": file_name, "width": size[1], "height": size[0]})
+    @property
+    def origin(self) -> dict:
+        """What the masks depend on beside the pictures."""
+        return {"weights": self.weights, "generator": dataclasses.asdict(self.settings), "score_map": self.score_map}
+
+    @property
+    def mask_count(self) -> int:
+        return sum(len(entry["annotations"]) for entry in self.entries.values())
+
+    def add(self, file_name: str, size: tuple[int, int], masks: GeneratedMasks, digest: str = "") -> dict:
+        """Add a picture and return its entry, which is numbered when it is written.
+
+        Args:
+            digest: the hash of the picture's bytes.
+        """
+        image = {"file_name": file_name, "width": size[1], "height": size[0], "digest": digest}
         scores = correct_scores(masks.scores, self.score_map)
-        for index in range(len(masks)):
-            ids = {"id": len(self.annotations) + 1, "image_id": image_id, "category_id": 1}
-            self.annotations.append(ids | _describe(masks, index, scores[index]))
+        annotations = [_describe(masks, index, scores[index]) for index in range(len(masks))]
+        self.entries[file_name] = {"image": image, "annotations": annotations}
+        return self.entries[file_name]
 
-    def write(self, path: Path) -> None:
-        """Write the json; a reader never meets half a file."""
+    def write(self, path: Path, order: list[str]) -> None:
+        """Write the json; a reader never meets half a file.
+
+        Args:
+            order: of the pictures, by file name; those without an entry are left out.
+        """
+        images, annotations = [], []
+        for name in order:
+            if name not in self.entries:
+                continue
+            number = {"id": len(images) + 1}  # first, and over that of an earlier file
+            images.append(number | self.entries[name]["image"] | number)
+            for annotation in self.entries[name]["annotations"]:
+                ids = {"id": len(annotations) + 1, "image_id": len(images), "category_id": 1}
+                annotations.append(ids | annotation | ids)
         content = {
             "info": {
                 "description": "objects found by finestsam",
                 "generator": dataclasses.asdict(self.settings),
+                "origin": self.origin,
             },
-            "images": self.images,
-            "annotations": self.annotations,
+            "images": images,
+            "annotations": annotations,
             "categories": [{"id": 1, "name": self.category}],
         }
         partial = path.with_name(f".{path.name}.part")

@@ -5,11 +5,12 @@ import sys
 from collections.abc import Callable
 
 from finestsam import __version__
+from finestsam.errors import UserError
 from finestsam.model.adapter_file import write_adapter
 from finestsam.model.card import Card, write_card
 from finestsam.model.load import RANDOM_WEIGHTS
 from finestsam.model.lora import list_lora, plain_state_dict
-from finestsam.training.checkpoint import CheckpointNotSaved, save_weights
+from finestsam.training.checkpoint import save_weights
 from finestsam.training.run import Run
 
 PROMPTED_METRIC = "val_per_mask_iou"
@@ -43,8 +44,16 @@ def keep_if_best(run: Run, kept_original: float = 0.0) -> bool:
     if is_better and ranked:
         progress.best = ranked
     if run.is_first_rank:
-        warn_if_not_saved(lambda: _save_best(run, value, is_better, kept_original))
+        problem = warn_if_not_saved(lambda: _save_best(run, value, is_better, kept_original))
+        if is_better:
+            progress.lost_best = problem
     return is_better
+
+
+def refuse_lost_best(run: Run) -> None:
+    """Raise a UserError if best.pth could not be written when its weights were there."""
+    if run.is_first_rank and run.progress.lost_best:
+        raise UserError(f"best.pth does not hold the best weights of the run: {run.progress.lost_best}")
 
 
 def _save_best(run: Run, value: float | None, is_better: bool, kept_original: float) -> None:
@@ -67,10 +76,7 @@ def _save_adapter(run: Run, card: Card) -> None:
     sam, started_from = run.loaded.model.sam, run.progress.started_from
     if not any(list_lora(sam)) or started_from == RANDOM_WEIGHTS:
         return
-    try:
-        write_card(write_adapter(run.folder / ADAPTER_FOLDER, sam, started_from), card)
-    except OSError as error:
-        raise CheckpointNotSaved(f"adapter not saved: {error}") from None
+    write_card(write_adapter(run.folder / ADAPTER_FOLDER, sam, started_from), card)
 
 
 def _make_card(run: Run, kept_original: float) -> Card:
@@ -91,9 +97,11 @@ def _make_card(run: Run, kept_original: float) -> Card:
     )
 
 
-def warn_if_not_saved(save: Callable[[], None]) -> None:
-    """Save; where the disk is full the old files are whole, and training goes on."""
+def warn_if_not_saved(save: Callable[[], None]) -> str:
+    """Save, and return what went wrong; where the disk is full the old files are whole, and training goes on."""
     try:
         save()
-    except CheckpointNotSaved as error:
+    except OSError as error:
         print(f"warning: {error}", file=sys.stderr)
+        return str(error)
+    return ""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock
 from lightning.fabric import Fabric
 from torch.utils.data import DataLoader
 
@@ -24,12 +25,14 @@ from finestsam.model.adapt import adapt_
 from finestsam.model.load import LoadedModel, load_model
 from finestsam.model.sam import FinestSam
 from finestsam.prediction.generator import resolve_generator
-from finestsam.prediction.precompute import Embedder, fill_store, open_store
+from finestsam.prediction.precompute import Embedder, encode_missing, find_missing, open_store
 from finestsam.training import checkpoint
 from finestsam.training.affinity import AffinityHead
 from finestsam.training.probe import choose_chunk_objects
 from finestsam.training.random_state import random_state, restore_random_state
-from finestsam.training.run_folder import create_run_folder
+from finestsam.training.ranks import Ranks
+from finestsam.training.resume import check_settings, convert_batches, load_state
+from finestsam.training.run_folder import create_run_folder, lock_run
 from finestsam.training.schedules import build_optimizer, build_scheduler
 from finestsam.training.step import MEASURES, Stepper
 from finestsam.training.trainable import freeze_, trains_encoder
@@ -52,6 +55,7 @@ class Progress:
     metrics: dict[str, float] = field(default_factory=dict)  # of the newest validation
     generator: dict[str, Any] = field(default_factory=dict)  # settings that did best in it, for best.json
     evaluations_without_better: int = 0
+    lost_best: str = ""  # why best.pth does not hold the best weights
     chunk_objects: int | None = None
     started_from: str = ""
     started_from_sha256: str | None = None
@@ -63,7 +67,9 @@ class Run:
 
     config: Config
     fabric: Fabric
+    ranks: Ranks
     folder: Path
+    lock: FileLock | None  # of the folder, which the first rank holds while the run lasts
     data: LabelledSet
     loaded: LoadedModel
     stepper: Stepper
@@ -78,18 +84,31 @@ class Run:
     def is_first_rank(self) -> bool:
         return self.fabric.global_rank == 0
 
+    def __enter__(self) -> "Run":
+        return self
 
-def build_run(fabric: Fabric, config: Config) -> Run:
-    """Read the data, build the model, restore a run that is continued."""
-    state = checkpoint.load_state(Path(config.resume)) if config.resume else None
-    with fabric.rank_zero_first():  # the others find what the first one has kept, and what it has downloaded
-        data = read_training_set(config.dataset)
-        loaded = _load_weights(fabric, config, state)
-    data.drop_vanishing(loaded.model.image_size, config.dataset.min_area_pixels)
-    if config.strict:
-        data.refuse_defects()
-    folder = _prepare_folder(fabric, config, data)
-    progress = _restore_progress(state, data) if state else _begin_progress(fabric, loaded)
+    def __exit__(self, *_: object) -> None:
+        if self.lock:
+            self.lock.release()
+
+
+def build_run(fabric: Fabric, ranks: Ranks, config: Config) -> Run:
+    """Read the data, build the model, restore a run that is continued.
+
+    Raises:
+        Interrupted: a signal came; there is nothing to save yet.
+        UserError: the settings, the data or the checkpoint cannot be used.
+    """
+    lock = ranks.join(lambda: lock_run(Path(config.resume)) if config.resume and ranks.rank == 0 else None)
+    state = ranks.join(lambda: _load_state(config, ranks))
+    # The others find what the first one has kept, and what it has downloaded.
+    data, loaded = ranks.join_after_first(lambda: _load_data_and_weights(fabric, config, state))
+    if not config.resume:
+        folder, lock = ranks.join(lambda: _create_folder(config) if ranks.rank == 0 else (None, None))
+    folder = Path(config.resume) if config.resume else fabric.broadcast(folder)
+    if state is None and ranks.rank == 0:
+        _describe(folder, config, data)
+    progress = _restore_progress(state, config, ranks) if state else _begin_progress(fabric, loaded)
     stepper, scheduler = _build_stepper(fabric, config, loaded, data, folder)
     settings = _choose_sample_settings(config, loaded.model)
     sampler = StepSampler(len(data.train), config.batch_size, settings.seed, fabric.global_rank, fabric.world_size)
@@ -97,15 +116,11 @@ def build_run(fabric: Fabric, config: Config) -> Run:
     train_set = SampleDataset(data.train, settings, stepper.previous_logits, store)
     val_set = _build_validation_set(config, data, settings, store)
     if store:
-        fill_store(
-            stepper.embedder, [train_set, val_set], config.num_workers, fabric.global_rank, fabric.world_size,
-            fabric.broadcast,
-        )  # fmt: skip
-        fabric.barrier()
-    stepper.chunk_objects = progress.chunk_objects = _choose_chunk_objects(fabric, config, progress, stepper, train_set)
+        _fill_store(ranks, stepper.embedder, [train_set, val_set], config.num_workers)
+    stepper.chunk_objects = progress.chunk_objects = _choose_chunk_objects(ranks, config, progress, stepper, train_set)
     val_loader = build_validation_loader(val_set, config.num_workers, fabric.global_rank, fabric.world_size)
     run = Run(
-        config, fabric, folder, data, loaded, stepper, scheduler, sampler,
+        config, fabric, ranks, folder, lock, data, loaded, stepper, scheduler, sampler,
         build_train_loader(train_set, sampler, config.num_workers),
         val_loader if len(val_set) else None,
         progress, checkpoint.TopWeights(folder, config.save_top_k),
@@ -115,13 +130,38 @@ def build_run(fabric: Fabric, config: Config) -> Run:
     return run
 
 
+def _load_state(config: Config, ranks: Ranks) -> dict | None:
+    """Return the checkpoint to continue from, compared with the settings; None for a run that begins."""
+    if not config.resume:
+        return None
+    folder = Path(config.resume)
+    if ranks.rank == 0:
+        checkpoint.remove_stale_files(folder)
+    state = load_state(folder)
+    if state is None and ranks.rank == 0:
+        print(f"{folder} has no checkpoint yet: the run begins")
+    if state is not None and ranks.rank == 0:
+        check_settings(config, state, config.batch_size * ranks.count)
+    return state
+
+
+def _load_data_and_weights(fabric: Fabric, config: Config, state: dict | None) -> tuple[LabelledSet, LoadedModel]:
+    data = read_training_set(config.dataset)
+    loaded = _load_weights(fabric, config, state)
+    data.drop_vanishing(loaded.model.image_size, config.dataset.min_area_pixels)
+    if config.strict:
+        data.refuse_defects()
+    if state is not None and state["dataset"] != data.fingerprint:
+        raise UserError("--resume: the dataset is not the one that the run was trained on; start a new run with it")
+    return data, loaded
+
+
 def _load_weights(fabric: Fabric, config: Config, state: dict | None) -> LoadedModel:
     """Return the model to start from, or the one that a run was stopped with."""
     if state is None:
         loaded = load_model(config, device=fabric.device)
         adapt_(loaded.model.sam, config.model_layer)
         return loaded
-    _refuse_other_layers(config, json.loads(state["config"]))
     bare = replace(config, model=ModelConfig(state["model_type"], "none", state["image_size"]))
     loaded = load_model(bare, device=fabric.device)
     adapt_(loaded.model.sam, config.model_layer)
@@ -129,38 +169,27 @@ def _load_weights(fabric: Fabric, config: Config, state: dict | None) -> LoadedM
     return loaded
 
 
-def _refuse_other_layers(config: Config, before: dict[str, Any]) -> None:
-    """Raise where the settings ask for other layers, or other ones that train, than the run was stopped with."""
-    now = flatten_config(config)
-    changed = [
-        f"{name} {now[name]}, before {before[name]}"
-        for name in now
-        if name.startswith(("model_layer.freeze.", "model_layer.thaw.", "model_layer.lora."))
-        and name in before
-        and now[name] != before[name]
-    ]
-    if changed:
-        raise UserError(f"--resume: {'; '.join(changed)}: a run goes on with what it trained; start a new one")
+def _create_folder(config: Config) -> tuple[Path, FileLock | None]:
+    """Return the folder of a new run, and its lock."""
+    folder = create_run_folder(Path(config.sav_dir), config.run_name, config.dataset.path)
+    return folder, lock_run(folder)
 
 
-def _prepare_folder(fabric: Fabric, config: Config, data: LabelledSet) -> Path:
-    """Return the run's folder, the same on every rank, with the settings, the report and the split in it."""
-    if config.resume:
-        if fabric.global_rank == 0:
-            checkpoint.remove_stale_files(Path(config.resume))
-        return Path(config.resume)
-    folder = None
-    if fabric.global_rank == 0:
-        folder = create_run_folder(Path(config.sav_dir), config.run_name, config.dataset.path)
-        settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "resume"}
-        (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-        write_report(folder / "dataset_report.json", describe_dataset(data.report, data.train + data.val))
-        split = {
-            side: [{"id": record.image_id, "file_name": record.file_name} for record in records]
-            for side, records in (("train", data.train), ("val", data.val))
-        }
-        (folder / "split.json").write_text(json.dumps(split, indent=1) + "\n", encoding="utf-8")
-    return fabric.broadcast(folder)
+def _describe(folder: Path, config: Config, data: LabelledSet) -> None:
+    """Write the settings of a run that begins, then the report and the split.
+
+    A run that is killed meanwhile can be continued from the first on.
+    """
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "resume"}
+    partial = folder / ".config.yaml.part"
+    partial.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    partial.replace(folder / "config.yaml")
+    write_report(folder / "dataset_report.json", describe_dataset(data.report, data.train + data.val))
+    split = {
+        side: [{"id": record.image_id, "file_name": record.file_name} for record in records]
+        for side, records in (("train", data.train), ("val", data.val))
+    }
+    (folder / "split.json").write_text(json.dumps(split, indent=1) + "\n", encoding="utf-8")
 
 
 def _begin_progress(fabric: Fabric, loaded: LoadedModel) -> Progress:
@@ -168,10 +197,18 @@ def _begin_progress(fabric: Fabric, loaded: LoadedModel) -> Progress:
     return Progress(started_from=loaded.source, started_from_sha256=fabric.broadcast(digest))
 
 
-def _restore_progress(state: dict, data: LabelledSet) -> Progress:
-    if state["dataset"] != data.fingerprint:
-        raise UserError("--resume: the dataset is not the one that the run was trained on; start a new run with it")
-    return Progress(**state["progress"])
+def _restore_progress(state: dict, config: Config, ranks: Ranks) -> Progress:
+    progress = Progress(**state["progress"])
+    now = config.batch_size * ranks.count
+    progress.batches_done = convert_batches(progress.batches_done, state.get("pictures_per_batch", now), now)
+    return progress
+
+
+def _fill_store(ranks: Ranks, embedder: Embedder, datasets: list[SampleDataset], num_workers: int) -> None:
+    """Encode what the store lacks, each rank its share."""
+    missing = ranks.gather(lambda: find_missing(embedder.store, datasets) if ranks.rank == 0 else [])[0]
+    mine = missing[ranks.rank :: ranks.count]
+    ranks.join(lambda: encode_missing(embedder, datasets, mine, num_workers, is_quiet=ranks.rank > 0))
 
 
 def _build_stepper(
@@ -200,13 +237,13 @@ def _build_stepper(
 
 
 def _choose_chunk_objects(
-    fabric: Fabric, config: Config, progress: Progress, stepper: Stepper, train_set: SampleDataset
+    ranks: Ranks, config: Config, progress: Progress, stepper: Stepper, train_set: SampleDataset
 ) -> int:
     """Return how many objects are decoded at a time: the same on every rank, and as before in a run that continues."""
     given = config.chunk_objects or progress.chunk_objects
     if given:
         return given
-    return fabric.broadcast(choose_chunk_objects(stepper, train_set) if fabric.global_rank == 0 else None)
+    return ranks.gather(lambda: choose_chunk_objects(stepper, train_set) if ranks.rank == 0 else None)[0]
 
 
 def _choose_sample_settings(config: Config, model: FinestSam) -> SampleSettings:
@@ -266,6 +303,7 @@ def save_last(run: Run) -> None:
         "random": random_state(),
         "config": json.dumps(flatten_config(run.config)),
         "dataset": run.data.fingerprint,
+        "pictures_per_batch": run.config.batch_size * run.ranks.count,
     }
     checkpoint.save_last(run.folder / checkpoint.LAST, state)
 

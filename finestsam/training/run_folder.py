@@ -2,9 +2,12 @@
 
 import itertools
 import os
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from finestsam.errors import UserError
 from finestsam.output_folder import make_output_folder
@@ -30,6 +33,23 @@ def create_run_folder(sav_dir: Path, name: str | None, dataset: str | None = Non
     return folder
 
 
+def lock_run(folder: Path) -> FileLock | None:
+    """Keep other processes out of a run, until the lock is released or this process ends, however it ends.
+
+    Raises:
+        UserError: another process has it.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{folder}: another process trains this run; wait for its end, or stop it") from None
+    except (OSError, NotImplementedError) as error:
+        print(f"warning: {folder} cannot be locked ({error}): start no second process on this run", file=sys.stderr)
+        return None
+    return lock
+
+
 def _create_dated_folder(sav_dir: Path) -> Path:
     now = time.strftime("%Y-%m-%d_%H-%M-%S")
     for number in itertools.count(1):
@@ -46,6 +66,7 @@ def _create_named_folder(sav_dir: Path, name: str) -> Path:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another --run_name")
     folder.mkdir(exist_ok=True)
-    if any(folder.iterdir()):
+    # Hidden ones are the lock and the half files of a process that was killed before it began.
+    if any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UserError(f"{folder} holds files; choose another --run_name, or continue that run with --resume {folder}")
     return folder

@@ -8,24 +8,27 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 
-import torch
 from lightning.fabric import Fabric
 from tqdm import tqdm
 
 from finestsam.allocator import keep_freed_memory
 from finestsam.batch import Batch
-from finestsam.config import GENERATOR_DEFAULTS, Config
+from finestsam.config import GENERATOR_DEFAULTS, Config, GeneratorConfig
+from finestsam.errors import UserError
 from finestsam.evaluation.candidates import find_candidates
-from finestsam.evaluation.generator_scores import choose_grids, list_fixed, tune
+from finestsam.evaluation.generator_scores import Tuned, choose_grids, list_fixed, tune
 from finestsam.evaluation.prompt_scores import score_batches, summarize_scores
+from finestsam.interruption import Interrupted, watch_signals
 from finestsam.model.load import RANDOM_WEIGHTS, choose_device
 from finestsam.prediction.generator import resolve_generator
-from finestsam.training.best import PROMPTED_METRIC, choose_metric, keep_if_best, warn_if_not_saved
+from finestsam.training.best import PROMPTED_METRIC, choose_metric, keep_if_best, refuse_lost_best, warn_if_not_saved
 from finestsam.training.blend import blend_best, keep_start
+from finestsam.training.checkpoint import CheckpointNotSaved
+from finestsam.training.crash import note_crash
 from finestsam.training.hints import describe_training, list_mismatches
-from finestsam.training.interruption import Interruption
 from finestsam.training.log import RunLog
 from finestsam.training.plots import draw_curves
+from finestsam.training.ranks import Ranks
 from finestsam.training.run import Run, build_run, save_last
 from finestsam.training.schedules import learning_rate_of
 from finestsam.training.step import MEASURES
@@ -55,14 +58,26 @@ def _train(fabric: Fabric, config: Config) -> int:
         keep_freed_memory()
     seed = fabric.broadcast(random.getrandbits(31) if config.seed_device is None else config.seed_device)
     fabric.seed_everything(seed, verbose=False)
-    with Interruption() as interruption:
-        run = build_run(fabric, replace(config, seed_device=seed))
-        _say_start(run)
-        if _is_complete(run):
-            fabric.print(f"already complete: {run.progress.epoch} epochs; --num_epochs above that continues")
-            return 0
-        with _open_log(run) as log:
-            return run_epochs(run, log, interruption)
+    with watch_signals() as interruption, interruption.held():
+        ranks = Ranks(fabric, interruption)
+        try:
+            with build_run(fabric, ranks, replace(config, seed_device=seed)) as run, note_crash(run):
+                code = _train_run(run)
+        except Interrupted as error:
+            if fabric.global_rank == 0:
+                raise
+            code = error.exit_code
+    # Fabric ends a job at once when any process but the first has another code, and the first may not be done yet.
+    return code if fabric.global_rank == 0 else 0
+
+
+def _train_run(run: Run) -> int:
+    _say_start(run)
+    if _is_complete(run, run.progress.epoch):
+        run.fabric.print(f"already complete: {run.progress.epoch} epochs; --num_epochs above that continues")
+        return 0
+    with _open_log(run) as log:
+        return run_epochs(run, log)
 
 
 def _open_log(run: Run) -> AbstractContextManager[RunLog | None]:
@@ -72,50 +87,66 @@ def _open_log(run: Run) -> AbstractContextManager[RunLog | None]:
     return closing(RunLog(run.folder, resumed_epoch, run.config.num_epochs))
 
 
-def run_epochs(run: Run, log: RunLog | None, interruption: Interruption) -> int:
+def run_epochs(run: Run, log: RunLog | None) -> int:
     """Validate the untouched model, then learn and validate until the end, a signal, or numbers that are not finite."""
     progress = run.progress
-    if progress.step == 0 and not progress.floor:
-        keep_start(run)
-        validate(run)
-        progress.floor = dict(progress.metrics)
-        keep_if_best(run)
-        _write_row(run, log, learning_rate=None, epoch=0)
-    while not _is_complete(run):
-        wants_stop = train_epoch(run, log, interruption)
-        if progress.skipped_steps >= MAX_SKIPPED_STEPS:
-            run.fabric.print(f"stopped: {MAX_SKIPPED_STEPS} steps in a row without a finite gradient", file=sys.stderr)
-            return EXIT_NUMERICAL
-        if wants_stop:
-            _save_and_say(run)
-            return interruption.exit_code
-        finish_epoch(run, log)
-        warn_if_not_saved(lambda: save_last(run))
-    blend_best(run, validate)
+    try:
+        if progress.step == 0 and not progress.floor:
+            _measure_floor(run, log)
+        while not _is_complete(run, progress.epoch):
+            train_epoch(run, log)
+            if progress.skipped_steps >= MAX_SKIPPED_STEPS:
+                message = f"stopped: {MAX_SKIPPED_STEPS} steps in a row without a finite gradient"
+                run.fabric.print(message, file=sys.stderr)
+                return EXIT_NUMERICAL
+            finish_epoch(run, log)
+            save = _save_surely if _is_complete(run, progress.epoch) else _save_if_possible
+            save(run)
+    except Interrupted as error:
+        return _save_and_say(run, error)
+    run.ranks.join(lambda: refuse_lost_best(run), may_stop=False)
+    try:
+        blend_best(run, validate)
+    except Interrupted as error:
+        run.fabric.print("stopped while original weights were put back: best.pth is whole, not every share was tried")
+        return error.exit_code
     _say_end(run)
     return 0
 
 
-def train_epoch(run: Run, log: RunLog | None, interruption: Interruption) -> bool:
-    """Take the steps of one epoch that are left, at most to max_steps; return whether a stop was asked for."""
+def _measure_floor(run: Run, log: RunLog | None) -> None:
+    """Validate the untouched model, which is the first to beat."""
+    keep_start(run)
+    validate(run)
+    run.progress.floor = dict(run.progress.metrics)
+    keep_if_best(run)
+    _write_row(run, log, learning_rate=None, epoch=0)
+    _save_if_possible(run)
+
+
+def train_epoch(run: Run, log: RunLog | None) -> None:
+    """Take the steps of one epoch that are left, at most to max_steps.
+
+    Raises:
+        Interrupted: a signal came to any rank; between two steps.
+    """
     progress, sampler = run.progress, run.sampler
     sampler.epoch, sampler.first_batch = progress.epoch, progress.batches_done
     accumulate = run.config.opt.accumulate_batches
     started = time.perf_counter()
     windows = _group_batches(run.train_loader, accumulate)
     total = math.ceil(len(sampler) / accumulate)
-    wants_stop = False
     for batches in _show_progress(windows, f"epoch {progress.epoch + 1}", total, run.is_first_rank):
         on_device = [batch.to(run.fabric.device) for batch in batches]
-        sums, objects, is_finite, wants_stop = run.stepper.step(
-            on_device, progress.epoch, interruption.received is not None
-        )
+        sums, objects, is_finite, wants_stop = run.stepper.step(on_device, progress.epoch, run.ranks.was_signalled)
         progress.batches_done += len(batches)
         _count_step(run, log, sums, objects, is_finite)
-        if wants_stop or progress.skipped_steps >= MAX_SKIPPED_STEPS or 0 < run.config.max_steps <= progress.step:
+        if wants_stop:
+            progress.seconds += time.perf_counter() - started
+            raise Interrupted(run.ranks.find_signal())
+        if progress.skipped_steps >= MAX_SKIPPED_STEPS or 0 < run.config.max_steps <= progress.step:
             break
     progress.seconds += time.perf_counter() - started
-    return wants_stop
 
 
 def _count_step(run: Run, log: RunLog | None, sums: dict[str, float], objects: int, is_finite: bool) -> None:
@@ -142,6 +173,9 @@ def validate(run: Run) -> None:
     """Measure prompted masks and the generator on the validation pictures, shared by the ranks.
 
     Into `progress.metrics`, and the generator's settings that did best into `progress.generator`.
+
+    Raises:
+        Interrupted: a signal came to any rank.
     """
     run.progress.metrics, run.progress.generator, run.progress.validation_seconds = {}, {}, 0.0
     if run.val_loader is None:
@@ -157,8 +191,8 @@ def validate(run: Run) -> None:
 
 def _validate_prompts(run: Run) -> dict[str, float]:
     batches = _show_progress(run.val_loader, "validation", len(run.val_loader), run.is_first_rank)
-    mine = score_batches(run.stepper.embedder, batches, run.stepper.chunk_objects)
-    scores = summarize_scores([score for share in _gather(run.fabric, mine) for score in share])
+    shares = run.ranks.gather(lambda: score_batches(run.stepper.embedder, batches, run.stepper.chunk_objects))
+    scores = summarize_scores([score for share in shares for score in share])
     return {
         "val_per_mask_iou": scores["iou"],
         "val_per_mask_dice": scores["dice"],
@@ -168,52 +202,64 @@ def _validate_prompts(run: Run) -> dict[str, float]:
 
 def _validate_generator(run: Run) -> dict[str, float]:
     """Run the real generator without its thresholds, choose them, and measure what it gives with them."""
-    fabric, config = run.fabric, run.config
+    ranks, config = run.ranks, run.config
     records = run.data.val[: config.evaluate.max_images or None]
     start, fixed = resolve_generator(config.generator, card=None), list_fixed(config.generator)
-    mine = find_candidates(
-        run.stepper.embedder,
-        records[fabric.global_rank :: fabric.world_size],
-        start,
-        choose_grids(start, fixed),
-        config.dataset.images,
-        "validation, generator" if run.is_first_rank else None,
+    shares = ranks.gather(
+        lambda: find_candidates(
+            run.stepper.embedder,
+            records[ranks.rank :: ranks.count],
+            start,
+            choose_grids(start, fixed),
+            config.dataset.images,
+            "validation, generator" if run.is_first_rank else None,
+        )
     )
-    shares = _gather(fabric, mine)
-    found = [shares[place % fabric.world_size][place // fabric.world_size] for place in range(len(records))]
+    found = [shares[place % ranks.count][place // ranks.count] for place in range(len(records))]
     known = [(record, one) for record, one in zip(records, found, strict=True) if one is not None]
     if not known:
         return {}
     records, found = map(list, zip(*known, strict=True))
     if config.evaluate.search is False:
         fixed |= set(GENERATOR_DEFAULTS)
-    tuned = tune(records, found, start, fixed, config.evaluate.goal)
+    tuned, figures = ranks.join(lambda: _tune(records, found, start, fixed, config.evaluate.goal))
     run.progress.generator = tuned.describe()
-    figures = tuned.measure(records)
     names = {"ap": "ap", "ar_100": "ar_100", "ar_1000": "ar_1000", "f1": "f1", "masks": "masks_per_image"}
     return {f"val_generator_{name}": figures[source] for name, source in names.items() if source in figures}
+
+
+def _tune(records: list, found: list, start: GeneratorConfig, fixed: frozenset[str], goal: str) -> tuple[Tuned, dict]:
+    tuned = tune(records, found, start, fixed, goal)
+    return tuned, tuned.measure(records)
 
 
 def finish_epoch(run: Run, log: RunLog | None) -> None:
     """Validate where it is due, step the plateau, keep the best, write the row and the curves, begin the next epoch.
 
     An epoch that max_steps cut short is validated and written like a whole one, and stays open for a run that is
-    continued with more steps.
+    continued with more steps: neither the plateau nor early stopping counts it.
+
+    Raises:
+        Interrupted: a signal came during validation; the epoch is not finished, and nothing else has changed.
     """
     progress, interval = run.progress, run.config.eval_interval
     is_whole = progress.batches_done >= run.sampler.batches_per_epoch
-    progress.epoch += is_whole
-    is_due = interval > 0 and progress.epoch % interval == 0
+    epoch = progress.epoch + is_whole
+    is_due = interval > 0 and epoch % interval == 0
     learning_rate = _learning_rate(run)
     progress.metrics, progress.validation_seconds = {}, 0.0
-    if is_due or _is_complete(run):
+    if is_due or _is_complete(run, epoch):
         validate(run)
-        if progress.epoch == interval:
+        if epoch == interval:
             _say_cost(run)
-        if run.config.sched.type == "ReduceLROnPlateau":
+        if is_whole and run.config.sched.type == "ReduceLROnPlateau":
             fallback = -progress.sums["total_loss"] / max(progress.objects, 1)
             run.scheduler.step(progress.metrics.get(choose_metric(run), fallback))
+        without_better = progress.evaluations_without_better
         keep_if_best(run)
+        if not is_whole:
+            progress.evaluations_without_better = without_better
+    progress.epoch = epoch
     _write_row(run, log, learning_rate, epoch=progress.epoch + (not is_whole))
     if is_whole:
         progress.batches_done, progress.objects, progress.seconds = 0, 0, 0.0
@@ -244,11 +290,12 @@ def _write_row(run: Run, log: RunLog | None, learning_rate: float | None, epoch:
         print(f"curves not drawn: {error}", file=sys.stderr)
 
 
-def _is_complete(run: Run) -> bool:
+def _is_complete(run: Run, epoch: int) -> bool:
+    """Whether a run ends after so many complete epochs."""
     config, progress = run.config, run.progress
     patience = config.early_stop_evaluations
     return (
-        progress.epoch >= config.num_epochs
+        epoch >= config.num_epochs
         or 0 < config.max_steps <= progress.step
         or 0 < patience <= progress.evaluations_without_better
     )
@@ -272,23 +319,36 @@ def _group_batches(loader: Iterable[tuple[Batch, list[str]]], count: int) -> Ite
         yield group
 
 
-def _gather(fabric: Fabric, mine: list) -> list[list]:
-    """Return every rank's list, on every rank."""
-    if fabric.world_size == 1:
-        return [mine]
-    shares = [None] * fabric.world_size
-    torch.distributed.all_gather_object(shares, mine)
-    return shares
-
-
 def _show_progress(items: Iterable, title: str, total: int, is_first_rank: bool) -> Iterable:
     is_quiet = not (is_first_rank and sys.stderr.isatty())
     return tqdm(items, desc=title, total=total, disable=is_quiet, leave=False)
 
 
-def _save_and_say(run: Run) -> None:
-    save_last(run)
+def _save_if_possible(run: Run) -> None:
+    warn_if_not_saved(lambda: save_last(run))
+
+
+def _save_surely(run: Run) -> None:
+    """Save the last checkpoint of a run.
+
+    Raises:
+        UserError: there is no room for it.
+    """
+
+    def save() -> None:
+        try:
+            save_last(run)
+        except CheckpointNotSaved as error:
+            raise UserError(f"{error}; make room there, then go on with --mode train --resume {run.folder}") from None
+
+    run.ranks.join(save, may_stop=False)
+
+
+def _save_and_say(run: Run, reason: Interrupted) -> int:
+    """Save where a signal stopped the run, say how to go on, and return the exit code."""
+    _save_surely(run)
     run.fabric.print(f"stopped at step {run.progress.step}; to go on: --mode train --resume {run.folder}")
+    return reason.exit_code
 
 
 def _say_start(run: Run) -> None:

@@ -4,7 +4,7 @@ import torch
 
 from finestsam.config import AugmentConfig, DatasetConfig, PromptsConfig, StoreConfig
 from finestsam.data.dataset import SampleDataset, SampleSettings
-from finestsam.prediction.precompute import Embedder, fill_store, hash_encoder, open_store
+from finestsam.prediction.precompute import Embedder, encode_missing, fill_store, find_missing, hash_encoder, open_store
 
 
 @pytest.fixture
@@ -44,11 +44,12 @@ def test_worker_processes_fill_the_same_store(records, embedder, tmp_path):
 
 def test_ranks_share_the_work_and_fill_everything(records, embedder):
     dataset = make_dataset(records, embedder)
-    missing = [key for key, _ in dataset.list_embedding_keys()]
+    missing = find_missing(embedder.store, [dataset])
     for rank in (1, 0):
-        fill_store(embedder, [dataset], 0, rank, world_size=2, agree=lambda keys: missing)
+        encode_missing(embedder, [dataset], missing[rank::2], num_workers=0)
 
-    assert all(embedder.store.holds(key) for key in missing)
+    assert len(missing) == len(records)
+    assert find_missing(embedder.store, [dataset]) == []
 
 
 def test_fixed_variants_are_kept_and_changing_ones_are_not(records, embedder):

@@ -2,6 +2,7 @@ import copy
 import json
 import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from finestsam.images import read_image, write_image
 from finestsam.masks import decode_rle, distance_inside, rle_area, rle_box, rle_from_json
 from finestsam.model.build import build_sam
 from finestsam.model.card import Card, write_card
+from finestsam.prediction.generator import generate_masks
 from finestsam.prediction.predict import find_pictures, name_overlays
 
 # Random weights give low scores and vague masks with the same box, which these let through.
@@ -325,3 +327,82 @@ def test_scores_are_corrected_on_demand_by_the_map_beside_the_weights(predict, f
     assert annotations
     for annotation in annotations:
         assert annotation["score"] == pytest.approx(0.5 + 0.08 * annotation["predicted_iou"], abs=1e-5)
+
+
+def test_a_broken_picture_fails_a_strict_prediction_after_the_others_are_done(predict, folder):
+    (folder / "pictures/scene_1.png").write_bytes(b"")
+
+    code, out, _ = predict("pictures", strict="true")
+
+    assert code == 2
+    assert " in 2 pictures" in out
+    assert [image["file_name"] for image in load(folder / "out/predictions.json")["images"]] == [
+        "scene_0.png",
+        "scene_2.png",
+    ]
+
+
+def test_a_prediction_that_was_interrupted_goes_on_where_it_stopped(predict, folder, monkeypatch):
+    predict("pictures", out_dir="unbroken")
+    calls = []
+
+    def interrupt(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return generate_masks(*arguments)
+
+    monkeypatch.setattr("finestsam.prediction.predict.generate_masks", interrupt)
+    code, out, err = predict("pictures")
+    assert (code, err) == (143, "finestsam: interrupted\n")
+    assert sorted(path.name for path in (folder / "out").iterdir()) == [
+        ".predictions.jsonl",
+        "scene_0.png",
+        "scene_1.png",
+    ]
+    (folder / "out/.predictions.jsonl").open("a").write('{"image": {"file_na')  # as a kill leaves it
+    calls.clear()
+
+    code, out, _ = predict("pictures", resume="auto")
+
+    assert (code, len(calls)) == (0, 1)
+    assert "2 of 3 pictures are done already" in out
+    assert sorted(path.name for path in (folder / "out").iterdir()) == sorted(
+        path.name for path in (folder / "unbroken").iterdir()
+    )
+    for path in (folder / "unbroken").iterdir():
+        assert path.read_bytes() == (folder / "out" / path.name).read_bytes()
+
+
+def test_a_finished_prediction_is_resumed_for_what_changed_alone(predict, folder, monkeypatch):
+    whole = (folder / "pictures/scene_1.png").read_bytes()
+    (folder / "pictures/scene_1.png").write_bytes(whole[:100])
+    predict("pictures")
+    asked = []
+    monkeypatch.setattr(
+        "finestsam.prediction.predict.generate_masks",
+        lambda model, image, *others: (asked.append(image.shape), generate_masks(model, image, *others))[1],
+    )
+    (folder / "pictures/scene_1.png").write_bytes(whole)
+    write_image(folder / "pictures/scene_2.png", draw_scene(9, 9, (50, 40)).image)
+
+    code, _, _ = predict("pictures", resume="auto")
+
+    assert (code, asked) == (0, [(80, 60, 3), (50, 40, 3)])
+    content = load(folder / "out/predictions.json")
+    assert [image["id"] for image in content["images"]] == [1, 2, 3]
+    assert {annotation["image_id"] for annotation in content["annotations"]} == {1, 2, 3}
+    assert predict("pictures", resume="auto")[0] == 0
+    assert len(asked) == 2
+
+
+def test_other_settings_are_not_mixed_with_what_is_done(predict, folder):
+    predict("pictures")
+
+    code, _, err = predict("pictures", resume="auto", **{"generator.pred_iou_thresh": 0.1})
+
+    assert code == 2
+    assert err == "finestsam: --resume: out/predictions.json was predicted with other weights or settings\n"
+    (folder / "out/predictions.json").write_text("[]")
+    assert "is not as finestsam wrote it" in predict("pictures", resume="auto")[2]
+    assert "--resume takes no value, got sav/x" in predict("pictures", resume="sav/x")[2]

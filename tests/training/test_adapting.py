@@ -110,7 +110,7 @@ def test_a_run_is_not_continued_with_other_layers(scenes, tmp_path, base, capsys
     run = run_training(scenes, tmp_path, *flags)
 
     assert main(["--mode=train", f"--resume={run}", "--max_steps=4", "--model_layer.lora.rank=4"]) == 2
-    assert "model_layer.lora.rank 4, before 2" in capsys.readouterr().err
+    assert "model_layer.lora.rank is 4, the run has 2" in capsys.readouterr().err
 
 
 def test_original_weights_come_back_with_low_rank_additions_too(scenes, tmp_path, base, monkeypatch):

@@ -1,0 +1,368 @@
+"""Kill a training run, signal it, fill its disk, and feed the dataset check what is broken: `make faults`.
+
+Every run is compared with an unbroken one bit for bit: weights, optimizer, best weights and metrics.csv. All of it runs
+in processes that are forked from this one, which has imported everything already, so that a start takes no seconds.
+"""
+
+import argparse
+import csv
+import ctypes
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.mutations import mutate_annotations, mutate_bytes
+from finestsam.cli import main
+from finestsam.data.scenes import write_scenes
+from finestsam.training.checkpoint import load_state
+from finestsam.training.train import train
+
+EPOCHS = 30
+SECONDS_TO_STOP = 20  # of a machine that does other work as well
+SECONDS_TO_CHECK = 30
+CHECK_BYTES = 2_000_000_000  # that a check may take beside what this process has
+PICTURE_KINDS = (("PNG", {}), ("JPEG", {}), ("GIF", {}), ("BMP", {}), ("TIFF", {}), ("WEBP", {}))
+PARTS = ("last.ckpt", "best.pth", "rows", "names")  # of a finished run, which are compared
+SUBREAPER = 36  # prctl's: processes that lose their parent become ours, and are found
+
+
+@dataclass
+class End:
+    """How a process ended."""
+
+    code: int  # below 0: by that signal
+    seconds: float
+    peak_bytes: int
+    output: str
+    left: int  # processes that it started and that outlived it
+
+
+@dataclass
+class Findings:
+    """What went wrong, each as one line; empty is what is hoped for."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def expect(self, is_right: bool, line: str) -> None:
+        if not is_right:
+            self.lines.append(line)
+            print(f"  WRONG: {line}", flush=True)
+
+
+def run_apart(
+    arguments: list[str],
+    limits: dict[int, int] | None = None,
+    number: int | None = None,
+    delay: float = 0.0,
+    seconds: float = 300.0,
+) -> End:
+    """Run the command in a fork of this process.
+
+    Args:
+        limits: for `resource.setrlimit`.
+        number: a signal that is sent after `delay` seconds.
+        seconds: after which it is killed for hanging.
+    """
+    with tempfile.TemporaryFile("w+") as output:
+        start = time.monotonic()
+        pid = os.fork()
+        if pid == 0:
+            _become_command(arguments, output, limits or {})
+        is_sent = number is None
+        while True:
+            ended, status, usage = os.wait4(pid, os.WNOHANG)
+            passed = time.monotonic() - start
+            if ended:
+                break
+            if not is_sent and passed >= delay:
+                is_sent = True
+                os.kill(pid, number)
+            if passed > seconds:
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.005)
+        left = _count_orphans()
+        output.seek(0)
+        return End(os.waitstatus_to_exitcode(status), passed, usage.ru_maxrss * 1024, output.read(), left)
+
+
+def _become_command(arguments: list[str], output: io.TextIOBase, limits: dict[int, int]) -> None:
+    os.setsid()
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, errors="backslashreplace")
+    for kind, limit in limits.items():
+        resource.setrlimit(kind, (limit, limit))
+    sys.argv = ["finestsam", *arguments]
+    code = 1
+    try:
+        code = main()
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def _count_orphans() -> int:
+    """Wait for the processes that have lost their parent to end, a few seconds; kill and count those that do not."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        try:
+            pid, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return 0
+        if pid == 0:
+            time.sleep(0.02)
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    for child in children:
+        os.kill(int(child), signal.SIGKILL)
+        os.waitpid(int(child), 0)
+    return len(children)
+
+
+class Course:
+    """One dataset, one unbroken run on it, and runs that are to end as it did."""
+
+    def __init__(self, folder: Path, findings: Findings, generator: np.random.Generator):
+        self.folder, self.findings, self.generator = folder, findings, generator
+        self.dataset = write_scenes(folder / "dataset", count=6, seed=1, size=(96, 96))
+        end = run_apart(self.begin("unbroken"))
+        findings.expect(end.code == 0, f"the unbroken run ended with {end.code}: {end.output[-500:]}")
+        self.seconds = end.seconds
+        print(f"unbroken run: {EPOCHS} epochs in {end.seconds:.1f} s", flush=True)
+
+    def begin(self, name: str) -> list[str]:
+        """Return the arguments that begin a run, or continue it where it has begun."""
+        run = self.folder / name
+        if (run / "config.yaml").is_file():
+            return ["--mode=train", f"--resume={run}"]
+        return [
+            "--mode=train", f"--dataset={self.dataset}", "--model.type=vit_tiny_test", f"--sav_dir={self.folder}",
+            "--device=cpu", "--num_devices=1", "--num_workers=2", f"--num_epochs={EPOCHS}", "--model.checkpoint=none",
+            "--model_layer.freeze.image_encoder=false", "--model_layer.freeze.prompt_encoder=false", "--save_top_k=2",
+            "--opt.learning_rate=1e-3", "--dataset.val_size=0.4", "--generator.points_per_side=4", f"--run_name={name}",
+            "--best_metric=val_per_mask_iou",
+        ]  # fmt: skip
+
+    def finish(self, name: str) -> None:
+        """Continue a run to its end, and compare it with the unbroken one."""
+        end = run_apart(self.begin(name))
+        self.findings.expect(end.code == 0, f"{name} could not be continued: {end.output[-500:]}")
+        if end.code == 0:
+            for difference in compare_runs(self.folder / "unbroken", self.folder / name):
+                self.findings.expect(False, f"{name}: {difference}")
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    def kill(self, count: int) -> str:
+        """Kill runs at `count` random moments, continue them each time, and compare those that come to their end."""
+        moments, finished = Counter(), 0
+        for _ in range(count):
+            end = run_apart(self.begin("killed"), number=signal.SIGKILL, delay=self.generator.uniform(0.2, 8.0))
+            self.findings.expect(
+                end.code in (-signal.SIGKILL, 0), f"killed: ended with {end.code}: {end.output[-500:]}"
+            )
+            self.findings.expect(end.left == 0, f"killed: {end.left} processes were left")
+            moments[describe_moment(self.folder / "killed")] += end.code != 0
+            if end.code == 0:
+                self.finish("killed")
+                finished += 1
+        self.finish("killed")
+        told = ", ".join(f"{number} {name}" for name, number in sorted(moments.items()))
+        return f"{moments.total()} kills in {finished + 1} runs: {told}"
+
+    def signal(self, count: int) -> str:
+        """Send signals at random moments: the run must stop by itself, soon, and go on as if nothing had been."""
+        codes, slowest = Counter(), 0.0
+        for _ in range(count):
+            number = int(self.generator.choice([signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]))
+            delay = self.generator.uniform(0.2, 7.0)
+            end = run_apart(self.begin("signalled"), number=number, delay=delay)
+            codes[end.code] += 1
+            slowest = max(slowest, end.seconds - delay)
+            self.findings.expect(end.code in (128 + number, 0), f"signal {number}: ended with {end.code}: {end.output}")
+            self.findings.expect(end.seconds - delay < SECONDS_TO_STOP, f"signal {number}: {end.seconds - delay:.1f} s")
+            self.findings.expect("Traceback" not in end.output, f"signal {number}: {end.output[-800:]}")
+            self.findings.expect(end.left == 0, f"signal {number}: {end.left} processes were left")
+        self.finish("signalled")
+        found = ", ".join(f"{number} x {code}" for code, number in sorted(codes.items()))
+        return f"{count} signals; exit codes {found}; the slowest stop took {slowest:.1f} s"
+
+    def fill_disk(self, count: int) -> str:
+        """Let the system refuse files beyond a random size: old files stay whole, and with room the run goes on."""
+        codes = Counter()
+        # No workers: what they hand over lies in parts as well, of memory, which a full disk leaves alone.
+        flags = ["--num_epochs=4", "--num_workers=0"]
+        run_apart([*self.begin("short"), *flags])
+        for place in range(count):
+            name = f"full_{place}"
+            run_apart([*self.begin(name), *flags, f"--max_steps={self.generator.integers(1, 12)}"])
+            limit = int(10 ** self.generator.uniform(3.5, 6.5))
+            end = run_apart([*self.begin(name), *flags, "--max_steps=0"], {resource.RLIMIT_FSIZE: limit})
+            codes[end.code] += 1
+            self.findings.expect(end.code in (0, 2), f"disk of {limit} bytes: ended with {end.code}: {end.output}")
+            self.findings.expect("Traceback" not in end.output, f"disk of {limit} bytes: {end.output[-800:]}")
+            self._check_files(self.folder / name, limit)
+            end = run_apart([*self.begin(name), *flags, "--max_steps=0"])
+            # Best weights that could not be saved are told again, and are the one thing that is lost.
+            is_told = end.code == 2 and "best.pth does not hold the best weights" in end.output
+            self.findings.expect(end.code == 0 or is_told, f"after a disk of {limit} bytes: {end.output[-500:]}")
+            for difference in compare_runs(self.folder / "short", self.folder / name, ["last.ckpt"]):
+                self.findings.expect(False, f"after a disk of {limit} bytes: {difference}")
+            shutil.rmtree(self.folder / name)
+        return f"{count} full disks; exit codes {', '.join(f'{number} x {code}' for code, number in codes.items())}"
+
+    def _check_files(self, run: Path, limit: int) -> None:
+        try:
+            load_state(run)
+            torch.load(run / "best.pth", weights_only=True)
+        except Exception as error:  # whatever it is, it is what is looked for
+            self.findings.expect(False, f"disk of {limit} bytes: {error}")
+        partial = [path.name for path in run.glob(".*.tmp")]
+        self.findings.expect(not partial, f"disk of {limit} bytes: {partial} left")
+
+
+def describe_moment(run: Path) -> str:
+    """Return how far a killed run had come: the name of what it was doing, as far as its files tell."""
+    if not (run / "config.yaml").is_file():
+        return "before the run's folder"
+    if any(run.glob(".*.tmp")):
+        return "while saving"
+    return "between two checkpoints" if (run / "last.ckpt").is_file() else "before the first checkpoint"
+
+
+def compare_runs(one: Path, other: Path, parts: Sequence[str] = PARTS) -> list[str]:
+    """Return what differs between two finished runs."""
+    differences = []
+    first, second = (load_state(run) for run in (one, other))
+    if "last.ckpt" in parts:
+        differences += [
+            f"{part} differ" for part in ("model", "optimizer", "scheduler") if not is_same(first[part], second[part])
+        ]
+    if "best.pth" in parts:
+        best = [torch.load(run / "best.pth", weights_only=True) for run in (one, other)]
+        differences += [] if is_same(*best) else ["best.pth differs"]
+    if "rows" in parts and read_rows(one) != read_rows(other):
+        differences.append("metrics.csv differs")
+    names = [sorted(path.name for path in run.iterdir() if path.name != "last.prev.ckpt") for run in (one, other)]
+    if "names" in parts and names[0] != names[1]:
+        differences.append(f"files differ: {set(names[0]) ^ set(names[1])}")
+    return differences
+
+
+def is_same(one: object, other: object) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(is_same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(is_same, one, other))
+    return one == other
+
+
+def read_rows(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open() as file:
+        return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+
+
+class Fuzz:
+    """Datasets that are broken at random, each checked by the command in a process with little memory."""
+
+    def __init__(self, folder: Path, findings: Findings, generator: np.random.Generator):
+        self.folder, self.findings, self.generator = folder / "fuzz", findings, generator
+        self.dataset = write_scenes(self.folder / "dataset", count=3, seed=2, size=(96, 96)) / "data"
+        self.annotations = self.dataset / "annotations.json"
+        self.content = json.loads(self.annotations.read_text())
+
+    def break_annotations(self, count: int) -> str:
+        def write() -> bytes:
+            broken = mutate_annotations(self.content, self.generator)
+            self.annotations.write_bytes(broken)
+            return broken
+
+        return self._check_all("annotation files", count, write)
+
+    def break_pictures(self, count: int) -> str:
+        self.annotations.write_text(json.dumps(self.content))
+        path = self.dataset / "images" / self.content["images"][0]["file_name"]
+        whole = Image.open(path).convert("RGB")
+        whole.load()
+
+        def write() -> bytes:
+            kind, options = PICTURE_KINDS[self.generator.integers(len(PICTURE_KINDS))]
+            data = io.BytesIO()
+            whole.save(data, format=kind, **options)
+            broken = mutate_bytes(data.getvalue(), self.generator)
+            path.write_bytes(broken)
+            return broken
+
+        return self._check_all("pictures", count, write)
+
+    def _check_all(self, title: str, count: int, write: Callable[[], bytes]) -> str:
+        own_bytes = 1024 * int(Path("/proc/self/status").read_text().split("VmSize:")[1].split()[0])
+        limits = {resource.RLIMIT_AS: own_bytes + CHECK_BYTES}
+        arguments = ["--mode=check", f"--dataset={self.dataset}", f"--out_dir={self.folder / 'out'}"]
+        arguments += ["--check.samples=0", "--dataset.use_cache=false"]
+        codes, slowest, peak = Counter(), 0.0, 0
+        for place in range(count):
+            broken = write()
+            end = run_apart(arguments, limits, seconds=SECONDS_TO_CHECK)
+            codes[end.code] += 1
+            slowest, peak = max(slowest, end.seconds), max(peak, end.peak_bytes)
+            is_right = end.code in (0, 2) and "Traceback" not in end.output
+            if not is_right:
+                kept = Path(tempfile.gettempdir()) / f"broken_{title.split()[0]}_{place}"
+                kept.write_bytes(broken)
+                self.findings.expect(False, f"{kept}: ended with {end.code}: {end.output[-800:]}")
+        told = ", ".join(f"{number} x {code}" for code, number in sorted(codes.items()))
+        return f"{count} {title}; exit codes {told}; slowest {slowest:.1f} s, peak {peak / 1e6:.0f} MB"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, count in (("kills", 30), ("signals", 20), ("disks", 6), ("annotations", 1000), ("pictures", 300)):
+        parser.add_argument(f"--{name}", type=int, default=count)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def run() -> int:
+    """Do everything, print the figures, and return 1 if anything went wrong."""
+    arguments = parse_arguments()
+    torch.set_num_threads(1)
+    assert train  # imported here, so that every fork has it
+    ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
+    generator, findings = np.random.default_rng(arguments.seed), Findings()
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        os.environ["FINESTSAM_CACHE"] = str(Path(name) / "cache")
+        course = Course(Path(name), findings, generator)
+        fuzz = Fuzz(Path(name), findings, generator)
+        for work, count in (
+            (course.kill, arguments.kills),
+            (course.signal, arguments.signals),
+            (course.fill_disk, arguments.disks),
+            (fuzz.break_annotations, arguments.annotations),
+            (fuzz.break_pictures, arguments.pictures),
+        ):
+            if count:
+                print(work(count), flush=True)
+    print(f"{len(findings.lines)} things went wrong, in {time.monotonic() - start:.0f} s")
+    return min(len(findings.lines), 1)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

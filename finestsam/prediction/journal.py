@@ -1,0 +1,75 @@
+"""What is done of a folder of pictures: a line for each, so that a prediction that was ended can go on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from finestsam.errors import UserError, printable
+
+JOURNAL_NAME = ".predictions.jsonl"
+
+
+class Journal:
+    """Entries of pictures, as `Results` makes them, in a file beside the results that goes when these are written.
+
+    Args:
+        folder: of the results.
+        origin: what the entries depend on beside their pictures: weights and settings.
+    """
+
+    def __init__(self, folder: Path, origin: dict[str, Any]):
+        self.path = folder / JOURNAL_NAME
+        self._first_line = json.dumps({"origin": origin}, sort_keys=True)
+
+    def begin(self, entries: list[dict]) -> None:
+        """Write the file anew, with what is kept of an earlier one."""
+        partial = self.path.with_name(f"{self.path.name}.part")
+        lines = [self._first_line, *map(json.dumps, entries)]
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        partial.replace(self.path)
+
+    def add(self, entry: dict) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+    def read(self) -> list[dict]:
+        """Return the entries that were written before this process.
+
+        Raises:
+            UserError: they are of other weights or settings.
+        """
+        if not self.path.is_file():
+            return []
+        first, *lines = self.path.read_text(encoding="utf-8").split("\n")
+        if first != self._first_line:
+            raise UserError(f"--resume: {printable(self.path.parent)} was predicted with other weights or settings")
+        entries = []
+        for line in lines:
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                break  # the line that was being written when the process was ended, or the end of the file
+        return entries
+
+
+def read_finished(path: Path, origin: dict[str, Any]) -> list[dict]:
+    """Return the entries of a finished predictions.json; none where there is no such file.
+
+    Raises:
+        UserError: it is of other weights or settings, or none of ours.
+    """
+    if not path.is_file():
+        return []
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["info"]["origin"] != json.loads(json.dumps(origin)):
+            raise UserError(f"--resume: {printable(path)} was predicted with other weights or settings")
+        entries = {image["id"]: {"image": image, "annotations": []} for image in content["images"]}
+        for annotation in content["annotations"]:
+            entries[annotation["image_id"]]["annotations"].append(annotation)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"--resume: {printable(path)} is not as finestsam wrote it; choose another --out_dir") from None
+    return list(entries.values())

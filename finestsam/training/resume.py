@@ -1,0 +1,71 @@
+"""What a run that is continued may change, and what its checkpoint decides."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from finestsam.config import Config, flatten_config
+from finestsam.errors import UserError
+from finestsam.training import checkpoint
+
+# Without these the weights, the optimizer or the schedule of the checkpoint fit no more.
+FIXED = (
+    "model.", "model_layer.freeze.", "model_layer.thaw.", "model_layer.lora.", "opt.layer_decay", "opt.rates.",
+    "sched.type",
+)  # fmt: skip
+# The optimizer's own, which its checkpoint brings along.
+KEPT = ("opt.learning_rate", "opt.weight_decay")
+# How long, where and with what a run computes changes nothing that it learns.
+FREE = (
+    "num_epochs", "max_steps", "early_stop_evaluations", "num_workers", "device", "num_devices", "num_nodes", "sav_dir",
+    "run_name", "out_dir", "resume", "input", "strict", "keep_memory", "compile", "dataset.", "store.", "check.",
+    "convert.", "opacity", "model_layer.recompute_encoder",
+)  # fmt: skip
+
+
+def load_state(folder: Path) -> dict[str, Any] | None:
+    """Return the newest whole checkpoint of a run; None where it was stopped before its first.
+
+    Raises:
+        UserError: there are checkpoints, and none can be read.
+    """
+    if any((folder / name).exists() for name in (checkpoint.LAST, checkpoint.PREVIOUS)):
+        return checkpoint.load_state(folder)
+    return None
+
+
+def check_settings(config: Config, state: dict[str, Any], pictures_per_batch: int) -> None:
+    """Compare the settings with those of the checkpoint, and say which win where they differ.
+
+    Args:
+        pictures_per_batch: of all ranks together.
+
+    Raises:
+        UserError: a difference with which the run cannot go on.
+    """
+    before, now = json.loads(state["config"]), json.loads(json.dumps(flatten_config(config)))
+    changed = [name for name in now if name in before and now[name] != before[name]]
+    refused = [name for name in changed if name.startswith(FIXED)]
+    if (now["losses.affinity_ratio"] > 0) != (before["losses.affinity_ratio"] > 0):
+        refused.append("losses.affinity_ratio")
+    if refused:
+        found = "\n".join(f"--resume: {name} is {now[name]}, the run has {before[name]}" for name in refused)
+        raise UserError(f"{found}; start a new run with it, from best.pth if its weights are wanted")
+    for name in changed:
+        if name in KEPT:
+            _warn(f"{name} {now[name]}: the run goes on with {before[name]}, which its optimizer holds")
+        elif not name.startswith(FREE):
+            _warn(f"{name}: {now[name]} from here on, {before[name]} before")
+    known = state.get("pictures_per_batch", pictures_per_batch)
+    if known != pictures_per_batch:
+        _warn(f"{pictures_per_batch} pictures a step from here on, {known} before: not what an unbroken run learns")
+
+
+def convert_batches(batches: int, before: int, now: int) -> int:
+    """Return how many batches of `now` pictures lie within what batches of `before` pictures have seen of an epoch."""
+    return batches if before == now else batches * before // now
+
+
+def _warn(text: str) -> None:
+    print(f"warning: --resume: {text}", file=sys.stderr)

@@ -1,0 +1,202 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from finestsam.data.processes import map_in_processes
+from finestsam.errors import UserError
+from finestsam.interruption import WATCHED, Interrupted, watch_signals
+
+ROOT = Path(__file__).parents[1]
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(0.01)  # Python runs a handler between two of its own instructions
+
+
+@pytest.mark.parametrize("number", WATCHED)
+def test_a_signal_ends_the_work_and_leaves_the_handlers_as_they_were(number):
+    before = [signal.getsignal(one) for one in WATCHED]
+
+    with pytest.raises(Interrupted) as caught, watch_signals():
+        send(number)
+
+    assert caught.value.exit_code == 128 + number
+    assert isinstance(caught.value, KeyboardInterrupt)  # what a notebook expects
+    assert [signal.getsignal(one) for one in WATCHED] == before
+
+
+def test_held_work_is_finished_and_a_released_part_is_left():
+    done = []
+    with watch_signals() as interruption, interruption.held():
+        send(signal.SIGTERM)
+        done.append("step")
+        with pytest.raises(Interrupted), interruption.released():
+            done.append("measurement")
+        done.append("saved")
+
+    assert done == ["step", "saved"]
+    assert interruption.received == signal.SIGTERM
+
+
+def test_a_signal_within_a_released_part_leaves_it_at_once():
+    with watch_signals() as interruption, interruption.held():
+        with pytest.raises(Interrupted), interruption.released():
+            send(signal.SIGINT)
+            raise AssertionError("not left")
+        assert interruption.received == signal.SIGINT
+
+
+def test_the_second_signal_does_what_it_always_did():
+    with pytest.raises(KeyboardInterrupt) as caught, watch_signals() as interruption, interruption.held():
+        send(signal.SIGINT)
+        send(signal.SIGINT)
+
+    assert not isinstance(caught.value, Interrupted)
+
+
+def test_a_signal_while_an_object_is_destroyed_is_not_lost(capsys):
+    class Destroyed:
+        def __del__(self) -> None:
+            send(signal.SIGTERM)
+            done.append("destroyed")
+
+    done = []
+    with pytest.raises(Interrupted), watch_signals():
+        del_me = Destroyed()
+        del del_me
+        time.sleep(10)
+        done.append("slept")
+
+    assert done == ["destroyed"]
+    assert "ignored" not in capsys.readouterr().err
+
+
+def test_a_warning_between_processes_is_no_second_signal():
+    with watch_signals() as interruption, interruption.held():
+        send(signal.SIGUSR1)
+        send(signal.SIGUSR1)
+        send(signal.SIGTERM)
+
+        assert interruption.received == signal.SIGTERM
+
+
+def test_a_watch_within_a_watch_is_the_same_and_another_thread_watches_nothing():
+    before = signal.getsignal(signal.SIGINT)
+    with watch_signals() as outer, watch_signals() as inner:
+        assert outer is inner
+
+    def watch() -> None:
+        with watch_signals():
+            found.append(signal.getsignal(signal.SIGINT))
+
+    found = []
+    thread = threading.Thread(target=watch)
+    thread.start()
+    thread.join()
+    assert found == [before]
+
+
+def run_script(text: str, *arguments: object) -> subprocess.Popen:
+    command = [sys.executable, "-c", textwrap.dedent(text), *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def test_the_second_signal_ends_a_command_even_within_its_cleaning_up():
+    process = run_script(
+        """
+        import time
+        from finestsam.interruption import watch_signals
+        with watch_signals(is_command=True) as interruption:
+            try:
+                print("ready", flush=True)
+                time.sleep(60)
+            finally:
+                print("cleaning", flush=True)
+                time.sleep(60)
+        """
+    )
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "cleaning\n"
+    process.send_signal(signal.SIGINT)
+
+    _, error = process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGINT
+    assert error == ""
+
+
+def list_processes(session: int) -> list[int]:
+    """Return the processes of a session that live, those that only wait to be collected left out."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, _, own_session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+        except OSError:
+            continue
+        if int(own_session) == session and state != "Z":
+            found.append(int(folder.name))
+    return found
+
+
+def wait_for_end(session: int, seconds: float = 10) -> list[int]:
+    deadline = time.monotonic() + seconds
+    while list_processes(session) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return list_processes(session)
+
+
+def sleep_a_little(item: int) -> int:
+    time.sleep(0.02)
+    return item
+
+
+WORK = """
+    import sys
+    sys.path.insert(0, "tests")
+    from finestsam.cli import main
+    from finestsam.data.processes import map_in_processes
+    from finestsam.interruption import Interrupted, watch_signals
+    from test_interruption import sleep_a_little
+    try:
+        with watch_signals(is_command=True):
+            for item in map_in_processes(sleep_a_little, range(10_000), ""):
+                print(item, flush=True)
+    except Interrupted as error:
+        sys.exit(error.exit_code)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
+@pytest.mark.parametrize("to_group", [False, True], ids=["to the process", "to the whole group"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_the_one_that_started_it(number, to_group):
+    process = run_script(WORK)
+    process.stdout.readline()
+    assert len(list_processes(process.pid)) >= 2
+
+    (os.killpg if to_group else os.kill)(process.pid, number)
+    _, error = process.communicate(timeout=30)
+
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
+    assert error == ""
+    assert wait_for_end(process.pid) == []
+
+
+def test_a_pool_that_lost_a_process_is_told_and_does_not_hang():
+    with pytest.raises(UserError, match="ended from outside"):
+        list(map_in_processes(end_itself, range(100), ""))
+
+
+def end_itself(item: int) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return item

@@ -1,0 +1,305 @@
+"""What a run keeps when a signal, a full disk, another process or an error of our own ends it."""
+
+import csv
+import os
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FROM_SCRATCH, run_training
+
+from finestsam.cli import main
+from finestsam.interruption import WATCHED
+from finestsam.training import checkpoint, train
+from finestsam.training.run_folder import lock_run
+
+FLAGS = ["--num_epochs=2", "--dataset.val_size=0.4", "--generator.points_per_side=4"]
+
+
+@pytest.fixture(scope="module")
+def whole(scenes, tmp_path_factory) -> Path:
+    return run_training(scenes, tmp_path_factory.mktemp("sav"), "--run_name=whole", *FLAGS)
+
+
+def start(scenes: Path, folder: Path, *flags: str) -> int:
+    arguments = ["--mode=train", f"--dataset={scenes}", "--model.type=vit_tiny_test", f"--sav_dir={folder}"]
+    return main([*arguments, "--device=cpu", "--num_workers=0", "--run_name=run", *FROM_SCRATCH, *FLAGS, *flags])
+
+
+def resume(folder: Path, *flags: str) -> int:
+    return main(["--mode=train", f"--resume={folder / 'run'}", *flags])
+
+
+def read_rows(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open() as file:
+        return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    first, second = (torch.load(run / "last.ckpt", weights_only=True) for run in (one, other))
+    for name, value in first["model"].items():
+        torch.testing.assert_close(second["model"][name], value, rtol=0, atol=0)
+    moments = [state["optimizer"]["state"] for state in (first, second)]
+    for number, values in moments[0].items():
+        for name, value in values.items():
+            torch.testing.assert_close(moments[1][number][name], value, rtol=0, atol=0)
+    assert read_rows(one) == read_rows(other)
+    best = [torch.load(run / "best.pth", weights_only=True) for run in (one, other)]
+    assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
+
+
+def send_at_call(monkeypatch, place: str, call: int, number: int) -> None:
+    """Let a signal come to this process when a function is called for the n-th time."""
+    module, _, name = place.rpartition(".")
+    target = __import__(module, fromlist=[name])
+    function, calls = getattr(target, name), []
+
+    def called(*arguments, **named):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return function(*arguments, **named)
+
+    monkeypatch.setattr(target, name, called)
+
+
+TRAIN = "finestsam.training.train."
+
+
+@pytest.mark.parametrize(
+    ("place", "call", "number"),
+    [
+        (TRAIN + "score_batches", 1, signal.SIGINT),
+        (TRAIN + "find_candidates", 1, signal.SIGTERM),
+        (TRAIN + "_count_step", 2, signal.SIGUSR1),
+        (TRAIN + "score_batches", 2, signal.SIGTERM),
+        (TRAIN + "find_candidates", 2, signal.SIGINT),
+        (TRAIN + "tune", 3, signal.SIGTERM),
+        (TRAIN + "save_last", 2, signal.SIGINT),
+    ],
+    ids=[
+        "floor", "floor's generator", "step", "validation", "validation's generator", "last validation", "saving",
+    ],
+)  # fmt: skip
+def test_a_signal_at_any_place_of_a_run_loses_nothing(
+    scenes, whole, tmp_path, monkeypatch, capsys, place, call, number
+):
+    handlers = [signal.getsignal(one) for one in WATCHED]
+    send_at_call(monkeypatch, place, call, number)
+
+    code = start(scenes, tmp_path)
+
+    out, error = capsys.readouterr()
+    assert code == 128 + number
+    assert "to go on: --mode train --resume" in out
+    assert "Traceback" not in error
+    assert [signal.getsignal(one) for one in WATCHED] == handlers
+    monkeypatch.undo()
+    assert resume(tmp_path) == 0
+    assert_same_run(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["finestsam.data.read.assemble", "finestsam.training.run.load_model", "finestsam.training.run.encode_missing"],
+    ids=["dataset check", "weights", "embedding store"],
+)
+def test_a_signal_before_the_first_step_ends_at_once_and_the_run_can_begin_again(scenes, tmp_path, monkeypatch, place):
+    frozen = "--model_layer.freeze.image_encoder=true"
+    send_at_call(monkeypatch, place, 1, signal.SIGTERM)
+    assert start(scenes, tmp_path, frozen) == 143
+    monkeypatch.undo()
+    assert not (tmp_path / "run" / "last.ckpt").exists()
+
+    again = resume(tmp_path, "--num_epochs=1") if (tmp_path / "run").exists() else start(scenes, tmp_path, frozen)
+
+    assert again == 0
+    assert (tmp_path / "run" / "best.pth").is_file()
+
+
+def test_a_signal_while_original_weights_are_tried_leaves_whole_ones(scenes, tmp_path, monkeypatch, capsys):
+    send_at_call(monkeypatch, "finestsam.training.blend.blend", 2, signal.SIGTERM)
+    flags = ["--opt.keep_original=auto", "--best_metric=val_per_mask_iou"]
+
+    assert start(scenes, tmp_path, *flags) == 143
+
+    assert "best.pth is whole" in capsys.readouterr().out
+    assert torch.load(tmp_path / "run" / "best.pth", weights_only=True)
+    assert resume(tmp_path) == 0
+
+
+class FullDisk:
+    """Lets the system refuse to write files of more than some bytes from the n-th call of a function on."""
+
+    def __init__(self, monkeypatch, name: str, first: int, last: int, limit: int):
+        self.calls = 0
+        function = getattr(checkpoint, name)
+
+        def limited(*arguments, **named):
+            self.calls += 1
+            before = resource.getrlimit(resource.RLIMIT_FSIZE)
+            if first <= self.calls <= last:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+            try:
+                return function(*arguments, **named)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+        monkeypatch.setattr(checkpoint, name, limited)
+
+
+def test_a_disk_that_is_full_for_a_while_ends_no_run(scenes, whole, tmp_path, monkeypatch, capsys):
+    FullDisk(monkeypatch, "_write_verified", first=2, last=3, limit=100_000)
+
+    assert start(scenes, tmp_path) == 0
+
+    assert "warning: checkpoint not saved: File too large" in capsys.readouterr().err
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_a_last_checkpoint_that_cannot_be_saved_ends_with_one_message_and_the_old_files(
+    scenes, whole, tmp_path, monkeypatch, capsys
+):
+    assert start(scenes, tmp_path, "--max_steps=2") == 0
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in ("last.ckpt", "best.pth")}
+    capsys.readouterr()
+    FullDisk(monkeypatch, "save_last", first=1, last=99, limit=100_000)
+
+    assert resume(tmp_path, "--max_steps=0", "--num_epochs=1") == 2
+
+    error = capsys.readouterr().err
+    assert error.count("checkpoint not saved") == 1 and "Traceback" not in error
+    assert "make room there, then go on with --mode train --resume" in error
+    assert (tmp_path / "run" / "last.ckpt").read_bytes() == before["last.ckpt"]
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+    monkeypatch.undo()
+    assert resume(tmp_path, "--max_steps=0", "--num_epochs=2") == 0
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_best_weights_that_could_not_be_saved_are_told_at_the_end(scenes, tmp_path, monkeypatch, capsys):
+    FullDisk(monkeypatch, "save_weights", first=1, last=99, limit=100_000)
+    monkeypatch.setattr("finestsam.training.best.save_weights", checkpoint.save_weights)
+
+    assert start(scenes, tmp_path) == 2
+
+    assert "best.pth does not hold the best weights of the run: checkpoint not saved" in capsys.readouterr().err
+    assert (tmp_path / "run" / "last.ckpt").is_file()
+
+
+def test_an_error_of_our_own_is_written_down(scenes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(TRAIN + "_count_step", lambda *_: 1 / 0)
+
+    with pytest.raises(ZeroDivisionError):
+        start(scenes, tmp_path)
+
+    path = tmp_path / "run" / "crash.txt"
+    assert f"stopped by an error of its own; {path} holds what to report" in capsys.readouterr().err
+    text = path.read_text()
+    assert "ZeroDivisionError: division by zero" in text
+    assert "learning_rate: 0.001" in text and "finestsam 0" in text and "rank 0 of 1, epoch 0, step 0" in text
+
+
+def test_a_mistake_of_the_user_is_no_crash(scenes, tmp_path, monkeypatch):
+    assert start(scenes, tmp_path, "--max_steps=1") == 0
+    FullDisk(monkeypatch, "save_last", first=1, last=99, limit=1000)
+    assert resume(tmp_path, "--max_steps=2") == 2
+    assert not (tmp_path / "run" / "crash.txt").exists()
+
+
+@pytest.fixture
+def stopped(scenes, tmp_path) -> Path:
+    """The folder of runs with one that was stopped after its first step."""
+    assert start(scenes, tmp_path, "--max_steps=1") == 0
+    return tmp_path
+
+
+def test_two_processes_do_not_train_one_run(stopped, capsys):
+    lock = lock_run(stopped / "run")
+    before = (stopped / "run" / "last.ckpt").read_bytes()
+
+    assert resume(stopped, "--max_steps=2") == 2
+
+    assert f"{stopped / 'run'}: another process trains this run" in capsys.readouterr().err
+    assert (stopped / "run" / "last.ckpt").read_bytes() == before
+    lock.release()
+    assert resume(stopped, "--max_steps=2") == 0
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(stopped):
+    pid = os.fork()
+    if pid == 0:
+        lock_run(stopped / "run")
+        os.kill(os.getpid(), signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+
+    assert resume(stopped, "--max_steps=2") == 0
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--model.type=vit_tiny", "model.type is vit_tiny, the run has vit_tiny_test"),
+        ("--model.image_size=128", "model.image_size is 128, the run has None"),
+        ("--model_layer.freeze.image_encoder=true", "model_layer.freeze.image_encoder is True, the run has False"),
+        ("--sched.type=ReduceLROnPlateau", "sched.type is ReduceLROnPlateau, the run has LambdaLR"),
+        ("--losses.affinity_ratio=5", "losses.affinity_ratio is 5.0, the run has 0.0"),
+    ],
+)
+def test_a_setting_with_which_the_checkpoint_fits_no_more_is_refused_by_its_name(stopped, capsys, flag, message):
+    assert resume(stopped, "--max_steps=2", flag) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_changed_rate_or_batch_size_is_told_with_the_one_that_wins(stopped, capsys):
+    flags = ["--opt.learning_rate=1e-5", "--batch_size=2", "--opt.clip_norm=2", "--num_workers=0"]
+
+    assert resume(stopped, "--max_steps=2", *flags) == 0
+
+    lines = [line for line in capsys.readouterr().err.splitlines() if "--resume" in line]
+    assert lines == [
+        "warning: --resume: batch_size: 2 from here on, 1 before",
+        "warning: --resume: opt.learning_rate 1e-05: the run goes on with 0.001, which its optimizer holds",
+        "warning: --resume: opt.clip_norm: 2.0 from here on, 1.0 before",
+        "warning: --resume: 2 pictures a step from here on, 1 before: not what an unbroken run learns",
+    ]
+    state = torch.load(stopped / "run" / "last.ckpt", weights_only=True)
+    assert state["optimizer"]["param_groups"][0]["initial_lr"] == 1e-3
+    # One picture of four is done: of two pictures a step none is, and the first step begins with it again.
+    assert state["progress"]["batches_done"] == 1
+
+
+def test_a_damaged_checkpoint_of_a_run_gives_way_to_the_one_before(scenes, whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    last = tmp_path / "run" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:1000])
+
+    assert resume(tmp_path) == 0
+
+    assert "resuming from last.prev.ckpt" in capsys.readouterr().err
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_a_run_cut_by_max_steps_is_measured_once_and_goes_on_as_if_it_had_not_been(scenes, tmp_path, monkeypatch):
+    flags = ["--sched.type=ReduceLROnPlateau", "--sched.ReduceLROnPlateau.epoch_patience=0", "--num_epochs=3"]
+    flags += ["--early_stop_evaluations=9", "--sched.ReduceLROnPlateau.threshold=1"]
+    assert start(scenes, tmp_path / "unbroken", *flags) == 0
+    measured = []
+    validate = train.validate
+    monkeypatch.setattr(train, "validate", lambda run: (measured.append(run.progress.step), validate(run)))
+    assert start(scenes, tmp_path, *flags, "--max_steps=6") == 0
+    assert measured == [0, 4, 6]
+    monkeypatch.undo()
+
+    assert resume(tmp_path, "--max_steps=0") == 0
+
+    first, second = (
+        torch.load(folder / "run" / "last.ckpt", weights_only=True) for folder in (tmp_path / "unbroken", tmp_path)
+    )
+    assert all(torch.equal(value, second["model"][name]) for name, value in first["model"].items())
+    assert first["scheduler"] == second["scheduler"]
+    names = ("epoch", "step", "evaluations_without_better")
+    assert [first["progress"][name] for name in names] == [second["progress"][name] for name in names]
