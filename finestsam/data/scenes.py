@@ -40,8 +40,12 @@ class Scene:
     categories: list[str]  # a value of CATEGORIES for each mask
 
 
-def write_scenes(root: Path, count: int, seed: int = 0, size: tuple[int, int] = (256, 256)) -> Path:
+def write_scenes(
+    root: Path, count: int, seed: int = 0, size: tuple[int, int] = (256, 256), kind: str | None = None
+) -> Path:
     """Write a COCO dataset of scenes, data/images/scene_0000.png, ... and data/annotations.json, into `root`.
+
+    Without a kind, the seed chooses one of KINDS for each scene.
 
     The aspect ratio takes turns between that of `size`, a wider and a taller one, as real datasets mix them.
     """
@@ -51,8 +55,9 @@ def write_scenes(root: Path, count: int, seed: int = 0, size: tuple[int, int] = 
     images, annotations = [], []
     folder = root / "data" / "images"
     folder.mkdir(parents=True, exist_ok=True)
-    tasks = [(folder / f"scene_{index:04d}.png", seed, index, sizes[index % len(sizes)]) for index in range(count)]
-    for (path, _, index, (height, width)), objects in zip(
+    paths = [folder / f"scene_{index:04d}.png" for index in range(count)]
+    tasks = [(path, seed, index, sizes[index % len(sizes)], kind) for index, path in enumerate(paths)]
+    for (path, _, index, (height, width), _), objects in zip(
         tasks, map_in_processes(_write_scene, tasks, "drawing"), strict=True
     ):
         images.append({"id": index + 1, "file_name": path.name, "height": height, "width": width})
@@ -66,10 +71,10 @@ def write_scenes(root: Path, count: int, seed: int = 0, size: tuple[int, int] = 
     return root
 
 
-def _write_scene(task: tuple[Path, int, int, tuple[int, int]]) -> list[tuple[str, dict]]:
+def _write_scene(task: tuple[Path, int, int, tuple[int, int], str | None]) -> list[tuple[str, dict]]:
     """Draw a scene into a file, and return its objects: their categories, and what `describe_mask` says of them."""
-    path, seed, index, size = task
-    scene = draw_scene(seed, index, size)
+    path, seed, index, size, kind = task
+    scene = draw_scene(seed, index, size, kind)
     write_image(path, scene.image)
     return [(category, describe_mask(mask)) for category, mask in zip(scene.categories, scene.masks, strict=True)]
 

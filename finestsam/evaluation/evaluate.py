@@ -16,11 +16,14 @@ from finestsam.download import hash_file
 from finestsam.errors import UserError, printable
 from finestsam.evaluation.battery import Battery
 from finestsam.evaluation.candidates import find_candidates
+from finestsam.evaluation.comparison import COMPARISON_NAME, draw_comparison
 from finestsam.evaluation.generator_scores import choose_grids, find_all, list_fixed, tune
 from finestsam.evaluation.history import read_history
 from finestsam.evaluation.measurement import Difference, Measurement, compare
-from finestsam.evaluation.report import REPORT_NAME, Story, write_report_page
+from finestsam.evaluation.report import REPORT_NAME, write_report_page
 from finestsam.evaluation.result_files import read_results
+from finestsam.evaluation.story import Story
+from finestsam.images import write_image
 from finestsam.model.load import LoadedModel, load_model
 from finestsam.output_folder import make_output_folder
 from finestsam.prediction.generator import resolve_generator
@@ -77,8 +80,11 @@ def evaluate(config: Config) -> int:
     name = config.evaluate.predictions or loaded.source
     story = Story(name, ours, rival.source if rival else "", theirs, differences, history)
     write_report_page(folder / REPORT_NAME, story, worse, config)
+    comparison = draw_comparison(story, config)
+    if comparison is not None:
+        write_image(folder / COMPARISON_NAME, comparison)
     print(f"figures: {folder / FIGURES_NAME}, picture by picture: {folder / PICTURES_NAME}")
-    print(f"report: {folder / REPORT_NAME}")
+    print(f"report: {folder / REPORT_NAME}" + (f", {folder / COMPARISON_NAME}" if comparison is not None else ""))
     return 0
 
 

@@ -2,24 +2,21 @@
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-
-import numpy as np
 
 from finestsam.config import Config, flatten_config
 from finestsam.data.index import Record
 from finestsam.data.reach import SIZES
 from finestsam.errors import Defect, printable
 from finestsam.evaluation.charts import draw_calibration, draw_clicks, draw_history, draw_precision
-from finestsam.evaluation.history import History
-from finestsam.evaluation.measurement import Difference, Measurement
+from finestsam.evaluation.comparison import shrink_rle
+from finestsam.evaluation.measurement import Difference
 from finestsam.evaluation.mistakes import Mistakes, count_mistakes, sum_mistakes
+from finestsam.evaluation.story import Story
 from finestsam.images import compute_input_size, encode_image, read_image, resize_image
-from finestsam.masks import decode_rle, encode_mask
 from finestsam.prediction.overlay import draw_layer
 
 REPORT_NAME = "report.html"
@@ -58,37 +55,18 @@ KINDS = {
 }
 
 
-@dataclass(frozen=True)
-class Story:
-    """What a report tells.
-
-    Attributes:
-        name, rival_name: of the two models, for the reader.
-        theirs: None: there is nothing to compare with; its pictures are in the order of ours.
-        history: of the run that our weights come from; None: it is not known.
-    """
-
-    name: str
-    ours: Measurement
-    rival_name: str = ""
-    theirs: Measurement | None = None
-    differences: dict[str, Difference] | None = None
-    history: History | None = None
-
-
 def write_report_page(path: Path, story: Story, worse: Sequence[str], config: Config) -> None:
     """Write the page; a reader never meets half a file.
 
     Args:
         worse: names of the pictures that one point finds worse than the rival does, the worst first.
     """
-    mistakes = [] if story.ours.found is None else count_mistakes(story.ours.records, story.ours.found)
     body = [
         _write_headlines(story),
         _write_worse(worse, story),
         _write_charts(story),
-        _write_mistakes(story, mistakes),
-        _write_pictures(story, mistakes, config),
+        _write_mistakes(story),
+        _write_pictures(story, config),
         _write_settings(config),
     ]
     columns = 3 if story.theirs is None else 4
@@ -179,10 +157,10 @@ def _write_charts(story: Story) -> str:
     return f"<h2>Curves</h2><div class='charts'>{''.join(charts)}</div>" if charts else ""
 
 
-def _write_mistakes(story: Story, mistakes: list[dict[str, Mistakes]]) -> str:
-    if not mistakes:
+def _write_mistakes(story: Story) -> str:
+    if not story.mistakes:
         return ""
-    ours = sum_mistakes(mistakes)
+    ours = sum_mistakes(story.mistakes)
     theirs = None
     if story.theirs and story.theirs.found is not None:
         theirs = sum_mistakes(count_mistakes(story.theirs.records, story.theirs.found))
@@ -206,13 +184,11 @@ def _write_count(kind: str, size: str, ours: dict[str, Mistakes], theirs: dict[s
     return f"{count} <span class='quiet'>({getattr(theirs[size], kind)})</span>" if theirs else count
 
 
-def _write_pictures(story: Story, mistakes: list[dict[str, Mistakes]], config: Config) -> str:
+def _write_pictures(story: Story, config: Config) -> str:
     """Return the pictures where the generator does worst, and those where it does best."""
-    if not mistakes:
+    order = list(story.ratings)
+    if not order:
         return ""
-    order = [place for place, record in enumerate(story.ours.records) if record.annotations]
-    rank = {place: _rate(mistakes[place], len(story.ours.found[place].rles)) for place in order}
-    order.sort(key=lambda place: rank[place])
     shown = min(PICTURES_SHOWN, (len(order) + 1) // 2)
     groups = {"Where it does worst": order[:shown], "Where it does best": order[::-1][: min(shown, len(order) - shown)]}
     parts = [
@@ -220,19 +196,13 @@ def _write_pictures(story: Story, mistakes: list[dict[str, Mistakes]], config: C
         "<span class='quiet'>wheel: zoom, drag: move, double click: whole picture</span></div>"
     ]
     for title, places in groups.items():
-        pictures = [_write_picture(story, place, rank[place], config) for place in places]
+        pictures = [_write_picture(story, place, config) for place in places]
         parts += [f"<h2>{title}</h2>", *pictures] if pictures else []
     return "\n".join(parts)
 
 
-def _rate(mistakes: dict[str, Mistakes], masks: int) -> tuple[float, float]:
-    """Return F1 of one picture, a mask counting as an object from an IoU of 0.5 on, and its recall."""
-    whole = sum_mistakes([mistakes])["all"]
-    return 2 * whole.found / max(masks + whole.objects, 1), whole.found / max(whole.objects, 1)
-
-
-def _write_picture(story: Story, place: int, rate: tuple[float, float], config: Config) -> str:
-    record = story.ours.records[place]
+def _write_picture(story: Story, place: int, config: Config) -> str:
+    record, rating = story.ours.records[place], story.ratings[place]
     try:
         pixels = read_image(record.path, record.size, config.dataset.images)
     except Defect as defect:
@@ -247,7 +217,7 @@ def _write_picture(story: Story, place: int, rate: tuple[float, float], config: 
     drawn = "".join(_write_panel(caption, base, rles, record, size) for caption, rles in panels)
     return (
         f"<div class='picture'><div><code>{_text(record.file_name)}</code> "
-        f"<span class='quiet'>finds {rate[1]:.0%} of the objects, F1 {rate[0]:.2f}</span></div>"
+        f"<span class='quiet'>finds {rating.recall:.0%} of the objects, F1 {rating.f1:.2f}</span></div>"
         f"<div class='panels'>{drawn}</div></div>"
     )
 
@@ -255,20 +225,13 @@ def _write_picture(story: Story, place: int, rate: tuple[float, float], config: 
 def _write_panel(caption: str, base: str, rles: list[dict] | None, record: Record, size: tuple[int, int]) -> str:
     layer = ""
     if rles is not None:
-        if size != record.size:
-            rles = [encode_mask(_shrink(decode_rle(rle), size)) for rle in rles]
-        layer = f"<img alt='' src='{_embed(encode_image(draw_layer(size, rles, OPACITY), '.png'), 'png')}'>"
+        drawn = draw_layer(size, [shrink_rle(rle, size) for rle in rles], OPACITY)
+        layer = f"<img alt='' src='{_embed(encode_image(drawn, '.png'), 'png')}'>"
     picture = f"<img alt='{_text(record.file_name)}' src='{base}'>"
     return (
         f"<figure class='panel'><div class='view'>{picture}{layer}</div><figcaption>{_text(caption)}</figcaption>"
         "</figure>"
     )
-
-
-def _shrink(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return the mask at the size of the report, nearest pixels."""
-    rows, columns = (np.arange(new) * old // new for new, old in zip(size, mask.shape, strict=True))
-    return mask[np.ix_(rows, columns)]
 
 
 def _embed(data: bytes, kind: str) -> str:

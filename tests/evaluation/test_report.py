@@ -14,7 +14,8 @@ from finestsam.evaluation.background import BackgroundScores
 from finestsam.evaluation.coco_scores import Detections
 from finestsam.evaluation.measurement import Measurement, compare
 from finestsam.evaluation.prompt_scores import ObjectScore
-from finestsam.evaluation.report import Story, write_report_page
+from finestsam.evaluation.report import write_report_page
+from finestsam.evaluation.story import Story
 from finestsam.evaluation.thresholds import Calibration
 
 HOSTILE = "<img src=x onerror=alert(1)> & \u202ename"

@@ -214,6 +214,7 @@ def test_a_signal_saves_and_stops_and_the_run_can_be_continued(scenes, tmp_path,
     [
         [],
         ["--model_layer.freeze.image_encoder=true", "--prompts.use_boxes=true"],
+        ["--model_layer.freeze.image_encoder=true", "--model_layer.lora.rank=2", "--model_layer.thaw.norms=true"],
         [
             "--losses.affinity_ratio=5",
             "--prompts.use_boxes=true",

@@ -1,0 +1,70 @@
+import numpy as np
+import pytest
+
+from finestsam.config import build_config
+from finestsam.evaluation.coco_scores import Detections
+from finestsam.evaluation.comparison import CAPTION_PIXELS, MARGIN_PIXELS, PANEL_PIXELS, draw_comparison, shrink_rle
+from finestsam.evaluation.measurement import Measurement
+from finestsam.evaluation.story import Story
+from finestsam.masks import decode_rle, encode_mask
+
+SIDE = PANEL_PIXELS + MARGIN_PIXELS
+
+
+def find(record, share: float) -> Detections:
+    """Return the masks of the first objects of a picture, as if a model had found these."""
+    kept = record.annotations[: round(share * len(record.annotations))]
+    return Detections([record.rle(annotation) for annotation in kept], [0.9] * len(kept))
+
+
+def make_measurement(records, shares) -> Measurement:
+    found = [find(record, share) for record, share in zip(records, shares, strict=True)]
+    return Measurement(records, found)
+
+
+@pytest.fixture
+def story(records) -> Story:
+    shares = np.linspace(0.2, 1, len(records))
+    return Story("after", make_measurement(records, shares), "before", make_measurement(records, shares * 0))
+
+
+def test_pictures_are_rated_by_what_is_found_of_them(story, records):
+    assert list(story.ratings) == list(range(len(records)))
+    assert story.ratings[len(records) - 1].f1 == pytest.approx(1, abs=0.1)
+    assert story.ratings[0].recall < 0.3
+
+
+def test_rows_go_from_the_best_to_the_worst_and_columns_from_picture_to_result(story, records):
+    picture = draw_comparison(story, build_config({"opacity": 1.0}))
+
+    assert picture.shape == (3 * (SIDE + CAPTION_PIXELS), 4 * SIDE, 3)
+    panels = picture.reshape(3, SIDE + CAPTION_PIXELS, 4, SIDE, 3).swapaxes(1, 2)[:, :, :SIDE].astype(int)
+    changed = [[(panels[row, column] != panels[row, 0]).any(axis=-1).mean() for column in range(4)] for row in range(3)]
+    for row in changed:
+        assert row[2] == 0  # the model before found nothing
+        assert row[1] > 0
+    assert np.array_equal(panels[0, 1], panels[0, 3])  # the best picture, of which all is found
+    assert changed[0][3] > 0
+    assert not np.array_equal(panels[2, 1], panels[2, 3])
+
+
+def test_without_a_model_to_compare_with_there_are_three_columns(story):
+    alone = draw_comparison(Story("after", story.ours), build_config({}))
+
+    assert alone.shape[1] == 3 * SIDE
+
+
+def test_without_masks_or_without_pictures_there_is_nothing_to_draw(records):
+    assert draw_comparison(Story("x", Measurement(records, None)), build_config({})) is None
+    assert draw_comparison(Story("x", Measurement([], [])), build_config({})) is None
+
+
+def test_a_mask_keeps_its_place_at_another_size():
+    mask = np.zeros((40, 60), dtype=bool)
+    mask[10:20, 30:60] = True
+
+    small = decode_rle(shrink_rle(encode_mask(mask), (20, 30)))
+
+    expected = np.zeros((20, 30), dtype=bool)
+    expected[5:10, 15:30] = True
+    assert np.array_equal(small, expected)
