@@ -143,8 +143,25 @@ class FreezeConfig:
 
 
 @dataclass(frozen=True)
+class FftAttentionConfig:
+    blocks: Literal["none", "global", "windowed", "all"] = setting(
+        "none",
+        "blocks of the image encoder whose attention training replaces by one through the Fourier transform, which "
+        "costs N log N instead of N^2 for N tokens and gives other answers: those that see the whole picture, windows "
+        "of it, or all. Weights that have some keep them. segment_anything refuses such weights",
+    )
+    distill_steps: int = setting(
+        100,
+        "before training, steps of one picture each in which the replaced blocks learn to answer what the original "
+        "ones do, frozen encoder or not; afterwards freeze.image_encoder decides. Not from random weights",
+        "[0, inf)",
+    )
+
+
+@dataclass(frozen=True)
 class ModelLayerConfig:
     freeze: FreezeConfig = section(FreezeConfig)
+    fft_attention: FftAttentionConfig = section(FftAttentionConfig)
     recompute_encoder: bool = setting(
         False,
         "where the image encoder trains, compute its blocks again for their gradients instead of keeping what they "

@@ -18,7 +18,17 @@ LEVELS = {
 # Where each library may be touched.
 PLACES = {
     "cv2": {"images", "masks", "overlay"},
-    "segment_anything": {"build", "initial", "sam", "load", "trainable", "generator", "decoder", "encoder"},
+    "segment_anything": {
+        "build",
+        "initial",
+        "sam",
+        "load",
+        "trainable",
+        "generator",
+        "decoder",
+        "encoder",
+        "fft_attention",
+    },
     "pycocotools": {"masks", "coco_scores"},
     "matplotlib": {"plots", "report"},
 }

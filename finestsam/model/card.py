@@ -24,6 +24,8 @@ class Card:
     started_from: str = "random weights"
     started_from_sha256: str | None = None
     kept_original: float = 0.0  # share of the weights that it started from in these
+    # Blocks of the image encoder with FFT attention: where there are any, segment_anything cannot use the weights.
+    fft_blocks: list[int] = field(default_factory=list)
     finestsam_version: str = ""
 
 

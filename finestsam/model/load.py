@@ -1,15 +1,17 @@
 """From the settings to a model that is ready: which weights, which size, which device."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from segment_anything.modeling import Sam
+from torch import Tensor, nn
 
 from finestsam.config import Config
 from finestsam.errors import UserError
 from finestsam.model.build import ARCHITECTURES, PATCH_SIZE, build_sam
 from finestsam.model.card import Card, read_card
+from finestsam.model.fft_attention import choose_blocks, list_blocks, mount_fft_attention_
 from finestsam.model.sam import FinestSam
 from finestsam.model.weights import (
     META_WEIGHTS,
@@ -33,6 +35,8 @@ class LoadedModel:
     card: Card | None  # None: the weights have no best.json beside them
     source: str  # for the screen: the weights' path, or "random weights"
     path: Path | None  # None: random weights
+    # The attention of blocks that the settings have just had replaced: what their successors are to learn from.
+    replaced: dict[int, nn.Module] = field(default_factory=dict)
 
 
 def load_model(config: Config, prefer_runs: bool = False, device: torch.device | None = None) -> LoadedModel:
@@ -40,7 +44,7 @@ def load_model(config: Config, prefer_runs: bool = False, device: torch.device |
 
     Args:
         prefer_runs: where no checkpoint is named, take the best weights of the newest run in sav_dir; and answer with
-            the masks that the weights were trained for, whatever the settings say.
+            the masks and the attention that the weights were trained for, whatever the settings say.
         device: where it goes; None: where the settings say.
 
     Raises:
@@ -50,11 +54,12 @@ def load_model(config: Config, prefer_runs: bool = False, device: torch.device |
     path = find_weights(config, prefer_runs)
     card = read_card(path) if path else None
     sam, model_type = _build_with_weights(config, path)
+    replaced = {} if prefer_runs else _mount_asked_(sam, config)
     multimask_output = card.multimask_output if card and prefer_runs else config.multimask_output
     model = FinestSam(sam, multimask_output, choose_encoder_dtype(config.precision, device))
     if config.compile:
         model.sam.image_encoder.compile()  # in place: the names of its weights stay
-    return LoadedModel(model.to(device).eval(), model_type, card, str(path or RANDOM_WEIGHTS), path)
+    return LoadedModel(model.to(device).eval(), model_type, card, str(path or RANDOM_WEIGHTS), path, replaced)
 
 
 def _build_with_weights(config: Config, path: Path | None) -> tuple[Sam, str]:
@@ -73,10 +78,21 @@ def _build_with_weights(config: Config, path: Path | None) -> tuple[Sam, str]:
         state_dict = resize_positions(state_dict, size)
     sam = build_sam(model_type, size)
     try:
-        sam.load_state_dict(state_dict)
+        load_weights_(sam, state_dict)
     except RuntimeError as error:
         raise UserError(f"{path}: not the weights of a {model_type}: {str(error).splitlines()[1].strip()}") from None
     return sam, model_type
+
+
+def load_weights_(sam: Sam, state_dict: dict[str, Tensor]) -> None:
+    """Load weights, in place, with the attention that they were trained with."""
+    mount_fft_attention_(sam, list_blocks(state_dict))
+    sam.load_state_dict(state_dict)
+
+
+def _mount_asked_(sam: Sam, config: Config) -> dict[int, nn.Module]:
+    """Replace in place what the settings want replaced, and return what was there."""
+    return mount_fft_attention_(sam, choose_blocks(sam.image_encoder, config.model_layer.fft_attention.blocks))
 
 
 def _check_size(size: int | None) -> None:

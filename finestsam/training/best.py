@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from finestsam import __version__
 from finestsam.model.card import Card, write_card
+from finestsam.model.fft_attention import list_blocks
 from finestsam.training.checkpoint import CheckpointNotSaved, save_weights
 from finestsam.training.run import Run
 
@@ -67,6 +68,7 @@ def _make_card(run: Run, kept_original: float) -> Card:
         started_from=progress.started_from,
         kept_original=kept_original,
         started_from_sha256=progress.started_from_sha256,
+        fft_blocks=list_blocks(model.sam.state_dict()),
         finestsam_version=__version__,
     )
 

@@ -1,6 +1,7 @@
 """What a user should know before the first step."""
 
 from finestsam.config import Config
+from finestsam.model.fft_attention import list_blocks
 from finestsam.model.sam import FinestSam
 
 
@@ -11,8 +12,10 @@ def describe_training(model: FinestSam, model_type: str) -> str:
         count = sum(weight.numel() for weight in part.parameters() if weight.requires_grad)
         if count:
             parts.append(f"{name} {_in_millions(count)}")
+    blocks = list_blocks(model.sam.state_dict())
+    fft = f"; FFT attention in blocks {', '.join(map(str, blocks))}" if blocks else ""
     total = sum(weight.numel() for weight in model.sam.parameters())
-    return f"{model_type} at {model.image_size} pixels, {_in_millions(total)} weights; trains {', '.join(parts)}"
+    return f"{model_type} at {model.image_size} pixels, {_in_millions(total)} weights; trains {', '.join(parts)}{fft}"
 
 
 def list_mismatches(config: Config, starts_from_nothing: bool) -> list[str]:
@@ -36,6 +39,12 @@ def list_mismatches(config: Config, starts_from_nothing: bool) -> list[str]:
         )
     if prompts.use_points and not data.snap_to_grid:
         warnings.append("points are not snapped to the generator's grid (dataset.snap_to_grid false)")
+    fft_attention = config.model_layer.fft_attention
+    if fft_attention.blocks != "none" and fft_attention.distill_steps == 0 and freeze.image_encoder:
+        warnings.append(
+            "replaces attention in a frozen image encoder, where nothing teaches what stands in for it; "
+            "--model_layer.fft_attention.distill_steps 100 does, --model_layer.freeze.image_encoder false trains it"
+        )
     if starts_from_nothing and freeze.image_encoder:
         warnings.append(
             "starts from random weights and freezes the image encoder, which then never learns to see; "

@@ -11,7 +11,7 @@ import yaml
 from lightning.fabric import Fabric
 from torch.utils.data import DataLoader
 
-from finestsam.config import AugmentConfig, Config, ModelConfig, PromptsConfig, flatten_config
+from finestsam.config import AugmentConfig, Config, ModelConfig, ModelLayerConfig, PromptsConfig, flatten_config
 from finestsam.data.dataset import PROMPT_KINDS, SampleDataset, SampleSettings, StepSampler
 from finestsam.data.embeddings import EmbeddingStore
 from finestsam.data.loaders import build_train_loader, build_validation_loader
@@ -20,12 +20,13 @@ from finestsam.data.read import LabelledSet, describe_dataset, read_training_set
 from finestsam.data.report import write_report
 from finestsam.download import hash_file
 from finestsam.errors import UserError
-from finestsam.model.load import LoadedModel, load_model
+from finestsam.model.load import LoadedModel, load_model, load_weights_
 from finestsam.model.sam import FinestSam
 from finestsam.prediction.generator import resolve_generator
 from finestsam.prediction.precompute import Embedder, fill_store, open_store
 from finestsam.training import checkpoint
 from finestsam.training.affinity import AffinityHead
+from finestsam.training.distill import distill_
 from finestsam.training.probe import choose_chunk_objects
 from finestsam.training.random_state import random_state, restore_random_state
 from finestsam.training.run_folder import create_run_folder
@@ -88,6 +89,8 @@ def build_run(fabric: Fabric, config: Config) -> Run:
         data.refuse_defects()
     folder = _prepare_folder(fabric, config, data)
     progress = _restore_progress(state, data) if state else _begin_progress(fabric, loaded)
+    originals = SampleDataset(data.train, _choose_sample_settings(config, loaded.model))
+    distill_(fabric, loaded, originals, config.model_layer.fft_attention.distill_steps)
     stepper, scheduler = _build_stepper(fabric, config, loaded, data, folder)
     settings = _choose_sample_settings(config, loaded.model)
     sampler = StepSampler(len(data.train), config.batch_size, settings.seed, fabric.global_rank, fabric.world_size)
@@ -117,9 +120,10 @@ def _load_weights(fabric: Fabric, config: Config, state: dict | None) -> LoadedM
     """Return the model to start from, or the one that a run was stopped with."""
     if state is None:
         return load_model(config, device=fabric.device)
-    bare = replace(config, model=ModelConfig(state["model_type"], "none", state["image_size"]))
+    model = ModelConfig(state["model_type"], "none", state["image_size"])
+    bare = replace(config, model=model, model_layer=ModelLayerConfig())
     loaded = load_model(bare, device=fabric.device)
-    loaded.model.sam.load_state_dict(state["model"])
+    load_weights_(loaded.model.sam, state["model"])
     return loaded
 
 
