@@ -28,7 +28,7 @@ PLACES = {
         "decoder",
         "encoder",
         "fft_attention",
-    },
+    },  # fmt: skip
     "pycocotools": {"masks", "coco_scores"},
     "matplotlib": {"plots", "report"},
 }
