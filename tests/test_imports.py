@@ -28,6 +28,7 @@ PLACES = {
         "decoder",
         "encoder",
         "fft_attention",
+        "semantic_head",
     },  # fmt: skip
     "pycocotools": {"masks", "coco_scores"},
     "matplotlib": {"plots", "report"},

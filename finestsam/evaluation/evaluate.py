@@ -27,6 +27,7 @@ from finestsam.evaluation.measurement import Difference, Measurement, compare
 from finestsam.evaluation.prompt_scores import ObjectScore, score_batches
 from finestsam.evaluation.report import REPORT_NAME, Story, write_report_page
 from finestsam.evaluation.result_files import read_results
+from finestsam.evaluation.semantic import evaluate_classes
 from finestsam.model.load import LoadedModel, load_model
 from finestsam.output_folder import make_output_folder
 from finestsam.prediction.generator import resolve_generator
@@ -67,8 +68,10 @@ def evaluate(config: Config) -> int:
         rival = find_rival(config, None)
     else:
         loaded = load_model(config, prefer_runs=True)
-        rival = find_rival(config, loaded)
         print(f"weights: {printable(loaded.source)} ({loaded.model_type}); {len(data.val)} images")
+        if loaded.model.semantic_head is not None:
+            return evaluate_classes(config, loaded, data, folder)
+        rival = find_rival(config, loaded)
         ours = measure_model(config, loaded, data.val, "weights")
     theirs = None
     if rival:

@@ -13,6 +13,7 @@ from finestsam.model.build import ARCHITECTURES, PATCH_SIZE, build_sam
 from finestsam.model.card import Card, read_card
 from finestsam.model.fft_attention import choose_blocks, list_blocks, mount_fft_attention_
 from finestsam.model.sam import FinestSam
+from finestsam.model.semantic_head import load_semantic_head
 from finestsam.model.weights import (
     META_WEIGHTS,
     check_matches,
@@ -57,6 +58,8 @@ def load_model(config: Config, prefer_runs: bool = False, device: torch.device |
     replaced = {} if prefer_runs else _mount_asked_(sam, config)
     multimask_output = card.multimask_output if card and prefer_runs else config.multimask_output
     model = FinestSam(sam, multimask_output, choose_encoder_dtype(config.precision, device))
+    if prefer_runs and config.task != "masks":
+        model.semantic_head = _load_head(config, path, card)
     if config.compile:
         model.sam.image_encoder.compile()  # in place: the names of its weights stay
     return LoadedModel(model.to(device).eval(), model_type, card, str(path or RANDOM_WEIGHTS), path, replaced)
@@ -88,6 +91,16 @@ def load_weights_(sam: Sam, state_dict: dict[str, Tensor]) -> None:
     """Load weights, in place, with the attention that they were trained with."""
     mount_fft_attention_(sam, list_blocks(state_dict))
     sam.load_state_dict(state_dict)
+
+
+def _load_head(config: Config, path: Path | None, card: Card | None) -> nn.Module | None:
+    if card is not None and card.task == "semantic":
+        return load_semantic_head(path, card.classes)
+    if config.task == "semantic":
+        raise UserError(
+            f"task semantic: {path or RANDOM_WEIGHTS} were not trained for it; --mode train --task semantic"
+        )
+    return None
 
 
 def _mount_asked_(sam: Sam, config: Config) -> dict[int, nn.Module]:

@@ -27,6 +27,7 @@ from finestsam.prediction.generator import generate_masks, resolve_generator
 from finestsam.prediction.overlay import draw_overlay
 from finestsam.prediction.precompute import Embedder, open_store
 from finestsam.prediction.results import GeneratedMasks, Results
+from finestsam.prediction.semantic import predict_classes
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".wmv", ".flv", ".mpg", ".mpeg"}
 RESULTS_NAME = "predictions.json"
@@ -46,8 +47,11 @@ def predict(config: Config) -> int:
     paths = find_pictures(config.input)
     out_dir = make_output_folder(Path(config.out_dir), config.dataset.path)
     loaded = load_model(config, prefer_runs=True)
-    settings = resolve_generator(config.generator, loaded.card)
     print(f"model: {loaded.model_type}, {printable(loaded.source)}")
+    if loaded.model.semantic_head is not None:
+        embedder = Embedder(loaded.model, open_store(config.store, loaded.model))
+        return predict_classes(paths, name_overlays(paths, out_dir), embedder, loaded.card.classes, config)
+    settings = resolve_generator(config.generator, loaded.card)
     results = Results(_name_category(loaded.card), settings, _find_score_map(config, loaded.card))
     start = time.perf_counter()
     embedder = Embedder(loaded.model, open_store(config.store, loaded.model))

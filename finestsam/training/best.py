@@ -2,25 +2,25 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from finestsam import __version__
 from finestsam.model.card import Card, write_card
 from finestsam.model.fft_attention import list_blocks
+from finestsam.model.semantic_head import head_path
 from finestsam.training.checkpoint import CheckpointNotSaved, save_weights
 from finestsam.training.run import Run
-
-PROMPTED_METRIC = "val_per_mask_iou"
 
 
 def choose_metric(run: Run) -> str:
     """Return the name of what weights are judged by."""
     is_known = run.config.best_metric in run.progress.floor
-    return run.config.best_metric if is_known else PROMPTED_METRIC
+    return run.config.best_metric if is_known else run.stepper.metric
 
 
 def rank(run: Run, metrics: dict[str, float]) -> list[float]:
-    """Return what weights are compared by: the metric that was chosen, and of equals the prompted one."""
-    return [metrics[choose_metric(run)], metrics[PROMPTED_METRIC]]
+    """Return what weights are compared by: the metric that was chosen, and of equals the task's own."""
+    return [metrics[choose_metric(run)], metrics[run.stepper.metric]]
 
 
 def keep_if_best(run: Run, kept_original: float = 0.0) -> bool:
@@ -48,10 +48,17 @@ def _save_best(run: Run, value: float | None, is_better: bool, kept_original: fl
     if value is not None and run.progress.step > 0:
         path = run.top.save(weights, run.progress.step, value)
         if path:
-            write_card(path, card)
+            _save_beside(run, path, card)
     if is_better:
         save_weights(run.folder / "best.pth", weights)
-        write_card(run.folder / "best.pth", card)
+        _save_beside(run, run.folder / "best.pth", card)
+
+
+def _save_beside(run: Run, path: Path, card: Card) -> None:
+    head = run.loaded.model.semantic_head
+    if head is not None:
+        save_weights(head_path(path), head.state_dict())
+    write_card(path, card)
 
 
 def _make_card(run: Run, kept_original: float) -> Card:
@@ -68,6 +75,9 @@ def _make_card(run: Run, kept_original: float) -> Card:
         started_from=progress.started_from,
         kept_original=kept_original,
         started_from_sha256=progress.started_from_sha256,
+        task="masks" if run.classes is None else "semantic",
+        classes=run.classes.names if run.classes else [],
+        ignores_unlabelled=run.classes.ignores_unlabelled if run.classes else False,
         fft_blocks=list_blocks(model.sam.state_dict()),
         finestsam_version=__version__,
     )

@@ -11,13 +11,22 @@ import yaml
 from lightning.fabric import Fabric
 from torch.utils.data import DataLoader
 
-from finestsam.config import AugmentConfig, Config, ModelConfig, ModelLayerConfig, PromptsConfig, flatten_config
+from finestsam.config import (
+    CHUNK_OBJECTS,
+    AugmentConfig,
+    Config,
+    ModelConfig,
+    ModelLayerConfig,
+    PromptsConfig,
+    flatten_config,
+)
 from finestsam.data.dataset import PROMPT_KINDS, SampleDataset, SampleSettings, StepSampler
 from finestsam.data.embeddings import EmbeddingStore
 from finestsam.data.loaders import build_train_loader, build_validation_loader
 from finestsam.data.previous_logits import PreviousLogits
 from finestsam.data.read import LabelledSet, describe_dataset, read_training_set
 from finestsam.data.report import write_report
+from finestsam.data.semantic import ClassTable
 from finestsam.download import hash_file
 from finestsam.errors import UserError
 from finestsam.model.load import LoadedModel, load_model, load_weights_
@@ -31,7 +40,8 @@ from finestsam.training.probe import choose_chunk_objects
 from finestsam.training.random_state import random_state, restore_random_state
 from finestsam.training.run_folder import create_run_folder
 from finestsam.training.schedules import build_optimizer, build_scheduler
-from finestsam.training.step import MEASURES, Stepper
+from finestsam.training.semantic import SemanticStepper, build_semantic_optimizer, choose_classes
+from finestsam.training.step import Stepper
 from finestsam.training.trainable import freeze_, trains_encoder
 
 
@@ -42,7 +52,7 @@ class Progress:
     epoch: int = 0  # complete ones
     batches_done: int = 0  # per rank, of the epoch that runs
     step: int = 0
-    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MEASURES, 0.0))  # of the epoch that runs
+    sums: dict[str, float] = field(default_factory=dict)  # of the epoch that runs
     objects: int = 0  # behind the sums
     seconds: float = 0.0  # of the epoch that runs
     skipped_steps: int = 0  # in a row, because their gradient was not finite
@@ -72,6 +82,7 @@ class Run:
     val_loader: DataLoader | None  # None: nothing to validate on
     progress: Progress
     top: checkpoint.TopWeights
+    classes: ClassTable | None = None  # of the semantic task
 
     @property
     def is_first_rank(self) -> bool:
@@ -91,8 +102,10 @@ def build_run(fabric: Fabric, config: Config) -> Run:
     progress = _restore_progress(state, data) if state else _begin_progress(fabric, loaded)
     originals = SampleDataset(data.train, _choose_sample_settings(config, loaded.model))
     distill_(fabric, loaded, originals, config.model_layer.fft_attention.distill_steps)
+    classes = choose_classes(config, loaded, data.category_names) if config.task == "semantic" else None
     stepper, scheduler = _build_stepper(fabric, config, loaded, data, folder)
-    settings = _choose_sample_settings(config, loaded.model)
+    progress.sums = progress.sums or dict.fromkeys(stepper.measures, 0.0)
+    settings = replace(_choose_sample_settings(config, loaded.model), classes=classes)
     sampler = StepSampler(len(data.train), config.batch_size, settings.seed, fabric.global_rank, fabric.world_size)
     store = stepper.embedder.store
     train_set = SampleDataset(data.train, settings, stepper.previous_logits, store)
@@ -109,7 +122,7 @@ def build_run(fabric: Fabric, config: Config) -> Run:
         config, fabric, folder, data, loaded, stepper, scheduler, sampler,
         build_train_loader(train_set, sampler, config.num_workers),
         val_loader if len(val_set) else None,
-        progress, checkpoint.TopWeights(folder, config.save_top_k),
+        progress, checkpoint.TopWeights(folder, config.save_top_k), classes,
     )  # fmt: skip
     if state is not None:
         _restore(run, state)
@@ -164,15 +177,16 @@ def _build_stepper(
     model = loaded.model.train()
     model.sam.image_encoder.recomputes = config.model_layer.recompute_encoder
     freeze_(model, config)
-    if config.losses.affinity_ratio > 0 and trains_encoder(model):
+    is_semantic = model.semantic_head is not None
+    if config.losses.affinity_ratio > 0 and not is_semantic and trains_encoder(model):
         model.affinity_head = AffinityHead(model.sam.prompt_encoder.embed_dim).to(model.device)
-    optimizer = build_optimizer(model, config.opt)
+    optimizer = build_semantic_optimizer(loaded, config) if is_semantic else build_optimizer(model, config.opt)
     scheduler = build_scheduler(optimizer, config.sched, config.eval_interval)
     wrapped, optimizer = fabric.setup(model, optimizer)
     # float16 alone overflows; bfloat16 has float32's range.
     scaler = torch.amp.GradScaler(fabric.device.type, enabled=model.encoder_dtype == torch.float16)
     previous = None
-    if config.prompts.use_logits:
+    if config.prompts.use_logits and not is_semantic:
         count = sum(len(record.annotations) for record in data.train)
         previous = PreviousLogits(folder / "previous_logits", count, model.image_size // 4)
         if fabric.global_rank == 0:
@@ -180,7 +194,8 @@ def _build_stepper(
         fabric.barrier()
     # What a training encoder answered is out of date with the next step.
     embedder = Embedder(model, None if trains_encoder(model) else open_store(config.store, model))
-    return Stepper(fabric, config, model, wrapped, optimizer, scaler, embedder, previous), scheduler
+    kind = SemanticStepper if is_semantic else Stepper
+    return kind(fabric, config, model, wrapped, optimizer, scaler, embedder, previous), scheduler
 
 
 def _choose_chunk_objects(
@@ -188,6 +203,8 @@ def _choose_chunk_objects(
 ) -> int:
     """Return how many objects are decoded at a time: the same on every rank, and as before in a run that continues."""
     given = config.chunk_objects or progress.chunk_objects
+    if stepper.model.semantic_head is not None:
+        return given or CHUNK_OBJECTS  # no object is decoded
     if given:
         return given
     return fabric.broadcast(choose_chunk_objects(stepper, train_set) if fabric.global_rank == 0 else None)
@@ -211,7 +228,7 @@ def _choose_sample_settings(config: Config, model: FinestSam) -> SampleSettings:
 def _build_validation_set(
     config: Config, data: LabelledSet, settings: SampleSettings, store: EmbeddingStore | None
 ) -> SampleDataset:
-    records = [record for record in data.val if record.annotations]
+    records = [record for record in data.val if record.annotations or settings.classes]
     # All objects, pictures and boxes as they are: what is measured must not depend on the noise of training.
     plain = replace(
         settings,
@@ -241,6 +258,7 @@ def save_last(run: Run) -> None:
         "model_type": run.loaded.model_type,
         "image_size": model.image_size,
         "model": model.sam.state_dict(),
+        "semantic_head": model.semantic_head.state_dict() if model.semantic_head else None,
         "affinity_head": model.affinity_head.state_dict() if model.affinity_head else None,
         "optimizer": run.stepper.optimizer.state_dict(),
         "scheduler": run.scheduler.state_dict(),
@@ -255,6 +273,8 @@ def save_last(run: Run) -> None:
 
 
 def _restore(run: Run, state: dict) -> None:
+    if run.loaded.model.semantic_head:
+        run.loaded.model.semantic_head.load_state_dict(state["semantic_head"])
     if run.loaded.model.affinity_head:
         run.loaded.model.affinity_head.load_state_dict(state["affinity_head"])
     run.stepper.optimizer.load_state_dict(state["optimizer"])
