@@ -42,7 +42,8 @@ class ModelConfig:
     )
     checkpoint: str = setting(
         "auto",
-        "weights to start from: a .pth or .safetensors file, a run, none (random weights), or auto (Meta's file, "
+        "weights to start from: a .pth or .safetensors file, a run, an adapter's folder, none (random weights), or "
+        "auto (Meta's file, "
         "downloaded when it is missing; in predict and evaluate the newest run of sav_dir first)",
     )
     image_size: int | None = setting(
@@ -72,6 +73,14 @@ class PromptsConfig:
 
 
 @dataclass(frozen=True)
+class RatesConfig:
+    image_encoder: float = setting(1.0, "learning rate of the image encoder, as a share of learning_rate", "(0, 1000]")
+    prompt_encoder: float = setting(1.0, "the same of the prompt encoder", "(0, 1000]")
+    mask_decoder: float = setting(1.0, "the same of the mask decoder", "(0, 1000]")
+    heads: float = setting(1.0, "the same of heads for training alone: losses.affinity_ratio's", "(0, 1000]")
+
+
+@dataclass(frozen=True)
 class OptConfig:
     learning_rate: float = setting(4e-5, "peak learning rate of AdamW; from scratch 1e-3 is a good start", "(0, 1]")
     weight_decay: float = setting(1e-4, "AdamW's weight decay; norms, biases and embeddings have none", "[0, 1]")
@@ -79,10 +88,17 @@ class OptConfig:
     keep_original: float | Literal["auto"] = setting(
         0.0,
         "share of the weights that training started from in those that it ends with, so that the model forgets less of "
-        "what it could; auto: of 0, 0.1, 0.2, 0.3 and 0.5 the one that validates best",
+        "what it could; auto: of 0, 0.1, 0.2, 0.3 and 0.5 the one that validates best. A blend has no adapter file",
         "[0, 1]",
     )
     accumulate_batches: int = setting(1, "batches per optimizer step", "[1, inf)")
+    layer_decay: float = setting(
+        1.0,
+        "each block of the image encoder learns with this share of the rate of the block after it; 0.8 is usual where "
+        "all of a pretrained encoder trains",
+        "(0, 1]",
+    )
+    rates: RatesConfig = section(RatesConfig)
 
 
 @dataclass(frozen=True)
@@ -143,6 +159,32 @@ class FreezeConfig:
 
 
 @dataclass(frozen=True)
+class ThawConfig:
+    blocks: int = setting(0, "train the last blocks of the frozen image encoder, and its neck", "[0, 64]")
+    norms: bool = setting(False, "train the norms of the frozen image encoder")
+    biases: bool = setting(False, "train the biases of the frozen image encoder")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    rank: int = setting(0, "rank of the low-rank additions that train beside frozen layers; 0: none", "[0, 1024]")
+    alpha: float = setting(16.0, "their strength: they are scaled by alpha / rank", "(0, inf)")
+    dropout: float = setting(
+        0.0, "share of their inputs that is dropped in training; the decoder's attention does without", "[0, 1)"
+    )
+    encoder: Literal["none", "attention", "all"] = setting(
+        "attention",
+        "layers of the image encoder's blocks that get one: qkv and projection of attention; all: the MLP's as well",
+    )
+    blocks: list[int] = setting(
+        [], "blocks of the image encoder that get them, counted from 0; default: all", "[0, 63]"
+    )
+    decoder: Literal["none", "attention", "all"] = setting(
+        "none", "layers of the mask decoder's transformer that get one; with model_layer.freeze.mask_decoder true"
+    )
+
+
+@dataclass(frozen=True)
 class FftAttentionConfig:
     blocks: Literal["none", "global", "windowed", "all"] = setting(
         "none",
@@ -161,7 +203,9 @@ class FftAttentionConfig:
 @dataclass(frozen=True)
 class ModelLayerConfig:
     freeze: FreezeConfig = section(FreezeConfig)
+    thaw: ThawConfig = section(ThawConfig)
     fft_attention: FftAttentionConfig = section(FftAttentionConfig)
+    lora: LoraConfig = section(LoraConfig)
     recompute_encoder: bool = setting(
         False,
         "where the image encoder trains, compute its blocks again for their gradients instead of keeping what they "
@@ -353,7 +397,7 @@ class SemanticConfig:
         "what pixels of no object are; ignore: not trained on and not scored, for pictures that are partly labelled",
     )
     head_learning_rate: float = setting(
-        1e-3, "peak learning rate of the head, which starts from nothing; opt.learning_rate is the encoder's", "(0, 1]"
+        1e-3, "peak learning rate of the head, which starts from nothing; opt.learning_rate is the rest's", "(0, 1]"
     )
     cross_entropy_ratio: float = setting(1.0, "weight of the cross-entropy", "[0, inf)")
     dice_ratio: float = setting(1.0, "weight of the Dice loss, the mean over a picture's classes", "[0, inf)")
@@ -527,7 +571,7 @@ def _find_training_problems(config: Config) -> list[str]:
     if config.task == "semantic":
         return _find_semantic_problems(config)
     problems = []
-    prompts, losses, freeze = config.prompts, config.losses, config.model_layer.freeze
+    prompts, losses = config.prompts, config.losses
     points = config.dataset.positive_points + config.dataset.negative_points
     if not (prompts.use_boxes or prompts.use_points or prompts.use_masks):
         problems.append("nothing is asked: turn on prompts.use_points, prompts.use_boxes or prompts.use_masks")
@@ -542,8 +586,7 @@ def _find_training_problems(config: Config) -> list[str]:
         problems.append("prompts.mix changes what an object is asked with, prompts.use_logits feeds on the last answer")
     if losses.focal_ratio == losses.dice_ratio == losses.iou_ratio == 0:
         problems.append("nothing is learnt: losses.focal_ratio, dice_ratio and iou_ratio are all 0")
-    if freeze.image_encoder and freeze.prompt_encoder and freeze.mask_decoder:
-        problems.append("nothing trains: model_layer.freeze holds image_encoder, prompt_encoder and mask_decoder")
+    problems += _find_adapter_problems(config.model_layer, has_head=False)
     return problems + _find_schedule_problems(config)
 
 
@@ -553,6 +596,7 @@ def _find_semantic_problems(config: Config) -> list[str]:
         problems.append("nothing is learnt: semantic.cross_entropy_ratio and semantic.dice_ratio are both 0")
     if config.opt.keep_original != 0:
         problems.append("opt.keep_original has no part in --task semantic, whose head starts from nothing; leave it 0")
+    problems += _find_adapter_problems(config.model_layer, has_head=True)
     return problems + _find_schedule_problems(config)
 
 
@@ -561,6 +605,31 @@ def _find_schedule_problems(config: Config) -> list[str]:
     steps, warmup_steps = config.sched.LambdaLR.steps, config.sched.LambdaLR.warmup_steps
     if steps and (steps != sorted(set(steps)) or steps[0] <= warmup_steps):
         problems.append(f"sched.LambdaLR.steps must rise and begin after warmup_steps {warmup_steps}, got {steps}")
+    return problems
+
+
+def _find_adapter_problems(layers: ModelLayerConfig, has_head: bool) -> list[str]:
+    problems = []
+    freeze, thaw, lora = layers.freeze, layers.thaw, layers.lora
+    thaws = thaw.blocks > 0 or thaw.norms or thaw.biases
+    adapts_encoder, adapts_decoder = (lora.rank > 0 and part != "none" for part in (lora.encoder, lora.decoder))
+    trains_nothing = freeze.image_encoder and freeze.prompt_encoder and freeze.mask_decoder
+    if trains_nothing and not (thaws or adapts_encoder or adapts_decoder or has_head):
+        problems.append("nothing trains: model_layer.freeze holds image_encoder, prompt_encoder and mask_decoder")
+    if thaws and not freeze.image_encoder:
+        problems.append(
+            "model_layer.thaw is for a frozen image encoder: it needs model_layer.freeze.image_encoder true"
+        )
+    if adapts_encoder and not freeze.image_encoder:
+        problems.append(
+            "model_layer.lora.encoder trains beside frozen layers: it needs model_layer.freeze.image_encoder true"
+        )
+    if adapts_decoder and not freeze.mask_decoder:
+        problems.append(
+            "model_layer.lora.decoder trains beside frozen layers: it needs model_layer.freeze.mask_decoder true"
+        )
+    if lora.rank > 0 and not (adapts_encoder or adapts_decoder):
+        problems.append("model_layer.lora.rank has no layer to adapt: encoder and decoder are both none")
     return problems
 
 

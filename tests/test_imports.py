@@ -27,9 +27,12 @@ PLACES = {
         "generator",
         "decoder",
         "encoder",
+        "adapt",
+        "lora",
+        "adapter_file",
         "fft_attention",
         "semantic_head",
-    },  # fmt: skip
+    },
     "pycocotools": {"masks", "coco_scores"},
     "matplotlib": {"plots", "report"},
 }

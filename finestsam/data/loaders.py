@@ -19,6 +19,7 @@ def build_train_loader(dataset: SampleDataset, sampler: StepSampler, num_workers
         num_workers=num_workers,
         worker_init_fn=start_worker,
         persistent_workers=num_workers > 0,
+        generator=torch.Generator(),  # else each start of a loader draws a number that dropout would have drawn
     )
 
 
@@ -27,7 +28,12 @@ def build_validation_loader(dataset: SampleDataset, num_workers: int, rank: int 
     use_one_thread()
     mine = [[(0, position)] for position in range(rank, len(dataset), world_size)]
     return DataLoader(
-        dataset, batch_sampler=mine, collate_fn=collate, num_workers=num_workers, worker_init_fn=start_worker
+        dataset,
+        batch_sampler=mine,
+        collate_fn=collate,
+        num_workers=num_workers,
+        worker_init_fn=start_worker,
+        generator=torch.Generator(),
     )
 
 

@@ -24,6 +24,8 @@ from segment_anything.modeling.transformer import Attention, TwoWayAttentionBloc
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from finestsam.model.lora import weight_of
+
 # Numbers that the picture's tokens of one pass hold on the CPU: few enough to stay near its cache, enough prompts to
 # share each reading of the weights. 8 prompts of vit_b.
 CHUNK_TOKEN_CHANNELS = 8_800_000
@@ -91,10 +93,10 @@ class FoldedMaskDecoder(MaskDecoder):
         look, answer = first.cross_attn_token_to_image, first.cross_attn_image_to_token
         return PictureView(
             tokens,
-            keys=_split_heads(F.linear(placed, look.k_proj.weight), look),
+            keys=_split_heads(F.linear(placed, weight_of(look.k_proj)), look),
             values=_split_heads(look.v_proj(tokens), look),
             queries=_split_heads(answer.q_proj(placed), answer),
-            key_places=[_split_heads(F.linear(places, look.k_proj.weight), look) for look in looks],
+            key_places=[_split_heads(F.linear(places, weight_of(look.k_proj)), look) for look in looks],
             query_places=[_split_heads(answer.q_proj(places), answer) for answer in answers],
         )
 
@@ -229,11 +231,11 @@ def _look_at_projected(attention: Attention, tokens: Tensor, keys: Tensor, value
 def _look(attention: Attention, tokens: Tensor, picture: Tensor, key_places: Tensor) -> Tensor:
     """Attend from n x T x C tokens to a picture, n x L x C, whose keys and values are never made."""
     queries = _scale_queries(attention, tokens)
-    folded = queries @ _split_rows(attention.k_proj.weight, attention)  # n x H x T x C
+    folded = queries @ _split_rows(weight_of(attention.k_proj), attention)  # n x H x T x C
     by_place = _compare(queries.to(picture.dtype), key_places).flatten(1, 2)
     logits = by_place.baddbmm_(folded.flatten(1, 2).to(picture.dtype), picture.transpose(1, 2))
     seen = (logits.softmax(dim=-1) @ picture).view(folded.shape).to(tokens.dtype)  # n x H x T x C
-    seen = seen @ _split_rows(attention.v_proj.weight, attention).transpose(1, 2)  # n x H x T x d
+    seen = seen @ _split_rows(weight_of(attention.v_proj), attention).transpose(1, 2)  # n x H x T x d
     return attention.out_proj(seen.transpose(1, 2).flatten(2) + attention.v_proj.bias)
 
 
@@ -247,7 +249,7 @@ def _weigh_answers(attention: Attention, tokens: Tensor, queries: Tensor, pictur
     keys = _split_heads(attention.k_proj(tokens), attention) / math.sqrt(queries.shape[-1])
     logits = _compare(keys.to(queries.dtype), queries)  # n x H x T x L
     if picture is not None:
-        folded = (keys @ _split_rows(attention.q_proj.weight, attention)).flatten(1, 2).to(picture.dtype)
+        folded = (keys @ _split_rows(weight_of(attention.q_proj), attention)).flatten(1, 2).to(picture.dtype)
         logits = logits.flatten(1, 2).baddbmm_(folded, picture.transpose(1, 2)).view(logits.shape)
     return logits.softmax(dim=2).flatten(1, 2)
 
@@ -255,7 +257,7 @@ def _weigh_answers(attention: Attention, tokens: Tensor, queries: Tensor, pictur
 def _fold_values(attention: Attention, tokens: Tensor) -> Tensor:
     """Return what each of n x T x C tokens adds to a token of the picture that takes all of it, n x H T x C."""
     values = _split_heads(attention.v_proj(tokens), attention)
-    output = _split_rows(attention.out_proj.weight.T, attention)  # H x d x C
+    output = _split_rows(weight_of(attention.out_proj).T, attention)  # H x d x C
     # What a picture's token takes adds up to one in each head: each brings its share of the bias.
     return (values @ output + attention.out_proj.bias / attention.num_heads).flatten(1, 2)
 

@@ -43,11 +43,18 @@ class ChunkedImageEncoder(ImageEncoderViT):
             x = x + self.pos_embed
         x = x.contiguous()
         for block in self.blocks:
-            if self.recomputes and torch.is_grad_enabled():
+            # What lies before everything that trains needs no gradient, and less memory and time without.
+            needs_gradient = torch.is_grad_enabled() and (x.requires_grad or _trains(block))
+            if needs_gradient and self.recomputes:
                 x = checkpoint(_pass_block, block, x, use_reentrant=False)
             else:
-                x = _pass_block(block, x)
+                with torch.set_grad_enabled(needs_gradient):
+                    x = _pass_block(block, x)
         return self.neck(x.permute(0, 3, 1, 2))
+
+
+def _trains(block: Block) -> bool:
+    return any(weight.requires_grad for weight in block.parameters())
 
 
 def _pass_block(block: Block, x: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from finestsam.config import Config
 from finestsam.errors import UserError
+from finestsam.model.adapter_file import find_adapter
 from finestsam.model.build import ARCHITECTURES, PATCH_SIZE, build_sam
 from finestsam.model.card import Card, read_card
-from finestsam.model.fft_attention import choose_blocks, list_blocks, mount_fft_attention_
+from finestsam.model.fft_attention import list_blocks, mount_fft_attention_
 from finestsam.model.sam import FinestSam
 from finestsam.model.semantic_head import load_semantic_head
 from finestsam.model.weights import (
@@ -36,7 +37,7 @@ class LoadedModel:
     card: Card | None  # None: the weights have no best.json beside them
     source: str  # for the screen: the weights' path, or "random weights"
     path: Path | None  # None: random weights
-    # The attention of blocks that the settings have just had replaced: what their successors are to learn from.
+    # The attention of blocks that training has just had replaced: what their successors are to learn from.
     replaced: dict[int, nn.Module] = field(default_factory=dict)
 
 
@@ -45,7 +46,7 @@ def load_model(config: Config, prefer_runs: bool = False, device: torch.device |
 
     Args:
         prefer_runs: where no checkpoint is named, take the best weights of the newest run in sav_dir; and answer with
-            the masks and the attention that the weights were trained for, whatever the settings say.
+            the masks that the weights were trained for, whatever the settings say.
         device: where it goes; None: where the settings say.
 
     Raises:
@@ -55,14 +56,13 @@ def load_model(config: Config, prefer_runs: bool = False, device: torch.device |
     path = find_weights(config, prefer_runs)
     card = read_card(path) if path else None
     sam, model_type = _build_with_weights(config, path)
-    replaced = {} if prefer_runs else _mount_asked_(sam, config)
     multimask_output = card.multimask_output if card and prefer_runs else config.multimask_output
     model = FinestSam(sam, multimask_output, choose_encoder_dtype(config.precision, device))
     if prefer_runs and config.task != "masks":
         model.semantic_head = _load_head(config, path, card)
     if config.compile:
         model.sam.image_encoder.compile()  # in place: the names of its weights stay
-    return LoadedModel(model.to(device).eval(), model_type, card, str(path or RANDOM_WEIGHTS), path, replaced)
+    return LoadedModel(model.to(device).eval(), model_type, card, str(path or RANDOM_WEIGHTS), path)
 
 
 def _build_with_weights(config: Config, path: Path | None) -> tuple[Sam, str]:
@@ -103,11 +103,6 @@ def _load_head(config: Config, path: Path | None, card: Card | None) -> nn.Modul
     return None
 
 
-def _mount_asked_(sam: Sam, config: Config) -> dict[int, nn.Module]:
-    """Replace in place what the settings want replaced, and return what was there."""
-    return mount_fft_attention_(sam, choose_blocks(sam.image_encoder, config.model_layer.fft_attention.blocks))
-
-
 def _check_size(size: int | None) -> None:
     if size is not None and size % PATCH_SIZE:
         raise UserError(f"model.image_size must be a multiple of {PATCH_SIZE}, got {size}")
@@ -121,7 +116,7 @@ def find_weights(config: Config, prefer_runs: bool = False) -> Path | None:
     if name != "auto":
         candidates = [Path(name), Path(config.sav_dir) / name]
         path = next((candidate for candidate in candidates if candidate.exists()), candidates[0])
-        return path / "best.pth" if path.is_dir() else path
+        return (find_adapter(path) or path / "best.pth") if path.is_dir() else path
     newest = _find_newest_run(config) if prefer_runs else None
     if newest:
         return newest

@@ -16,7 +16,9 @@ from torch.nn import functional as F
 from finestsam.cache_folder import cache_folder
 from finestsam.download import download
 from finestsam.errors import UserError
+from finestsam.model.adapter_file import is_adapter, merge_adapter, read_config
 from finestsam.model.build import ARCHITECTURES
+from finestsam.model.card import read_card
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ META_WEIGHTS = {
 WITHOUT_META = "--model.type vit_tiny --model.checkpoint none trains without it"
 
 WRAPPERS = ("model", "state_dict")  # keys of a training checkpoint that hold the weights
-PREFIXES = ("module.", "model.", "sam.")  # from DistributedDataParallel, Lightning modules, FinestSam
+PREFIXES = ("module.", "model.", "sam.", "base_model.model.")  # from DDP, Lightning modules, FinestSam, peft
 FAMILIES = {  # part of a key: who writes such keys
     "mask_decoder.hf_": "HQ-SAM",  # first, as the rest of HQ-SAM is named like SAM or MobileSAM
     "image_encoder.trunk.": "SAM 2",
@@ -92,8 +94,29 @@ def _download_meta(meta: MetaFile) -> Path:
 def load_state_dict(path: Path) -> dict[str, Tensor]:
     """Read a checkpoint as names and CPU tensors in SAM's own naming, without running any code that it contains.
 
-    The tensors of a .pth are mapped from the file: copy them into a model before the file is replaced.
+    The tensors of a .pth are mapped from the file: copy them into a model before the file is replaced. An adapter is
+    merged into the weights that it names.
     """
+    if is_adapter(path):
+        return _load_adapted(path)
+    return _load_file(path)
+
+
+def _load_adapted(path: Path) -> dict[str, Tensor]:
+    config = read_config(path)
+    base = Path(config["base_model_name_or_path"] or "")
+    if not base.is_file() or base == path:
+        raise UserError(
+            f"{path} is an adapter for {base}, which is not there; put that file back, or use best.pth, which needs it "
+            "no more"
+        )
+    below, card = load_state_dict(base), read_card(path)
+    if card and card.image_size != image_size_of(below):
+        below = resize_positions(below, card.image_size)
+    return merge_adapter(below, _load_file(path), config["lora_alpha"] / config["r"], path)
+
+
+def _load_file(path: Path) -> dict[str, Tensor]:
     _check_file(path)
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     while isinstance(content, Mapping) and (wrapper := _find_wrapper(content)):

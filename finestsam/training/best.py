@@ -1,15 +1,21 @@
 """Keep the best weights of a run, and say what they are."""
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from finestsam import __version__
+from finestsam.model.adapter_file import write_adapter
 from finestsam.model.card import Card, write_card
 from finestsam.model.fft_attention import list_blocks
+from finestsam.model.load import RANDOM_WEIGHTS
+from finestsam.model.lora import list_lora, plain_state_dict
 from finestsam.model.semantic_head import head_path
 from finestsam.training.checkpoint import CheckpointNotSaved, save_weights
 from finestsam.training.run import Run
+
+ADAPTER_FOLDER = "adapter"
 
 
 def choose_metric(run: Run) -> str:
@@ -44,7 +50,7 @@ def keep_if_best(run: Run, kept_original: float = 0.0) -> bool:
 
 
 def _save_best(run: Run, value: float | None, is_better: bool, kept_original: float) -> None:
-    weights, card = run.loaded.model.sam.state_dict(), _make_card(run, kept_original)
+    weights, card = plain_state_dict(run.loaded.model.sam), _make_card(run, kept_original)
     if value is not None and run.progress.step > 0:
         path = run.top.save(weights, run.progress.step, value)
         if path:
@@ -52,6 +58,24 @@ def _save_best(run: Run, value: float | None, is_better: bool, kept_original: fl
     if is_better:
         save_weights(run.folder / "best.pth", weights)
         _save_beside(run, run.folder / "best.pth", card)
+        if kept_original == 0:
+            _save_adapter(run, card)
+        else:  # the additions are in the weights of the blend
+            shutil.rmtree(run.folder / ADAPTER_FOLDER, ignore_errors=True)
+
+
+def _save_adapter(run: Run, card: Card) -> None:
+    """Save low-rank additions by themselves, too, where there is a file of weights that they go with.
+
+    Attention that was replaced in this run and distilled is in no file but the best weights.
+    """
+    sam, started_from = run.loaded.model.sam, run.progress.started_from
+    if not any(list_lora(sam)) or started_from == RANDOM_WEIGHTS or run.has_new_attention:
+        return
+    try:
+        _save_beside(run, write_adapter(run.folder / ADAPTER_FOLDER, sam, started_from), card)
+    except OSError as error:
+        raise CheckpointNotSaved(f"adapter not saved: {error}") from None
 
 
 def _save_beside(run: Run, path: Path, card: Card) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from finestsam.model.lora import is_lora, list_lora, load_plain_
 from finestsam.training.best import keep_if_best, rank
 from finestsam.training.checkpoint import save_weights
 from finestsam.training.run import Run
@@ -21,8 +22,10 @@ def keep_start(run: Run) -> None:
     """Write what will train as it is before the first step, for a run that will put some of it back."""
     if run.config.opt.keep_original == 0 or not run.is_first_rank:
         return
-    trained = {name for name, weight in run.loaded.model.sam.named_parameters() if weight.requires_grad}
-    weights = run.loaded.model.sam.state_dict()
+    sam = run.loaded.model.sam
+    trained = {name for name, weight in sam.named_parameters() if weight.requires_grad and not is_lora(name)}
+    trained |= {f"{name}.weight" for name, _ in list_lora(sam)}
+    weights = sam.state_dict()
     save_weights(run.folder / START_NAME, {name: weights[name] for name in sorted(trained)})
 
 
@@ -46,7 +49,7 @@ def blend_best(run: Run, validate: Callable[[Run], None]) -> None:
         run.progress.best = rank(run, run.progress.floor)
     has_better = False
     for share in SHARES if wanted == "auto" else (wanted,):
-        run.loaded.model.sam.load_state_dict(blend(start, best, share))
+        load_plain_(run.loaded.model.sam, blend(start, best, share))
         validate(run)
         is_better = keep_if_best(run, kept_original=share)
         has_better |= is_better

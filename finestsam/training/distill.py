@@ -18,6 +18,7 @@ from finestsam.data.dataset import SampleDataset
 from finestsam.errors import Defect
 from finestsam.model.encoder import attend, pass_mlp
 from finestsam.model.load import LoadedModel
+from finestsam.model.lora import is_lora
 from finestsam.model.sam import FinestSam
 
 LEARNING_RATE = 1e-3
@@ -40,7 +41,8 @@ def distill_(fabric: Fabric, loaded: LoadedModel, dataset: SampleDataset, steps:
     model = loaded.model
     teachers = {number: attention.to(model.device) for number, attention in replaced.items()}
     blocks = model.sam.image_encoder.blocks
-    weights = [weight for number in teachers for weight in blocks[number].attn.parameters()]
+    named = [pair for number in teachers for pair in blocks[number].attn.named_parameters()]
+    weights = [weight.requires_grad_() for name, weight in named if not is_lora(name)]  # additions stay nothing
     optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / WARMUP_STEPS, 1) * (1 - step / steps)
@@ -52,7 +54,7 @@ def distill_(fabric: Fabric, loaded: LoadedModel, dataset: SampleDataset, steps:
         history.append(_add_gradients(model, teachers, image.to(model.device)))
         optimizer.step()
         scheduler.step()
-    optimizer.zero_grad()
+    model.zero_grad()
     if history:
         fabric.print(_describe(list(teachers), history))
 

@@ -2,6 +2,7 @@
 
 from finestsam.config import Config
 from finestsam.model.fft_attention import list_blocks
+from finestsam.model.lora import list_lora
 from finestsam.model.sam import FinestSam
 
 
@@ -10,8 +11,9 @@ def describe_training(model: FinestSam, model_type: str) -> str:
     parts = []
     for name, part in model.sam.named_children():
         count = sum(weight.numel() for weight in part.parameters() if weight.requires_grad)
+        ranks = {layer.lora_A.out_features for _, layer in list_lora(part)}
         if count:
-            parts.append(f"{name} {_in_millions(count)}")
+            parts.append(f"{name} {_in_millions(count)}" + "".join(f" (LoRA of rank {rank})" for rank in ranks))
     if model.semantic_head is not None:
         parts.append(
             f"semantic_head {_in_millions(sum(weight.numel() for weight in model.semantic_head.parameters()))}"

@@ -11,6 +11,7 @@ from finestsam.batch import Sample
 from finestsam.config import CHUNK_OBJECTS
 from finestsam.data.dataset import SampleDataset
 from finestsam.errors import Defect, UserError
+from finestsam.model.lora import list_lora
 from finestsam.training.losses import measure_piece_bytes, object_losses
 from finestsam.training.step import Stepper
 from finestsam.training.trainable import trains_encoder
@@ -115,7 +116,8 @@ def _explain(stepper: Stepper, need: MemoryNeed, free_bytes: int) -> str:
     config = stepper.config
     advice = []
     if trains_encoder(stepper.model):
-        advice.append("--model_layer.freeze.image_encoder true")
+        if not any(list_lora(stepper.model.sam.image_encoder)):
+            advice.append("--model_layer.freeze.image_encoder true, alone or with --model_layer.lora.rank 8")
         if not config.model_layer.recompute_encoder:
             advice.append("--model_layer.recompute_encoder")
     if config.batch_size > 1:

@@ -16,7 +16,6 @@ from finestsam.config import (
     AugmentConfig,
     Config,
     ModelConfig,
-    ModelLayerConfig,
     PromptsConfig,
     flatten_config,
 )
@@ -29,7 +28,9 @@ from finestsam.data.report import write_report
 from finestsam.data.semantic import ClassTable
 from finestsam.download import hash_file
 from finestsam.errors import UserError
-from finestsam.model.load import LoadedModel, load_model, load_weights_
+from finestsam.model.adapt import adapt_
+from finestsam.model.fft_attention import list_blocks, mount_fft_attention_
+from finestsam.model.load import LoadedModel, load_model
 from finestsam.model.sam import FinestSam
 from finestsam.prediction.generator import resolve_generator
 from finestsam.prediction.precompute import Embedder, fill_store, open_store
@@ -85,6 +86,11 @@ class Run:
     classes: ClassTable | None = None  # of the semantic task
 
     @property
+    def has_new_attention(self) -> bool:
+        """Whether this run replaced attention of the weights that it started from."""
+        return self.config.model_layer.fft_attention.blocks != "none"
+
+    @property
     def is_first_rank(self) -> bool:
         return self.fabric.global_rank == 0
 
@@ -132,12 +138,32 @@ def build_run(fabric: Fabric, config: Config) -> Run:
 def _load_weights(fabric: Fabric, config: Config, state: dict | None) -> LoadedModel:
     """Return the model to start from, or the one that a run was stopped with."""
     if state is None:
-        return load_model(config, device=fabric.device)
-    model = ModelConfig(state["model_type"], "none", state["image_size"])
-    bare = replace(config, model=model, model_layer=ModelLayerConfig())
+        loaded = load_model(config, device=fabric.device)
+        loaded.replaced = adapt_(loaded.model.sam, config.model_layer)
+        return loaded
+    _refuse_other_layers(config, json.loads(state["config"]))
+    bare = replace(config, model=ModelConfig(state["model_type"], "none", state["image_size"]))
     loaded = load_model(bare, device=fabric.device)
-    load_weights_(loaded.model.sam, state["model"])
+    mount_fft_attention_(loaded.model.sam, list_blocks(state["model"]))
+    adapt_(loaded.model.sam, config.model_layer)
+    loaded.model.sam.load_state_dict(state["model"])
     return loaded
+
+
+def _refuse_other_layers(config: Config, before: dict[str, Any]) -> None:
+    """Raise where the settings ask for other layers, or other ones that train, than the run was stopped with."""
+    now = flatten_config(config)
+    changed = [
+        f"{name} {now[name]}, before {before[name]}"
+        for name in now
+        if name.startswith(
+            ("model_layer.freeze.", "model_layer.thaw.", "model_layer.lora.", "model_layer.fft_attention.blocks")
+        )
+        and name in before
+        and now[name] != before[name]
+    ]
+    if changed:
+        raise UserError(f"--resume: {'; '.join(changed)}: a run goes on with what it trained; start a new one")
 
 
 def _prepare_folder(fabric: Fabric, config: Config, data: LabelledSet) -> Path:

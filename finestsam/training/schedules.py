@@ -12,17 +12,49 @@ from finestsam.config import LambdaLRConfig, OptConfig, SchedConfig
 # The image encoder's embeddings of places, which are bare parameters of its modules.
 POSITIONS = ("pos_embed", "rel_pos_h", "rel_pos_w")
 
+BLOCKS = "sam.image_encoder.blocks."
+
 NamedParameters = list[tuple[str, nn.Parameter]]
 
 
 def build_optimizer(model: nn.Module, opt: OptConfig, fused: bool = False) -> torch.optim.AdamW:
-    """Return AdamW on what trains: one group with weight decay, one without."""
-    decayed, spared = split_parameters(model)
-    groups = [
-        {"params": [parameter for _, parameter in decayed], "weight_decay": opt.weight_decay},
-        {"params": [parameter for _, parameter in spared], "weight_decay": 0.0},
+    """Return AdamW on what trains: for each learning rate one group with weight decay and one without.
+
+    Each group keeps its share of `opt.learning_rate` as `share`.
+    """
+    depth = len({name.split(".")[3] for name, _ in model.named_parameters() if name.startswith(BLOCKS)})
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for weight_decay, parameters in zip((opt.weight_decay, 0.0), split_parameters(model), strict=True):
+        for name, parameter in parameters:
+            share = _find_share(name, depth, opt)
+            groups.setdefault((share, weight_decay), []).append(parameter)
+    listed = [
+        {"params": parameters, "weight_decay": weight_decay, "lr": share * opt.learning_rate, "share": share}
+        for (share, weight_decay), parameters in groups.items()
     ]
-    return torch.optim.AdamW(groups, lr=opt.learning_rate, fused=fused)
+    return torch.optim.AdamW(listed, lr=opt.learning_rate, fused=fused)
+
+
+def learning_rate_of(optimizer: torch.optim.Optimizer) -> float:
+    """Return the rate that every group learns with its share of."""
+    group = optimizer.param_groups[0]
+    return group["lr"] / group["share"]
+
+
+def _find_share(name: str, depth: int, opt: OptConfig) -> float:
+    """Return a weight's share of the learning rate.
+
+    With layer decay as in Bao et al., BEiT (arXiv 2106.08254): the neck learns at full rate, block i of `depth` with
+    layer_decay ** (depth - i), and what makes tokens of pixels with one power more than the first block.
+    """
+    if not name.startswith("sam."):
+        return opt.rates.heads
+    _, part, inner = name.split(".", maxsplit=2)
+    share = getattr(opt.rates, part)
+    if part != "image_encoder" or inner.startswith("neck."):
+        return share
+    layer = int(inner.split(".")[1]) if inner.startswith("blocks.") else -1
+    return share * opt.layer_decay ** (depth - layer)
 
 
 def split_parameters(model: nn.Module) -> tuple[NamedParameters, NamedParameters]:

@@ -98,14 +98,8 @@ def build_semantic_optimizer(loaded: LoadedModel, config: Config) -> torch.optim
     # Neither has a part in classes: without a gradient decay would wear them down.
     model.sam.prompt_encoder.requires_grad_(False)
     model.sam.mask_decoder.requires_grad_(False)
-    # The head's rate comes first, and is the one that is shown.
-    optimizer = build_optimizer(
-        model.semantic_head, replace(config.opt, learning_rate=config.semantic.head_learning_rate)
-    )
-    for group in build_optimizer(model.sam, config.opt).param_groups:
-        if group["params"]:
-            optimizer.add_param_group({name: group[name] for name in ("params", "lr", "weight_decay")})
-    return optimizer
+    share = config.semantic.head_learning_rate / config.opt.learning_rate
+    return build_optimizer(model, replace(config.opt, rates=replace(config.opt.rates, heads=share)))
 
 
 def summarize_validation(counts: np.ndarray, names: list[str]) -> dict[str, float]:

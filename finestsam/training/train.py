@@ -29,6 +29,7 @@ from finestsam.training.interruption import Interruption
 from finestsam.training.log import RunLog
 from finestsam.training.plots import draw_curves
 from finestsam.training.run import Run, build_run, save_last
+from finestsam.training.schedules import learning_rate_of
 from finestsam.training.semantic import summarize_validation
 
 # Steps in a row without a finite gradient after which a run has gone wrong for good.
@@ -263,7 +264,7 @@ def _is_complete(run: Run) -> bool:
 
 
 def _learning_rate(run: Run) -> float:
-    return run.stepper.optimizer.param_groups[0]["lr"]
+    return learning_rate_of(run.stepper.optimizer)
 
 
 def _group_batches(loader: Iterable[tuple[Batch, list[str]]], count: int) -> Iterator[list[Batch]]:

@@ -1,8 +1,11 @@
 """Decide which weights train."""
 
 from segment_anything.modeling import Sam
+from segment_anything.modeling.common import LayerNorm2d
+from torch import nn
 
-from finestsam.config import Config
+from finestsam.config import Config, ThawConfig
+from finestsam.model.lora import list_lora
 from finestsam.model.sam import FinestSam
 
 
@@ -15,8 +18,25 @@ def freeze_(model: FinestSam, config: Config) -> None:
     sam.image_encoder.requires_grad_(not freeze.image_encoder)
     sam.prompt_encoder.requires_grad_(not freeze.prompt_encoder)
     sam.mask_decoder.requires_grad_(not freeze.mask_decoder)
+    _thaw_encoder_(sam, config.model_layer.thaw)
+    for _, layer in list_lora(sam):
+        layer.lora_A.requires_grad_(True)
+        layer.lora_B.requires_grad_(True)
     _freeze_unused_mask_tokens_(sam, config.multimask_output)
     _freeze_unused_prompts_(sam, config)
+
+
+def _thaw_encoder_(sam: Sam, thaw: ThawConfig) -> None:
+    """Turn gradients on for parts of the image encoder."""
+    encoder = sam.image_encoder
+    if thaw.blocks:
+        encoder.blocks[-thaw.blocks :].requires_grad_(True)
+        encoder.neck.requires_grad_(True)
+    for module in encoder.modules():
+        if thaw.norms and isinstance(module, nn.LayerNorm | LayerNorm2d):
+            module.requires_grad_(True)
+        if thaw.biases and getattr(module, "bias", None) is not None:
+            module.bias.requires_grad_(True)
 
 
 def _freeze_unused_mask_tokens_(sam: Sam, multimask_output: bool) -> None:

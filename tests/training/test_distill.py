@@ -11,9 +11,11 @@ from torch import nn
 from finestsam.cli import main
 from finestsam.config import build_config
 from finestsam.data.dataset import SampleDataset, SampleSettings
+from finestsam.model.adapt import adapt_
 from finestsam.model.build import build_sam
 from finestsam.model.fft_attention import list_blocks
 from finestsam.model.load import load_model
+from finestsam.model.lora import list_lora
 from finestsam.training.distill import distill_
 from finestsam.training.hints import list_mismatches
 
@@ -35,7 +37,10 @@ def original(tmp_path_factory):
 
 def load_for_training(original, **settings):
     values = {"model.checkpoint": str(original), "device": "cpu", "model_layer.fft_attention.blocks": "all"}
-    return load_model(build_config(values | settings))
+    config = build_config(values | settings)
+    loaded = load_model(config)
+    loaded.replaced = adapt_(loaded.model.sam, config.model_layer)
+    return loaded
 
 
 def make_dataset(records):
@@ -118,6 +123,23 @@ def test_a_run_that_is_continued_keeps_its_attention(scenes, original, tmp_path)
 
     assert list_blocks(broken) == [0, 1]
     assert all(torch.equal(value, broken[name]) for name, value in whole.items())
+
+
+def test_low_rank_additions_stay_nothing_in_distillation_and_train_afterwards(scenes, original, records, tmp_path):
+    settings = {"model_layer.lora.rank": 2}
+    loaded = load_for_training(original, **settings)
+
+    distill_(Fabric(accelerator="cpu", devices=1), loaded, make_dataset(records), steps=3)
+
+    wide = [layer.lora_B.weight for _, layer in list_lora(loaded.model.sam)]
+    assert len(wide) == 4
+    assert all((weight == 0).all() for weight in wide)
+    flags = [ASKED, f"--model.checkpoint={original}", "--model_layer.fft_attention.distill_steps=3"]
+    flags += ["--model_layer.freeze.image_encoder=true", "--model_layer.lora.rank=2"]
+    run = run_training(scenes, tmp_path, *flags, "--run_name=run")
+    assert list_blocks(torch.load(run / "best.pth", weights_only=True)) == [0, 1]
+    # It would go with weights that have no such attention.
+    assert not (run / "adapter").exists()
 
 
 def test_an_untaught_replacement_in_a_frozen_encoder_is_named():

@@ -1,0 +1,156 @@
+"""Low-rank additions in a small file of their own, in the layout of Hugging Face's peft, which loads it.
+
+A folder holds `adapter_config.json`, which names the layers and the weights underneath, and `adapter_model.safetensors`
+(or `.bin`, a torch file, where safetensors is not installed) with A and B of each layer and whole modules that trained
+beside them.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from segment_anything.modeling import Sam
+from torch import Tensor
+
+from finestsam.errors import UserError
+from finestsam.model.lora import NARROW, WIDE, is_lora, list_lora, merge
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+PREFIX = "base_model.model."  # of peft's names
+# Ways of adapting that this does not add up.
+VARIANTS = ("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern")
+
+
+def find_adapter(folder: Path) -> Path | None:
+    """Return the weights file of an adapter folder; None where it is not one."""
+    if not (folder / CONFIG_NAME).is_file():
+        return None
+    return next((folder / name for name in WEIGHTS_NAMES if (folder / name).is_file()), None)
+
+
+def is_adapter(path: Path) -> bool:
+    return path.name in WEIGHTS_NAMES and (path.parent / CONFIG_NAME).is_file()
+
+
+def write_adapter(folder: Path, sam: Sam, started_from: str) -> Path:
+    """Write the additions of a SAM, and beside them the modules outside of these that train.
+
+    Args:
+        started_from: the weights file underneath.
+
+    Returns:
+        The file with the weights.
+    """
+    layers = dict(list_lora(sam))
+    modules = list_trained_modules(sam, layers)
+    first = next(iter(layers.values()))
+    rank = first.lora_A.out_features
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": started_from,
+        "r": rank,
+        "lora_alpha": first.scale * rank,
+        "lora_dropout": first.dropout.p,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": list(layers),
+        "modules_to_save": modules or None,
+    }
+    state = sam.state_dict()
+    kept = {
+        PREFIX + name: value.detach().to("cpu", torch.float32).contiguous()
+        for name, value in state.items()
+        if is_lora(name) or any(name.startswith(f"{module}.") for module in modules)
+    }
+    folder.mkdir(exist_ok=True)
+    write, name = _choose_writer()
+    _replace(folder / CONFIG_NAME, lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))
+    _replace(folder / name, lambda path: write(kept, path))
+    for other in set(WEIGHTS_NAMES) - {name}:
+        (folder / other).unlink(missing_ok=True)
+    return folder / name
+
+
+def list_trained_modules(sam: Sam, layers: Iterable[str] = ()) -> list[str]:
+    """Return the names of the smallest set of modules that hold what trains beside the additions of `layers`.
+
+    A module is named as a whole where everything in it trains, or where it has no smaller part that does; one with an
+    addition inside is never.
+    """
+    named = dict(sam.named_modules())
+    trained = {name for name, weight in sam.named_parameters() if weight.requires_grad and not is_lora(name)}
+    found: list[str] = []
+    for name in sorted({name.rpartition(".")[0] for name in trained}):
+        if any(name == other or name.startswith(f"{other}.") for other in found):
+            continue
+        whole = name
+        while parent := whole.rpartition(".")[0]:
+            inside = [f"{parent}.{inner}" for inner, _ in named[parent].named_parameters()]
+            if not all(weight in trained for weight in inside):
+                break
+            whole = parent
+        found.append(whole)
+    return [name for name in found if name not in set(layers)]
+
+
+def _choose_writer() -> tuple[Callable[[dict[str, Tensor], Path], None], str]:
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        return torch.save, "adapter_model.bin"
+    return (lambda tensors, path: save_file(tensors, path, metadata={"format": "pt"})), "adapter_model.safetensors"
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write beside the file, then take its place."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return what the adapter whose weights are `path` says of itself.
+
+    Raises:
+        UserError: it is no adapter, or one of a kind that is not known here.
+    """
+    source = path.parent / CONFIG_NAME
+    try:
+        config = json.loads(source.read_text(encoding="utf-8"))
+        known = config["peft_type"] == "LORA" and isinstance(config["r"], int) and config["r"] > 0
+        config["lora_alpha"] = float(config["lora_alpha"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{source}: not the description of an adapter ({error!r})") from None
+    others = [name for name in VARIANTS if config.get(name)]
+    if not known or others:
+        raise UserError(f"{source}: an adapter of a kind that is not known here ({', '.join(others) or 'not LORA'})")
+    return config
+
+
+def merge_adapter(base: Mapping[str, Tensor], additions: Mapping[str, Tensor], scale: float, path: Path) -> dict:
+    """Return a plain SAM state dict: `base` with the additions of the adapter at `path` merged into it.
+
+    Raises:
+        UserError: the adapter is not one of these weights.
+    """
+    merged = dict(base)
+    for name, value in additions.items():
+        if name.endswith(WIDE):
+            weight = name.removesuffix(WIDE) + "weight"
+            narrow = additions.get(name.removesuffix(WIDE) + NARROW)
+            if narrow is None or weight not in base or base[weight].shape != (value.shape[0], narrow.shape[1]):
+                raise UserError(f"{path}: its layer {weight} does not fit the weights underneath")
+            merged[weight] = merge(base[weight].float(), narrow.float(), value.float(), scale)
+        elif not name.endswith(NARROW):
+            if name not in base or base[name].shape != value.shape:
+                raise UserError(f"{path}: its {name} does not fit the weights underneath")
+            merged[name] = value
+    return merged
