@@ -16,7 +16,8 @@ class SemanticHead(nn.Module):
     """From an embedding to logits of classes at a quarter of the input's side.
 
     The embedding is enlarged in two steps of a factor of two, and has fewer channels after each, so that none is both
-    wide and large. Norms are over the channels of a place: they do not see how many pictures a batch has.
+    wide and large. Norms are those of single pictures: first over the places of each channel, as some encoders answer
+    nearly the same everywhere and what little differs is what tells, then over the channels of a place.
 
     Args:
         width: channels of the embedding.
@@ -25,7 +26,9 @@ class SemanticHead(nn.Module):
 
     def __init__(self, width: int, class_count: int):
         super().__init__()
-        self.look = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), LayerNorm2d(width), nn.GELU())
+        self.look = nn.Sequential(
+            nn.InstanceNorm2d(width, affine=True), nn.Conv2d(width, width, 3, padding=1), LayerNorm2d(width), nn.GELU()
+        )
         self.enlarge = nn.Sequential(
             nn.ConvTranspose2d(width, width // 4, 2, stride=2), LayerNorm2d(width // 4), nn.GELU(),
             nn.ConvTranspose2d(width // 4, width // 8, 2, stride=2), LayerNorm2d(width // 8), nn.GELU(),
@@ -56,7 +59,7 @@ def load_semantic_head(weights: Path, names: Sequence[str]) -> SemanticHead:
         raise UserError(f"{path} is missing, the head that {weights.with_suffix('.json').name} speaks of; copy it here")
     state_dict = load_state_dict(path)
     try:
-        width = state_dict["look.0.weight"].shape[0]
+        width = state_dict["look.1.weight"].shape[0]
         head = SemanticHead(width, len(names))
         head.load_state_dict(state_dict)
     except (KeyError, RuntimeError):

@@ -154,6 +154,25 @@ def test_a_head_sees_no_other_picture_of_its_batch():
     torch.testing.assert_close(together[1:2], head(embeddings[1:2]))
 
 
+def test_a_head_learns_from_embeddings_that_are_nearly_the_same_everywhere():
+    torch.manual_seed(0)
+    head = SemanticHead(32, 2)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
+    inside = torch.zeros(1, 8, 8, dtype=torch.int64)
+    inside[:, 2:4, 3:6] = 1
+    direction, everywhere = torch.randn(2, 1, 32, 1, 1)
+    embedding = 5 * everywhere + 0.05 * (direction * inside[:, None] + 0.3 * torch.randn(1, 32, 8, 8))
+    labels = inside.repeat_interleave(4, 1).repeat_interleave(4, 2)
+
+    for _ in range(60):
+        optimizer.zero_grad()
+        measures = measure_classes(head(embedding), labels, SemanticConfig())
+        measures[:, 0].sum().backward()
+        optimizer.step()
+
+    assert measures[0, 3] > 0.99
+
+
 def test_classes_in_bands_are_those_of_all_logits_at_once(tiny_sam):
     torch.manual_seed(0)
     tiny_sam.semantic_head = nn.Sequential(nn.Conv2d(32, 4, 1), nn.Upsample(scale_factor=4))
