@@ -52,6 +52,7 @@ class Sample:
     embedding: Tensor | None = None  # C x g x g, float16, from the store
     background: Prompts = field(default_factory=Prompts)  # points where no object is; one label each, inside
     cells: Tensor | None = None  # 4g x 4g, int32: the object in each, from 1; 0 none, -1 padding. None: not asked for
+    classes: Tensor | None = None  # 4g x 4g, int64: the class in each cell, -1 ignored. None: not asked for
 
     def __len__(self) -> int:
         """Return N, the number of prompts."""
@@ -71,11 +72,13 @@ class Sample:
         image = None if self.image is None else self.image.to(target)
         embedding = None if self.embedding is None else self.embedding.to(target)
         cells = None if self.cells is None else self.cells.to(target)
+        classes = None if self.classes is None else self.classes.to(target)
         return replace(
             self,
             image=image,
             embedding=embedding,
             cells=cells,
+            classes=classes,
             prompts=self.prompts.to(target),
             background=self.background.to(target),
         )

@@ -89,7 +89,7 @@ class RatesConfig:
     image_encoder: float = setting(1.0, "learning rate of the image encoder, as a share of learning_rate", "(0, 1000]")
     prompt_encoder: float = setting(1.0, "the same of the prompt encoder", "(0, 1000]")
     mask_decoder: float = setting(1.0, "the same of the mask decoder", "(0, 1000]")
-    heads: float = setting(1.0, "the same of what is put beside SAM: auxiliary and class heads", "(0, 1000]")
+    heads: float = setting(1.0, "the same of heads for training alone: losses.affinity_ratio's", "(0, 1000]")
 
 
 @dataclass(frozen=True)
@@ -197,9 +197,26 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class FftAttentionConfig:
+    blocks: Literal["none", "global", "windowed", "all"] = setting(
+        "none",
+        "blocks of the image encoder whose attention training replaces by one through the Fourier transform, which "
+        "costs N log N instead of N^2 for N tokens and gives other answers: those that see the whole picture, windows "
+        "of it, or all. Weights that have some keep them. segment_anything refuses such weights",
+    )
+    distill_steps: int = setting(
+        100,
+        "before training, steps of one picture each in which the replaced blocks learn to answer what the original "
+        "ones do, frozen encoder or not; afterwards freeze.image_encoder decides. Not from random weights",
+        "[0, inf)",
+    )
+
+
+@dataclass(frozen=True)
 class ModelLayerConfig:
     freeze: FreezeConfig = section(FreezeConfig)
     thaw: ThawConfig = section(ThawConfig)
+    fft_attention: FftAttentionConfig = section(FftAttentionConfig)
     lora: LoraConfig = section(LoraConfig)
     recompute_encoder: bool = setting(
         False,
@@ -234,10 +251,10 @@ class DatasetConfig:
     include_crowd: bool = setting(False, "train on crowd regions (iscrowd 1) as if each were one object")
     dedup: bool = setting(False, "of annotations with exactly the same mask in one picture keep the first")
     follow_symlinks: bool = setting(False, "read pictures that are links to places outside the dataset")
-    mask_instances: Literal["auto", "components", "values"] = setting(
+    mask_instances: Literal["auto", "components", "values", "classes"] = setting(
         "auto",
         "objects of a mask picture: its connected components, or its different grey values; auto: values where a "
-        "lossless file has more than two of them",
+        "lossless file has more than two of them; classes: values, and each is a category of its own",
     )
     min_region_pixels: int = setting(
         16, "components of a mask picture that are smaller are specks, dropped", "[0, inf)"
@@ -397,6 +414,21 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class SemanticConfig:
+    """The semantic task: a class for each pixel. Classes are the dataset's categories and the background."""
+
+    unlabelled: Literal["background", "ignore"] = setting(
+        "background",
+        "what pixels of no object are; ignore: not trained on and not scored, for pictures that are partly labelled",
+    )
+    head_learning_rate: float = setting(
+        1e-3, "peak learning rate of the head, which starts from nothing; opt.learning_rate is the rest's", "(0, 1]"
+    )
+    cross_entropy_ratio: float = setting(1.0, "weight of the cross-entropy", "[0, inf)")
+    dice_ratio: float = setting(1.0, "weight of the Dice loss, the mean over a picture's classes", "[0, inf)")
+
+
+@dataclass(frozen=True)
 class CheckConfig:
     samples: int = setting(12, "pictures drawn with masks and prompts on the contact sheet; 0: no sheet", "[0, 1000]")
     points: Literal["grid", "center", "random", "box"] = setting(
@@ -420,6 +452,11 @@ class ConvertConfig:
 
 @dataclass(frozen=True)
 class Config:
+    task: Literal["auto", "masks", "semantic"] = setting(
+        "auto",
+        "what is trained: masks of objects, or semantic, a class for each pixel; auto: masks, in predict and evaluate "
+        "what the weights were trained for",
+    )
     device: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"] = setting("auto", "hardware; tpu is passed on, untried")
     num_devices: int | list[int] | Literal["auto"] = setting("auto", "how many devices, or which ones: [0, 2]")
     num_nodes: int = setting(1, "machines that train together", "[1, inf)")
@@ -500,6 +537,7 @@ class Config:
     generator: GeneratorConfig = section(GeneratorConfig)
     store: StoreConfig = section(StoreConfig)
     evaluate: EvaluateConfig = section(EvaluateConfig)
+    semantic: SemanticConfig = section(SemanticConfig)
     check: CheckConfig = section(CheckConfig)
     convert: ConvertConfig = section(ConvertConfig)
 
@@ -561,6 +599,8 @@ def find_problems(mode: str, values: dict[str, Any]) -> list[str]:
 
 
 def _find_training_problems(config: Config) -> list[str]:
+    if config.task == "semantic":
+        return _find_semantic_problems(config)
     problems = []
     prompts, losses = config.prompts, config.losses
     points = config.dataset.positive_points + config.dataset.negative_points
@@ -579,20 +619,35 @@ def _find_training_problems(config: Config) -> list[str]:
         problems.append("prompts.mix changes what an object is asked with, prompts.use_logits feeds on the last answer")
     if losses.focal_ratio == losses.dice_ratio == losses.iou_ratio == 0:
         problems.append("nothing is learnt: losses.focal_ratio, dice_ratio and iou_ratio are all 0")
-    problems += _find_adapter_problems(config.model_layer)
+    problems += _find_adapter_problems(config.model_layer, has_head=False)
+    return problems + _find_schedule_problems(config)
+
+
+def _find_semantic_problems(config: Config) -> list[str]:
+    problems = []
+    if config.semantic.cross_entropy_ratio == config.semantic.dice_ratio == 0:
+        problems.append("nothing is learnt: semantic.cross_entropy_ratio and semantic.dice_ratio are both 0")
+    if config.opt.keep_original != 0:
+        problems.append("opt.keep_original has no part in --task semantic, whose head starts from nothing; leave it 0")
+    problems += _find_adapter_problems(config.model_layer, has_head=True)
+    return problems + _find_schedule_problems(config)
+
+
+def _find_schedule_problems(config: Config) -> list[str]:
+    problems = []
     steps, warmup_steps = config.sched.LambdaLR.steps, config.sched.LambdaLR.warmup_steps
     if steps and (steps != sorted(set(steps)) or steps[0] <= warmup_steps):
         problems.append(f"sched.LambdaLR.steps must rise and begin after warmup_steps {warmup_steps}, got {steps}")
     return problems
 
 
-def _find_adapter_problems(layers: ModelLayerConfig) -> list[str]:
+def _find_adapter_problems(layers: ModelLayerConfig, has_head: bool) -> list[str]:
     problems = []
     freeze, thaw, lora = layers.freeze, layers.thaw, layers.lora
     thaws = thaw.blocks > 0 or thaw.norms or thaw.biases
     adapts_encoder, adapts_decoder = (lora.rank > 0 and part != "none" for part in (lora.encoder, lora.decoder))
     trains_nothing = freeze.image_encoder and freeze.prompt_encoder and freeze.mask_decoder
-    if trains_nothing and not (thaws or adapts_encoder or adapts_decoder):
+    if trains_nothing and not (thaws or adapts_encoder or adapts_decoder or has_head):
         problems.append("nothing trains: model_layer.freeze holds image_encoder, prompt_encoder and mask_decoder")
     if thaws and not freeze.image_encoder:
         problems.append(

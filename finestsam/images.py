@@ -287,7 +287,10 @@ def blur(image: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def write_image(path: Path, image: np.ndarray) -> None:
-    """Write an RGB uint8 picture; the suffix names the format. A reader never meets half a file."""
+    """Write an RGB uint8 picture, or H x W numbers, uint8 or uint16; the suffix names the format.
+
+    A reader never meets half a file.
+    """
     partial = path.with_name(f".{path.name}.part")
     try:
         Image.fromarray(image).save(partial, format=Image.registered_extensions()[path.suffix.lower()])

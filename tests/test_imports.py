@@ -30,6 +30,8 @@ PLACES = {
         "adapt",
         "lora",
         "adapter_file",
+        "fft_attention",
+        "semantic_head",
     },
     "pycocotools": {"masks", "coco_scores"},
     "matplotlib": {"plots", "charts"},

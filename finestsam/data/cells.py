@@ -23,7 +23,7 @@ def label_cells(record: Record, view: View, input_size: tuple[int, int], side: i
         input_size: (height, width) of the picture in the input frame.
     """
     labels = np.full((side, side), PADDING, dtype=np.int32)
-    rows, columns = (_find_middles(cells, shown) for cells, shown in zip(input_size, view.size, strict=True))
+    rows, columns = (find_middles(cells, shown) for cells, shown in zip(input_size, view.size, strict=True))
     inside = np.full((len(rows), len(columns)), BACKGROUND, dtype=np.int32)
     leaves_pixels = view.leaves_pixels(record.size)
     order = sorted(record.annotations, key=lambda annotation: annotation.area, reverse=True)
@@ -36,7 +36,7 @@ def label_cells(record: Record, view: View, input_size: tuple[int, int], side: i
     return torch.from_numpy(labels)
 
 
-def _find_middles(input_length: int, shown_length: int) -> np.ndarray:
+def find_middles(input_length: int, shown_length: int) -> np.ndarray:
     """Return the shown pixels, along one side, in the middles of the cells that hold any of the picture."""
     middles = np.arange(0, input_length, CELL_PIXELS) + CELL_PIXELS / 2
     return np.minimum(middles * shown_length / input_length, shown_length - 1).astype(np.int64)

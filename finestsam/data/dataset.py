@@ -39,6 +39,7 @@ from finestsam.data.prompts import (
     jitter_box,
     sample_point_sets,
 )
+from finestsam.data.semantic import ClassTable, draw_label_cells
 from finestsam.errors import Defect
 from finestsam.images import compute_input_size, read_image, resize_image, scale_boxes, scale_points
 from finestsam.masks import decode_rle
@@ -61,6 +62,7 @@ class SampleSettings:
     max_objects: int = 0  # a random choice where a picture has more; 0: all
     augment: AugmentConfig = AugmentConfig()
     wants_cells: bool = False  # which object each cell of the decoder's grid belongs to
+    classes: ClassTable | None = None  # a class for each of those cells is all that is asked for; None: objects are
 
 
 class SampleDataset(Dataset):
@@ -101,9 +103,16 @@ class SampleDataset(Dataset):
             pixels = self.read_pixels(position, variant) if embedding is None else None
         except Defect as defect:
             return Defect(defect.code, f"{record.file_name}: {defect.message}")
+        side = self.settings.image_size // CELL_PIXELS
+        if self.settings.classes is not None:
+            classes = draw_label_cells(record, self.settings.classes, view, input_size, side)
+            return Sample(
+                record.image_id, record.file_name, view.size, input_size, pixels, Prompts(),
+                variant=variant, embedding=embedding, classes=classes,
+            )  # fmt: skip
         cells = None
         if self.settings.wants_cells:
-            cells = label_cells(record, view, input_size, self.settings.image_size // CELL_PIXELS)
+            cells = label_cells(record, view, input_size, side)
         background = self._draw_background(record, view, input_size, epoch)
         places = self._choose_objects(record, places, epoch)
         asked = self._choose_kind(record, epoch)

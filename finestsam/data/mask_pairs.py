@@ -67,6 +67,8 @@ class MaskPairJob:
         if instances == "components":
             _, labels = find_components(_find_foreground(labels))
         elif (labels == VOID).any() and len(np.unique(labels[labels != VOID])) > 1:
+            if instances == "classes":
+                picture.crowds.append(encode_mask(labels == VOID)["counts"])
             labels = np.where(labels == VOID, 0, labels)
         specks = 0
         for number, rle in labels_to_rles(labels).items():
@@ -74,7 +76,7 @@ class MaskPairJob:
                 specks += 1
                 continue
             picture.annotation_count += 1
-            picture.add(number, None, rle)
+            picture.add(number, f"value {number}" if instances == "classes" else None, rle)
         if specks:
             limit = self.settings.min_region_pixels
             picture.remark([("specks", f"{specks} regions under {limit} pixels dropped (dataset.min_region_pixels)")])

@@ -2,7 +2,7 @@
 
 import hashlib
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -29,6 +29,7 @@ class LabelledSet:
     categories: list[str]
     report: DatasetReport
     layout: str  # for the screen
+    category_names: dict[int, str] = field(default_factory=dict)  # by id
 
     def refuse_defects(self) -> None:
         """Raise a UserError with everything that was found wrong, if anything was."""
@@ -79,7 +80,7 @@ def read_training_set(settings: DatasetConfig) -> LabelledSet:
         train, val = first.records, indexes["val"].records
     else:
         train, val = split_records(first.records, settings.val_size, settings.seed)
-    return LabelledSet(train, val, list_categories(indexes), report, layout.name)
+    return LabelledSet(train, val, list_categories(indexes), report, layout.name, _join_categories(indexes))
 
 
 def read_evaluation_set(settings: DatasetConfig, split: str = "auto") -> LabelledSet:
@@ -104,7 +105,7 @@ def read_evaluation_set(settings: DatasetConfig, split: str = "auto") -> Labelle
     if not is_split and split != "test" and not (layout.is_plain and split == "auto"):
         train, val = split_records(records, settings.val_size, settings.seed)
         records = train if split == "train" else val
-    return LabelledSet([], records, list_categories({name: index}), index.report, layout.name)
+    return LabelledSet([], records, list_categories({name: index}), index.report, layout.name, index.categories)
 
 
 def read_parts(layout: Layout, settings: DatasetConfig, names: list[str]) -> dict[str, Index]:
@@ -163,6 +164,11 @@ def list_categories(indexes: dict[str, Index]) -> list[str]:
     """Return the names of all parts' categories, each once."""
     names = [name for index in indexes.values() for name in index.categories.values()]
     return list(dict.fromkeys(names))
+
+
+def _join_categories(indexes: dict[str, Index]) -> dict[int, str]:
+    """Return the names of all parts' categories by their ids, which the parts share."""
+    return {number: name for index in indexes.values() for number, name in index.categories.items()}
 
 
 def _read_part(name: str, part: Part, settings: DatasetConfig) -> Index:

@@ -22,6 +22,7 @@ from finestsam.evaluation.history import read_history
 from finestsam.evaluation.measurement import Difference, Measurement, compare
 from finestsam.evaluation.report import REPORT_NAME, write_report_page
 from finestsam.evaluation.result_files import read_results
+from finestsam.evaluation.semantic import evaluate_classes
 from finestsam.evaluation.story import Story
 from finestsam.images import write_image
 from finestsam.model.load import LoadedModel, load_model
@@ -61,8 +62,10 @@ def evaluate(config: Config) -> int:
         rival = find_rival(config, None)
     else:
         loaded = load_model(config, prefer_runs=True)
-        rival = find_rival(config, loaded)
         print(f"weights: {printable(loaded.source)} ({loaded.model_type}); {len(data.val)} images")
+        if loaded.model.semantic_head is not None:
+            return evaluate_classes(config, loaded, data, folder)
+        rival = find_rival(config, loaded)
         ours, history = measure_model(config, loaded, data.val, "weights"), read_history(loaded)
     theirs = None
     if rival:

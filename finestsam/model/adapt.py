@@ -1,14 +1,19 @@
 """The one place where a loaded SAM gets what the settings put into it, in one fixed order."""
 
 from segment_anything.modeling import Sam
+from torch import nn
 
 from finestsam.config import ModelLayerConfig
 from finestsam.errors import UserError
+from finestsam.model.fft_attention import choose_blocks, mount_fft_attention_
 from finestsam.model.lora import mount_lora_
 
 
-def adapt_(sam: Sam, layers: ModelLayerConfig) -> None:
+def adapt_(sam: Sam, layers: ModelLayerConfig) -> dict[int, nn.Module]:
     """Mount what training adds to the weights that were loaded; which of them train is decided afterwards.
+
+    Returns:
+        The attention that was replaced, by block, which what stands in for it can learn from.
 
     Raises:
         UserError: the settings name blocks that this SAM does not have.
@@ -20,4 +25,6 @@ def adapt_(sam: Sam, layers: ModelLayerConfig) -> None:
     ):
         if last >= depth:
             raise UserError(f"{name}: this image encoder has {depth} blocks, 0 to {depth - 1}")
+    replaced = mount_fft_attention_(sam, choose_blocks(sam.image_encoder, layers.fft_attention.blocks))
     mount_lora_(sam, layers.lora, whole_blocks=layers.thaw.blocks)
+    return replaced

@@ -24,6 +24,11 @@ class Card:
     started_from: str = "random weights"
     started_from_sha256: str | None = None
     kept_original: float = 0.0  # share of the weights that it started from in these
+    task: str = "masks"
+    classes: list[str] = field(default_factory=list)  # of the semantic task, by number; the first is the background
+    ignores_unlabelled: bool = False  # in the semantic task
+    # Blocks of the image encoder with FFT attention: where there are any, segment_anything cannot use the weights.
+    fft_blocks: list[int] = field(default_factory=list)
     finestsam_version: str = ""
 
 

@@ -13,10 +13,12 @@ from itertools import product
 
 import torch
 from segment_anything.modeling import ImageEncoderViT
-from segment_anything.modeling.image_encoder import Attention, Block
+from segment_anything.modeling.image_encoder import Attention, Block, window_partition, window_unpartition
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from finestsam.model.fft_attention import FftAttention
 
 # Of attention in one piece.
 CHUNK_SCORES = 2_000_000
@@ -57,7 +59,11 @@ def _trains(block: Block) -> bool:
 
 def _pass_block(block: Block, x: Tensor) -> Tensor:
     """Send tokens, B x H x W x C, through a block."""
-    x = x + _attend(block.attn, block.norm1(x), block.window_size)
+    return pass_mlp(block, x + attend(block.attn, block.norm1(x), block.window_size))
+
+
+def pass_mlp(block: Block, x: Tensor) -> Tensor:
+    """Send tokens, B x H x W x C, through the second half of a block; without gradient they are changed in place."""
     if torch.is_grad_enabled():
         return x + block.mlp(block.norm2(x))
     for some in x.view(-1, x.shape[-1]).split(CHUNK_TOKENS):
@@ -65,14 +71,23 @@ def _pass_block(block: Block, x: Tensor) -> Tensor:
     return x
 
 
-def _attend(attention: Attention, x: Tensor, window_size: int) -> Tensor:
+def attend(attention: Attention | FftAttention, x: Tensor, window_size: int) -> Tensor:
     """Let tokens, B x H x W x C, attend to each other in windows of `window_size`; 0: to all."""
+    if isinstance(attention, FftAttention):
+        return _transform(attention, x, window_size)
     if window_size == 0:
         return _attend_in_windows(attention, x, tuple(x.shape[1:3]))
     # One row of windows after the other stays in a processor's cache; a GPU wants them all.
     rows = x.shape[1] if x.is_cuda else window_size
     window = (window_size, window_size)
     return torch.cat([_attend_in_windows(attention, some, window) for some in x.split(rows, dim=1)], dim=1)
+
+
+def _transform(attention: FftAttention, x: Tensor, window_size: int) -> Tensor:
+    if window_size == 0:
+        return attention(x)
+    windows, padded_size = window_partition(x, window_size)
+    return window_unpartition(attention(windows), window_size, padded_size, x.shape[1:3])
 
 
 def _attend_in_windows(attention: Attention, x: Tensor, window: tuple[int, int]) -> Tensor:

@@ -1,17 +1,20 @@
 """From the settings to a model that is ready: which weights, which size, which device."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from segment_anything.modeling import Sam
+from torch import Tensor, nn
 
 from finestsam.config import Config
 from finestsam.errors import UserError
 from finestsam.model.adapter_file import find_adapter
 from finestsam.model.build import ARCHITECTURES, PATCH_SIZE, build_sam
 from finestsam.model.card import Card, read_card
+from finestsam.model.fft_attention import list_blocks, mount_fft_attention_
 from finestsam.model.sam import FinestSam
+from finestsam.model.semantic_head import load_semantic_head
 from finestsam.model.weights import (
     META_WEIGHTS,
     check_matches,
@@ -34,6 +37,8 @@ class LoadedModel:
     card: Card | None  # None: the weights have no best.json beside them
     source: str  # for the screen: the weights' path, or "random weights"
     path: Path | None  # None: random weights
+    # The attention of blocks that training has just had replaced: what their successors are to learn from.
+    replaced: dict[int, nn.Module] = field(default_factory=dict)
 
 
 def load_model(config: Config, prefer_runs: bool = False, device: torch.device | None = None) -> LoadedModel:
@@ -53,6 +58,8 @@ def load_model(config: Config, prefer_runs: bool = False, device: torch.device |
     sam, model_type = _build_with_weights(config, path)
     multimask_output = card.multimask_output if card and prefer_runs else config.multimask_output
     model = FinestSam(sam, multimask_output, choose_encoder_dtype(config.precision, device))
+    if prefer_runs and config.task != "masks":
+        model.semantic_head = _load_head(config, path, card)
     if config.compile:
         model.sam.image_encoder.compile()  # in place: the names of its weights stay
     return LoadedModel(model.to(device).eval(), model_type, card, str(path or RANDOM_WEIGHTS), path)
@@ -74,10 +81,26 @@ def _build_with_weights(config: Config, path: Path | None) -> tuple[Sam, str]:
         state_dict = resize_positions(state_dict, size)
     sam = build_sam(model_type, size)
     try:
-        sam.load_state_dict(state_dict)
+        load_weights_(sam, state_dict)
     except RuntimeError as error:
         raise UserError(f"{path}: not the weights of a {model_type}: {str(error).splitlines()[1].strip()}") from None
     return sam, model_type
+
+
+def load_weights_(sam: Sam, state_dict: dict[str, Tensor]) -> None:
+    """Load weights, in place, with the attention that they were trained with."""
+    mount_fft_attention_(sam, list_blocks(state_dict))
+    sam.load_state_dict(state_dict)
+
+
+def _load_head(config: Config, path: Path | None, card: Card | None) -> nn.Module | None:
+    if card is not None and card.task == "semantic":
+        return load_semantic_head(path, card.classes)
+    if config.task == "semantic":
+        raise UserError(
+            f"task semantic: {path or RANDOM_WEIGHTS} were not trained for it; --mode train --task semantic"
+        )
+    return None
 
 
 def _check_size(size: int | None) -> None:

@@ -29,6 +29,7 @@ class FinestSam(nn.Module):
         self.multimask_output = multimask_output
         self.encoder_dtype = encoder_dtype
         self.affinity_head: nn.Module | None = None  # of training alone, so that it is wrapped with the rest
+        self.semantic_head: nn.Module | None = None  # of models that give each pixel a class
 
     @property
     def image_size(self) -> int:
@@ -48,13 +49,18 @@ class FinestSam(nn.Module):
         with torch.autocast(inputs.device.type, dtype=self.encoder_dtype, enabled=self.encoder_dtype is not None):
             return self.sam.image_encoder(inputs).float()
 
-    def forward(self, embedding: Tensor | None, prompts: Prompts) -> Predictions | None:
+    def forward(self, embedding: Tensor | None, prompts: Prompts | None) -> Predictions | Tensor | None:
         """Answer the prompts of one picture.
+
+        Without prompts, which is None, the semantic head answers: the logits of the classes, B x K x 4g x 4g, of any
+        number of embeddings.
 
         Args:
             embedding: 1 x C x g x g.
             prompts: of N objects. None answers none, which arms the gradient synchronisation of a rank without objects.
         """
+        if prompts is None:
+            return self.semantic_head(embedding)
         if len(prompts) == 0:
             return None
         sparse, dense = self._embed_prompts(prompts)

@@ -43,6 +43,22 @@ def draw_overlay(image: np.ndarray, rles: list[dict], opacity: float) -> np.ndar
     return _blend(blended, outlined, opacity**0.5)  # thin lines need more to be seen through the same veil
 
 
+def draw_classes(image: np.ndarray, classes: np.ndarray, opacity: float) -> np.ndarray:
+    """Return the picture with a colour for each class over it; none for class 0, the background.
+
+    Args:
+        image: H x W x 3, uint8, RGB.
+        classes: H x W, whole numbers.
+    """
+    colours = colour_classes(int(classes.max(initial=0)) + 1)
+    return np.where((classes > 0)[..., None], _blend(image, colours[classes], opacity), image)
+
+
+def colour_classes(count: int) -> np.ndarray:
+    """Return the colours of classes 0, 1, ..., count x 3, uint8, RGB; of more classes than colours some share one."""
+    return PALETTE[(np.arange(count) - 1) % len(PALETTE)]
+
+
 def draw_layer(size: tuple[int, int], rles: list[dict], opacity: float) -> np.ndarray:
     """Return masks and their outlines on nothing, H x W x 4, uint8, RGBA, to be laid over a picture.
 

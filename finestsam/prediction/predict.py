@@ -28,6 +28,7 @@ from finestsam.prediction.journal import Journal, read_finished
 from finestsam.prediction.overlay import draw_overlay
 from finestsam.prediction.precompute import Embedder, hash_weights, open_store
 from finestsam.prediction.results import GeneratedMasks, Results
+from finestsam.prediction.semantic import predict_classes
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".wmv", ".flv", ".mpg", ".mpeg"}
 RESULTS_NAME = "predictions.json"
@@ -47,9 +48,11 @@ def predict(config: Config) -> int:
     paths = find_pictures(config.input)
     out_dir = make_output_folder(Path(config.out_dir), config.dataset.path)
     loaded = load_model(config, prefer_runs=True)
-    settings = resolve_generator(config.generator, loaded.card)
     print(f"model: {loaded.model_type}, {printable(loaded.source)}")
     embedder = Embedder(loaded.model, open_store(config.store, loaded.model))
+    if loaded.model.semantic_head is not None:
+        return predict_classes(paths, name_overlays(paths, out_dir), embedder, loaded.card.classes, config)
+    settings = resolve_generator(config.generator, loaded.card)
     score_map = _find_score_map(config, loaded.card)
     results = Results(_name_category(loaded.card), settings, score_map, hash_weights(embedder))
     journal = Journal(out_dir, results.origin)

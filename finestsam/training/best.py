@@ -3,29 +3,31 @@
 import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from finestsam import __version__
 from finestsam.errors import UserError
 from finestsam.model.adapter_file import write_adapter
 from finestsam.model.card import Card, write_card
+from finestsam.model.fft_attention import list_blocks
 from finestsam.model.load import RANDOM_WEIGHTS
 from finestsam.model.lora import list_lora, plain_state_dict
+from finestsam.model.semantic_head import head_path
 from finestsam.training.checkpoint import save_weights
 from finestsam.training.run import Run
 
-PROMPTED_METRIC = "val_per_mask_iou"
 ADAPTER_FOLDER = "adapter"
 
 
 def choose_metric(run: Run) -> str:
     """Return the name of what weights are judged by."""
     is_known = run.config.best_metric in run.progress.floor
-    return run.config.best_metric if is_known else PROMPTED_METRIC
+    return run.config.best_metric if is_known else run.stepper.metric
 
 
 def rank(run: Run, metrics: dict[str, float]) -> list[float]:
-    """Return what weights are compared by: the metric that was chosen, and of equals the prompted one."""
-    return [metrics[choose_metric(run)], metrics[PROMPTED_METRIC]]
+    """Return what weights are compared by: the metric that was chosen, and of equals the task's own."""
+    return [metrics[choose_metric(run)], metrics[run.stepper.metric]]
 
 
 def keep_if_best(run: Run, kept_original: float = 0.0) -> bool:
@@ -61,10 +63,10 @@ def _save_best(run: Run, value: float | None, is_better: bool, kept_original: fl
     if value is not None and run.progress.step > 0:
         path = run.top.save(weights, run.progress.step, value)
         if path:
-            write_card(path, card)
+            _save_beside(run, path, card)
     if is_better:
         save_weights(run.folder / "best.pth", weights)
-        write_card(run.folder / "best.pth", card)
+        _save_beside(run, run.folder / "best.pth", card)
         if kept_original == 0:
             _save_adapter(run, card)
         else:  # the additions are in the weights of the blend
@@ -72,11 +74,21 @@ def _save_best(run: Run, value: float | None, is_better: bool, kept_original: fl
 
 
 def _save_adapter(run: Run, card: Card) -> None:
-    """Save low-rank additions by themselves, too, where there is a file of weights that they go with."""
+    """Save low-rank additions by themselves, too, where there is a file of weights that they go with.
+
+    Attention that was replaced in this run and distilled is in no file but the best weights.
+    """
     sam, started_from = run.loaded.model.sam, run.progress.started_from
-    if not any(list_lora(sam)) or started_from == RANDOM_WEIGHTS:
+    if not any(list_lora(sam)) or started_from == RANDOM_WEIGHTS or run.has_new_attention:
         return
-    write_card(write_adapter(run.folder / ADAPTER_FOLDER, sam, started_from), card)
+    _save_beside(run, write_adapter(run.folder / ADAPTER_FOLDER, sam, started_from), card)
+
+
+def _save_beside(run: Run, path: Path, card: Card) -> None:
+    head = run.loaded.model.semantic_head
+    if head is not None:
+        save_weights(head_path(path), head.state_dict())
+    write_card(path, card)
 
 
 def _make_card(run: Run, kept_original: float) -> Card:
@@ -93,6 +105,10 @@ def _make_card(run: Run, kept_original: float) -> Card:
         started_from=progress.started_from,
         kept_original=kept_original,
         started_from_sha256=progress.started_from_sha256,
+        task="masks" if run.classes is None else "semantic",
+        classes=run.classes.names if run.classes else [],
+        ignores_unlabelled=run.classes.ignores_unlabelled if run.classes else False,
+        fft_blocks=list_blocks(model.sam.state_dict()),
         finestsam_version=__version__,
     )
 

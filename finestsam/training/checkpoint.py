@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from finestsam.errors import UserError
+from finestsam.model.semantic_head import SUFFIX
 
 LAST = "last.ckpt"  # everything needed to continue
 PREVIOUS = "last.prev.ckpt"  # the one before, for the day on which the last one is damaged
+BESIDE_WEIGHTS = (".json", SUFFIX)  # what lies beside a file of weights, under its name
 WRAPPERS = ("module", "_forward_module", "_orig_mod", "model", "sam")  # parts of names that are not SAM's
 
 
@@ -218,7 +220,8 @@ class TopWeights:
         save_weights(self.folder / name, state_dict)
         for dropped in self._metrics.keys() - kept.keys():
             (self.folder / dropped).unlink(missing_ok=True)
-            (self.folder / dropped).with_suffix(".json").unlink(missing_ok=True)
+            for suffix in BESIDE_WEIGHTS:
+                (self.folder / dropped).with_suffix(suffix).unlink(missing_ok=True)
         self._metrics = kept
         return self.folder / name
 

@@ -1,6 +1,7 @@
 """What a user should know before the first step."""
 
 from finestsam.config import Config
+from finestsam.model.fft_attention import list_blocks
 from finestsam.model.lora import list_lora
 from finestsam.model.sam import FinestSam
 
@@ -13,14 +14,37 @@ def describe_training(model: FinestSam, model_type: str) -> str:
         ranks = {layer.lora_A.out_features for _, layer in list_lora(part)}
         if count:
             parts.append(f"{name} {_in_millions(count)}" + "".join(f" (LoRA of rank {rank})" for rank in ranks))
+    if model.semantic_head is not None:
+        parts.append(
+            f"semantic_head {_in_millions(sum(weight.numel() for weight in model.semantic_head.parameters()))}"
+        )
+    blocks = list_blocks(model.sam.state_dict())
+    fft = f"; FFT attention in blocks {', '.join(map(str, blocks))}" if blocks else ""
     total = sum(weight.numel() for weight in model.sam.parameters())
-    return f"{model_type} at {model.image_size} pixels, {_in_millions(total)} weights; trains {', '.join(parts)}"
+    return f"{model_type} at {model.image_size} pixels, {_in_millions(total)} weights; trains {', '.join(parts)}{fft}"
 
 
 def list_mismatches(config: Config, starts_from_nothing: bool) -> list[str]:
     """Return warnings about settings that train what prediction will not read."""
+    warnings = [] if config.task == "semantic" else _list_prompt_mismatches(config)
+    freeze = config.model_layer.freeze
+    fft_attention = config.model_layer.fft_attention
+    if fft_attention.blocks != "none" and fft_attention.distill_steps == 0 and freeze.image_encoder:
+        warnings.append(
+            "replaces attention in a frozen image encoder, where nothing teaches what stands in for it; "
+            "--model_layer.fft_attention.distill_steps 100 does, --model_layer.freeze.image_encoder false trains it"
+        )
+    if starts_from_nothing and freeze.image_encoder:
+        warnings.append(
+            "starts from random weights and freezes the image encoder, which then never learns to see; "
+            "--model_layer.freeze.image_encoder false --model_layer.freeze.prompt_encoder false trains all of it"
+        )
+    return warnings
+
+
+def _list_prompt_mismatches(config: Config) -> list[str]:
     warnings = []
-    prompts, data, freeze = config.prompts, config.dataset, config.model_layer.freeze
+    prompts, data = config.prompts, config.dataset
     if not prompts.use_points or data.positive_points == 0:
         warnings.append(
             "trains without positive points, but the generator asks with points alone: it will find little; "
@@ -38,11 +62,6 @@ def list_mismatches(config: Config, starts_from_nothing: bool) -> list[str]:
         )
     if prompts.use_points and not data.snap_to_grid:
         warnings.append("points are not snapped to the generator's grid (dataset.snap_to_grid false)")
-    if starts_from_nothing and freeze.image_encoder:
-        warnings.append(
-            "starts from random weights and freezes the image encoder, which then never learns to see; "
-            "--model_layer.freeze.image_encoder false --model_layer.freeze.prompt_encoder false trains all of it"
-        )
     return warnings
 
 

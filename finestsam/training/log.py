@@ -23,6 +23,9 @@ GENERATOR_COLUMNS = (
 )
 VALIDATION_COLUMNS = (*PROMPT_COLUMNS, *GENERATOR_COLUMNS)
 COLUMNS = ("epoch", "step", "seconds", "validation_seconds", "learning_rate", *TRAINING_COLUMNS, *VALIDATION_COLUMNS)
+SEMANTIC_TRAINING_COLUMNS = ("total_loss", "cross_entropy_loss", "dice_loss", "pixel_accuracy")
+SEMANTIC_VALIDATION_COLUMNS = ("val_miou", "val_mdice", "val_pixel_accuracy")
+SEMANTIC_COLUMNS = (*COLUMNS[:5], *SEMANTIC_TRAINING_COLUMNS, *SEMANTIC_VALIDATION_COLUMNS)
 
 Row = dict[str, float | None]
 
@@ -35,20 +38,28 @@ class RunLog:
     Args:
         resumed_epoch: complete epochs of the checkpoint that the run continues from, whose rows stay; None: a new run.
         num_epochs: for the line on the screen.
+        columns: of metrics.csv, which depend on what is trained.
 
     Raises:
         UserError: the metrics.csv of a run that is continued is not as it was written.
     """
 
-    def __init__(self, folder: Path, resumed_epoch: int | None = None, num_epochs: int | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        resumed_epoch: int | None = None,
+        num_epochs: int | None = None,
+        columns: tuple[str, ...] = COLUMNS,
+    ):
         self.folder = folder
+        self.columns = columns
         self.num_epochs = num_epochs
         self._is_resumed = resumed_epoch is not None
         self._rows: list[Row] = []
         self._tensorboard: TensorBoardLogger | None = None
         self._warned: set[str] = set()
         if resumed_epoch is not None:
-            self._rows = [row for row in read_metrics(self.path) if row["epoch"] <= resumed_epoch]
+            self._rows = [row for row in read_metrics(self.path, columns) if row["epoch"] <= resumed_epoch]
             self._write_rows()
 
     @property
@@ -63,15 +74,15 @@ class RunLog:
         """Write the row of an epoch in place of those from it on, and say it in one line.
 
         Args:
-            row: by `COLUMNS`; what is missing, None or not finite is an empty field. Epoch 0 is the untouched model.
+            row: by column; what is missing, None or not finite is an empty field. Epoch 0 is the untouched model.
             floor: the validation of the untouched model.
         """
-        unknown = row.keys() - set(COLUMNS)
+        unknown = row.keys() - set(self.columns)
         assert not unknown, f"metrics.csv has no columns {sorted(unknown)}"
-        whole = {name: _finite_or_none(row.get(name)) for name in COLUMNS}
+        whole = {name: _finite_or_none(row.get(name)) for name in self.columns}
         self._rows = [earlier for earlier in self._rows if earlier["epoch"] < whole["epoch"]] + [whole]
         self._write_rows()
-        measured = {f"validation/{name}": whole[name] for name in VALIDATION_COLUMNS}
+        measured = {f"validation/{name}": whole[name] for name in self.columns if name.startswith("val_")}
         self._send(measured, whole["step"], flush=True)
         print(describe_epoch(whole, self.num_epochs, floor), flush=True)
 
@@ -88,7 +99,7 @@ class RunLog:
     def _write_rows(self) -> None:
         """Replace the file by a whole one: a run that is killed leaves no half row, and a resumed one none twice."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows({name: _format_number(value) for name, value in row.items()} for row in self._rows)
         partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
@@ -125,22 +136,22 @@ class RunLog:
             print(f"warning: {self.folder / what} not written: {reason}", file=sys.stderr)
 
 
-def read_metrics(path: Path) -> list[Row]:
+def read_metrics(path: Path, columns: tuple[str, ...] = COLUMNS) -> list[Row]:
     """Return the rows of a metrics.csv; none where there is no such file."""
     if not path.exists():
         return []
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            return [_parse_line(line) for line in csv.DictReader(file)]
+            return [_parse_line(line, columns) for line in csv.DictReader(file)]
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path}: not as finestsam wrote it ({error}); move it away to continue without it") from None
 
 
-def _parse_line(line: dict[str, str | None]) -> Row:
+def _parse_line(line: dict[str, str | None], columns: tuple[str, ...]) -> Row:
     missing = {"epoch", "step"} - line.keys()
     if missing:
         raise ValueError(f"no columns {sorted(missing)}")
-    row = {name: float(line[name]) if line.get(name) else None for name in COLUMNS}
+    row = {name: float(line[name]) if line.get(name) else None for name in columns}
     return row | {"epoch": int(line["epoch"] or ""), "step": int(line["step"] or "")}
 
 
@@ -154,8 +165,10 @@ def describe_epoch(row: Row, num_epochs: int | None = None, floor: Mapping[str, 
     forms = {
         "total_loss": "loss {:.3f}",
         "iou": "iou {:.2f}",
+        "pixel_accuracy": "accuracy {:.2f}",
         "val_per_mask_iou": "val {:.2f}",
         "val_generator_ar_100": "ar100 {:.2f}",
+        "val_miou": "miou {:.3f}",
         "learning_rate": "lr {:.1e}",
         "seconds": "{:.1f} s",
         "validation_seconds": "validation {:.1f} s",

@@ -23,7 +23,17 @@ TITLES = {
     "predicted_iou": "Predicted IoU",
     "learning_rate": "Learning rate",
 }
+# The same of a run that learns classes.
+SEMANTIC_TITLES = {
+    "total_loss": "Total loss",
+    "cross_entropy_loss": "Cross-entropy",
+    "dice_loss": "Dice loss",
+    "pixel_accuracy": "Pixel accuracy",
+    "learning_rate": "Learning rate",
+}
 COLORS = {
+    "cross_entropy_loss": "#D55E00",
+    "pixel_accuracy": "#009E73",
     "total_loss": "black",
     "focal_loss": "#D55E00",
     "dice_loss": "#0072B2",
@@ -33,7 +43,13 @@ COLORS = {
     "learning_rate": "#666666",
 }
 # Measured in validation: how a line is called, and its colour.
-VALIDATION = {"val_per_mask_iou": ("Validation IoU", "#E69F00"), "val_generator_ar_100": ("Generator AR", "#882255")}
+VALIDATION = {
+    "val_per_mask_iou": ("Validation IoU", "#E69F00"),
+    "val_generator_ar_100": ("Generator AR", "#882255"),
+    "val_miou": ("Validation mIoU", "#E69F00"),
+}
+# Drawn with the curve of what they measure in training.
+VALIDATED = ("iou", "pixel_accuracy")
 MARKED_POINTS = 30  # lines of more points are drawn without a marker on each
 
 
@@ -46,7 +62,9 @@ def draw_curves(rows: Rows, folder: Path) -> list[Path]:
     """
     plots = folder / "plots"
     plots.mkdir(parents=True, exist_ok=True)
-    figures = {name: _draw_one(rows, name) for name in TITLES} | {"all_metrics": _draw_all(rows)}
+    titles = SEMANTIC_TITLES if any("cross_entropy_loss" in row for row in rows) else TITLES
+    figures = {name: _draw_one(rows, name, title) for name, title in titles.items()}
+    figures["all_metrics"] = _draw_all(rows, titles)
     paths = []
     for name, figure in figures.items():
         paths.append(plots / f"{name}.png")
@@ -54,25 +72,26 @@ def draw_curves(rows: Rows, folder: Path) -> list[Path]:
     return paths
 
 
-def _draw_one(rows: Rows, name: str) -> Figure:
+def _draw_one(rows: Rows, name: str, title: str) -> Figure:
     figure, axes = _make_figure(width=7, right=0.96)
     _draw_line(axes, rows, name, "Training")
-    if name == "iou":
+    if name in VALIDATED:
         _draw_validation(axes, rows)
     if name == "learning_rate":
         _scale_rate(axes, rows)
-    _finish(axes, TITLES[name], TITLES[name])
+    _finish(axes, title, title)
     axes.spines["right"].set_visible(False)
     if len(axes.lines) > 1:
         axes.legend(edgecolor="none", framealpha=0.8)
     return figure
 
 
-def _draw_all(rows: Rows) -> Figure:
+def _draw_all(rows: Rows, titles: Mapping[str, str]) -> Figure:
     """Losses and IoU share the left axis; the total loss, which is far larger, has the right one."""
     figure, left = _make_figure(width=10, right=0.72)
-    for name in ("focal_loss", "dice_loss", "iou_loss", "iou", "predicted_iou"):
-        _draw_line(left, rows, name, TITLES[name])
+    for name, title in titles.items():
+        if name not in ("total_loss", "learning_rate"):
+            _draw_line(left, rows, name, title)
     _draw_validation(left, rows)
     _finish(left, "Training and validation", "Losses, IoU")
     if any(row.get("total_loss") is not None for row in rows):

@@ -11,7 +11,8 @@ from finestsam.training import checkpoint
 
 # Without these the weights, the optimizer or the schedule of the checkpoint fit no more.
 FIXED = (
-    "model.", "model_layer.freeze.", "model_layer.thaw.", "model_layer.lora.", "opt.layer_decay", "opt.rates.",
+    "model.", "model_layer.freeze.", "model_layer.thaw.", "model_layer.lora.",
+    "model_layer.fft_attention.blocks", "task", "opt.layer_decay", "opt.rates.",
     "sched.type",
 )  # fmt: skip
 # The optimizer's own, which its checkpoint brings along.

@@ -12,29 +12,40 @@ from filelock import FileLock
 from lightning.fabric import Fabric
 from torch.utils.data import DataLoader
 
-from finestsam.config import AugmentConfig, Config, ModelConfig, PromptsConfig, flatten_config
+from finestsam.config import (
+    CHUNK_OBJECTS,
+    AugmentConfig,
+    Config,
+    ModelConfig,
+    PromptsConfig,
+    flatten_config,
+)
 from finestsam.data.dataset import PROMPT_KINDS, SampleDataset, SampleSettings, StepSampler
 from finestsam.data.embeddings import EmbeddingStore
 from finestsam.data.loaders import build_train_loader, build_validation_loader
 from finestsam.data.previous_logits import PreviousLogits
 from finestsam.data.read import LabelledSet, describe_dataset, read_training_set
 from finestsam.data.report import write_report
+from finestsam.data.semantic import ClassTable
 from finestsam.download import hash_file
 from finestsam.errors import UserError
 from finestsam.model.adapt import adapt_
+from finestsam.model.fft_attention import list_blocks, mount_fft_attention_
 from finestsam.model.load import LoadedModel, load_model
 from finestsam.model.sam import FinestSam
 from finestsam.prediction.generator import resolve_generator
 from finestsam.prediction.precompute import Embedder, encode_missing, find_missing, open_store
 from finestsam.training import checkpoint
 from finestsam.training.affinity import AffinityHead
+from finestsam.training.distill import distill_
 from finestsam.training.probe import choose_chunk_objects
 from finestsam.training.random_state import random_state, restore_random_state
 from finestsam.training.ranks import Ranks
 from finestsam.training.resume import check_settings, convert_batches, load_state
 from finestsam.training.run_folder import create_run_folder, lock_run
 from finestsam.training.schedules import build_optimizer, build_scheduler
-from finestsam.training.step import MEASURES, Stepper
+from finestsam.training.semantic import SemanticStepper, build_semantic_optimizer, choose_classes
+from finestsam.training.step import Stepper
 from finestsam.training.trainable import freeze_, trains_encoder
 
 
@@ -45,7 +56,7 @@ class Progress:
     epoch: int = 0  # complete ones
     batches_done: int = 0  # per rank, of the epoch that runs
     step: int = 0
-    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MEASURES, 0.0))  # of the epoch that runs
+    sums: dict[str, float] = field(default_factory=dict)  # of the epoch that runs
     objects: int = 0  # behind the sums
     seconds: float = 0.0  # of the epoch that runs, without its validation
     validation_seconds: float = 0.0  # of the newest validation
@@ -79,6 +90,12 @@ class Run:
     val_loader: DataLoader | None  # None: nothing to validate on
     progress: Progress
     top: checkpoint.TopWeights
+    classes: ClassTable | None = None  # of the semantic task
+
+    @property
+    def has_new_attention(self) -> bool:
+        """Whether this run replaced attention of the weights that it started from."""
+        return self.config.model_layer.fft_attention.blocks != "none"
 
     @property
     def is_first_rank(self) -> bool:
@@ -109,8 +126,12 @@ def build_run(fabric: Fabric, ranks: Ranks, config: Config) -> Run:
     if state is None and ranks.rank == 0:
         _describe(folder, config, data)
     progress = _restore_progress(state, config, ranks) if state else _begin_progress(fabric, loaded)
+    originals = SampleDataset(data.train, _choose_sample_settings(config, loaded.model))
+    ranks.join(lambda: distill_(fabric, loaded, originals, config.model_layer.fft_attention.distill_steps))
+    classes = choose_classes(config, loaded, data.category_names) if config.task == "semantic" else None
     stepper, scheduler = _build_stepper(fabric, config, loaded, data, folder)
-    settings = _choose_sample_settings(config, loaded.model)
+    progress.sums = progress.sums or dict.fromkeys(stepper.measures, 0.0)
+    settings = replace(_choose_sample_settings(config, loaded.model), classes=classes)
     sampler = StepSampler(len(data.train), config.batch_size, settings.seed, fabric.global_rank, fabric.world_size)
     store = stepper.embedder.store
     train_set = SampleDataset(data.train, settings, stepper.previous_logits, store)
@@ -123,7 +144,7 @@ def build_run(fabric: Fabric, ranks: Ranks, config: Config) -> Run:
         config, fabric, ranks, folder, lock, data, loaded, stepper, scheduler, sampler,
         build_train_loader(train_set, sampler, config.num_workers),
         val_loader if len(val_set) else None,
-        progress, checkpoint.TopWeights(folder, config.save_top_k),
+        progress, checkpoint.TopWeights(folder, config.save_top_k), classes,
     )  # fmt: skip
     if state is not None:
         _restore(run, state)
@@ -160,10 +181,11 @@ def _load_weights(fabric: Fabric, config: Config, state: dict | None) -> LoadedM
     """Return the model to start from, or the one that a run was stopped with."""
     if state is None:
         loaded = load_model(config, device=fabric.device)
-        adapt_(loaded.model.sam, config.model_layer)
+        loaded.replaced = adapt_(loaded.model.sam, config.model_layer)
         return loaded
     bare = replace(config, model=ModelConfig(state["model_type"], "none", state["image_size"]))
     loaded = load_model(bare, device=fabric.device)
+    mount_fft_attention_(loaded.model.sam, list_blocks(state["model"]))
     adapt_(loaded.model.sam, config.model_layer)
     loaded.model.sam.load_state_dict(state["model"])
     return loaded
@@ -217,15 +239,16 @@ def _build_stepper(
     model = loaded.model.train()
     model.sam.image_encoder.recomputes = config.model_layer.recompute_encoder
     freeze_(model, config)
-    if config.losses.affinity_ratio > 0 and trains_encoder(model):
+    is_semantic = model.semantic_head is not None
+    if config.losses.affinity_ratio > 0 and not is_semantic and trains_encoder(model):
         model.affinity_head = AffinityHead(model.sam.prompt_encoder.embed_dim).to(model.device)
-    optimizer = build_optimizer(model, config.opt)
+    optimizer = build_semantic_optimizer(loaded, config) if is_semantic else build_optimizer(model, config.opt)
     scheduler = build_scheduler(optimizer, config.sched, config.eval_interval)
     wrapped, optimizer = fabric.setup(model, optimizer)
     # float16 alone overflows; bfloat16 has float32's range.
     scaler = torch.amp.GradScaler(fabric.device.type, enabled=model.encoder_dtype == torch.float16)
     previous = None
-    if config.prompts.use_logits:
+    if config.prompts.use_logits and not is_semantic:
         count = sum(len(record.annotations) for record in data.train)
         previous = PreviousLogits(folder / "previous_logits", count, model.image_size // 4)
         if fabric.global_rank == 0:
@@ -233,7 +256,8 @@ def _build_stepper(
         fabric.barrier()
     # What a training encoder answered is out of date with the next step.
     embedder = Embedder(model, None if trains_encoder(model) else open_store(config.store, model))
-    return Stepper(fabric, config, model, wrapped, optimizer, scaler, embedder, previous), scheduler
+    kind = SemanticStepper if is_semantic else Stepper
+    return kind(fabric, config, model, wrapped, optimizer, scaler, embedder, previous), scheduler
 
 
 def _choose_chunk_objects(
@@ -241,6 +265,8 @@ def _choose_chunk_objects(
 ) -> int:
     """Return how many objects are decoded at a time: the same on every rank, and as before in a run that continues."""
     given = config.chunk_objects or progress.chunk_objects
+    if stepper.model.semantic_head is not None:
+        return given or CHUNK_OBJECTS  # no object is decoded
     if given:
         return given
     return ranks.gather(lambda: choose_chunk_objects(stepper, train_set) if ranks.rank == 0 else None)[0]
@@ -264,7 +290,7 @@ def _choose_sample_settings(config: Config, model: FinestSam) -> SampleSettings:
 def _build_validation_set(
     config: Config, data: LabelledSet, settings: SampleSettings, store: EmbeddingStore | None
 ) -> SampleDataset:
-    records = [record for record in data.val if record.annotations]
+    records = [record for record in data.val if record.annotations or settings.classes]
     # All objects, pictures and boxes as they are: what is measured must not depend on the noise of training.
     plain = replace(
         settings,
@@ -294,6 +320,7 @@ def save_last(run: Run) -> None:
         "model_type": run.loaded.model_type,
         "image_size": model.image_size,
         "model": model.sam.state_dict(),
+        "semantic_head": model.semantic_head.state_dict() if model.semantic_head else None,
         "affinity_head": model.affinity_head.state_dict() if model.affinity_head else None,
         "optimizer": run.stepper.optimizer.state_dict(),
         "scheduler": run.scheduler.state_dict(),
@@ -309,6 +336,8 @@ def save_last(run: Run) -> None:
 
 
 def _restore(run: Run, state: dict) -> None:
+    if run.loaded.model.semantic_head:
+        run.loaded.model.semantic_head.load_state_dict(state["semantic_head"])
     if run.loaded.model.affinity_head:
         run.loaded.model.affinity_head.load_state_dict(state["affinity_head"])
     run.stepper.optimizer.load_state_dict(state["optimizer"])

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from lightning.fabric import Fabric
@@ -15,11 +16,9 @@ from finestsam.model.sam import FinestSam
 from finestsam.prediction.correction import add_clicks, show_preferred
 from finestsam.prediction.precompute import Embedder
 from finestsam.training.affinity import affinity_loss
+from finestsam.training.log import COLUMNS, TRAINING_COLUMNS
 from finestsam.training.losses import ObjectLosses, object_losses
 from finestsam.training.trainable import trains_encoder
-
-# What is summed over objects, in this order; the losses with their weights, so that they add up to the total.
-MEASURES = ("total_loss", "focal_loss", "dice_loss", "iou_loss", "iou", "predicted_iou")
 
 
 @dataclass
@@ -30,7 +29,17 @@ class Stepper:
         wrapped: the model as Fabric's strategy wraps it; `model` is the same one bare.
         previous_logits: where prompts.use_logits finds an epoch's answers; None: not used.
         chunk_objects: prompts decoded at a time, at most.
+
+    Attributes:
+        measures: what is summed over objects, in this order; the losses with their weights, so that they add up to the
+            total.
+        columns: of metrics.csv.
+        metric: what judges weights where the metric that the settings name is not measured.
     """
+
+    measures: ClassVar[tuple[str, ...]] = TRAINING_COLUMNS
+    columns: ClassVar[tuple[str, ...]] = COLUMNS
+    metric: ClassVar[str] = "val_per_mask_iou"
 
     fabric: Fabric
     config: Config
@@ -49,13 +58,13 @@ class Stepper:
         all ranks, so that neither accumulation nor the number of ranks changes the gradient.
 
         Returns:
-            Sums of `MEASURES` over the objects, their number, whether the weights were changed (not where the gradient
+            Sums of `measures` over the objects, their number, whether the weights were changed (not where the gradient
             is not finite), and whether any rank wants to stop.
         """
-        count, stops = self._sum_over_ranks([sum(batch.object_count for batch in batches), float(wants_stop)]).tolist()
-        sums = torch.zeros(len(MEASURES), dtype=torch.float64)
+        count, stops = self._sum_over_ranks([sum(map(self.count, batches)), float(wants_stop)]).tolist()
+        sums = torch.zeros(len(self.measures), dtype=torch.float64)
         if count == 0:
-            return dict(zip(MEASURES, sums.tolist(), strict=True)), 0, True, stops > 0
+            return dict(zip(self.measures, sums.tolist(), strict=True)), 0, True, stops > 0
         self.optimizer.zero_grad()
         # The strategy averages gradients over ranks; the mean wanted is over objects.
         weight = self.fabric.world_size / count
@@ -63,7 +72,11 @@ class Stepper:
             sums += self._add_gradients(batch, epoch, weight, is_last=place == len(batches) - 1)
         is_finite = self._change_weights()
         sums = self._sum_over_ranks(sums.tolist())
-        return dict(zip(MEASURES, sums.tolist(), strict=True)), int(count), is_finite, stops > 0
+        return dict(zip(self.measures, sums.tolist(), strict=True)), int(count), is_finite, stops > 0
+
+    def count(self, batch: Batch) -> int:
+        """Return how many objects a batch has, over which losses are averaged."""
+        return batch.object_count
 
     def _add_gradients(self, batch: Batch, epoch: int, weight: float, is_last: bool) -> Tensor:
         """Add the gradient of `weight` times the batch's summed loss, in chunks of prompts.
@@ -72,7 +85,7 @@ class Stepper:
         copy of the embeddings. The last answer is decoded from the embeddings themselves and carries what the others
         left on the copy, so that the encoder is gone through once, and the strategy synchronises once.
         """
-        sums = torch.zeros(len(MEASURES), dtype=torch.float64)
+        sums = torch.zeros(len(self.measures), dtype=torch.float64)
         samples = [sample for sample in batch.samples if len(sample)]
         if not samples:
             self._join_without_objects(is_last)

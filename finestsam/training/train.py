@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 
+import numpy as np
 from lightning.fabric import Fabric
 from tqdm import tqdm
 
@@ -18,10 +19,11 @@ from finestsam.errors import UserError
 from finestsam.evaluation.candidates import find_candidates
 from finestsam.evaluation.generator_scores import Tuned, choose_grids, list_fixed, tune
 from finestsam.evaluation.prompt_scores import score_batches, summarize_scores
+from finestsam.evaluation.semantic_scores import count_pictures
 from finestsam.interruption import Interrupted, watch_signals
 from finestsam.model.load import RANDOM_WEIGHTS, choose_device
 from finestsam.prediction.generator import resolve_generator
-from finestsam.training.best import PROMPTED_METRIC, choose_metric, keep_if_best, refuse_lost_best, warn_if_not_saved
+from finestsam.training.best import choose_metric, keep_if_best, rank, refuse_lost_best, warn_if_not_saved
 from finestsam.training.blend import blend_best, keep_start
 from finestsam.training.checkpoint import CheckpointNotSaved
 from finestsam.training.crash import note_crash
@@ -31,7 +33,7 @@ from finestsam.training.plots import draw_curves
 from finestsam.training.ranks import Ranks
 from finestsam.training.run import Run, build_run, save_last
 from finestsam.training.schedules import learning_rate_of
-from finestsam.training.step import MEASURES
+from finestsam.training.semantic import summarize_validation
 
 # Steps in a row without a finite gradient after which a run has gone wrong for good.
 MAX_SKIPPED_STEPS = 10
@@ -84,7 +86,7 @@ def _open_log(run: Run) -> AbstractContextManager[RunLog | None]:
     if not run.is_first_rank:
         return nullcontext()
     resumed_epoch = run.progress.epoch if run.config.resume else None
-    return closing(RunLog(run.folder, resumed_epoch, run.config.num_epochs))
+    return closing(RunLog(run.folder, resumed_epoch, run.config.num_epochs, run.stepper.columns))
 
 
 def run_epochs(run: Run, log: RunLog | None) -> int:
@@ -170,7 +172,7 @@ def _count_step(run: Run, log: RunLog | None, sums: dict[str, float], objects: i
 
 
 def validate(run: Run) -> None:
-    """Measure prompted masks and the generator on the validation pictures, shared by the ranks.
+    """Measure prompted masks and the generator, or classes, on the validation pictures, shared by the ranks.
 
     Into `progress.metrics`, and the generator's settings that did best into `progress.generator`.
 
@@ -182,11 +184,24 @@ def validate(run: Run) -> None:
         return
     started = time.perf_counter()
     run.loaded.model.eval()
-    run.progress.metrics |= _validate_prompts(run)
-    if run.config.evaluate.generator:
-        run.progress.metrics |= _validate_generator(run)
+    if run.classes:
+        run.progress.metrics |= _validate_classes(run)
+    else:
+        run.progress.metrics |= _validate_prompts(run)
+        if run.config.evaluate.generator:
+            run.progress.metrics |= _validate_generator(run)
     run.loaded.model.train()
     run.progress.validation_seconds = time.perf_counter() - started
+
+
+def _validate_classes(run: Run) -> dict[str, float]:
+    batches = _show_progress(run.val_loader, "validation", len(run.val_loader), run.is_first_rank)
+
+    def count() -> np.ndarray:
+        found = count_pictures(run.stepper.embedder, batches, run.data.val, run.classes)
+        return sum((counts for _, counts in found), np.zeros((len(run.classes.names),) * 2, dtype=np.int64))
+
+    return summarize_validation(sum(run.ranks.gather(count)), run.classes.names)
 
 
 def _validate_prompts(run: Run) -> dict[str, float]:
@@ -263,7 +278,7 @@ def finish_epoch(run: Run, log: RunLog | None) -> None:
     _write_row(run, log, learning_rate, epoch=progress.epoch + (not is_whole))
     if is_whole:
         progress.batches_done, progress.objects, progress.seconds = 0, 0, 0.0
-        progress.sums = dict.fromkeys(MEASURES, 0.0)
+        progress.sums = dict.fromkeys(run.stepper.measures, 0.0)
 
 
 def _say_cost(run: Run) -> None:
@@ -357,7 +372,10 @@ def _say_start(run: Run) -> None:
     say("\n".join(run.data.report.list_lines()))
     say(f"training on {len(run.data.train)} images, validating on {len(run.data.val)}")
     say(f"{run.progress.started_from}: {describe_training(run.loaded.model, run.loaded.model_type)}")
-    say(f"objects decoded at a time: up to {run.stepper.chunk_objects}")
+    if run.classes:
+        say(f"classes: {', '.join(run.classes.names)}")
+    else:
+        say(f"objects decoded at a time: up to {run.stepper.chunk_objects}")
     for warning in list_mismatches(run.config, run.progress.started_from == RANDOM_WEIGHTS):
         say(f"warning: {warning}")
     if run.val_loader is None:
@@ -370,7 +388,7 @@ def _say_end(run: Run) -> None:
     if progress.best is not None:
         name = choose_metric(run)
         floor = progress.floor[name]
-        if progress.best > [floor, progress.floor[PROMPTED_METRIC]]:
+        if progress.best > rank(run, progress.floor):
             run.fabric.print(f"best {name} {progress.best[0]:.4f}, untouched model {floor:.4f}")
         else:
             run.fabric.print(f"no epoch beat the untouched model ({floor:.4f}): best.pth holds its weights")

@@ -1,0 +1,70 @@
+"""`--mode evaluate` for weights with a semantic head."""
+
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from finestsam.config import Config
+from finestsam.data.dataset import SampleDataset, SampleSettings
+from finestsam.data.loaders import build_validation_loader
+from finestsam.data.read import LabelledSet
+from finestsam.data.semantic import ClassTable, match_classes
+from finestsam.errors import UserError, printable
+from finestsam.evaluation.semantic_scores import count_pictures, describe_classes, summarize_pixels
+from finestsam.model.load import LoadedModel
+from finestsam.prediction.precompute import Embedder, fill_store, open_store
+
+
+def evaluate_classes(config: Config, loaded: LoadedModel, data: LabelledSet, folder: Path) -> int:
+    """Measure the classes of pixels, and write `evaluation.json` and `per_image.csv`.
+
+    Args:
+        data: with the pictures in `val`.
+        folder: for the results.
+    """
+    table = find_classes(loaded, data)
+    embedder = Embedder(loaded.model, open_store(config.store, loaded.model))
+    settings = SampleSettings(loaded.model.image_size, 1, 0, config.prompts, config.dataset, classes=table)
+    dataset = SampleDataset(data.val, settings, store=embedder.store)
+    if embedder.store:
+        fill_store(embedder, [dataset], config.num_workers)
+    loader = build_validation_loader(dataset, config.num_workers)
+    batches = tqdm(loader, desc="classes", disable=not sys.stderr.isatty(), leave=False)
+    total, rows = np.zeros((len(table.names),) * 2, dtype=np.int64), []
+    for sample, counts in count_pictures(embedder, batches, data.val, table):
+        total += counts
+        found = summarize_pixels(counts, table.names)
+        rows.append([sample.file_name, *(found.get(name) for name in ("miou", "mdice", "pixel_accuracy"))])
+    figures = summarize_pixels(total, table.names)
+    for name in ("miou", "mdice", "pixel_accuracy"):
+        if name in figures:
+            print(f"{name:<20}{figures[name]:.4f}")
+    print("\n".join(describe_classes(figures)))
+    (folder / "evaluation.json").write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([["file_name", "miou", "mdice", "pixel_accuracy"], *rows])
+    (folder / "per_image.csv").write_text(text.getvalue(), encoding="utf-8", errors="surrogateescape")
+    print(f"figures: {folder / 'evaluation.json'}, picture by picture: {folder / 'per_image.csv'}")
+    return 0
+
+
+def find_classes(loaded: LoadedModel, data: LabelledSet) -> ClassTable:
+    """Return which of the model's classes the dataset's categories are, by name, and say which are none.
+
+    Raises:
+        UserError: not one is.
+    """
+    card = loaded.card
+    table = match_classes(data.category_names, card.classes, card.ignores_unlabelled)
+    unknown = [name for number, name in data.category_names.items() if number not in table.by_category]
+    if not table.by_category:
+        theirs, ours = (", ".join(map(printable, names[:10])) for names in (unknown, card.classes[1:]))
+        raise UserError(f"no category of the dataset ({theirs}) is a class of {loaded.source} ({ours})")
+    if unknown:
+        print(f"ignored, as the model has no such class: {', '.join(map(printable, unknown))}")
+    return table

@@ -1,0 +1,67 @@
+"""A head that gives each place of an embedding a class."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from segment_anything.modeling.common import LayerNorm2d
+from torch import Tensor, nn
+
+from finestsam.errors import UserError
+from finestsam.model.weights import load_state_dict
+
+SUFFIX = ".semantic.pth"
+
+
+class SemanticHead(nn.Module):
+    """From an embedding to logits of classes at a quarter of the input's side.
+
+    The embedding is enlarged in two steps of a factor of two, and has fewer channels after each, so that none is both
+    wide and large. Norms are those of single pictures: first over the places of each channel, as some encoders answer
+    nearly the same everywhere and what little differs is what tells, then over the channels of a place.
+
+    Args:
+        width: channels of the embedding.
+        class_count: with the background.
+    """
+
+    def __init__(self, width: int, class_count: int):
+        super().__init__()
+        self.look = nn.Sequential(
+            nn.InstanceNorm2d(width, affine=True), nn.Conv2d(width, width, 3, padding=1), LayerNorm2d(width), nn.GELU()
+        )
+        self.enlarge = nn.Sequential(
+            nn.ConvTranspose2d(width, width // 4, 2, stride=2), LayerNorm2d(width // 4), nn.GELU(),
+            nn.ConvTranspose2d(width // 4, width // 8, 2, stride=2), LayerNorm2d(width // 8), nn.GELU(),
+        )  # fmt: skip
+        self.classify = nn.Conv2d(width // 8, class_count, 1)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """Return the logits, B x K x 4g x 4g, of embeddings, B x C x g x g."""
+        return self.classify(self.enlarge(self.look(embedding)))
+
+
+def head_path(weights: Path) -> Path:
+    """Return where the head lies that belongs to a file of SAM's weights: beside it, so that those stay a plain SAM."""
+    return weights.with_suffix(SUFFIX)
+
+
+def load_semantic_head(weights: Path, names: Sequence[str]) -> SemanticHead:
+    """Return the head beside a file of SAM's weights.
+
+    Args:
+        names: of the classes, as `best.json` has them.
+
+    Raises:
+        UserError: there is none, or it is one for other classes.
+    """
+    path = head_path(weights)
+    if not path.is_file():
+        raise UserError(f"{path} is missing, the head that {weights.with_suffix('.json').name} speaks of; copy it here")
+    state_dict = load_state_dict(path)
+    try:
+        width = state_dict["look.1.weight"].shape[0]
+        head = SemanticHead(width, len(names))
+        head.load_state_dict(state_dict)
+    except (KeyError, RuntimeError):
+        raise UserError(f"{path}: not a head for the {len(names)} classes of {weights.with_suffix('.json')}") from None
+    return head.eval()

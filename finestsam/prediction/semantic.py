@@ -1,0 +1,110 @@
+"""`--mode predict` for weights with a semantic head: each picture's classes as colours over it and as a label map."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from finestsam.config import Config
+from finestsam.data.embeddings import picture_key
+from finestsam.errors import Defect, UserError, printable
+from finestsam.images import compute_input_size, hash_picture, read_image, write_image
+from finestsam.model.resample import build_axis
+from finestsam.model.sam import FinestSam
+from finestsam.prediction.overlay import colour_classes, draw_classes
+from finestsam.prediction.precompute import Embedder
+
+LABELS_SUFFIX = ".classes.png"
+LEGEND_NAME = "classes.json"
+
+
+@torch.no_grad()
+def classify(
+    model: FinestSam, embedding: torch.Tensor, input_size: tuple[int, int], size: tuple[int, int]
+) -> np.ndarray:
+    """Return the class of each pixel of a picture, H x W, uint8, or uint16 where there are more than 256.
+
+    Logits are brought to the picture a band of rows at a time: all of them would be K times the picture in float32.
+
+    Args:
+        embedding: 1 x C x g x g.
+        input_size: of the picture in the input frame, as `size` is in its own.
+    """
+    logits = model(embedding, None)[0]
+    rows, columns = (
+        build_axis(logits.shape[-1], model.image_size, length, own)
+        for length, own in zip(input_size, size, strict=True)
+    )
+    dtype = np.uint8 if len(logits) <= 256 else np.uint16
+    classes = np.empty(size, dtype=dtype)
+    matrix = rows.matrix.to(logits)
+    for pixels, used in rows.blocks:
+        wide = columns.spread(logits[:, used].transpose(1, 2)).transpose(1, 2)
+        classes[pixels] = (matrix[pixels, used] @ wide).argmax(dim=0).cpu().numpy().astype(dtype)
+    return classes
+
+
+def predict_classes(
+    paths: list[Path], overlays: list[Path], embedder: Embedder, names: list[str], config: Config
+) -> int:
+    """Write an overlay and a label map of each picture, and the legend of both, beside the overlays.
+
+    Raises:
+        UserError: none of the pictures can be read, or the results cannot be written.
+    """
+    start, written = time.perf_counter(), 0
+    shares = np.zeros(len(names), dtype=np.int64)
+    for path, overlay in zip(tqdm(paths, unit="picture", disable=len(paths) == 1 or None), overlays, strict=True):
+        try:
+            classes = _predict_one(path, overlay, embedder, config)
+        except Defect as defect:
+            if len(paths) == 1:
+                raise UserError(f"{printable(path)}: {defect.message}") from None
+            tqdm.write(f"finestsam: skipped {printable(path)}: {defect.message}", file=sys.stderr)
+            continue
+        except OSError as error:
+            raise UserError(f"{printable(overlay)}: cannot be written: {error.strerror or error}") from None
+        shares += np.bincount(classes.ravel(), minlength=len(names))
+        written += 1
+    if not written:
+        raise UserError(f"none of the {len(paths)} pictures can be predicted")
+    folder = overlays[0].parent
+    _write_legend(folder / LEGEND_NAME, names)
+    seconds = (time.perf_counter() - start) / written
+    print(f"overlays and label maps (*{LABELS_SUFFIX}): {printable(folder)}, their classes: {folder / LEGEND_NAME}")
+    print(f"{written} pictures, {seconds:.2f} s a picture; {_describe_shares(names, shares)}")
+    return 0
+
+
+def _predict_one(path: Path, overlay: Path, embedder: Embedder, config: Config) -> np.ndarray:
+    pixels = read_image(path, settings=config.dataset.images)
+    size = pixels.shape[:2]
+    embedding = embedder.embed_image(picture_key(hash_picture(path), size), pixels)
+    model = embedder.model
+    classes = classify(model, embedding, compute_input_size(size, model.image_size), size)
+    write_image(overlay, draw_classes(pixels, classes, config.opacity))
+    write_image(overlay.with_suffix(LABELS_SUFFIX), classes)
+    return classes
+
+
+def _write_legend(path: Path, names: list[str]) -> None:
+    """Write the class that each number of a label map stands for, and its colour in the overlays."""
+    colours = colour_classes(len(names)).tolist()
+    legend = [
+        {"id": number, "name": name, "color": "#{:02x}{:02x}{:02x}".format(*colour) if number else None}
+        for number, (name, colour) in enumerate(zip(names, colours, strict=True))
+    ]
+    try:
+        path.write_text(json.dumps(legend, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{printable(path)}: cannot be written: {error.strerror or error}") from None
+
+
+def _describe_shares(names: list[str], counts: np.ndarray) -> str:
+    """Return the classes that were found and their share of all pixels, the largest first, five at most."""
+    order = [number for number in np.argsort(-counts, kind="stable")[:5] if counts[number]]
+    return ", ".join(f"{names[number]} {100 * counts[number] / counts.sum():.1f} %" for number in order)

@@ -1,0 +1,109 @@
+"""The semantic task in training: its loss, its step, its validation. The loop is that of every run."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from finestsam.batch import Batch
+from finestsam.config import Config, SemanticConfig
+from finestsam.data.semantic import IGNORED, ClassTable, match_classes, number_classes
+from finestsam.evaluation.semantic_scores import summarize_pixels
+from finestsam.model.load import LoadedModel
+from finestsam.model.semantic_head import SemanticHead, load_semantic_head
+from finestsam.training.log import SEMANTIC_COLUMNS, SEMANTIC_TRAINING_COLUMNS, SEMANTIC_VALIDATION_COLUMNS
+from finestsam.training.losses import DICE_SMOOTH
+from finestsam.training.schedules import build_optimizer
+from finestsam.training.step import Stepper
+
+
+@dataclass
+class SemanticStepper(Stepper):
+    """A step that learns classes; its loss is the mean over pictures."""
+
+    measures: ClassVar[tuple[str, ...]] = SEMANTIC_TRAINING_COLUMNS
+    columns: ClassVar[tuple[str, ...]] = SEMANTIC_COLUMNS
+    metric: ClassVar[str] = "val_miou"
+
+    def count(self, batch: Batch) -> int:
+        return len(batch.samples)
+
+    def _add_gradients(self, batch: Batch, epoch: int, weight: float, is_last: bool) -> Tensor:
+        if not batch.samples:
+            self._join_without_objects(is_last)
+            return torch.zeros(len(self.measures), dtype=torch.float64)
+        embeddings = self.encode(batch.samples)
+        with self.fabric.no_backward_sync(self.wrapped, enabled=not is_last):
+            logits = self.wrapped(embeddings, None)
+            labels = torch.stack([sample.classes for sample in batch.samples])
+            measures = measure_classes(logits, labels, self.config.semantic)  # B x 4
+            loss = measures[:, 0].sum() * weight + self._connect_all(is_last)
+            self.fabric.backward(self.scaler.scale(loss))
+        return measures.detach().cpu().double().sum(dim=0)
+
+
+def measure_classes(logits: Tensor, labels: Tensor, settings: SemanticConfig) -> Tensor:
+    """Return of each picture the loss, its weighted parts cross-entropy and Dice, and the pixel accuracy, B x 4.
+
+    Args:
+        logits: B x K x H x W.
+        labels: B x H x W, classes; places that are `IGNORED` count for nothing.
+    """
+    counted = labels != IGNORED
+    counts = counted.sum(dim=(1, 2)).clamp(min=1)
+    cross_entropy = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none").sum(dim=(1, 2)) / counts
+    parts = (settings.cross_entropy_ratio * cross_entropy, settings.dice_ratio * class_dice_loss(logits, labels))
+    accuracy = ((logits.argmax(dim=1) == labels) & counted).sum(dim=(1, 2)) / counts
+    return torch.stack([sum(parts), *parts, accuracy], dim=1)
+
+
+def class_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return 1 - Dice of the probabilities, the mean over the classes that a picture has, B; 0 where it has none.
+
+    Source: Milletari et al., V-Net (arXiv 1606.04797), without its squares.
+    """
+    counted = (labels != IGNORED)[:, None]
+    truth = F.one_hot(labels.clamp(min=0), logits.shape[1]).permute(0, 3, 1, 2) * counted  # B x K x H x W
+    inside = logits.softmax(dim=1) * counted
+    overlap, sizes = 2 * (inside * truth).sum(dim=(2, 3)), truth.sum(dim=(2, 3))
+    dice = (overlap + DICE_SMOOTH) / (inside.sum(dim=(2, 3)) + sizes + DICE_SMOOTH)
+    is_there = sizes > 0
+    return ((1 - dice) * is_there).sum(dim=1) / is_there.sum(dim=1).clamp(min=1)
+
+
+def choose_classes(config: Config, loaded: LoadedModel, categories: dict[int, str]) -> ClassTable:
+    """Return the classes to train, and give the model a head for them: the one it has, or a new one.
+
+    Args:
+        categories: of the dataset, names by id.
+    """
+    ignores = config.semantic.unlabelled == "ignore"
+    table = number_classes(categories, ignores)
+    card, model = loaded.card, loaded.model
+    if card and card.task == "semantic" and set(table.names) == set(card.classes):
+        table = match_classes(categories, card.classes, ignores)
+        head = load_semantic_head(loaded.path, card.classes)
+    else:
+        head = SemanticHead(model.sam.prompt_encoder.embed_dim, len(table.names))
+    model.semantic_head = head.to(model.device)
+    return table
+
+
+def build_semantic_optimizer(loaded: LoadedModel, config: Config) -> torch.optim.AdamW:
+    """Return AdamW on the head, with a rate of its own, and on what trains of the encoder."""
+    model = loaded.model
+    # Neither has a part in classes: without a gradient decay would wear them down.
+    model.sam.prompt_encoder.requires_grad_(False)
+    model.sam.mask_decoder.requires_grad_(False)
+    share = config.semantic.head_learning_rate / config.opt.learning_rate
+    return build_optimizer(model, replace(config.opt, rates=replace(config.opt.rates, heads=share)))
+
+
+def summarize_validation(counts: np.ndarray, names: list[str]) -> dict[str, float]:
+    """Return the figures for metrics.csv."""
+    figures = summarize_pixels(counts, names)
+    names = [name.removeprefix("val_") for name in SEMANTIC_VALIDATION_COLUMNS]
+    return {f"val_{name}": figures[name] for name in names if name in figures}
