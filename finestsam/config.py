@@ -43,8 +43,8 @@ class ModelConfig:
     checkpoint: str = setting(
         "auto",
         "weights to start from: a .pth or .safetensors file, a run, an adapter's folder, none (random weights), or "
-        "auto (Meta's file, "
-        "downloaded when it is missing; in predict and evaluate the newest run of sav_dir first)",
+        "auto (Meta's file, downloaded when it is missing; for vit_tiny those that come with finestsam; in predict and "
+        "evaluate the newest run of sav_dir first)",
     )
     image_size: int | None = setting(
         None,

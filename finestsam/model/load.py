@@ -16,6 +16,7 @@ from finestsam.model.fft_attention import list_blocks, mount_fft_attention_
 from finestsam.model.sam import FinestSam
 from finestsam.model.semantic_head import load_semantic_head
 from finestsam.model.weights import (
+    BUILTIN_WEIGHTS,
     META_WEIGHTS,
     check_matches,
     find_meta_weights,
@@ -121,7 +122,7 @@ def find_weights(config: Config, prefer_runs: bool = False) -> Path | None:
     if newest:
         return newest
     model_type = "vit_b" if config.model.type == "auto" else config.model.type
-    return find_meta_weights(model_type) if model_type in META_WEIGHTS else None
+    return find_meta_weights(model_type) if model_type in META_WEIGHTS else BUILTIN_WEIGHTS.get(model_type)
 
 
 def _find_newest_run(config: Config) -> Path | None:

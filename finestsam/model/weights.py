@@ -51,7 +51,9 @@ META_WEIGHTS = {
         2_564_550_879,
     ),
 }
-WITHOUT_META = "--model.type vit_tiny --model.checkpoint none trains without it"
+# Come with the package, with their card beside them; finestsam/builtin/make.py makes them.
+BUILTIN_WEIGHTS = {"vit_tiny": Path(__file__).parents[1] / "builtin" / "vit_tiny.pth"}
+WITHOUT_META = "--model.type vit_tiny takes the small weights that come with finestsam instead"
 
 WRAPPERS = ("model", "state_dict")  # keys of a training checkpoint that hold the weights
 PREFIXES = ("module.", "model.", "sam.", "base_model.model.")  # from DDP, Lightning modules, FinestSam, peft

@@ -121,7 +121,7 @@ def test_offline_tells_the_address_the_place_the_hash_and_what_works_without(fol
         find_meta_weights("vit_b")
 
     place = folders / "cache" / VIT_B.file_name
-    for part in (f"cannot download {url}", str(place), VIT_B.sha256, "--model.type vit_tiny --model.checkpoint none"):
+    for part in (f"cannot download {url}", str(place), VIT_B.sha256, "--model.type vit_tiny takes the small weights"):
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -130,7 +130,7 @@ def test_a_missing_file_that_may_not_be_downloaded_is_told_the_same_way(folders)
     with pytest.raises(UserError, match=f"{VIT_B.file_name} is not in .*cache, ., sav; to fetch it by hand") as caught:
         find_meta_weights("vit_b", download=False)
 
-    for part in (VIT_B.url, VIT_B.sha256, "--model.type vit_tiny --model.checkpoint none trains without it"):
+    for part in (VIT_B.url, VIT_B.sha256, "--model.type vit_tiny takes the small weights"):
         assert part in str(caught.value)
 
 
