@@ -333,7 +333,7 @@ class Fuzz:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    for name, count in (("kills", 30), ("signals", 20), ("disks", 6), ("annotations", 1000), ("pictures", 300)):
+    for name, count in (("kills", 30), ("signals", 30), ("disks", 6), ("annotations", 1000), ("pictures", 300)):
         parser.add_argument(f"--{name}", type=int, default=count)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

@@ -62,17 +62,16 @@ def start_two(scenes: Path, folder: Path, fault: str, *flags: str) -> subprocess
     )
 
 
-def end(process: subprocess.Popen) -> tuple[int, str, str, float]:
-    """Wait for the end, see that nothing is left, and return exit code, stdout, stderr and seconds."""
-    start = time.monotonic()
-    out, error = process.communicate(timeout=120)
+def end(process: subprocess.Popen) -> tuple[int, str, str]:
+    """Wait for the end, see that nothing is left, and return exit code, stdout and stderr."""
+    out, error = process.communicate(timeout=400)
     assert wait_for_end(process.pid) == []
-    return process.returncode, out, error, time.monotonic() - start
+    return process.returncode, out, error
 
 
 def resume_two(folder: Path) -> int:
     command = [sys.executable, "-m", "finestsam", "--mode=train", f"--resume={folder / 'sav' / 'run'}"]
-    return subprocess.run(command, cwd=ROOT, timeout=200).returncode
+    return subprocess.run(command, cwd=ROOT, timeout=400).returncode
 
 
 def load_last(run: Path) -> dict:
@@ -90,7 +89,7 @@ def load_last(run: Path) -> dict:
     ],
 )
 def test_a_signal_to_one_process_stops_both_and_the_run_goes_on_exactly(scenes, tmp_path, fault):
-    code, out, error, _ = end(start_two(scenes, tmp_path, fault))
+    code, out, error = end(start_two(scenes, tmp_path, fault))
 
     assert code == 143, error
     assert out.count("to go on: --mode train --resume") == 1
@@ -108,13 +107,13 @@ def test_a_signal_to_one_process_stops_both_and_the_run_goes_on_exactly(scenes, 
 def test_an_error_on_one_process_ends_both_with_its_message(scenes, tmp_path, rank):
     fault = f"at_call(train, '_count_step', 4, {rank}, fail(ZeroDivisionError('rank {rank} fails')))"
 
-    code, _, error, seconds = end(start_two(scenes, tmp_path, fault))
+    code, _, error = end(start_two(scenes, tmp_path, fault))
 
     assert code != 0
     assert f"rank {rank} fails" in error
-    assert seconds < 90
     run = tmp_path / "sav" / "run"
     assert f"rank {rank} of 2" in (run / "crash.txt").read_text()
+    assert time.time() - (run / "crash.txt").stat().st_mtime < 60
     assert load_last(run)["progress"]["step"] < 4  # nobody saved after it
 
 
@@ -123,7 +122,7 @@ def test_an_error_on_one_process_ends_both_with_its_message(scenes, tmp_path, ra
 def test_a_mistake_that_one_process_finds_ends_both_with_one_line(scenes, tmp_path, rank):
     fault = f"at_call(run, 'read_training_set', 1, {rank}, fail(run.UserError('nothing to train on')))"
 
-    code, _, error, seconds = end(start_two(scenes, tmp_path, fault))
+    code, _, error = end(start_two(scenes, tmp_path, fault))
 
     assert code == 2
     assert error.count("finestsam: nothing to train on") == 1
@@ -134,7 +133,7 @@ def test_a_mistake_that_one_process_finds_ends_both_with_one_line(scenes, tmp_pa
 @pytest.mark.slow
 def test_the_second_process_ends_when_the_first_is_killed(scenes, tmp_path):
     process = start_two(scenes, tmp_path, "pass", "--num_epochs=10000")
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 200
     while not (tmp_path / "sav" / "run" / "last.ckpt").is_file() and time.monotonic() < deadline:
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGKILL)
@@ -149,7 +148,7 @@ def test_processes_without_a_validation_picture_and_with_empty_last_batches_wait
     flags = ["--dataset.val_size=0.1", "--batch_size=2", "--num_epochs=2", "--prompts.mix=true"]
     flags += ["--prompts.use_boxes=true", "--prompts.use_masks=true", "--opt.accumulate_batches=2"]
 
-    code, out, error, _ = end(start_two(scenes, tmp_path, "pass", *flags))
+    code, out, error = end(start_two(scenes, tmp_path, "pass", *flags))
 
     assert code == 0, error
     assert "validating on 1" in out
@@ -169,7 +168,7 @@ def test_processes_without_a_validation_picture_and_with_empty_last_batches_wait
 )
 def test_every_freeze_and_prompt_mix_learns_on_two_processes_what_one_learns(scenes, tmp_path, flags):
     flags = [*flags, "--num_epochs=1"]
-    code, _, error, _ = end(start_two(scenes, tmp_path, "pass", *flags))
+    code, _, error = end(start_two(scenes, tmp_path, "pass", *flags))
     assert code == 0, error
     one = run_training(scenes, tmp_path, "--run_name=one", "--batch_size=2", *FLAGS, *flags)
 
