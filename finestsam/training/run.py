@@ -22,7 +22,7 @@ from finestsam.config import (
 )
 from finestsam.data.dataset import PROMPT_KINDS, SampleDataset, SampleSettings, StepSampler
 from finestsam.data.embeddings import EmbeddingStore
-from finestsam.data.loaders import build_train_loader, build_validation_loader
+from finestsam.data.loaders import build_train_loader, build_validation_loader, end_workers
 from finestsam.data.previous_logits import PreviousLogits
 from finestsam.data.read import LabelledSet, describe_dataset, read_training_set
 from finestsam.data.report import write_report
@@ -105,6 +105,7 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
+        end_workers(self.train_loader)
         if self.lock:
             self.lock.release()
 

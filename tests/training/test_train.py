@@ -1,7 +1,9 @@
 """The real commands, on the smallest model and drawn scenes."""
 
 import csv
+import gc
 import json
+import multiprocessing
 import signal
 import subprocess
 import sys
@@ -295,6 +297,15 @@ def test_some_of_the_original_weights_can_be_put_back(scenes, tmp_path, capsys, 
         torch.testing.assert_close(value, expected)
     assert card["metrics"]["val_per_mask_iou"] >= card["floor"]["val_per_mask_iou"]
     assert load_last(plain)["model"].keys() == load_last(blended)["model"].keys()
+
+
+def test_the_processes_of_a_run_end_with_it(scenes, tmp_path):
+    gc.disable()  # which may happen to end them
+    try:
+        run_training(scenes, tmp_path, "--num_workers=2")
+        assert not multiprocessing.active_children()
+    finally:
+        gc.enable()
 
 
 def test_a_validation_that_takes_longer_than_its_epoch_says_how_to_make_it_cheaper(
