@@ -54,7 +54,15 @@ def test_a_signal_within_a_released_part_leaves_it_at_once():
         assert interruption.received == signal.SIGINT
 
 
-def test_the_second_signal_does_what_it_always_did():
+@pytest.fixture
+def usual_ctrl_c():
+    """Shells start what runs in the background without it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_second_signal_does_what_it_always_did(usual_ctrl_c):
     with pytest.raises(KeyboardInterrupt) as caught, watch_signals() as interruption, interruption.held():
         send(signal.SIGINT)
         send(signal.SIGINT)

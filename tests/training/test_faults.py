@@ -35,7 +35,9 @@ def resume(folder: Path, *flags: str) -> int:
 
 def read_rows(run: Path) -> list[dict[str, str]]:
     with (run / "metrics.csv").open() as file:
-        return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+        return [
+            {name: value for name, value in row.items() if not name.endswith("seconds")} for row in csv.DictReader(file)
+        ]
 
 
 def assert_same_run(one: Path, other: Path) -> None:
