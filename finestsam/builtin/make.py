@@ -10,8 +10,6 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from finestsam.cli import main as run_command
 from finestsam.data.scenes import write_scenes
 from finestsam.model.card import read_card, write_card
@@ -25,7 +23,7 @@ COMMON = (
     "--model.type", "vit_tiny", "--num_workers", "1", "--num_epochs", "1000", "--eval_interval", "1000",
     "--model_layer.freeze.image_encoder", "false", "--model_layer.freeze.prompt_encoder", "false",
     "--opt.weight_decay", "0.05", "--losses.resolution", "low", "--losses.affinity_ratio", "10",
-    "--prompts.use_boxes", "true", "--prompts.mix", "true", "--dataset.val_size", "0.01",
+    "--prompts.use_boxes", "true", "--prompts.mix", "true", "--dataset.val_size", "0.01", "--evaluate.max_images", "8",
     "--augment.flip_horizontal", "0.5", "--augment.turn", "0.75", "--augment.hue", "0.1", "--augment.saturation", "0.5",
 )  # fmt: skip
 
@@ -111,5 +109,4 @@ if __name__ == "__main__":
     parser.add_argument("--out_dir", type=Path, default=Path("weights"))
     parser.add_argument("--share", type=float, default=1.0, help="of the scenes and of the steps, to try it")
     given = parser.parse_args()
-    torch.set_num_threads(os.cpu_count() or 1)
     make(given.out_dir, given.share)
