@@ -96,11 +96,10 @@ def _train(folder: Path, stage: Stage, start: str, share: float) -> Path:
 
 
 def pack(run: Path, target: Path) -> Path:
-    """Write the newest weights of a run in half precision, with a card beside them that names no file of the run."""
-    state = {name: value.half() for name, value in load_state_dict(run / LAST).items()}
-    save_file(target, state)
-    card = read_card(run / "best.pth")
-    write_card(target, replace(card, started_from=SOURCE, started_from_sha256=None))
+    """Write the best weights of a run in half precision, and beside them their card, which names no file of the run."""
+    best = run / "best.pth"
+    save_file(target, {name: value.half() for name, value in load_state_dict(best).items()})
+    write_card(target, replace(read_card(best), started_from=SOURCE, started_from_sha256=None))
     return target
 
 
