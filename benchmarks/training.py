@@ -131,7 +131,7 @@ def _train_plainly(config: Config, result: Path) -> None:
     freeze_(FinestSam(sam), config)
     trained = [weight for weight in sam.parameters() if weight.requires_grad]
     optimizer = build_optimizer(sam, config.opt)
-    scheduler = build_scheduler(optimizer, config.sched, config.eval_interval)
+    scheduler = build_scheduler(optimizer, config.sched, config.eval_interval, total_steps=0)
     settings = SampleSettings(
         sam.image_encoder.img_size, GENERATOR_DEFAULTS["points_per_side"], config.seed_device, config.prompts,
         config.dataset,

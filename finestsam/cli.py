@@ -11,7 +11,15 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from finestsam.config import MODES, Config, build_config, find_problems, flatten_config, list_settings
+from finestsam.config import (
+    MODES,
+    Config,
+    build_config,
+    find_problems,
+    flatten_config,
+    list_settings,
+    list_type_defaults,
+)
 from finestsam.errors import UserError
 from finestsam.interruption import Interrupted, end_with_parent, watch_signals
 
@@ -43,7 +51,7 @@ def parse_command_line(arguments: list[str]) -> tuple[str, Config]:
         words = ["--mode=check", *words]  # to fetch is enough of an order; what came is looked at
     parser = _build_parser()
     try:
-        parsed = parser.parse_args(_with_config_of_resumed_run(words))
+        parsed = _parse(parser, _with_config_of_resumed_run(words))
     except (ArgumentError, TypeError, ValueError, RecursionError) as error:
         raise UserError("\n".join(_diagnose(parser, words) or [_first_line(error)])) from None
     values = _flatten_namespace(parsed)
@@ -52,6 +60,13 @@ def parse_command_line(arguments: list[str]) -> tuple[str, Config]:
     if problems:
         raise UserError("\n".join(problems))
     return mode, build_config(values)
+
+
+def _parse(parser: ArgumentParser, words: list[str]) -> Namespace:
+    """Parse, with the defaults of the model type that is asked for."""
+    asked = parser.parse_args([word for word in words if word.partition("=")[0] not in ("--print_config", "--help")])
+    parser.set_defaults(list_type_defaults(_flatten_namespace(asked)))
+    return parser.parse_args(words)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -94,7 +94,9 @@ class RatesConfig:
 
 @dataclass(frozen=True)
 class OptConfig:
-    learning_rate: float = setting(4e-5, "peak learning rate of AdamW; from scratch 1e-3 is a good start", "(0, 1]")
+    learning_rate: float = setting(
+        4e-5, "peak learning rate of AdamW; vit_tiny: 5e-4; from scratch 1e-3 is a good start", "(0, 1]"
+    )
     weight_decay: float = setting(1e-4, "AdamW's weight decay; norms, biases and embeddings have none", "[0, 1]")
     clip_norm: float = setting(1.0, "largest norm of the gradient, 0: no clipping", "[0, inf)")
     keep_original: float | Literal["auto"] = setting(
@@ -116,9 +118,14 @@ class OptConfig:
 @dataclass(frozen=True)
 class LambdaLRConfig:
     decay_factor: float = setting(
-        10.0, "after the k-th entry of steps the rate is divided by this to the power k", "[1, inf)"
+        10.0, "after the k-th entry of steps the rate is divided by this to the power k; vit_tiny: 4", "[1, inf)"
     )
-    steps: list[int] = setting([], "optimizer steps after which the rate decays, rising", "[1, inf)")
+    steps: list[float] = setting(
+        [],
+        "optimizer steps after which the rate decays, rising; those below 1 are shares of all steps: [0.6, 0.85]. "
+        "vit_tiny: [0.6, 0.85]",
+        "(0, inf)",
+    )
     warmup_steps: int = setting(50, "optimizer steps of linear warm-up, whose first is above zero", "[0, inf)")
 
 
@@ -159,13 +166,15 @@ class LossesConfig:
     resolution: Literal["original", "input", "low"] = setting(
         "original",
         "frame of the loss: the file's pixels, the resized picture's, or the decoder's own (a quarter of the input's "
-        "side: cheapest, but another gradient)",
+        "side: cheapest, but another gradient). vit_tiny: low",
     )
 
 
 @dataclass(frozen=True)
 class FreezeConfig:
-    image_encoder: bool = setting(True, "keep the image encoder as it is")
+    image_encoder: bool = setting(
+        True, "keep the image encoder as it is; vit_tiny: false, unless parts of it are thawed or have additions"
+    )
     prompt_encoder: bool = setting(True, "keep the prompt encoder as it is")
     mask_decoder: bool = setting(False, "keep the mask decoder as it is")
 
@@ -542,6 +551,27 @@ class Config:
     convert: ConvertConfig = section(ConvertConfig)
 
 
+# Where the small model's defaults differ. Its weights are no foundation that training should not touch.
+TINY_DEFAULTS = {
+    "model_layer.freeze.image_encoder": False,
+    "opt.learning_rate": 5e-4,
+    "sched.LambdaLR.steps": [0.6, 0.85],
+    "sched.LambdaLR.decay_factor": 4.0,
+    "losses.resolution": "low",
+}
+
+
+def list_type_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """Return {dotted name: value} of the defaults that are others for the model type in these settings."""
+    if values["model.type"] != "vit_tiny":
+        return {}
+    keeps_encoder = values["model_layer.lora.rank"] > 0 or any(
+        values[f"model_layer.thaw.{part}"] for part in ("blocks", "norms", "biases")
+    )
+    kept = {"model_layer.freeze.image_encoder"} if keeps_encoder else set()
+    return {name: value for name, value in TINY_DEFAULTS.items() if name not in kept}
+
+
 def list_settings(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
     """Yield every setting's dotted name and field, in the order of this page."""
     for entry in dataclasses.fields(kind):
@@ -636,8 +666,12 @@ def _find_semantic_problems(config: Config) -> list[str]:
 def _find_schedule_problems(config: Config) -> list[str]:
     problems = []
     steps, warmup_steps = config.sched.LambdaLR.steps, config.sched.LambdaLR.warmup_steps
-    if steps and (steps != sorted(set(steps)) or steps[0] <= warmup_steps):
-        problems.append(f"sched.LambdaLR.steps must rise and begin after warmup_steps {warmup_steps}, got {steps}")
+    are_shares = all(step < 1 for step in steps)
+    if steps != sorted(set(steps)) or not are_shares and steps[0] <= warmup_steps:
+        problems.append(
+            f"sched.LambdaLR.steps must rise and begin after warmup_steps {warmup_steps}, or be shares below 1, "
+            f"got {steps}"
+        )
     return problems
 
 

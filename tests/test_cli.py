@@ -56,6 +56,32 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     assert config.opt.learning_rate == Config().opt.learning_rate
 
 
+def test_the_small_model_has_defaults_of_its_own(tmp_path, capsys):
+    train = ["--mode=train", "--dataset=d", "--model.type=vit_tiny"]
+    _, config = parse_command_line(train)
+    assert (config.model_layer.freeze.image_encoder, config.opt.learning_rate) == (False, 5e-4)
+    assert parse_command_line(train[:2])[1].model_layer.freeze.image_encoder
+
+    _, config = parse_command_line([*train, "--opt.learning_rate=1e-3"])
+    assert (config.model_layer.freeze.image_encoder, config.opt.learning_rate) == (False, 1e-3)
+
+    (tmp_path / "c.yaml").write_text("model: {type: vit_tiny}\nmodel_layer: {freeze: {image_encoder: true}}\n")
+    _, config = parse_command_line([*train[:2], f"--config={tmp_path / 'c.yaml'}"])
+    assert (config.model_layer.freeze.image_encoder, config.opt.learning_rate) == (True, 5e-4)
+
+    with pytest.raises(SystemExit):
+        parse_command_line([*train, "--print_config"])
+    assert "learning_rate: 0.0005" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("adapted", ["lora.rank=4", "thaw.blocks=2", "thaw.norms=true", "thaw.biases=true"])
+def test_the_small_models_encoder_is_frozen_where_parts_of_it_adapt(adapted):
+    _, config = parse_command_line(["--mode=train", "--dataset=d", "--model.type=vit_tiny", f"--model_layer.{adapted}"])
+
+    assert config.model_layer.freeze.image_encoder
+    assert config.opt.learning_rate == 5e-4
+
+
 def test_every_problem_of_a_command_line_is_reported_at_once():
     problems = list_problems(
         "--mode", "train", "--datset", "x", "--batch_size", "0", "--opt.learning_rate", "abc", "--learning_rate", "3"
@@ -113,6 +139,8 @@ def test_a_file_that_is_no_settings_file_is_refused(tmp_path, content, message):
         ),
         (["--mode=train", "--dataset=d", "--model_layer.freeze.mask_decoder=true"], "nothing trains"),
         (["--mode=train", "--dataset=d", "--sched.LambdaLR.steps=[200,100]"], "must rise"),
+        (["--mode=train", "--dataset=d", "--sched.LambdaLR.steps=[0.5,100]"], "or be shares below 1"),
+        (["--mode=train", "--dataset=d", "--sched.LambdaLR.steps=[0,100]"], "must lie in (0, inf)"),
         (["--mode=train", "--dataset=d", "--model.type=vit_x"], "model.type must be one of auto, vit_h"),
         (
             ["--mode=train", "--dataset=d", "--losses.focal_ratio=0", "--losses.dice_ratio=0", "--losses.iou_ratio=0"],

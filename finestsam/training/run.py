@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -244,7 +245,8 @@ def _build_stepper(
     if config.losses.affinity_ratio > 0 and not is_semantic and trains_encoder(model):
         model.affinity_head = AffinityHead(model.sam.prompt_encoder.embed_dim).to(model.device)
     optimizer = build_semantic_optimizer(loaded, config) if is_semantic else build_optimizer(model, config.opt)
-    scheduler = build_scheduler(optimizer, config.sched, config.eval_interval)
+    total_steps = _count_steps(config, len(data.train), fabric.world_size)
+    scheduler = build_scheduler(optimizer, config.sched, config.eval_interval, total_steps)
     wrapped, optimizer = fabric.setup(model, optimizer)
     # float16 alone overflows; bfloat16 has float32's range.
     scaler = torch.amp.GradScaler(fabric.device.type, enabled=model.encoder_dtype == torch.float16)
@@ -259,6 +261,13 @@ def _build_stepper(
     embedder = Embedder(model, None if trains_encoder(model) else open_store(config.store, model))
     kind = SemanticStepper if is_semantic else Stepper
     return kind(fabric, config, model, wrapped, optimizer, scaler, embedder, previous), scheduler
+
+
+def _count_steps(config: Config, pictures: int, world_size: int) -> int:
+    """Return the optimizer steps of a run that nothing stops early."""
+    batches = math.ceil(pictures / (config.batch_size * world_size))
+    steps = config.num_epochs * math.ceil(batches / config.opt.accumulate_batches)
+    return min(steps, config.max_steps) if config.max_steps else steps
 
 
 def _choose_chunk_objects(

@@ -2,6 +2,7 @@
 
 import bisect
 import math
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -73,16 +74,20 @@ def split_parameters(model: nn.Module) -> tuple[NamedParameters, NamedParameters
     return decayed, spared
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, sched: SchedConfig, eval_interval: int) -> LRScheduler:
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, sched: SchedConfig, eval_interval: int, total_steps: int
+) -> LRScheduler:
     """Return the learning rate's schedule.
 
     LambdaLR is stepped after every optimizer step, ReduceLROnPlateau with the metric after every validation.
 
     Args:
         eval_interval: epochs between validations; 0: none in between.
+        total_steps: optimizer steps of the whole run, which decay steps below 1 are shares of.
     """
     if sched.type == "LambdaLR":
-        return LambdaLR(optimizer, lambda step: lr_factor(step, sched.LambdaLR))
+        schedule = replace(sched.LambdaLR, steps=[_count_steps(step, total_steps) for step in sched.LambdaLR.steps])
+        return LambdaLR(optimizer, lambda step: lr_factor(step, schedule))
     plateau = sched.ReduceLROnPlateau
     return ReduceLROnPlateau(
         optimizer,
@@ -93,6 +98,10 @@ def build_scheduler(optimizer: torch.optim.Optimizer, sched: SchedConfig, eval_i
         cooldown=plateau.cooldown,
         min_lr=plateau.min_lr,
     )
+
+
+def _count_steps(step: float, total_steps: int) -> int:
+    return round(step * total_steps) if step < 1 else int(step)
 
 
 def lr_factor(step: int, schedule: LambdaLRConfig) -> float:

@@ -59,14 +59,23 @@ def test_the_rate_follows_a_table_written_by_hand(schedule, factors):
     assert [lr_factor(step, schedule) for step in range(len(factors))] == pytest.approx(factors)
 
     optimizer = make_optimizer(learning_rate=0.5)
-    scheduler = build_scheduler(optimizer, SchedConfig(LambdaLR=schedule), eval_interval=1)
+    scheduler = build_scheduler(optimizer, SchedConfig(LambdaLR=schedule), eval_interval=1, total_steps=100)
     rates = follow_rates(optimizer, scheduler, len(factors))
     assert rates == pytest.approx([0.5 * factor for factor in factors])
 
 
+def test_decay_steps_below_one_are_shares_of_the_run():
+    optimizer = make_optimizer()
+    schedule = LambdaLRConfig(decay_factor=4, steps=[0.5, 0.75], warmup_steps=2)
+
+    scheduler = build_scheduler(optimizer, SchedConfig(LambdaLR=schedule), eval_interval=1, total_steps=8)
+
+    assert follow_rates(optimizer, scheduler, 8) == pytest.approx([0.5, 1, 1, 1, 1 / 4, 1 / 4, 1 / 16, 1 / 16])
+
+
 def test_the_first_step_of_a_warm_up_trains():
     optimizer = make_optimizer()
-    build_scheduler(optimizer, SchedConfig(), eval_interval=1)
+    build_scheduler(optimizer, SchedConfig(), eval_interval=1, total_steps=100)
     assert optimizer.param_groups[0]["lr"] == 1 / 50
 
 
@@ -77,14 +86,14 @@ def test_the_first_step_of_a_warm_up_trains():
 def test_patience_is_counted_in_epochs_and_handed_on_in_validations(epoch_patience, eval_interval, evaluations):
     plateau = ReduceLROnPlateauConfig(epoch_patience=epoch_patience)
     sched = SchedConfig(type="ReduceLROnPlateau", ReduceLROnPlateau=plateau)
-    assert build_scheduler(make_optimizer(), sched, eval_interval).patience == evaluations
+    assert build_scheduler(make_optimizer(), sched, eval_interval, 100).patience == evaluations
 
 
 def test_the_rate_falls_when_the_metric_stands_still_and_stops_at_its_floor():
     optimizer = make_optimizer()
     plateau = ReduceLROnPlateauConfig(decay_factor=0.5, epoch_patience=1, min_lr=0.3)
     sched = SchedConfig(type="ReduceLROnPlateau", ReduceLROnPlateau=plateau)
-    scheduler = build_scheduler(optimizer, sched, eval_interval=1)
+    scheduler = build_scheduler(optimizer, sched, eval_interval=1, total_steps=100)
 
     rates = []
     for metric in [0.5, 0.6, 0.6, 0.6, 0.7, 0.7, 0.7]:
@@ -109,12 +118,12 @@ def test_a_schedule_continues_from_its_saved_state(kind):
         return rates
 
     whole, broken, resumed = make_optimizer(), make_optimizer(), make_optimizer()
-    expected = run(whole, build_scheduler(whole, sched, 1), metrics)
-    scheduler = build_scheduler(broken, sched, 1)
+    expected = run(whole, build_scheduler(whole, sched, 1, 100), metrics)
+    scheduler = build_scheduler(broken, sched, 1, 100)
     first_half = run(broken, scheduler, metrics[:5])
     optimizer_state, scheduler_state = through_a_file(broken.state_dict()), through_a_file(scheduler.state_dict())
 
-    scheduler = build_scheduler(resumed, sched, 1)
+    scheduler = build_scheduler(resumed, sched, 1, 100)
     scheduler.load_state_dict(scheduler_state)
     resumed.load_state_dict(optimizer_state)
 

@@ -1,0 +1,127 @@
+"""What each choice of training, and each threshold that is searched, brings to the generator on a dataset of yours.
+
+    python -m benchmarks.choices DATASET [--only WORD ...] [--seeds N] [-- SETTINGS OF ALL RUNS]
+
+Each row of the first table is a training of its own from the same weights, for as many epochs, with one setting changed;
+its figures are those of its last weights on val, with thresholds chosen there. Each row of the second evaluates the
+weights of the first training with one threshold searched and all others as segment_anything has them.
+"""
+
+import argparse
+import csv
+import json
+import tempfile
+from pathlib import Path
+from statistics import mean
+
+from benchmarks.measure import describe_machine, print_table, run_process
+from finestsam.config import GENERATOR_DEFAULTS
+
+BASE = "the defaults"
+CHOICES = {
+    BASE: [],
+    "3 points an object, each asked alone": ["--dataset.prompts_per_object", "3"],
+    "16 background points": ["--dataset.background_points", "16"],
+    "3 corrective clicks": ["--prompts.correction_clicks", "3"],
+    "points or boxes in turn": ["--prompts.use_boxes", "true", "--prompts.mix", "true"],
+    "point and box together": ["--prompts.use_boxes", "true"],
+    "always the centre": ["--dataset.use_center", "true"],
+    "one mask": ["--multimask_output", "false"],
+    "loss at the file's size": ["--losses.resolution", "original"],
+    "loss at the input's size": ["--losses.resolution", "input"],
+    "loss at the decoder's size": ["--losses.resolution", "low"],
+    "frozen image encoder": ["--model_layer.freeze.image_encoder", "true"],
+    "LoRA of rank 8": ["--model_layer.freeze.image_encoder", "true", "--model_layer.lora.rank", "8"],
+    "flips": ["--augment.flip_horizontal", "0.5", "--augment.flip_vertical", "0.5"],
+}
+FIGURES = {
+    "AP": "val_generator_ap",
+    "AR 100": "val_generator_ar_100",
+    "AR 1000": "val_generator_ar_1000",
+    "F1": "val_generator_f1",
+    "best IoU": "val_best_iou",
+    "preferred IoU": "val_per_mask_iou",
+}
+SEARCHES = {
+    "none": [],
+    "predicted IoU": ["pred_iou_thresh"],
+    "stability": ["stability_score_thresh"],
+    "both": ["pred_iou_thresh", "stability_score_thresh"],
+    "both and NMS": ["pred_iou_thresh", "stability_score_thresh", "box_nms_thresh"],
+    "all": list(GENERATOR_DEFAULTS),
+}
+SEARCH_FIGURES = {
+    "AP": "generator/ap",
+    "AR 100": "generator/ar_100",
+    "AR 1000": "generator/ar_1000",
+    "masks a picture": "generator/masks_per_image",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", type=Path)
+    parser.add_argument("--only", nargs="+", default=[""], help="choices with one of these words in their name")
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of each choice, whose figures are averaged")
+    parser.add_argument("settings", nargs="*", help="after --: flags of every training")
+    given = parser.parse_args()
+    print(describe_machine())
+    with tempfile.TemporaryDirectory() as folder:
+        compare_choices(given, Path(folder))
+        compare_searches(given, Path(folder))
+
+
+def compare_choices(given: argparse.Namespace, folder: Path) -> None:
+    rows, base_seconds = [], None
+    for name, flags in CHOICES.items():
+        if name != BASE and not any(word in name for word in given.only):
+            continue
+        runs = [train(given, flags, seed, folder / f"{name}-{seed}") for seed in range(given.seeds)]
+        if base_seconds is None:
+            base_seconds = mean(run[1] for run in runs)
+            rows.append(["untouched", "", *(f"{runs[0][0][0][key]:.3f}" for key in FIGURES.values())])
+            print(rows[-1], flush=True)
+        seconds = mean(run[1] for run in runs) / base_seconds
+        rows.append(
+            [name, f"{seconds:.1f} x", *(_average([run[0][1][key] for run in runs]) for key in FIGURES.values())]
+        )
+        print(rows[-1], flush=True)
+    print_table(["choice", "time", *FIGURES], rows)
+
+
+def _average(values: list[float]) -> str:
+    spread = f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
+    return f"{mean(values):.3f}{spread}"
+
+
+def train(given: argparse.Namespace, flags: list[str], seed: int, folder: Path) -> tuple[list[dict[str, float]], float]:
+    """Return the figures before and after a training, and its seconds without validation."""
+    run_process(
+        ["-m", "finestsam", "--mode", "train", "--dataset", str(given.dataset.resolve()), "--model.type", "vit_tiny",
+         "--sav_dir", str(folder.parent), "--run_name", folder.name, "--eval_interval", "0",
+         "--seed_device", str(seed), *given.settings, *flags]
+    )  # fmt: skip
+    with (folder / "metrics.csv").open() as file:
+        rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    return [rows[0], rows[-1]], sum(row.get("seconds", 0.0) for row in rows)
+
+
+def compare_searches(given: argparse.Namespace, folder: Path) -> None:
+    rows = []
+    for name, searched in SEARCHES.items():
+        out = folder / "evaluation"
+        fixed = [f"--generator.{key}={value}" for key, value in GENERATOR_DEFAULTS.items() if key not in searched]
+        run_process(
+            ["-m", "finestsam", "--mode", "evaluate", "--dataset", str(given.dataset.resolve()),
+             "--model.checkpoint", str(folder / f"{BASE}-0" / "best.pth"), "--out_dir", str(out),
+             "--evaluate.against", "none", "--evaluate.clicks", "0", "--evaluate.background_points", "0",
+             "--evaluate.search", str(bool(searched)).lower(), *fixed]
+        )  # fmt: skip
+        figures = json.loads((out / "evaluation.json").read_text())
+        rows.append([name, *(f"{figures[key]:.3f}" for key in SEARCH_FIGURES.values())])
+        print(rows[-1], flush=True)
+    print_table(["searched", *SEARCH_FIGURES], rows)
+
+
+if __name__ == "__main__":
+    main()
