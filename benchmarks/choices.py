@@ -2,9 +2,9 @@
 
     python -m benchmarks.choices DATASET [--only WORD ...] [--seeds N] [-- SETTINGS OF ALL RUNS]
 
-Each row of the first table is a training of its own from the same weights, for as many epochs, with one setting changed;
-its figures are those of its last weights on val, with thresholds chosen there. Each row of the second evaluates the
-weights of the first training with one threshold searched and all others as segment_anything has them.
+Each row of the first table is a training of its own from the same weights, for as many epochs, with one setting
+changed; its figures are those of its last weights on val, with thresholds chosen there. Each row of the second
+evaluates the weights of the first training with some thresholds searched and the others as segment_anything has them.
 """
 
 import argparse
