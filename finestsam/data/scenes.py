@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from finestsam.data.drawing import draw_blobs, draw_parcels, draw_plans, draw_shapes, draw_things, find_borders
+from finestsam.data.facades import draw_facades
 from finestsam.data.processes import map_in_processes
 from finestsam.images import blur, write_image
 from finestsam.masks import encode_mask, rle_area, rle_box, rle_to_json
@@ -24,9 +25,12 @@ DRAWINGS = {
     "blobs": draw_blobs,
     "plans": draw_plans,
     "things": draw_things,
+    "facades": draw_facades,
 }
-KINDS = tuple(DRAWINGS)
-CATEGORIES = {"shapes": "shape", "parcels": "parcel", "blobs": "blob", "plans": "block", "things": "thing"}
+KINDS = ("shapes", "parcels", "blobs", "plans", "things")  # drawn where none is named: what the built-in weights know
+CATEGORIES = {
+    "shapes": "shape", "parcels": "parcel", "blobs": "blob", "plans": "block", "things": "thing", "facades": "window",
+}  # fmt: skip
 MIN_AREA_FRACTION = 0.002  # of the picture; an object that shows less stays painted but gets no mask
 MIN_CORE_FRACTION = 0.3  # of an object's visible pixels, those not on its border; crumbs and slivers have less
 
