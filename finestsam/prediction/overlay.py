@@ -82,8 +82,13 @@ def draw_classes(image: np.ndarray, classes: np.ndarray, opacity: float) -> np.n
 
 
 def colour_classes(count: int) -> np.ndarray:
-    """Return the colours of classes 0, 1, ..., count x 3, uint8, RGB; of more classes than colours some share one."""
-    return PALETTE[(np.arange(count) - 1) % len(PALETTE)]
+    """Return the colours of classes 0, 1, ..., count x 3, uint8, RGB.
+
+    Of more classes than colours the next are darker, the next lighter, and after that some share one.
+    """
+    turns, places = np.divmod(np.arange(count) - 1, len(PALETTE))
+    shades = np.stack([PALETTE, PALETTE * 0.55, PALETTE * 0.45 + 140])
+    return shades[turns % len(shades), places].astype(np.uint8)
 
 
 def draw_layer(
