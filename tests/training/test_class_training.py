@@ -58,41 +58,40 @@ def read_csv(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def make_samples(records: list[Record], **values: object) -> list[Sample]:
+def make_samples(records: list[Record], count: int = 3, **values: object) -> list[Sample]:
     config = build_config(values)
     table = number_categories({3: NAMES[0], 7: NAMES[1]})
     settings = SampleSettings(64, 16, 0, config.prompts, config.dataset, categories=table)
     dataset = SampleDataset(records, settings)
-    return [dataset[(0, place)] for place in range(3)]
+    return [dataset[(0, place)] for place in range(count)]
 
 
 def measure_accuracy(model: FinestSam, folder: Path) -> float:
-    """Return on how many objects of pictures never seen the mask that the model prefers gets the right category."""
+    """Return on how many objects of a dataset the mask that fits best gets the right one of the categories."""
     records = read_training_set(DatasetConfig(path=str(folder), val_size=0.0, use_cache=False)).train
-    config = build_config({})
-    settings = SampleSettings(64, 16, 0, config.prompts, config.dataset, categories=number_categories({3: "", 7: "x"}))
-    dataset, hits, count = SampleDataset(records, settings), 0, 0
+    hits, count, settings = 0, 0, build_config({}).losses
     with torch.no_grad():
-        for place in range(len(records)):
-            sample = dataset[(0, place)]
+        for sample in make_samples(records, count=len(records)):
             predictions = model.eval()(model.encode([sample.image]), sample.prompts)
-            rows = torch.arange(len(sample))
-            chosen = predictions.class_logits[rows, predictions.scores.argmax(dim=1)]
-            hits += int((chosen.argmax(dim=1) == torch.tensor(sample.object_classes)).sum())
+            best = object_losses(predictions, sample, 0, settings, 64).ious.argmax(dim=1)
+            chosen = predictions.class_logits[torch.arange(len(sample)), best, 1:].argmax(dim=1) + 1
+            hits += int((chosen == torch.tensor(sample.object_classes)).sum())
             count += len(sample)
     return hits / count
 
 
 def test_a_head_learns_what_an_untrained_one_does_not_know(finished, tmp_path):
-    unseen = write_named_shapes(tmp_path, 10, seed=99)
+    unseen = write_named_shapes(tmp_path, 20, seed=99)
     loaded = load_model(build_config({"model.checkpoint": str(finished), "device": "cpu"}), prefer_runs=True).model
 
     learnt = measure_accuracy(loaded, unseen)
-    torch.manual_seed(0)
-    loaded.class_head = ClassHead(32, 3)
-    untrained = measure_accuracy(loaded, unseen)
+    guesses = []
+    for seed in range(4):  # of two categories a single one can be lucky
+        torch.manual_seed(seed)
+        loaded.class_head = ClassHead(32, 3)
+        guesses.append(measure_accuracy(loaded, unseen))
 
-    assert learnt > 0.85 > untrained + 0.2
+    assert learnt > 0.85 and sum(guesses) / 4 < 0.7
     rows = read_csv(finished)
     assert float(rows[-1]["class_accuracy"]) > 0.9 > float(rows[1]["class_accuracy"])
     assert float(rows[-1]["class_loss"]) < 0.5 * float(rows[1]["class_loss"])
