@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from finestsam.allocator import keep_freed_memory
-from finestsam.config import GENERATOR_DEFAULTS, Config, GeneratorConfig, ModelConfig
+from finestsam.config import Config, GeneratorConfig, ModelConfig
 from finestsam.data.index import Record
 from finestsam.data.read import describe_dataset, read_evaluation_set
 from finestsam.data.report import write_report
@@ -167,10 +167,9 @@ def _tune_generator(
     pairs = [(record, one) for record, one in zip(records, found, strict=True) if one is not None]
     known, candidates = [record for record, _ in pairs], [one for _, one in pairs]
     tuned = tune(known, candidates, start, fixed, config.evaluate.goal)
-    chosen = {name: getattr(tuned.result.settings, name) for name in GENERATOR_DEFAULTS}
-    flags = " ".join(f"--generator.{name} {value}" for name, value in chosen.items())
+    flags = " ".join(f"--generator.{name} {value}" for name, value in tuned.chosen.items())
     print(f"{title}: best for {config.evaluate.goal} on these pictures: {flags}")
-    extra = {f"generator/{name}": float(value) for name, value in chosen.items()}
+    extra = {f"generator/{name}": float(value) for name, value in tuned.chosen.items()}
     if tuned.calibration:
         extra["generator/calibration_error"] = tuned.calibration.error
     return Measurement(known, tuned.found, extra=extra, calibration=tuned.calibration), tuned.result.settings

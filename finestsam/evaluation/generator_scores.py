@@ -55,9 +55,16 @@ class Tuned:
     found: list[Detections]  # in each picture
     calibration: Calibration | None
 
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """Return the settings, by the names of `GeneratorConfig`; of a model without classes without theirs."""
+        has_classes = any(one.classes is not None for one in self.found)
+        names = [name for name in GENERATOR_DEFAULTS if has_classes or name != "no_object_thresh"]
+        return {name: getattr(self.result.settings, name) for name in names}
+
     def describe(self) -> dict[str, Any]:
-        """Return what goes beside the weights, by the names of `GeneratorConfig`."""
-        settings = {name: getattr(self.result.settings, name) for name in GENERATOR_DEFAULTS}
+        """Return what goes beside the weights."""
+        settings = self.chosen
         return settings | ({"score_map": self.calibration.knots} if self.calibration else {})
 
     def measure(self, records: Sequence[Record]) -> dict[str, float]:
