@@ -17,8 +17,8 @@ def score_classes(records: Sequence[Record], found: Sequence[Detections], table:
     """Return `ap`, `ap50` and `ar_100`, the means over categories, and `ap/<name>`, ... of each of them.
 
     As `CocoScorer` measures, but that a mask can only be an object of its own category. Categories without an object in
-    these pictures are left out, and so are those that are no class of the model. Crowd regions are ignored for every
-    category: a dataset's index does not tell theirs. `objects/<name>` is how many objects there are.
+    these pictures are left out, and so are those that are no class of the model. `objects/<name>` is how many objects
+    there are.
 
     Args:
         found: with classes, as `table` numbers them.

@@ -152,8 +152,8 @@ def build_truth(records: Sequence[Record], classes: Mapping[int, int] | None = N
     """Return the objects and crowd regions of pictures, numbered from 1, as pycocotools takes them.
 
     Args:
-        classes: by category id; objects of other categories are left out, and crowd regions are of every class. None:
-            all are of one category.
+        classes: by category id; what is of other categories is left out, and a crowd region that may be of any is of
+            each. None: all are of one category.
     """
     numbers = {CATEGORY_ID} if classes is None else set(classes.values())
     images, annotations = [], []
@@ -165,7 +165,10 @@ def build_truth(records: Sequence[Record], classes: Mapping[int, int] | None = N
             for found in record.annotations
             if classes is None or found.category_id in classes
         ]
-        parts += [(counts, 1, number) for counts in record.crowds for number in numbers]
+        for counts, category_id in record.list_crowds():
+            is_of_any = classes is None or category_id is None
+            found = numbers if is_of_any else {classes[category_id]} if category_id in classes else set()
+            parts += [(counts, 1, number) for number in found]
         for counts, is_crowd, number in parts:
             rle = {"size": [height, width], "counts": counts}
             annotations.append(_describe(len(annotations) + 1, image_id, rle, number) | {"iscrowd": is_crowd})

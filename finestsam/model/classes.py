@@ -1,5 +1,6 @@
 """A head beside the mask decoder that gives each mask a category, or says that it is no object."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,9 +59,10 @@ def share_cells(logits: Tensor, side: int) -> Tensor:
     Args:
         logits: ... x 4g x 4g; no gradient goes through them.
     """
-    inside = (logits.detach() > 0).float().flatten(0, -3)[:, None]
-    areas = F.avg_pool2d(inside, logits.shape[-1] // side).flatten(1)
-    return (areas / areas.sum(dim=1, keepdim=True).clamp(min=1e-9)).view(*logits.shape[:-2], side * side)
+    masks, size = logits.shape[:-2], logits.shape[-1]
+    inside = (logits.detach() > 0).float().reshape(math.prod(masks), 1, size, size)
+    areas = F.avg_pool2d(inside, size // side).flatten(1)
+    return (areas / areas.sum(dim=1, keepdim=True).clamp(min=1e-9)).view(*masks, side * side)
 
 
 def head_path(weights: Path) -> Path:

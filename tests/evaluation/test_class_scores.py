@@ -31,13 +31,15 @@ OURS = ["crate", "ball", "bird", "fish"]
 
 @pytest.fixture
 def pictures() -> tuple[list[Record], list[Detections]]:
-    """Objects of three categories, and detections of all the model's, moved, wrong and of the wrong category."""
+    """Objects of three categories, crowds, and detections of all of ours: moved, wrong, of the wrong category."""
     rng = np.random.default_rng(3)
     records, found = [], []
     for _ in range(10):
         record = make_record(draw(rng, rng.integers(1, 8)))
         for annotation in record.annotations:
             annotation.category_id = int(rng.choice([2, 5, 6], p=[0.6, 0.3, 0.1]))
+        record.crowds = [rle["counts"] for rle in draw(rng, 2)]
+        record.crowd_categories = rng.choice([2, 5, 9], 2).tolist()
         records.append(record)
         rles = [move(record.rle(one), int(rng.integers(0, 8))) for one in record.annotations]
         classes = [{2: 2, 5: 1, 6: 4}[one.category_id] for one in record.annotations]
@@ -54,10 +56,12 @@ def test_figures_are_those_of_pycocotools(pictures, tmp_path):
     ids = {"ball": 2, "crate": 5, "bird": 9, "fish": 77}
     for number, (record, one) in enumerate(zip(records, found, strict=True), start=1):
         images.append({"id": number, "height": SIZE[0], "width": SIZE[1]})
-        for annotation in record.annotations:
-            rle = record.rle(annotation)
+        parts = [(one.counts, one.category_id, 0) for one in record.annotations]
+        parts += [(counts, category_id, 1) for counts, category_id in record.list_crowds()]
+        for counts, category_id, is_crowd in parts:
+            rle = {"size": list(SIZE), "counts": counts}
             annotations.append({
-                "id": len(annotations) + 1, "image_id": number, "category_id": annotation.category_id, "iscrowd": 0,
+                "id": len(annotations) + 1, "image_id": number, "category_id": category_id, "iscrowd": is_crowd,
                 "segmentation": rle_to_json(rle), "area": rle_area(rle), "bbox": rle_box(rle),
             })  # fmt: skip
         for rle, score, chosen in zip(one.rles, one.scores, one.classes, strict=True):
@@ -96,6 +100,7 @@ def test_one_category_for_everything_gives_the_figures_without_any(pictures):
     for record in records:
         for annotation in record.annotations:
             annotation.category_id = 4
+        record.crowd_categories = [4] * len(record.crowds)
     found = [Detections(one.rles, one.scores, [1] * len(one.rles)) for one in found]
 
     figures = score_classes(records, found, number_categories({4: "thing"}))
@@ -105,14 +110,18 @@ def test_one_category_for_everything_gives_the_figures_without_any(pictures):
         assert figures[measure] == figures[f"{measure}/thing"] == pytest.approx(without[measure], abs=1e-12)
 
 
-def test_what_lies_in_a_crowd_is_no_mistake_of_any_category():
-    objects, crowd = [move(make_square(0), 0)], make_square(100)
-    record = make_record(objects, [crowd])
+def test_what_lies_in_a_crowd_is_no_mistake_of_its_category_and_of_any_where_it_has_none():
+    objects, crowd = [make_square(0)], make_square(100)
     table = number_categories({1: "ball", 2: "crate"})
     found = [Detections([crowd, objects[0]], [0.9, 0.8], [1, 1])]
 
-    assert score_classes([record], found, table)["ap/ball"] == pytest.approx(1)
-    assert score_classes([make_record(objects)], found, table)["ap/ball"] < 0.9
+    def score(crowds: list[dict], categories: list[int | None]) -> float:
+        record = make_record(objects, crowds)
+        record.annotations[0].category_id, record.crowd_categories = 1, categories
+        return score_classes([record], found, table)["ap/ball"]
+
+    assert score([crowd], [1]) == score([crowd], [None]) == score([crowd], []) == pytest.approx(1)
+    assert score([crowd], [2]) == score([crowd], [77]) == score([], []) < 0.9
 
 
 def make_square(x: int) -> dict:
