@@ -56,6 +56,8 @@ def draw_named_overlay(
     """
     colours = colour_classes(len(names) + 1)
     overlay = draw_overlay(image, rles, opacity, colours[classes])
+    if opacity == 0:
+        return overlay
     covered = np.zeros(image.shape[:2], dtype=bool)
     for rle in rles:
         covered |= decode_rle(rle)

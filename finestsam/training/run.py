@@ -161,11 +161,10 @@ def build_run(fabric: Fabric, ranks: Ranks, config: Config) -> Run:
 
 def _choose_classes(config: Config, loaded: LoadedModel, data: LabelledSet, state: dict | None) -> ClassTable | None:
     """Return the classes of the task, and give the model a head for them; None where it has none."""
+    names = state.get("categories") if state else None
     if config.task == "semantic":
-        return choose_classes(config, loaded, data.category_names)
-    if config.task == "classes":
-        return choose_categories(loaded, data.category_names, state["categories"] if state else None)
-    return None
+        return choose_classes(config, loaded, data.category_names, names)
+    return choose_categories(loaded, data.category_names, names) if config.task == "classes" else None
 
 
 def _load_state(config: Config, ranks: Ranks) -> dict | None:
