@@ -51,8 +51,10 @@ class Sample:
     variant: int = 0  # which augmented variant of the picture; 0: the plain one
     embedding: Tensor | None = None  # C x g x g, float16, from the store
     background: Prompts = field(default_factory=Prompts)  # points where no object is; one label each, inside
-    cells: Tensor | None = None  # 4g x 4g, int32: the object in each, from 1; 0 none, -1 padding. None: not asked for
+    cells: Tensor | None = None  # 4g x 4g, int32: the object in each, from 1; as `data.cells`. None: not asked for
     classes: Tensor | None = None  # 4g x 4g, int64: the class in each cell, -1 ignored. None: not asked for
+    object_classes: list[int] = field(default_factory=list)  # N; empty: not asked for
+    cell_classes: list[int] = field(default_factory=list)  # of the objects that `cells` numbers, in their order
 
     def __len__(self) -> int:
         """Return N, the number of prompts."""
@@ -104,3 +106,4 @@ class Predictions:
 
     logits: Tensor  # N x M x 4g x 4g, float32, inside where above 0
     scores: Tensor  # N x M, float32: the IoU that the model expects
+    class_logits: Tensor | None = None  # N x M x (1 + K), of no object and of K categories; None: there is no head

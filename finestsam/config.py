@@ -89,7 +89,12 @@ class RatesConfig:
     image_encoder: float = setting(1.0, "learning rate of the image encoder, as a share of learning_rate", "(0, 1000]")
     prompt_encoder: float = setting(1.0, "the same of the prompt encoder", "(0, 1000]")
     mask_decoder: float = setting(1.0, "the same of the mask decoder", "(0, 1000]")
-    heads: float = setting(1.0, "the same of heads for training alone: losses.affinity_ratio's", "(0, 1000]")
+    heads: float = setting(
+        1.0,
+        "the same of heads for training alone: losses.affinity_ratio's; with --task semantic and classes their head's "
+        "own rate instead",
+        "(0, 1000]",
+    )
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,7 @@ class LossesConfig:
     focal_ratio: float = setting(20.0, "weight of the focal loss", "[0, inf)")
     dice_ratio: float = setting(1.0, "weight of the Dice loss", "[0, inf)")
     iou_ratio: float = setting(1.0, "weight of the score head's squared error", "[0, inf)")
+    class_ratio: float = setting(1.0, "weight of the cross-entropy of classes, in --task classes", "[0, inf)")
     focal_alpha: float = setting(
         0.8, "share of the focal loss given to pixels inside; below 0: no balancing", "[-1, 1]"
     )
@@ -346,6 +352,12 @@ class GeneratorConfig:
     box_nms_thresh: float | None = setting(
         None, "of masks whose boxes overlap more than this, the best stays, SAM: 0.7", "[0, 1]"
     )
+    no_object_thresh: float | None = setting(
+        None,
+        "masks whose chance to be no object is above this are dropped, before duplicates are; of models that give "
+        "masks a category. 1: none is",
+        "[0, 1]",
+    )
     crop_n_layers: int | None = setting(
         None, "layers of crops that are searched as well, layer n in 4^n crops, SAM: 0", "[0, 4]"
     )
@@ -361,12 +373,13 @@ class GeneratorConfig:
     )
 
 
-# segment_anything's own, chosen by its authors for vit_h.
+# segment_anything's own, chosen by its authors for vit_h; and where no object is as likely as all categories together.
 GENERATOR_DEFAULTS = {
     "points_per_side": 32,
     "pred_iou_thresh": 0.88,
     "stability_score_thresh": 0.95,
     "box_nms_thresh": 0.7,
+    "no_object_thresh": 0.5,
     "crop_n_layers": 0,
     "min_mask_region_area": 0,
 }
@@ -438,6 +451,21 @@ class SemanticConfig:
 
 
 @dataclass(frozen=True)
+class ClassesConfig:
+    """The task classes: masks with a category each, those of the dataset, or none, as no object."""
+
+    head_learning_rate: float = setting(
+        1e-3, "peak learning rate of the head, which starts from nothing; opt.learning_rate is the rest's", "(0, 1]"
+    )
+    balance: float = setting(
+        0.5,
+        "how much more rare categories count: the objects of one weigh as the number of them in training to the power "
+        "of minus this, all objects together as without. 0: all alike, 1: every category the same",
+        "[0, 1]",
+    )
+
+
+@dataclass(frozen=True)
 class CheckConfig:
     samples: int = setting(12, "pictures drawn with masks and prompts on the contact sheet; 0: no sheet", "[0, 1000]")
     points: Literal["grid", "center", "random", "box"] = setting(
@@ -461,10 +489,10 @@ class ConvertConfig:
 
 @dataclass(frozen=True)
 class Config:
-    task: Literal["auto", "masks", "semantic"] = setting(
+    task: Literal["auto", "masks", "classes", "semantic"] = setting(
         "auto",
-        "what is trained: masks of objects, or semantic, a class for each pixel; auto: masks, in predict and evaluate "
-        "what the weights were trained for",
+        "what is trained: masks of objects; classes, masks with a category for each; or semantic, a class for each "
+        "pixel; auto: masks, in predict and evaluate what the weights were trained for",
     )
     device: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"] = setting("auto", "hardware; tpu is passed on, untried")
     num_devices: int | list[int] | Literal["auto"] = setting("auto", "how many devices, or which ones: [0, 2]")
@@ -513,18 +541,22 @@ class Config:
         0, "stop after this many validations without a better one; 0: never", "[0, inf)"
     )
     best_metric: Literal[
+        "auto",
         "val_generator_ar_100",
         "val_generator_ar_1000",
         "val_generator_ap",
         "val_generator_f1",
         "val_per_mask_iou",
         "val_best_iou",
+        "val_classes_ar_100",
+        "val_classes_ap",
     ] = setting(
-        "val_generator_ar_100",
+        "auto",
         "what the best weights are chosen by, and ReduceLROnPlateau waits for. ar_100, the share of the objects that "
         "the generator's 100 best masks of a picture find, also holds where pictures are partly labelled: a mask that "
-        "fits no label costs nothing but its place among them. ap and f1 count it as wrong. Of equals, and where the "
-        "generator does not run, val_per_mask_iou decides",
+        "fits no label costs nothing but its place among them. ap and f1 count it as wrong. auto: "
+        "val_generator_ar_100, and in --task classes val_classes_ar_100, the mean over categories of the objects found "
+        "under their own. Of equals, and where the generator does not run, val_per_mask_iou decides",
     )
     save_top_k: int = setting(0, "keep this many of the best weights, named {step}-{best_metric}.pth", "[0, inf)")
     chunk_objects: int | None = setting(
@@ -547,6 +579,7 @@ class Config:
     store: StoreConfig = section(StoreConfig)
     evaluate: EvaluateConfig = section(EvaluateConfig)
     semantic: SemanticConfig = section(SemanticConfig)
+    classes: ClassesConfig = section(ClassesConfig)
     check: CheckConfig = section(CheckConfig)
     convert: ConvertConfig = section(ConvertConfig)
 
@@ -647,9 +680,12 @@ def _find_training_problems(config: Config) -> list[str]:
         )
     if prompts.mix and prompts.use_logits:
         problems.append("prompts.mix changes what an object is asked with, prompts.use_logits feeds on the last answer")
-    if losses.focal_ratio == losses.dice_ratio == losses.iou_ratio == 0:
+    has_head = config.task == "classes"
+    if has_head and losses.class_ratio == 0:
+        problems.append("no classes are learnt: losses.class_ratio is 0; --task masks trains masks alone")
+    if losses.focal_ratio == losses.dice_ratio == losses.iou_ratio == 0 and not has_head:
         problems.append("nothing is learnt: losses.focal_ratio, dice_ratio and iou_ratio are all 0")
-    problems += _find_adapter_problems(config.model_layer, has_head=False)
+    problems += _find_adapter_problems(config.model_layer, has_head)
     return problems + _find_schedule_problems(config)
 
 

@@ -32,6 +32,7 @@ def assemble(
         image_id = report.image_count if picture.image_id is None else picture.image_id
         record = Record(image_id, picture.file_name, picture.path, picture.size, [], picture.crowds, picture.digest)
         _add_objects(record, picture, table, settings, report)
+        record.crowd_categories = [number if number in table.names else None for number in picture.crowd_categories]
         records.append(record)
     _number_annotations(records, report)
     report.background_image_count = sum(not record.annotations for record in records)

@@ -17,7 +17,7 @@ from finestsam.data.layouts import Part
 from finestsam.data.report import DatasetReport, Finding
 
 # Raised whenever reading gives another result for the same files.
-VERSION = 2
+VERSION = 3
 # What does not change how a picture and its labels are read.
 UNREAD_SETTINGS = {
     "path", "auto_split", "seed", "val_size", "use_cache", "sav", "positive_points", "negative_points", "use_center",
@@ -102,6 +102,7 @@ def _read_record(entry: dict) -> Record:
         annotations,
         [counts.encode("ascii") for counts in entry["crowds"]],
         entry["digest"],
+        entry["crowd_categories"],
     )
 
 
@@ -117,6 +118,7 @@ def _write_record(record: Record) -> dict:
         ],
         "crowds": [counts.decode("ascii") for counts in record.crowds],
         "digest": record.digest,
+        "crowd_categories": record.crowd_categories,
     }
 
 

@@ -1,14 +1,14 @@
-"""Which object each cell of the decoder's grid belongs to: what the affinity loss is taught from."""
+"""Which object each cell of the decoder's grid belongs to: what affinities and classes of masks are taught from."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from finestsam.data.augment import View, show
-from finestsam.data.index import Record
+from finestsam.data.index import Annotation, Record
 from finestsam.masks import decode_rle
 
-BACKGROUND, PADDING = 0, -1
+BACKGROUND, PADDING, CROWD = 0, -1, -2
 # Along each side of a cell, input frame.
 CELL_PIXELS = 4
 
@@ -16,8 +16,8 @@ CELL_PIXELS = 4
 def label_cells(record: Record, view: View, input_size: tuple[int, int], side: int) -> Tensor:
     """Return the object in the middle of each cell, side x side, int32.
 
-    Objects are numbered from 1 in no particular order; where several overlap, the smallest counts. 0: none. -1: the
-    cell lies in the padding.
+    Objects are numbered from 1 as `sort_by_area` has them; where several overlap, the smallest counts. 0: none. -1: the
+    cell lies in the padding. -2: none, and in a crowd region.
 
     Args:
         input_size: (height, width) of the picture in the input frame.
@@ -26,14 +26,20 @@ def label_cells(record: Record, view: View, input_size: tuple[int, int], side: i
     rows, columns = (find_middles(cells, shown) for cells, shown in zip(input_size, view.size, strict=True))
     inside = np.full((len(rows), len(columns)), BACKGROUND, dtype=np.int32)
     leaves_pixels = view.leaves_pixels(record.size)
-    order = sorted(record.annotations, key=lambda annotation: annotation.area, reverse=True)
-    for number, annotation in enumerate(order, start=1):
-        mask = decode_rle(record.rle(annotation))
+    parts = [(CROWD, counts) for counts in record.crowds]
+    parts += [(number, one.counts) for number, one in enumerate(sort_by_area(record.annotations), start=1)]
+    for number, counts in parts:
+        mask = decode_rle({"size": list(record.size), "counts": counts})
         if not leaves_pixels:
             mask = show(torch.from_numpy(mask), view).numpy()
         inside[mask[np.ix_(rows, columns)]] = number
     labels[: len(rows), : len(columns)] = inside
     return torch.from_numpy(labels)
+
+
+def sort_by_area(annotations: list[Annotation]) -> list[Annotation]:
+    """Return the objects in the order in which they are drawn, the largest first."""
+    return sorted(annotations, key=lambda annotation: annotation.area, reverse=True)
 
 
 def find_middles(input_length: int, shown_length: int) -> np.ndarray:

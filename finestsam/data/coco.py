@@ -78,7 +78,7 @@ class CocoJob:
             remarks.append(("mask_from_box", "its box is taken for the mask"))
         rle = segmentation_to_rle(segmentation, picture.size, remarks)
         if entry.is_crowd and not self.settings.include_crowd:
-            picture.crowds.append(rle["counts"])
+            picture.add_crowd(rle, entry.category_id)
             raise Defect("crowd", "a crowd region, not one object")
         picture.add(entry.source_id, entry.category_id, rle)
         picture.remark(remarks + _compare_box(entry.bbox, rle_box(rle)), entry.source_id)

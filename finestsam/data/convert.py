@@ -93,10 +93,10 @@ def _write_part(
         images.append({"id": record.image_id, "file_name": name, "width": width, "height": height})
         for found in record.annotations:
             annotations.append(_describe(record, found, found.id, numbers[found.category_id]))
-        for counts in record.crowds:
+        for counts, category_id in record.list_crowds():
             rle = {"size": list(record.size), "counts": counts}
             crowd = Annotation(next_id, 0, counts, rle_area(rle), rle_box(rle))
-            annotations.append(_describe(record, crowd, next_id, 1, is_crowd=True))
+            annotations.append(_describe(record, crowd, next_id, numbers.get(category_id, 1), is_crowd=True))
             next_id += 1
     content = {
         "info": {"description": "converted by finestsam"},

@@ -25,9 +25,9 @@ from finestsam.data.augment import (
     show_image,
     show_object,
 )
-from finestsam.data.cells import CELL_PIXELS, label_cells
+from finestsam.data.cells import CELL_PIXELS, label_cells, sort_by_area
 from finestsam.data.embeddings import EmbeddingStore, picture_key
-from finestsam.data.index import Record
+from finestsam.data.index import Annotation, Record
 from finestsam.data.previous_logits import PreviousLogits
 from finestsam.data.prompts import (
     MASK_LOGIT,
@@ -63,6 +63,7 @@ class SampleSettings:
     augment: AugmentConfig = AugmentConfig()
     wants_cells: bool = False  # which object each cell of the decoder's grid belongs to
     classes: ClassTable | None = None  # a class for each of those cells is all that is asked for; None: objects are
+    categories: ClassTable | None = None  # of objects, which come with their classes; None: they do not
 
 
 class SampleDataset(Dataset):
@@ -111,7 +112,7 @@ class SampleDataset(Dataset):
                 variant=variant, embedding=embedding, classes=classes,
             )  # fmt: skip
         cells = None
-        if self.settings.wants_cells:
+        if self.settings.wants_cells or self.settings.categories:
             cells = label_cells(record, view, input_size, side)
         background = self._draw_background(record, view, input_size, epoch)
         places = self._choose_objects(record, places, epoch)
@@ -140,7 +141,13 @@ class SampleDataset(Dataset):
             embedding=embedding,
             background=background,
             cells=cells,
+            object_classes=self._list_classes([record.annotations[place] for place in places]),
+            cell_classes=self._list_classes(sort_by_area(record.annotations)),
         )
+
+    def _list_classes(self, annotations: list[Annotation]) -> list[int]:
+        table = self.settings.categories
+        return [table.by_category[annotation.category_id] for annotation in annotations] if table else []
 
     def read_pixels(self, position: int, variant: int) -> Tensor:
         """Return a picture's variant as the encoder sees it before the padding, 3 x h x w, uint8.

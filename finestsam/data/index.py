@@ -31,9 +31,14 @@ class Record:
     annotations: list[Annotation]
     crowds: list[bytes] = field(default_factory=list)  # run lengths of regions where finding anything is no mistake
     digest: str = ""  # of the file's bytes: equal for the same picture under two names
+    crowd_categories: list[int | None] = field(default_factory=list)  # of crowds, in their order; None: of any
 
     def rle(self, annotation: Annotation) -> dict:
         return {"size": list(self.size), "counts": annotation.counts}
+
+    def list_crowds(self) -> list[tuple[bytes, int | None]]:
+        """Return crowd regions with the id of their category; None: they are of any."""
+        return list(zip(self.crowds, self.crowd_categories or [None] * len(self.crowds), strict=True))
 
 
 @dataclass

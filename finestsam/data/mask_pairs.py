@@ -68,7 +68,7 @@ class MaskPairJob:
             _, labels = find_components(_find_foreground(labels))
         elif (labels == VOID).any() and len(np.unique(labels[labels != VOID])) > 1:
             if instances == "classes":
-                picture.crowds.append(encode_mask(labels == VOID)["counts"])
+                picture.add_crowd(encode_mask(labels == VOID))
             labels = np.where(labels == VOID, 0, labels)
         specks = 0
         for number, rle in labels_to_rles(labels).items():

@@ -40,6 +40,7 @@ class CheckedPicture:
     digest: str = ""
     objects: list[FoundObject] = field(default_factory=list)
     crowds: list[bytes] = field(default_factory=list)
+    crowd_categories: list[int | None] = field(default_factory=list)  # of crowds; None: of any
     findings: list[Finding] = field(default_factory=list)
     annotation_count: int = 0  # objects that the files name, usable or not
 
@@ -65,6 +66,10 @@ class CheckedPicture:
             self.skip_object(source_id, Defect("empty_mask", "the mask has no pixel inside the picture"))
             return
         self.objects.append(FoundObject(as_source_id(source_id), category, rle["counts"], area, rle_box(rle)))
+
+    def add_crowd(self, rle: dict, category: int | None = None) -> None:
+        self.crowds.append(rle["counts"])
+        self.crowd_categories.append(category)
 
     def skip(self, defect: Defect) -> None:
         """Note that the whole picture cannot be used."""

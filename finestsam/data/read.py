@@ -209,6 +209,7 @@ def _share_categories(indexes: dict[str, Index]) -> None:
         for record in index.records:
             for annotation in record.annotations:
                 annotation.category_id = changed[annotation.category_id]
+            record.crowd_categories = [changed.get(number) for number in record.crowd_categories]
         index.categories = {number: name for name, number in ids.items()}
         missing = len(ids) - len(set(changed.values()))
         message = f"categories differ between the parts and are matched by name; {missing} of {len(ids)} are not in it"

@@ -21,7 +21,7 @@ class ClassTable:
     """The classes of a model, and which of them the categories of a dataset are.
 
     Attributes:
-        names: by class; class 0 is the background.
+        names: by class; class 0 is the background, or of masks no object.
         by_category: classes by the category ids of the dataset; a category that is missing is ignored.
         ignores_unlabelled: pixels of no object count for nothing; else they are background.
     """

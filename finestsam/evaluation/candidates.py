@@ -88,6 +88,7 @@ def _find(
             points_per_side=points_per_side,
             pred_iou_thresh=min_score,
             stability_score_thresh=0.0,
+            no_object_thresh=1.0,
             box_nms_thresh=1.0,
             crop_nms_thresh=1.0,
             min_mask_region_area=0,
@@ -147,6 +148,7 @@ def select(candidates: Candidates, settings: GeneratorConfig) -> np.ndarray:
     is_asked &= candidates.layers <= settings.crop_n_layers
     masks = candidates.masks
     is_good = masks.scores > settings.pred_iou_thresh if settings.pred_iou_thresh else np.True_
+    is_good = is_good & (masks.no_object_chances <= settings.no_object_thresh)
     places = np.flatnonzero(is_asked & is_good & (masks.stability >= settings.stability_score_thresh))
     corners, crop_areas = masks.corners, masks.crop_areas
     kept = []

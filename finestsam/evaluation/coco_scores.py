@@ -1,13 +1,14 @@
-"""COCO's average precision and recall of instance masks, without categories, by pycocotools.
+"""COCO's average precision and recall of instance masks, by pycocotools, here without categories.
 
-Every object has the same category, as the generator knows none. Crowd regions are ignored, as COCO does: what lies in
-them is neither right nor wrong. No mask is cut off: pycocotools' limit of detections is raised to what was found.
+Every object has the same category, as SAM's generator knows none; `class_scores` tells them apart. Crowd regions are
+ignored, as COCO does: what lies in them is neither right nor wrong. No mask is cut off: pycocotools' limit of
+detections is raised to what was found.
 """
 
 import contextlib
 import copy
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -32,6 +33,7 @@ class Detections:
 
     rles: Sequence[dict]  # K, compressed, original frame
     scores: Sequence[float]  # K; equal ones keep their order
+    classes: Sequence[int] | None = None  # K, counted from 1; None: whoever found them knows none
 
 
 class CocoScorer:
@@ -42,13 +44,10 @@ class CocoScorer:
     """
 
     def __init__(self, records: Sequence[Record], found: Sequence[Detections]):
-        truth = _build_truth(records)
+        truth = build_truth(records)
         self.has_objects = any(not annotation["iscrowd"] for annotation in truth.dataset["annotations"])
-        self._evaluator = COCOeval(truth, _build_results(truth, found), "segm")
-        most = max([len(one.rles) for one in found], default=0)
-        self._evaluator.params.maxDets = [*LIMITS, max(most, LIMITS[-1] + 1)]
-        with _silence():
-            self._evaluator.evaluate()
+        anonymous = [Detections(one.rles, one.scores) for one in found]
+        self._evaluator = _match(truth, build_results(truth, anonymous))
 
     def score(self) -> dict[str, float]:
         """Return the averages over IoU thresholds 0.5 to 0.95, as defined at cocodataset.org/#detection-eval.
@@ -128,43 +127,82 @@ def _silence() -> Iterator[None]:
         yield
 
 
-def _build_truth(records: Sequence[Record]) -> COCO:
+def run_pycocotools(truth: COCO, results: COCO, category_ids: list[int]) -> COCOeval:
+    """Return the evaluation of some categories over objects of all sizes, its tables in `eval`."""
+    evaluator = _match(truth, results, category_ids)
+    with _silence():
+        evaluator.accumulate()
+    return evaluator
+
+
+def _match(truth: COCO, results: COCO, category_ids: list[int] | None = None) -> COCOeval:
+    """Let pycocotools find the object of each mask; None: masks of any size, and without categories."""
+    evaluator = COCOeval(truth, results, "segm")
+    most = max(map(len, results.imgToAnns.values()), default=0)
+    evaluator.params.maxDets = [*LIMITS, max(most, LIMITS[-1] + 1)]
+    if category_ids is not None:
+        evaluator.params.catIds = category_ids
+        evaluator.params.areaRng, evaluator.params.areaRngLbl = evaluator.params.areaRng[:1], AREAS[:1]
+    with _silence():
+        evaluator.evaluate()
+    return evaluator
+
+
+def build_truth(records: Sequence[Record], classes: Mapping[int, int] | None = None) -> COCO:
+    """Return the objects and crowd regions of pictures, numbered from 1, as pycocotools takes them.
+
+    Args:
+        classes: by category id; what is of other categories is left out, and a crowd region that may be of any is of
+            each. None: all are of one category.
+    """
+    numbers = {CATEGORY_ID} if classes is None else set(classes.values())
     images, annotations = [], []
     for image_id, record in enumerate(records, start=1):
         height, width = record.size
         images.append({"id": image_id, "height": height, "width": width})
-        objects = [(annotation.counts, 0) for annotation in record.annotations]
-        for counts, is_crowd in objects + [(counts, 1) for counts in record.crowds]:
+        parts = [
+            (found.counts, 0, CATEGORY_ID if classes is None else classes[found.category_id])
+            for found in record.annotations
+            if classes is None or found.category_id in classes
+        ]
+        for counts, category_id in record.list_crowds():
+            is_of_any = classes is None or category_id is None
+            found = numbers if is_of_any else {classes[category_id]} if category_id in classes else set()
+            parts += [(counts, 1, number) for number in found]
+        for counts, is_crowd, number in parts:
             rle = {"size": [height, width], "counts": counts}
-            annotations.append(_describe(len(annotations) + 1, image_id, rle) | {"iscrowd": is_crowd})
-    return _build_index(images, annotations)
+            annotations.append(_describe(len(annotations) + 1, image_id, rle, number) | {"iscrowd": is_crowd})
+    return _build_index(images, annotations, sorted(numbers))
 
 
-def _build_results(truth: COCO, found: Sequence[Detections]) -> COCO:
+def build_results(truth: COCO, found: Sequence[Detections]) -> COCO:
+    """Return what was found in the pictures of `truth`; without classes it is of the one category."""
     annotations = []
     for image_id, one in enumerate(found, start=1):
-        for rle, score in zip(one.rles, one.scores, strict=True):
+        classes = [CATEGORY_ID] * len(one.rles) if one.classes is None else one.classes
+        for rle, score, number in zip(one.rles, one.scores, classes, strict=True):
             if not np.isfinite(score):
                 raise ValueError(f"a score is {score}")
-            described = _describe(len(annotations) + 1, image_id, rle)
+            described = _describe(len(annotations) + 1, image_id, rle, number)
             annotations.append(described | {"iscrowd": 0, "score": float(score)})
-    return _build_index(truth.dataset["images"], annotations)
+    return _build_index(truth.dataset["images"], annotations, truth.getCatIds())
 
 
-def _describe(annotation_id: int, image_id: int, rle: dict) -> dict:
+def _describe(annotation_id: int, image_id: int, rle: dict, category_id: int) -> dict:
     return {
         "id": annotation_id,
         "image_id": image_id,
-        "category_id": CATEGORY_ID,
+        "category_id": category_id,
         "segmentation": rle,
         "area": rle_area(rle),
         "bbox": rle_box(rle),
     }
 
 
-def _build_index(images: list[dict], annotations: list[dict]) -> COCO:
+def _build_index(images: list[dict], annotations: list[dict], category_ids: list[int]) -> COCO:
     coco = COCO()
-    coco.dataset = {"images": images, "annotations": annotations, "categories": [{"id": CATEGORY_ID, "name": "object"}]}
+    categories = [{"id": number, "name": f"class {number}"} for number in category_ids]
+    coco.dataset = {"images": images, "annotations": annotations, "categories": categories}
     with _silence():
         coco.createIndex()
     return coco

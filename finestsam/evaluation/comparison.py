@@ -38,13 +38,14 @@ def _draw_row(story: Story, place: int, config: Config) -> np.ndarray | None:
     size = compute_input_size(record.size, PANEL_PIXELS)
     image = resize_image(pixels, size)
     truth = [record.rle(annotation) for annotation in record.annotations]
-    panels = [(record.file_name, None), (f"labelled: {len(truth)}", truth)]
+    panels = [(record.file_name, None, None), (f"labelled: {len(truth)}", truth, story.ours.colour_truth(place))]
     if story.theirs and story.theirs.found is not None:
-        panels.append((_count("before", story.theirs.found[place]), story.theirs.found[place].rles))
+        theirs = story.theirs.found[place]
+        panels.append((_count("before", theirs), theirs.rles, story.theirs.colour_found(place)))
     rating = story.ratings[place]
     caption = f"{_count('this model', story.ours.found[place])}, finds {rating.recall:.0%}"
-    panels.append((caption, story.ours.found[place].rles))
-    row = [_draw_panel(image, caption, rles, config.opacity) for caption, rles in panels]
+    panels.append((caption, story.ours.found[place].rles, story.ours.colour_found(place)))
+    row = [_draw_panel(image, caption, rles, config.opacity, colours) for caption, rles, colours in panels]
     return np.concatenate(row, axis=1)
 
 
@@ -52,10 +53,12 @@ def _count(name: str, found: Detections) -> str:
     return f"{name}: {len(found.rles)} masks"
 
 
-def _draw_panel(image: np.ndarray, caption: str, rles: list[dict] | None, opacity: float) -> np.ndarray:
+def _draw_panel(
+    image: np.ndarray, caption: str, rles: list[dict] | None, opacity: float, colours: np.ndarray | None
+) -> np.ndarray:
     """Return a picture with masks in a square of paper, its caption below."""
     size = image.shape[:2]
-    shown = image if rles is None else draw_overlay(image, [shrink_rle(rle, size) for rle in rles], opacity)
+    shown = image if rles is None else draw_overlay(image, [shrink_rle(rle, size) for rle in rles], opacity, colours)
     side = PANEL_PIXELS + MARGIN_PIXELS
     panel = Image.new("RGB", (side, side + CAPTION_PIXELS), PAPER)
     panel.paste(Image.fromarray(shown), ((side - size[1]) // 2, (side - size[0]) // 2))

@@ -8,14 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from finestsam.allocator import keep_freed_memory
-from finestsam.config import GENERATOR_DEFAULTS, Config, GeneratorConfig, ModelConfig
+from finestsam.config import Config, GeneratorConfig, ModelConfig
 from finestsam.data.index import Record
 from finestsam.data.read import describe_dataset, read_evaluation_set
 from finestsam.data.report import write_report
+from finestsam.data.semantic import ClassTable
 from finestsam.download import hash_file
 from finestsam.errors import UserError, printable
 from finestsam.evaluation.battery import Battery
 from finestsam.evaluation.candidates import find_candidates
+from finestsam.evaluation.class_matching import match_categories, refuse_strangers
+from finestsam.evaluation.class_scores import describe_categories
 from finestsam.evaluation.comparison import COMPARISON_NAME, draw_comparison
 from finestsam.evaluation.generator_scores import choose_grids, find_all, list_fixed, tune
 from finestsam.evaluation.history import read_history
@@ -32,8 +35,8 @@ from finestsam.prediction.precompute import Embedder, open_store
 
 # On the screen, in this order.
 HEADLINES = (
-    "generator/ap", "generator/ar_100", "generator/ar_1000", "generator/f1", "point/iou", "point/best_iou", "box/iou",
-    "clicks/iou_8", "background/score", "background/taken_share",
+    "generator/ap", "generator/ar_100", "generator/ar_1000", "generator/f1", "classes/ap", "classes/ar_100",
+    "point/iou", "point/best_iou", "box/iou", "clicks/iou_8", "background/score", "background/taken_share",
 )  # fmt: skip
 FIGURES_NAME, PICTURES_NAME = "evaluation.json", "per_image.csv"
 
@@ -56,24 +59,27 @@ def evaluate(config: Config) -> int:
     print("\n".join([f"layout: {data.layout}", *data.report.list_lines()]))
     history = None
     if config.evaluate.predictions:
-        found = read_results(Path(config.evaluate.predictions), data.val)
+        found, table = read_results(Path(config.evaluate.predictions), data.val, data.category_names, config.task)
         print(f"results: {printable(config.evaluate.predictions)}; {len(data.val)} images")
-        ours = Measurement(data.val, found)
+        ours = Measurement(data.val, found, table=table)
         rival = find_rival(config, None)
     else:
         loaded = load_model(config, prefer_runs=True)
         print(f"weights: {printable(loaded.source)} ({loaded.model_type}); {len(data.val)} images")
         if loaded.model.semantic_head is not None:
             return evaluate_classes(config, loaded, data, folder)
+        table = match_categories(loaded, data)
+        if table:
+            refuse_strangers(table, data.category_names, loaded.source)
         rival = find_rival(config, loaded)
-        ours, history = measure_model(config, loaded, data.val, "weights"), read_history(loaded)
+        ours, history = measure_model(config, loaded, data.val, "weights", table), read_history(loaded)
     theirs = None
     if rival:
         print(f"compared with: {printable(rival.source)} ({rival.model_type})")
-        theirs = measure_model(config, rival, data.val, "compared with")
+        theirs = measure_model(config, rival, data.val, "compared with", match_categories(rival, data))
     differences = compare(ours, theirs, config.seed_device or 0) if theirs else {}
     rows, their_rows = ours.list_pictures(), theirs.list_pictures() if theirs else None
-    print("\n".join(_list_headlines(ours, theirs, differences)))
+    print("\n".join([*_list_headlines(ours, theirs, differences), *describe_categories(ours.by_class)]))
     worse = _list_worse(rows, their_rows) if their_rows else []
     if their_rows:
         names = ", ".join(printable(name) for name in worse[:10]) + (", ..." if len(worse) > 10 else "")
@@ -102,7 +108,8 @@ def find_rival(config: Config, loaded: LoadedModel | None) -> LoadedModel | None
         name = _find_origin(loaded) if loaded else None
     if name in (None, "none"):
         return None
-    other = replace(config, model=ModelConfig(checkpoint=str(name)))
+    task = config.task if config.task == "masks" else "auto"  # what it was trained for, like ours or not
+    other = replace(config, task=task, model=ModelConfig(checkpoint=str(name)))
     return load_model(other, prefer_runs=True, device=loaded.model.device if loaded else None)
 
 
@@ -121,8 +128,15 @@ def _find_origin(loaded: LoadedModel) -> str | None:
     return str(path)
 
 
-def measure_model(config: Config, loaded: LoadedModel, records: Sequence[Record], title: str) -> Measurement:
-    """Measure one model on the pictures; those that broke since they were checked are left out."""
+def measure_model(
+    config: Config, loaded: LoadedModel, records: Sequence[Record], title: str, table: ClassTable | None
+) -> Measurement:
+    """Measure one model on the pictures; those that broke since they were checked are left out.
+
+    Args:
+        title: of the progress bars.
+        table: of the classes that the model gives masks; None: it gives none.
+    """
     embedder = Embedder(loaded.model, open_store(config.store, loaded.model))
     battery = Battery(config, embedder, [record for record in records if record.annotations], title)
     prompted, clicks = battery.score_prompts(), battery.measure_clicks()
@@ -133,7 +147,7 @@ def measure_model(config: Config, loaded: LoadedModel, records: Sequence[Record]
     elif config.evaluate.generator:
         measured = _run_generator(config, embedder, records, settings, f"{title}, generator")
     background = battery.measure_background(settings.pred_iou_thresh)
-    return replace(measured, prompted=prompted, clicks=clicks, background=background)
+    return replace(measured, prompted=prompted, clicks=clicks, background=background, table=table)
 
 
 def _run_generator(
@@ -153,10 +167,9 @@ def _tune_generator(
     pairs = [(record, one) for record, one in zip(records, found, strict=True) if one is not None]
     known, candidates = [record for record, _ in pairs], [one for _, one in pairs]
     tuned = tune(known, candidates, start, fixed, config.evaluate.goal)
-    chosen = {name: getattr(tuned.result.settings, name) for name in GENERATOR_DEFAULTS}
-    flags = " ".join(f"--generator.{name} {value}" for name, value in chosen.items())
+    flags = " ".join(f"--generator.{name} {value}" for name, value in tuned.chosen.items())
     print(f"{title}: best for {config.evaluate.goal} on these pictures: {flags}")
-    extra = {f"generator/{name}": float(value) for name, value in chosen.items()}
+    extra = {f"generator/{name}": float(value) for name, value in tuned.chosen.items()}
     if tuned.calibration:
         extra["generator/calibration_error"] = tuned.calibration.error
     return Measurement(known, tuned.found, extra=extra, calibration=tuned.calibration), tuned.result.settings

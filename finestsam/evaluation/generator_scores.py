@@ -10,6 +10,7 @@ from tqdm import tqdm
 from finestsam.config import GENERATOR_DEFAULTS, GeneratorConfig, ImagesConfig
 from finestsam.data.index import Record
 from finestsam.evaluation.candidates import Candidates, clean, read_embedded, select
+from finestsam.evaluation.class_scores import detect
 from finestsam.evaluation.coco_scores import CocoScorer, Detections
 from finestsam.evaluation.thresholds import Calibration, SearchResult, calibrate, search
 from finestsam.prediction.generator import generate_masks
@@ -37,7 +38,7 @@ def find_all(
             continue
         pixels, embedding = read
         masks = generate_masks(embedder.model, pixels, settings, embedding)
-        found.append(Detections(masks.rles, masks.scores.tolist()))
+        found.append(detect(masks))
         if len(masks) == 0:
             empty.append(masks.report)
     if empty:
@@ -54,9 +55,16 @@ class Tuned:
     found: list[Detections]  # in each picture
     calibration: Calibration | None
 
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """Return the settings, by the names of `GeneratorConfig`; of a model without classes without theirs."""
+        has_classes = any(one.classes is not None for one in self.found)
+        names = [name for name in GENERATOR_DEFAULTS if has_classes or name != "no_object_thresh"]
+        return {name: getattr(self.result.settings, name) for name in names}
+
     def describe(self) -> dict[str, Any]:
-        """Return what goes beside the weights, by the names of `GeneratorConfig`."""
-        settings = {name: getattr(self.result.settings, name) for name in GENERATOR_DEFAULTS}
+        """Return what goes beside the weights."""
+        settings = self.chosen
         return settings | ({"score_map": self.calibration.knots} if self.calibration else {})
 
     def measure(self, records: Sequence[Record]) -> dict[str, float]:
@@ -91,5 +99,5 @@ def tune(
     found = []
     for record, one in zip(records, candidates, strict=True):
         masks = clean(one[select(one, result.settings)], record, result.settings).masks
-        found.append(Detections(masks.rles, masks.scores.tolist()))
+        found.append(detect(masks))
     return Tuned(result, found, calibrate(candidates))

@@ -8,10 +8,13 @@ from functools import cached_property
 import numpy as np
 
 from finestsam.data.index import Record
+from finestsam.data.semantic import ClassTable
 from finestsam.evaluation.background import BackgroundScores, summarize_background
+from finestsam.evaluation.class_scores import score_classes
 from finestsam.evaluation.coco_scores import CocoScorer, Detections
 from finestsam.evaluation.prompt_scores import ObjectScore, summarize_scores
 from finestsam.evaluation.thresholds import Calibration
+from finestsam.prediction.overlay import colour_classes
 
 DRAWS = 300
 # Of the draws lie between the ends of an interval.
@@ -31,10 +34,17 @@ class Measurement:
     background: list[BackgroundScores] = field(default_factory=list)
     extra: dict[str, float] = field(default_factory=dict)  # further figures, by their whole names
     calibration: Calibration | None = None  # of the scores of candidates, where thresholds were searched
+    table: ClassTable | None = None  # of the classes in `found`; None: it has none
 
     @cached_property
     def scorer(self) -> CocoScorer | None:
         return None if self.found is None else CocoScorer(self.records, self.found)
+
+    @cached_property
+    def by_class(self) -> dict[str, float]:
+        """Return what `score_classes` measures; nothing where no categories are known."""
+        is_known = self.found is not None and self.table is not None
+        return score_classes(self.records, self.found, self.table) if is_known else {}
 
     @cached_property
     def figures(self) -> dict[str, float]:
@@ -45,9 +55,23 @@ class Measurement:
         if self.scorer:
             figures |= {f"generator/{name}": value for name, value in self.scorer.score().items()}
             figures["generator/masks_per_image"] = sum(len(one.rles) for one in self.found) / max(len(self.found), 1)
+        figures |= {f"classes/{name}": value for name, value in self.by_class.items()}
         figures |= {f"clicks/iou_{count}": value for count, value in self.clicks.items()}
         figures |= {f"background/{name}": value for name, value in summarize_background(self.background).items()}
         return figures | self.extra
+
+    def colour_found(self, place: int) -> np.ndarray | None:
+        """Return the colours of a picture's masks by their categories, K x 3; None where none are known."""
+        return None if self.table is None else self._colour(self.found[place].classes)
+
+    def colour_truth(self, place: int) -> np.ndarray | None:
+        """Return the colours of a picture's objects by their categories, G x 3; None where none are known."""
+        if self.table is None:
+            return None
+        return self._colour([self.table.by_category.get(one.category_id, 0) for one in self.records[place].annotations])
+
+    def _colour(self, classes: Sequence[int]) -> np.ndarray:
+        return colour_classes(len(self.table.names))[np.asarray(classes, dtype=int)]
 
     @cached_property
     def sums(self) -> dict[str, np.ndarray]:

@@ -7,17 +7,20 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
+import numpy as np
+
 from finestsam.config import Config, flatten_config
 from finestsam.data.index import Record
 from finestsam.data.reach import SIZES
 from finestsam.errors import Defect, printable
 from finestsam.evaluation.charts import draw_calibration, draw_clicks, draw_history, draw_precision
+from finestsam.evaluation.class_scores import MEASURES, list_classes
 from finestsam.evaluation.comparison import shrink_rle
 from finestsam.evaluation.measurement import Difference
 from finestsam.evaluation.mistakes import Mistakes, count_mistakes, sum_mistakes
 from finestsam.evaluation.story import Story
 from finestsam.images import compute_input_size, encode_image, read_image, resize_image
-from finestsam.prediction.overlay import draw_layer
+from finestsam.prediction.overlay import colour_classes, draw_layer
 
 REPORT_NAME = "report.html"
 # Of each end of the ranking.
@@ -34,6 +37,9 @@ TITLES = {
     "generator/ar_1000": "Generator: recall, 1000 masks a picture",
     "generator/f1": "Generator: F1 of all its masks",
     "generator/masks_per_image": "Generator: masks a picture",
+    "classes/ap": "By category: average precision, mean",
+    "classes/ap50": "By category: average precision at IoU 0.5, mean",
+    "classes/ar_100": "By category: recall, 100 masks a picture, mean",
     "point/iou": "One point: IoU of the mask that the model prefers",
     "point/best_iou": "One point: IoU of its best mask",
     "point/boundary_iou": "One point: boundary IoU",
@@ -64,6 +70,7 @@ def write_report_page(path: Path, story: Story, worse: Sequence[str], config: Co
     body = [
         _write_headlines(story),
         _write_worse(worse, story),
+        _write_categories(story),
         _write_charts(story),
         _write_mistakes(story),
         _write_pictures(story, config),
@@ -144,6 +151,31 @@ def _write_worse(worse: Sequence[str], story: Story) -> str:
     return f"<p>One point is answered worse than by the other on {len(worse)} of {count} pictures: {names}</p>"
 
 
+def _write_categories(story: Story) -> str:
+    """Return a row for each category, in its colour in the pictures."""
+    rows = list_classes(story.ours.by_class)
+    if not rows:
+        return ""
+    theirs = dict(list_classes(story.theirs.by_class)) if story.theirs else {}
+    table = story.ours.table
+    colours = dict(zip(table.names, colour_classes(len(table.names)).tolist(), strict=True))
+    lines = []
+    for name, row in rows:
+        swatch = f"<span style='color:#{bytes(colours[name]).hex()}'>&#9632;</span>"
+        cells = [f"{swatch} {_text(name)}", str(row["objects"])]
+        for measure in MEASURES:
+            before = f" <span class='quiet'>({theirs[name][measure]:.3f})</span>" if name in theirs else ""
+            cells.append(f"{row[measure]:.3f}{before}")
+        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    titles = ("category", "objects", "average precision", "at IoU 0.5", "recall, 100 masks a picture")
+    head = "".join(f"<th>{title}</th>" for title in titles)
+    note = "in brackets the model compared with; " if theirs else ""
+    return (
+        f"<h2>Categories</h2><table><tr>{head}</tr>{''.join(lines)}</table><p class='quiet'>A mask counts for its own "
+        f"category alone; {note}categories without an object in these pictures are left out.</p>"
+    )
+
+
 def _write_charts(story: Story) -> str:
     ours, theirs, charts = story.ours, story.theirs, []
     if ours.scorer and ours.scorer.has_objects:
@@ -210,11 +242,12 @@ def _write_picture(story: Story, place: int, config: Config) -> str:
     size = compute_input_size(record.size, min(SHOWN_PIXELS, max(record.size)))
     base = _embed(encode_image(resize_image(pixels, size), ".jpg"), "jpeg")
     truth = [record.rle(annotation) for annotation in record.annotations]
-    panels = [("picture", None), (f"truth: {len(truth)} objects", truth)]
-    if story.theirs and story.theirs.found is not None:
-        panels.append((f"compared with: {len(story.theirs.found[place].rles)} masks", story.theirs.found[place].rles))
-    panels.append((f"this model: {len(story.ours.found[place].rles)} masks", story.ours.found[place].rles))
-    drawn = "".join(_write_panel(caption, base, rles, record, size) for caption, rles in panels)
+    panels = [("picture", None, None), (f"truth: {len(truth)} objects", truth, story.ours.colour_truth(place))]
+    for name, one in (("compared with", story.theirs), ("this model", story.ours)):
+        if one and one.found is not None:
+            rles = one.found[place].rles
+            panels.append((f"{name}: {len(rles)} masks", rles, one.colour_found(place)))
+    drawn = "".join(_write_panel(caption, base, rles, colours, record, size) for caption, rles, colours in panels)
     return (
         f"<div class='picture'><div><code>{_text(record.file_name)}</code> "
         f"<span class='quiet'>finds {rating.recall:.0%} of the objects, F1 {rating.f1:.2f}</span></div>"
@@ -222,10 +255,12 @@ def _write_picture(story: Story, place: int, config: Config) -> str:
     )
 
 
-def _write_panel(caption: str, base: str, rles: list[dict] | None, record: Record, size: tuple[int, int]) -> str:
+def _write_panel(
+    caption: str, base: str, rles: list[dict] | None, colours: np.ndarray | None, record: Record, size: tuple[int, int]
+) -> str:
     layer = ""
     if rles is not None:
-        drawn = draw_layer(size, [shrink_rle(rle, size) for rle in rles], OPACITY)
+        drawn = draw_layer(size, [shrink_rle(rle, size) for rle in rles], OPACITY, colours)
         layer = f"<img alt='' src='{_embed(encode_image(drawn, '.png'), 'png')}'>"
     picture = f"<img alt='{_text(record.file_name)}' src='{base}'>"
     return (

@@ -14,7 +14,7 @@ from finestsam.data.dataset import SampleDataset, SampleSettings
 from finestsam.data.loaders import build_validation_loader
 from finestsam.data.read import LabelledSet
 from finestsam.data.semantic import ClassTable, match_classes
-from finestsam.errors import UserError, printable
+from finestsam.evaluation.class_matching import refuse_strangers
 from finestsam.evaluation.semantic_scores import count_pictures, describe_classes, summarize_pixels
 from finestsam.model.load import LoadedModel
 from finestsam.prediction.precompute import Embedder, fill_store, open_store
@@ -61,10 +61,5 @@ def find_classes(loaded: LoadedModel, data: LabelledSet) -> ClassTable:
     """
     card = loaded.card
     table = match_classes(data.category_names, card.classes, card.ignores_unlabelled)
-    unknown = [name for number, name in data.category_names.items() if number not in table.by_category]
-    if not table.by_category:
-        theirs, ours = (", ".join(map(printable, names[:10])) for names in (unknown, card.classes[1:]))
-        raise UserError(f"no category of the dataset ({theirs}) is a class of {loaded.source} ({ours})")
-    if unknown:
-        print(f"ignored, as the model has no such class: {', '.join(map(printable, unknown))}")
+    refuse_strangers(table, data.category_names, loaded.source)
     return table

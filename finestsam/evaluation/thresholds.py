@@ -18,11 +18,15 @@ MASK_COST = 0.01
 # What is tried, beside what the search starts from; of predicted IoUs, quantiles of those seen.
 SCORE_QUANTILES = np.linspace(0, 0.98, 50)
 STABILITIES = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.92, 0.95)
+NO_OBJECT_CHANCES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
 OVERLAPS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 REGION_AREAS = (0, 16, 64, 256)
 ROUNDS = 4
 # The settings that the search decides about, the cheapest to change first.
-SEARCHED = ("pred_iou_thresh", "stability_score_thresh", "box_nms_thresh", "points_per_side", "crop_n_layers")
+SEARCHED = (
+    "pred_iou_thresh", "stability_score_thresh", "no_object_thresh", "box_nms_thresh", "points_per_side",
+    "crop_n_layers",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,7 @@ def _list_options(found: Sequence[Candidates], start: GeneratorConfig, fixed: fr
         # Down, so that what is rounded passes as before.
         "pred_iou_thresh": [float(np.floor(level * 1e4) / 1e4) for level in levels],
         "stability_score_thresh": list(STABILITIES),
+        "no_object_thresh": list(NO_OBJECT_CHANCES) if any(one.masks.has_classes for one in found) else [],
         "box_nms_thresh": list(OVERLAPS),
         "points_per_side": grids or [start.points_per_side],
         "crop_n_layers": list(range(start.crop_n_layers + 1)),

@@ -16,7 +16,7 @@ class Card:
     model_type: str
     image_size: int  # pixels of the longest side
     multimask_output: bool  # which of the decoder's tokens were trained
-    categories: list[str]
+    categories: list[str]  # of --task classes in the order of the head's classes, without the first
     generator: dict[str, Any] = field(default_factory=dict)  # thresholds, by their names in GeneratorConfig
     metrics: dict[str, float] = field(default_factory=dict)
     floor: dict[str, float] = field(default_factory=dict)  # the same metrics of the untouched model
@@ -25,6 +25,7 @@ class Card:
     started_from_sha256: str | None = None
     kept_original: float = 0.0  # share of the weights that it started from in these
     task: str = "masks"
+    category_ids: list[int] = field(default_factory=list)  # of categories, in their order; of --task classes alone
     classes: list[str] = field(default_factory=list)  # of the semantic task, by number; the first is the background
     ignores_unlabelled: bool = False  # in the semantic task
     # Blocks of the image encoder with FFT attention: where there are any, segment_anything cannot use the weights.

@@ -71,6 +71,7 @@ class Answers:
     scores: Tensor  # N x M
     is_kept: Tensor  # N x M, bool
     logits: Tensor  # k x 4g x 4g, in the order of is_kept
+    tokens: Tensor  # k x C, what these masks were made from
 
 
 class FoldedMaskDecoder(MaskDecoder):
@@ -100,33 +101,39 @@ class FoldedMaskDecoder(MaskDecoder):
             query_places=[_split_heads(answer.q_proj(places), answer) for answer in answers],
         )
 
-    def answer(self, view: PictureView, sparse: Tensor, masks: slice) -> tuple[Tensor, Tensor]:
+    def answer(
+        self, view: PictureView, sparse: Tensor, masks: slice, learns_masks: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Answer prompts.
 
         Args:
             sparse: N x t x C, the embeddings of points and boxes.
             masks: which mask tokens, of the four.
+            learns_masks: false: without a gradient through the logits, and without the memory for one.
 
         Returns:
-            Logits, N x M x 4g x 4g, and scores, N x M.
+            Logits, N x M x 4g x 4g, scores, N x M, and the tokens that the masks are made from, N x M x C.
         """
-        logits, scores = [], []
+        logits, scores, read = [], [], []
         for part in self._list_chunks(view, len(sparse)):
             tokens, picture = self._attend(view[part], sparse[part], masks)
             scores.append(self._score(tokens, masks))
-            logits.append(self.upscale(picture, self._make_filters(tokens, masks)))
-        return torch.cat(logits), torch.cat(scores)
+            read.append(tokens[:, 1:])
+            with torch.set_grad_enabled(torch.is_grad_enabled() and learns_masks):
+                logits.append(self.upscale(picture, self._make_filters(tokens, masks)))
+        return torch.cat(logits), torch.cat(scores), torch.cat(read)
 
     def answer_above(self, view: PictureView, sparse: Tensor, masks: slice, min_score: float) -> Answers:
         """Answer prompts, and make only the masks whose score is above `min_score`; arguments as of `answer`."""
         side = 4 * view.side
-        logits, scores, is_kept = [sparse.new_zeros(0, side, side)], [], []
+        logits, scores, is_kept, read = [sparse.new_zeros(0, side, side)], [], [], []
         for part in self._list_chunks(view, len(sparse)):
             tokens, picture = self._attend(view[part], sparse[part], masks)
             scores.append(self._score(tokens, masks))
             is_kept.append(scores[-1] > min_score)
             logits += self._make_kept(picture, self._make_filters(tokens, masks), is_kept[-1])
-        return Answers(torch.cat(scores), torch.cat(is_kept), torch.cat(logits))
+            read.append(tokens[:, 1:][is_kept[-1]])
+        return Answers(torch.cat(scores), torch.cat(is_kept), torch.cat(logits), torch.cat(read))
 
     def score(self, view: PictureView, sparse: Tensor, masks: slice) -> Tensor:
         """Return what `answer` gives as scores, N x M, without making a mask; arguments as of `answer`."""

@@ -12,6 +12,7 @@ from finestsam.errors import UserError
 from finestsam.model.adapter_file import find_adapter
 from finestsam.model.build import ARCHITECTURES, PATCH_SIZE, build_sam
 from finestsam.model.card import Card, read_card
+from finestsam.model.classes import load_class_head
 from finestsam.model.fft_attention import list_blocks, mount_fft_attention_
 from finestsam.model.sam import FinestSam
 from finestsam.model.semantic_head import load_semantic_head
@@ -60,7 +61,7 @@ def load_model(config: Config, prefer_runs: bool = False, device: torch.device |
     multimask_output = card.multimask_output if card and prefer_runs else config.multimask_output
     model = FinestSam(sam, multimask_output, choose_encoder_dtype(config.precision, device))
     if prefer_runs and config.task != "masks":
-        model.semantic_head = _load_head(config, path, card)
+        _load_head_(model, config, path, card)
     if config.compile:
         model.sam.image_encoder.compile()  # in place: the names of its weights stay
     return LoadedModel(model.to(device).eval(), model_type, card, str(path or RANDOM_WEIGHTS), path)
@@ -94,14 +95,17 @@ def load_weights_(sam: Sam, state_dict: dict[str, Tensor]) -> None:
     sam.load_state_dict(state_dict)
 
 
-def _load_head(config: Config, path: Path | None, card: Card | None) -> nn.Module | None:
-    if card is not None and card.task == "semantic":
-        return load_semantic_head(path, card.classes)
-    if config.task == "semantic":
+def _load_head_(model: FinestSam, config: Config, path: Path | None, card: Card | None) -> None:
+    """Give a model the head that its weights were trained with."""
+    trained = "masks" if card is None else card.task
+    if config.task not in ("auto", trained):
         raise UserError(
-            f"task semantic: {path or RANDOM_WEIGHTS} were not trained for it; --mode train --task semantic"
+            f"task {config.task}: {path or RANDOM_WEIGHTS} were not trained for it; --mode train --task {config.task}"
         )
-    return None
+    if trained == "semantic":
+        model.semantic_head = load_semantic_head(path, card.classes)
+    elif trained == "classes":
+        model.class_head = load_class_head(path, card.categories)
 
 
 def _check_size(size: int | None) -> None:

@@ -30,6 +30,7 @@ class FinestSam(nn.Module):
         self.encoder_dtype = encoder_dtype
         self.affinity_head: nn.Module | None = None  # of training alone, so that it is wrapped with the rest
         self.semantic_head: nn.Module | None = None  # of models that give each pixel a class
+        self.class_head: nn.Module | None = None  # of models that give each mask a category
 
     @property
     def image_size(self) -> int:
@@ -49,7 +50,9 @@ class FinestSam(nn.Module):
         with torch.autocast(inputs.device.type, dtype=self.encoder_dtype, enabled=self.encoder_dtype is not None):
             return self.sam.image_encoder(inputs).float()
 
-    def forward(self, embedding: Tensor | None, prompts: Prompts | None) -> Predictions | Tensor | None:
+    def forward(
+        self, embedding: Tensor | None, prompts: Prompts | None, learns_masks: bool = True
+    ) -> Predictions | Tensor | None:
         """Answer the prompts of one picture.
 
         Without prompts, which is None, the semantic head answers: the logits of the classes, B x K x 4g x 4g, of any
@@ -58,6 +61,7 @@ class FinestSam(nn.Module):
         Args:
             embedding: 1 x C x g x g.
             prompts: of N objects. None answers none, which arms the gradient synchronisation of a rank without objects.
+            learns_masks: false: without a gradient through the masks, which takes less memory.
         """
         if prompts is None:
             return self.semantic_head(embedding)
@@ -66,7 +70,12 @@ class FinestSam(nn.Module):
         sparse, dense = self._embed_prompts(prompts)
         decoder = self.sam.mask_decoder
         view = decoder.look(embedding, self.sam.prompt_encoder.get_dense_pe(), dense)
-        return Predictions(*decoder.answer(view, sparse, self._asked_masks))
+        logits, scores, tokens = decoder.answer(view, sparse, self._asked_masks, learns_masks)
+        return Predictions(logits, scores, self.classify(embedding, tokens, logits))
+
+    def classify(self, embedding: Tensor, tokens: Tensor, logits: Tensor) -> Tensor | None:
+        """Return the logits of classes, ... x (1 + K), with the arguments of `ClassHead`; None where there is none."""
+        return None if self.class_head is None else self.class_head(tokens, logits, embedding)
 
     def score(self, embedding: Tensor, prompts: Prompts) -> Tensor:
         """Return the scores alone, N x M, of prompts that bring no mask; with a gradient, and without making masks.

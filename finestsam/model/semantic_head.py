@@ -6,8 +6,7 @@ from pathlib import Path
 from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 
-from finestsam.errors import UserError
-from finestsam.model.weights import load_state_dict
+from finestsam.model.head_file import load_head
 
 SUFFIX = ".semantic.pth"
 
@@ -54,14 +53,8 @@ def load_semantic_head(weights: Path, names: Sequence[str]) -> SemanticHead:
     Raises:
         UserError: there is none, or it is one for other classes.
     """
-    path = head_path(weights)
-    if not path.is_file():
-        raise UserError(f"{path} is missing, the head that {weights.with_suffix('.json').name} speaks of; copy it here")
-    state_dict = load_state_dict(path)
-    try:
-        width = state_dict["look.1.weight"].shape[0]
-        head = SemanticHead(width, len(names))
-        head.load_state_dict(state_dict)
-    except (KeyError, RuntimeError):
-        raise UserError(f"{path}: not a head for the {len(names)} classes of {weights.with_suffix('.json')}") from None
-    return head.eval()
+
+    def build(state_dict: dict[str, Tensor]) -> SemanticHead:
+        return SemanticHead(state_dict["look.1.weight"].shape[0], len(names))
+
+    return load_head(weights, SUFFIX, build, f"the {len(names)} classes")

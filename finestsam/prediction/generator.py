@@ -34,6 +34,7 @@ class _Crop:
     original_size: tuple[int, int]  # of the whole picture
     size: tuple[int, int]
     input_size: tuple[int, int]
+    embedding: Tensor  # 1 x C x g x g
     view: PictureView
     points: np.ndarray  # P x 2, XY, pixels of the crop
     upscaler: Upscaler  # from logits to pixels of the crop
@@ -48,6 +49,7 @@ class _Candidates:
     point_indices: Tensor  # K, into the crop's points
     stability: Tensor  # K
     boxes: Tensor  # K x 4, XYXY, pixels of the crop; both corners lie inside the mask
+    class_chances: Tensor  # K x (1 + C); K x 0 where the model has no class head
 
     def __getitem__(self, index: Tensor) -> "_Candidates":
         return _Candidates(*(getattr(self, entry.name)[index] for entry in fields(self)))
@@ -101,13 +103,13 @@ def _cut_crops(
         input_size = compute_input_size(size, model.image_size)
         if layer > 0 or embedding is None:
             inputs = torch.tensor(resize_image(part, input_size), device=model.device)  # h x w x 3
-            view = model.look(model.encode([inputs.permute(2, 0, 1)]))
+            seen = model.encode([inputs.permute(2, 0, 1)])
         else:
-            view = model.look(embedding)
+            seen = embedding
         points_per_side = int(settings.points_per_side / settings.crop_n_points_downscale_factor**layer)
         points = build_point_grid(max(points_per_side, 1)) * size[::-1]
         upscaler = Upscaler(model.image_size // 4, model.image_size, input_size, size)
-        yield _Crop(box, original_size, size, input_size, view, points, upscaler)
+        yield _Crop(box, original_size, size, input_size, seen, model.look(seen), points, upscaler)
 
 
 def _find_layer(number: int) -> int:
@@ -145,7 +147,9 @@ def _ask(model: FinestSam, crop: _Crop, indices: range, settings: GeneratorConfi
     scores, is_good = answers.scores.flatten(), answers.is_kept.flatten()
     point_indices = torch.tensor(indices, device=model.device).repeat_interleave(answers.scores.shape[1])
     stability, boxes = measure_masks(crop.upscaler, answers.logits, settings.stability_score_offset)
-    candidates = _Candidates(answers.logits, scores[is_good], point_indices[is_good], stability, boxes)
+    class_logits = model.classify(crop.embedding, answers.tokens, answers.logits)
+    chances = answers.logits.new_zeros(len(boxes), 0) if class_logits is None else class_logits.softmax(dim=1)
+    candidates = _Candidates(answers.logits, scores[is_good], point_indices[is_good], stability, boxes, chances)
     report.count_scores(scores, is_good)
     return _filter_measured(candidates, crop, settings, report)
 
@@ -157,6 +161,10 @@ def _filter_measured(
     is_stable = (candidates.stability >= settings.stability_score_thresh) & ~is_empty
     report.count_stability(candidates.stability, is_stable)
     candidates = candidates[is_stable]
+    if candidates.class_chances.shape[1]:
+        is_object = candidates.class_chances[:, 0] <= settings.no_object_thresh
+        report.count_no_object(candidates.class_chances[:, 0], is_object)
+        candidates = candidates[is_object]
     height, width = crop.original_size
     is_cut = is_box_near_crop_edge(candidates.boxes, crop.box, [0, 0, width, height])
     report.cut_by_crop += int(is_cut.sum())
@@ -179,6 +187,7 @@ def _compress(candidates: _Candidates, crop: _Crop) -> GeneratedMasks:
         areas=np.array([rle_area(rle) for rle in rles], dtype=np.int64),
         points=crop.points[candidates.point_indices.cpu().numpy()] + [x0, y0],
         crop_boxes_xywh=np.tile(np.array([[x0, y0, x1 - x0, y1 - y0]]), (len(rles), 1)),
+        class_chances=candidates.class_chances.cpu().numpy(),
     )
 
 

@@ -1,9 +1,12 @@
-"""Lay masks over a picture, each in a colour of its own."""
+"""Lay masks over a picture, each in a colour of its own or of its category."""
+
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
 
 from finestsam.masks import decode_rle, rle_area, rle_box
+from finestsam.prediction.legend import draw_legend
 
 # Hues a golden angle apart at three lightnesses (OKLCH), so that colours near in the list are far apart to the eye.
 PALETTE = np.frombuffer(
@@ -17,17 +20,16 @@ OUTLINE_SHADE = 0.35  # of the mask's own colour, so that neighbours part even w
 OUTLINE_WIDTH = 1 / 900  # of the picture's longest side
 
 
-def draw_overlay(image: np.ndarray, rles: list[dict], opacity: float) -> np.ndarray:
+def draw_overlay(image: np.ndarray, rles: list[dict], opacity: float, colours: np.ndarray | None = None) -> np.ndarray:
     """Return the picture in its own size with masks and their outlines over it, the small above the large.
 
     Args:
         image: H x W x 3, uint8, RGB.
-        rles: masks of the same H x W.
+        rles: K masks of the same H x W.
         opacity: 0 leaves the picture as it is, 1 hides it under the masks.
+        colours: of the masks, K x 3, uint8, RGB; None: such that neighbours differ.
     """
-    rles = sorted(rles, key=rle_area, reverse=True)
-    boxes = np.array([rle_box(rle) for rle in rles], dtype=np.int64).reshape(-1, 4)
-    colours = PALETTE[choose_colours(boxes)]
+    rles, boxes, colours = _sort_masks(rles, colours)
     filled = image.copy()
     outlines = []  # drawn after every mask is filled, so that a mask does not hide the outline of the one below
     for rle, (x, y, width, height), colour in zip(rles, boxes.tolist(), colours, strict=True):
@@ -43,6 +45,33 @@ def draw_overlay(image: np.ndarray, rles: list[dict], opacity: float) -> np.ndar
     return _blend(blended, outlined, opacity**0.5)  # thin lines need more to be seen through the same veil
 
 
+def draw_named_overlay(
+    image: np.ndarray, rles: list[dict], classes: np.ndarray, names: Sequence[str], opacity: float
+) -> np.ndarray:
+    """Return `draw_overlay` with a colour for each category, and the names of those that are in the picture.
+
+    Args:
+        classes: of the masks, K, counted from 1.
+        names: of the classes 1, 2, ...
+    """
+    colours = colour_classes(len(names) + 1)
+    overlay = draw_overlay(image, rles, opacity, colours[classes])
+    if opacity == 0:
+        return overlay
+    covered = np.zeros(image.shape[:2], dtype=bool)
+    for rle in rles:
+        covered |= decode_rle(rle)
+    return draw_legend(overlay, [(names[number - 1], colours[number]) for number in np.unique(classes)], covered)
+
+
+def _sort_masks(rles: list[dict], colours: np.ndarray | None) -> tuple[list[dict], np.ndarray, np.ndarray]:
+    """Return masks, the largest first, their boxes (XYWH) and colours."""
+    order = sorted(range(len(rles)), key=lambda place: rle_area(rles[place]), reverse=True)
+    rles = [rles[place] for place in order]
+    boxes = np.array([rle_box(rle) for rle in rles], dtype=np.int64).reshape(-1, 4)
+    return rles, boxes, PALETTE[choose_colours(boxes)] if colours is None else colours[order]
+
+
 def draw_classes(image: np.ndarray, classes: np.ndarray, opacity: float) -> np.ndarray:
     """Return the picture with a colour for each class over it; none for class 0, the background.
 
@@ -55,22 +84,29 @@ def draw_classes(image: np.ndarray, classes: np.ndarray, opacity: float) -> np.n
 
 
 def colour_classes(count: int) -> np.ndarray:
-    """Return the colours of classes 0, 1, ..., count x 3, uint8, RGB; of more classes than colours some share one."""
-    return PALETTE[(np.arange(count) - 1) % len(PALETTE)]
+    """Return the colours of classes 0, 1, ..., count x 3, uint8, RGB.
+
+    Of more classes than colours the next are darker, the next lighter, and after that some share one.
+    """
+    turns, places = np.divmod(np.arange(count) - 1, len(PALETTE))
+    shades = np.stack([PALETTE, PALETTE * 0.55, PALETTE * 0.45 + 140])
+    return shades[turns % len(shades), places].astype(np.uint8)
 
 
-def draw_layer(size: tuple[int, int], rles: list[dict], opacity: float) -> np.ndarray:
+def draw_layer(
+    size: tuple[int, int], rles: list[dict], opacity: float, colours: np.ndarray | None = None
+) -> np.ndarray:
     """Return masks and their outlines on nothing, H x W x 4, uint8, RGBA, to be laid over a picture.
 
     Args:
         size: (height, width) of the picture.
         rles: masks of that size.
+        colours: as of `draw_overlay`.
     """
-    shown = sorted(rles, key=rle_area, reverse=True)
-    boxes = np.array([rle_box(rle) for rle in shown], dtype=np.int64).reshape(-1, 4)
+    shown, boxes, colours = _sort_masks(rles, colours)
     layer = np.zeros((*size, 4), dtype=np.uint8)
     outlines = []
-    for rle, (x, y, width, height), colour in zip(shown, boxes.tolist(), PALETTE[choose_colours(boxes)], strict=True):
+    for rle, (x, y, width, height), colour in zip(shown, boxes.tolist(), colours, strict=True):
         mask = decode_rle(rle)[y : y + height, x : x + width]
         layer[y : y + height, x : x + width][mask] = [*colour, round(255 * opacity)]
         outlines.append((_trace(mask, (x, y)), [*colour.tolist(), 255]))

@@ -104,7 +104,8 @@ def hash_weights(embedder: Embedder) -> str:
     model = embedder.model
     key = embedder.store.encoder_key if embedder.store else hash_encoder(model)
     digest = hashlib.blake2b(f"{key} {model.multimask_output}".encode(), digest_size=16)
-    for name, values in sorted(model.sam.state_dict().items()):
+    heads = model.class_head.state_dict(prefix="class_head.") if model.class_head else {}
+    for name, values in sorted((model.sam.state_dict() | heads).items()):
         if not name.startswith("image_encoder."):
             digest.update(name.encode())
             digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

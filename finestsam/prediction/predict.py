@@ -1,11 +1,12 @@
 """`--mode predict`: find the objects of pictures, and write an overlay of each and one COCO json of all."""
 
+import functools
 import glob
 import itertools
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,11 +22,11 @@ from finestsam.data.embeddings import picture_key
 from finestsam.errors import Defect, UserError, printable
 from finestsam.images import IMAGE_SUFFIXES, hash_picture, read_image, write_image
 from finestsam.model.card import Card
-from finestsam.model.load import load_model
+from finestsam.model.load import LoadedModel, load_model
 from finestsam.output_folder import make_output_folder
 from finestsam.prediction.generator import generate_masks, resolve_generator
 from finestsam.prediction.journal import Journal, read_finished
-from finestsam.prediction.overlay import draw_overlay
+from finestsam.prediction.overlay import draw_named_overlay, draw_overlay
 from finestsam.prediction.precompute import Embedder, hash_weights, open_store
 from finestsam.prediction.results import GeneratedMasks, Results
 from finestsam.prediction.semantic import predict_classes
@@ -54,7 +55,7 @@ def predict(config: Config) -> int:
         return predict_classes(paths, name_overlays(paths, out_dir), embedder, loaded.card.classes, config)
     settings = resolve_generator(config.generator, loaded.card)
     score_map = _find_score_map(config, loaded.card)
-    results = Results(_name_category(loaded.card), settings, score_map, hash_weights(embedder))
+    results = Results(_number_categories(loaded), settings, score_map, hash_weights(embedder))
     journal = Journal(out_dir, results.origin)
     jobs = _list_jobs(paths, name_overlays(paths, out_dir))
     left = _take_up(jobs, results, journal, out_dir) if config.resume else jobs
@@ -211,7 +212,8 @@ def _predict_all(jobs: list[_Job], embedder: Embedder, config: Config, results: 
             if written:
                 written.result()
             entry = results.add(job.name, image.pixels.shape[:2], masks, image.digest)
-            written = writer.submit(_write, job.overlay, image.pixels, masks.rles, config.opacity, journal, entry)
+            drawn = functools.partial(_draw, image.pixels, masks, results, config.opacity)
+            written = writer.submit(_write, job.overlay, drawn, journal, entry)
             done += 1
             if len(masks) == 0:
                 tqdm.write(f"{printable(job.path)}: no masks: {masks.report.explain_no_masks(results.settings)}")
@@ -242,10 +244,17 @@ def _find_masks(embedder: Embedder, picture: _Picture, path: Path, results: Resu
         raise UserError(f"{printable(path)}: the memory of {embedder.model.device} is too small; {advice}") from None
 
 
-def _write(path: Path, pixels: np.ndarray, rles: list[dict], opacity: float, journal: Journal, entry: dict) -> None:
+def _draw(pixels: np.ndarray, masks: GeneratedMasks, results: Results, opacity: float) -> np.ndarray:
+    """Return the overlay: of a model that knows categories with their colours and names."""
+    if masks.has_classes:
+        return draw_named_overlay(pixels, masks.rles, masks.classes, list(results.categories.values()), opacity)
+    return draw_overlay(pixels, masks.rles, opacity)
+
+
+def _write(path: Path, draw: Callable[[], np.ndarray], journal: Journal, entry: dict) -> None:
     """Write an overlay, and that its picture is done."""
     with _writing(path):
-        write_image(path, draw_overlay(pixels, rles, opacity))
+        write_image(path, draw())
         journal.add(entry)
 
 
@@ -271,8 +280,12 @@ def _find_score_map(config: Config, card: Card | None) -> list[list[float]]:
     return found
 
 
-def _name_category(card: Card | None) -> str:
-    return card.categories[0] if card and len(card.categories) == 1 else "object"
+def _number_categories(loaded: LoadedModel) -> dict[int, str]:
+    """Return the names by id of the categories that the model tells apart, in the order of its classes; or just one."""
+    card = loaded.card
+    if loaded.model.class_head is not None:
+        return dict(zip(card.category_ids, card.categories, strict=True))
+    return {1: card.categories[0] if card and len(card.categories) == 1 else "object"}
 
 
 def _count(number: int, noun: str) -> str:

@@ -22,8 +22,10 @@ class FilterReport:
     unstable: int = 0  # removed by stability_score_thresh
     cut_by_crop: int = 0  # removed because a crop, not the picture, cuts them
     duplicates: int = 0  # removed by box_nms_thresh and crop_nms_thresh
+    no_object: int = 0  # removed by no_object_thresh
     best_score: float = -np.inf  # of all candidates; -inf: no score was a number
     best_stability: float = -np.inf  # of those whose score is good enough; -inf: there are none
+    least_no_object: float = np.inf  # chance to be no object, of those that are stable; inf: there are none
 
     def count_scores(self, scores: Tensor, is_kept: Tensor) -> None:
         self.candidates += len(scores)
@@ -34,12 +36,16 @@ class FilterReport:
         self.unstable += int((~is_kept).sum())
         self.best_stability = max([self.best_stability, *stability.tolist()])
 
+    def count_no_object(self, chances: Tensor, is_kept: Tensor) -> None:
+        self.no_object += int((~is_kept).sum())
+        self.least_no_object = min([self.least_no_object, *chances.tolist()])
+
     def __add__(self, other: "FilterReport") -> "FilterReport":
-        counts = (self.candidates, self.low_score, self.unstable, self.cut_by_crop, self.duplicates)
-        others = (other.candidates, other.low_score, other.unstable, other.cut_by_crop, other.duplicates)
-        best_score = max(self.best_score, other.best_score)
-        best_stability = max(self.best_stability, other.best_stability)
-        return FilterReport(*(sum(pair) for pair in zip(counts, others, strict=True)), best_score, best_stability)
+        joined = {entry.name: getattr(self, entry.name) + getattr(other, entry.name) for entry in fields(self)}
+        joined["best_score"] = max(self.best_score, other.best_score)
+        joined["best_stability"] = max(self.best_stability, other.best_stability)
+        joined["least_no_object"] = min(self.least_no_object, other.least_no_object)
+        return FilterReport(**joined)
 
     def explain_no_masks(self, settings: GeneratorConfig) -> str:
         """Say which threshold left nothing over, with the best figures seen."""
@@ -55,6 +61,11 @@ class FilterReport:
             reasons.append(
                 f"{self.unstable} are empty or less stable than generator.stability_score_thresh "
                 f"{settings.stability_score_thresh:g} (best {self.best_stability:.3f})"
+            )
+        if self.no_object:
+            reasons.append(
+                f"{self.no_object} have a chance to be no object above generator.no_object_thresh "
+                f"{settings.no_object_thresh:g} (least {self.least_no_object:.3f})"
             )
         if self.cut_by_crop:
             reasons.append(f"{self.cut_by_crop} are cut by the edge of a crop")
@@ -72,10 +83,30 @@ class GeneratedMasks:
     areas: np.ndarray  # K, int, pixels
     points: np.ndarray  # K x 2, XY: the prompt that found the mask
     crop_boxes_xywh: np.ndarray  # K x 4, int: the part of the picture that the model saw
+    class_chances: np.ndarray  # K x (1 + C), of no object and of each category, adding up to 1; K x 0 without a head
     report: FilterReport = field(default_factory=FilterReport)
 
     def __len__(self) -> int:
         return len(self.rles)
+
+    @property
+    def has_classes(self) -> bool:
+        return self.class_chances.shape[1] > 0
+
+    @property
+    def classes(self) -> np.ndarray:
+        """Return the class of each mask's likeliest category, K, counted from 1."""
+        return self.class_chances[:, 1:].argmax(axis=1) + 1
+
+    @property
+    def class_scores(self) -> np.ndarray:
+        """Return the chance of that category, K; 1 without a head."""
+        return self.class_chances[:, 1:].max(axis=1) if self.has_classes else np.ones_like(self.scores)
+
+    @property
+    def no_object_chances(self) -> np.ndarray:
+        """Return the chance to be no object, K; 0 without a head."""
+        return self.class_chances[:, 0] if self.has_classes else np.zeros_like(self.scores)
 
     @property
     def corners(self) -> np.ndarray:
@@ -105,14 +136,19 @@ class Results:
     """A COCO dataset of predictions that grows picture by picture; `loadRes` takes its annotations as they are.
 
     Args:
+        categories: names by id, in the order of the model's classes from 1 on; of a model without classes just one.
         score_map: what corrects the scores; None or empty: they are the predicted IoUs.
         weights: a hash of the model's.
     """
 
     def __init__(
-        self, category: str, settings: GeneratorConfig, score_map: list[list[float]] | None = None, weights: str = ""
+        self,
+        categories: dict[int, str],
+        settings: GeneratorConfig,
+        score_map: list[list[float]] | None = None,
+        weights: str = "",
     ):
-        self.category = category
+        self.categories = categories
         self.settings = settings
         self.score_map = score_map or []
         self.weights = weights
@@ -135,7 +171,7 @@ class Results:
         """
         image = {"file_name": file_name, "width": size[1], "height": size[0], "digest": digest}
         scores = correct_scores(masks.scores, self.score_map)
-        annotations = [_describe(masks, index, scores[index]) for index in range(len(masks))]
+        annotations = [self._describe(masks, index, scores[index]) for index in range(len(masks))]
         self.entries[file_name] = {"image": image, "annotations": annotations}
         return self.entries[file_name]
 
@@ -152,7 +188,7 @@ class Results:
             number = {"id": len(images) + 1}  # first, and over that of an earlier file
             images.append(number | self.entries[name]["image"] | number)
             for annotation in self.entries[name]["annotations"]:
-                ids = {"id": len(annotations) + 1, "image_id": len(images), "category_id": 1}
+                ids = {"id": len(annotations) + 1, "image_id": len(images)}
                 annotations.append(ids | annotation | ids)
         content = {
             "info": {
@@ -162,22 +198,27 @@ class Results:
             },
             "images": images,
             "annotations": annotations,
-            "categories": [{"id": 1, "name": self.category}],
+            "categories": [{"id": number, "name": name} for number, name in self.categories.items()],
         }
         partial = path.with_name(f".{path.name}.part")
         partial.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
         partial.replace(path)
 
-
-def _describe(masks: GeneratedMasks, index: int, score: float) -> dict:
-    # Six digits are what float32 holds; more would only be noise that changes from machine to machine.
-    return {
-        "segmentation": rle_to_json(masks.rles[index]),
-        "bbox": masks.boxes_xywh[index].tolist(),
-        "area": int(masks.areas[index]),
-        "iscrowd": 0,
-        "score": round(float(score), 6),
-        "predicted_iou": round(float(masks.scores[index]), 6),
-        "stability_score": round(float(masks.stability[index]), 6),
-        "point": [round(float(place), 3) for place in masks.points[index]],
-    }
+    def _describe(self, masks: GeneratedMasks, index: int, score: float) -> dict:
+        # Six digits are what float32 holds; more would only be noise that changes from machine to machine.
+        category = {"category_id": next(iter(self.categories))}
+        if masks.has_classes:
+            category_id, name = list(self.categories.items())[masks.classes[index] - 1]
+            class_score = float(masks.class_scores[index])
+            score *= class_score
+            category = {"category_id": category_id, "category_name": name, "class_score": round(class_score, 6)}
+        return category | {
+            "segmentation": rle_to_json(masks.rles[index]),
+            "bbox": masks.boxes_xywh[index].tolist(),
+            "area": int(masks.areas[index]),
+            "iscrowd": 0,
+            "score": round(float(score), 6),
+            "predicted_iou": round(float(masks.scores[index]), 6),
+            "stability_score": round(float(masks.stability[index]), 6),
+            "point": [round(float(place), 3) for place in masks.points[index]],
+        }

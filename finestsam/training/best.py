@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from finestsam import __version__
+from finestsam.data.categories import list_category_ids
 from finestsam.errors import UserError
+from finestsam.model import classes, semantic_head
 from finestsam.model.adapter_file import write_adapter
 from finestsam.model.card import Card, write_card
 from finestsam.model.fft_attention import list_blocks
 from finestsam.model.load import RANDOM_WEIGHTS
 from finestsam.model.lora import list_lora, plain_state_dict
-from finestsam.model.semantic_head import head_path
 from finestsam.training.checkpoint import save_weights
 from finestsam.training.run import Run
 
@@ -21,8 +22,9 @@ ADAPTER_FOLDER = "adapter"
 
 def choose_metric(run: Run) -> str:
     """Return the name of what weights are judged by."""
-    is_known = run.config.best_metric in run.progress.floor
-    return run.config.best_metric if is_known else run.stepper.metric
+    name = run.config.best_metric
+    name = run.stepper.default_metric if name == "auto" else name
+    return name if name in run.progress.floor else run.stepper.metric
 
 
 def rank(run: Run, metrics: dict[str, float]) -> list[float]:
@@ -85,19 +87,22 @@ def _save_adapter(run: Run, card: Card) -> None:
 
 
 def _save_beside(run: Run, path: Path, card: Card) -> None:
-    head = run.loaded.model.semantic_head
-    if head is not None:
-        save_weights(head_path(path), head.state_dict())
+    model = run.loaded.model
+    for kind, head in ((semantic_head, model.semantic_head), (classes, model.class_head)):
+        if head is not None:
+            save_weights(kind.head_path(path), head.state_dict())
     write_card(path, card)
 
 
 def _make_card(run: Run, kept_original: float) -> Card:
-    progress, model = run.progress, run.loaded.model
+    progress, model, table = run.progress, run.loaded.model, run.classes
+    has_masks, has_categories = model.semantic_head is None, model.class_head is not None
     return Card(
         model_type=run.loaded.model_type,
         image_size=model.image_size,
         multimask_output=model.multimask_output,
-        categories=run.data.categories,
+        categories=table.names[1:] if has_categories else run.data.categories,
+        category_ids=list_category_ids(table) if has_categories else [],
         generator=progress.generator,
         metrics=progress.metrics,
         floor=progress.floor or progress.metrics,
@@ -105,9 +110,9 @@ def _make_card(run: Run, kept_original: float) -> Card:
         started_from=progress.started_from,
         kept_original=kept_original,
         started_from_sha256=progress.started_from_sha256,
-        task="masks" if run.classes is None else "semantic",
-        classes=run.classes.names if run.classes else [],
-        ignores_unlabelled=run.classes.ignores_unlabelled if run.classes else False,
+        task="classes" if has_categories else "masks" if has_masks else "semantic",
+        classes=[] if has_masks else table.names,
+        ignores_unlabelled=False if has_masks else table.ignores_unlabelled,
         fft_blocks=list_blocks(model.sam.state_dict()),
         finestsam_version=__version__,
     )

@@ -9,7 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from finestsam.model.classes import head_path
 from finestsam.model.lora import is_lora, list_lora, load_plain_
+from finestsam.model.sam import FinestSam
 from finestsam.training.best import keep_if_best, rank
 from finestsam.training.checkpoint import save_weights
 from finestsam.training.run import Run
@@ -43,7 +45,8 @@ def blend_best(run: Run, validate: Callable[[Run], None]) -> None:
     best = torch.load(run.folder / "best.pth", map_location="cpu", weights_only=True)
     if all(torch.equal(start[name], best[name]) for name in start):
         return  # no epoch was better than the start
-    last = {name: value.clone() for name, value in run.loaded.model.sam.state_dict().items()}
+    last = _copy_state(run.loaded.model)
+    _load_best_head_(run)
     found = run.progress.best
     if wanted != "auto" and found is not None:
         run.progress.best = rank(run, run.progress.floor)
@@ -56,7 +59,18 @@ def blend_best(run: Run, validate: Callable[[Run], None]) -> None:
         run.fabric.print(f"with {share:g} of the original weights: {'better' if is_better else 'no better'}")
     if not has_better:
         run.progress.best = found
-    run.loaded.model.sam.load_state_dict(last)
+    run.loaded.model.load_state_dict(last)
+
+
+def _copy_state(model: FinestSam) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def _load_best_head_(run: Run) -> None:
+    """Take the class head that belongs to the best weights: the blends of those are judged and saved with it."""
+    head = run.loaded.model.class_head
+    if head is not None:
+        head.load_state_dict(torch.load(head_path(run.folder / "best.pth"), weights_only=True))
 
 
 def blend(start: dict[str, Tensor], best: dict[str, Tensor], share: float) -> dict[str, Tensor]:

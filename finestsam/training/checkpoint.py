@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from finestsam.errors import UserError
-from finestsam.model.semantic_head import SUFFIX
+from finestsam.model import classes, semantic_head
 
 LAST = "last.ckpt"  # everything needed to continue
 PREVIOUS = "last.prev.ckpt"  # the one before, for the day on which the last one is damaged
-BESIDE_WEIGHTS = (".json", SUFFIX)  # what lies beside a file of weights, under its name
+BESIDE_WEIGHTS = (".json", semantic_head.SUFFIX, classes.SUFFIX)  # what lies beside a file of weights, under its name
 WRAPPERS = ("module", "_forward_module", "_orig_mod", "model", "sam")  # parts of names that are not SAM's
 
 

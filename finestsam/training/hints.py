@@ -14,10 +14,9 @@ def describe_training(model: FinestSam, model_type: str) -> str:
         ranks = {layer.lora_A.out_features for _, layer in list_lora(part)}
         if count:
             parts.append(f"{name} {_in_millions(count)}" + "".join(f" (LoRA of rank {rank})" for rank in ranks))
-    if model.semantic_head is not None:
-        parts.append(
-            f"semantic_head {_in_millions(sum(weight.numel() for weight in model.semantic_head.parameters()))}"
-        )
+    for name in ("semantic_head", "class_head"):
+        if (head := getattr(model, name)) is not None:
+            parts.append(f"{name} {_in_millions(sum(weight.numel() for weight in head.parameters()))}")
     blocks = list_blocks(model.sam.state_dict())
     fft = f"; FFT attention in blocks {', '.join(map(str, blocks))}" if blocks else ""
     total = sum(weight.numel() for weight in model.sam.parameters())

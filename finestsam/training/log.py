@@ -23,6 +23,9 @@ GENERATOR_COLUMNS = (
 )
 VALIDATION_COLUMNS = (*PROMPT_COLUMNS, *GENERATOR_COLUMNS)
 COLUMNS = ("epoch", "step", "seconds", "validation_seconds", "learning_rate", *TRAINING_COLUMNS, *VALIDATION_COLUMNS)
+CLASS_TRAINING_COLUMNS = (*TRAINING_COLUMNS, "class_loss", "class_accuracy")
+CLASS_VALIDATION_COLUMNS = ("val_classes_ap", "val_classes_ap50", "val_classes_ar_100")
+CLASS_COLUMNS = (*COLUMNS[:5], *CLASS_TRAINING_COLUMNS, *VALIDATION_COLUMNS, *CLASS_VALIDATION_COLUMNS)
 SEMANTIC_TRAINING_COLUMNS = ("total_loss", "cross_entropy_loss", "dice_loss", "pixel_accuracy")
 SEMANTIC_VALIDATION_COLUMNS = ("val_miou", "val_mdice", "val_pixel_accuracy")
 SEMANTIC_COLUMNS = (*COLUMNS[:5], *SEMANTIC_TRAINING_COLUMNS, *SEMANTIC_VALIDATION_COLUMNS)
@@ -166,8 +169,10 @@ def describe_epoch(row: Row, num_epochs: int | None = None, floor: Mapping[str, 
         "total_loss": "loss {:.3f}",
         "iou": "iou {:.2f}",
         "pixel_accuracy": "accuracy {:.2f}",
+        "class_accuracy": "class {:.2f}",
         "val_per_mask_iou": "val {:.2f}",
         "val_generator_ar_100": "ar100 {:.2f}",
+        "val_classes_ar_100": "by class {:.2f}",
         "val_miou": "miou {:.3f}",
         "learning_rate": "lr {:.1e}",
         "seconds": "{:.1f} s",

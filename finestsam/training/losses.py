@@ -82,6 +82,7 @@ class ObjectLosses:
     iou: Tensor  # measured, of the mask that is trained
     score: Tensor  # predicted, of the same mask
     best: Tensor  # which of the M masks that is
+    ious: Tensor  # measured, of all masks, N x M
 
 
 def object_losses(
@@ -109,7 +110,8 @@ def object_losses(
     total = torch.cat(mask_loss) + settings.iou_ratio * iou_error
     rows = torch.arange(len(best), device=best.device)
     score = predictions.scores.detach()[rows, best]
-    return ObjectLosses(total, torch.cat(focal), torch.cat(dice), iou_error.detach(), ious[rows, best], score, best)
+    parts = (torch.cat(focal), torch.cat(dice), iou_error.detach(), ious[rows, best], score, best, ious)
+    return ObjectLosses(total, *parts)
 
 
 def _best_mask_loss(

@@ -23,7 +23,9 @@ TITLES = {
     "predicted_iou": "Predicted IoU",
     "learning_rate": "Learning rate",
 }
-# The same of a run that learns classes.
+# In a run that learns a category for each mask as well.
+CLASS_TITLES = TITLES | {"class_loss": "Class loss", "class_accuracy": "Class accuracy"}
+# The same of a run that learns a class for each pixel.
 SEMANTIC_TITLES = {
     "total_loss": "Total loss",
     "cross_entropy_loss": "Cross-entropy",
@@ -34,6 +36,8 @@ SEMANTIC_TITLES = {
 COLORS = {
     "cross_entropy_loss": "#D55E00",
     "pixel_accuracy": "#009E73",
+    "class_loss": "#999933",
+    "class_accuracy": "#332288",
     "total_loss": "black",
     "focal_loss": "#D55E00",
     "dice_loss": "#0072B2",
@@ -46,6 +50,7 @@ COLORS = {
 VALIDATION = {
     "val_per_mask_iou": ("Validation IoU", "#E69F00"),
     "val_generator_ar_100": ("Generator AR", "#882255"),
+    "val_classes_ar_100": ("Generator AR by category", "#44AA99"),
     "val_miou": ("Validation mIoU", "#E69F00"),
 }
 # Drawn with the curve of what they measure in training.
@@ -62,7 +67,8 @@ def draw_curves(rows: Rows, folder: Path) -> list[Path]:
     """
     plots = folder / "plots"
     plots.mkdir(parents=True, exist_ok=True)
-    titles = SEMANTIC_TITLES if any("cross_entropy_loss" in row for row in rows) else TITLES
+    kinds = {"cross_entropy_loss": SEMANTIC_TITLES, "class_loss": CLASS_TITLES}
+    titles = next((titles for name, titles in kinds.items() if any(name in row for row in rows)), TITLES)
     figures = {name: _draw_one(rows, name, title) for name, title in titles.items()}
     figures["all_metrics"] = _draw_all(rows, titles)
     paths = []

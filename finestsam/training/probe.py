@@ -12,7 +12,7 @@ from finestsam.config import CHUNK_OBJECTS
 from finestsam.data.dataset import SampleDataset
 from finestsam.errors import Defect, UserError
 from finestsam.model.lora import list_lora
-from finestsam.training.losses import measure_piece_bytes, object_losses
+from finestsam.training.losses import measure_piece_bytes
 from finestsam.training.step import Stepper
 from finestsam.training.trainable import trains_encoder
 
@@ -98,7 +98,7 @@ def _decode(stepper: Stepper, embedding: Tensor, sample: Sample, count: int) -> 
         for _ in range(stepper.config.prompts.correction_clicks):
             prompts = stepper.correct(prompts, stepper.model(embedding, prompts), sample, 0)
     predictions = stepper.model(embedding, prompts)
-    return object_losses(predictions, sample, 0, stepper.config.losses, stepper.model.image_size).total
+    return stepper.take_losses(predictions, sample, 0).total
 
 
 def _count_kept_bytes(work: Callable[[], Tensor], known: set[int]) -> tuple[int, Tensor]:

@@ -16,7 +16,7 @@ FIXED = (
     "sched.type",
 )  # fmt: skip
 # The optimizer's own, which its checkpoint brings along.
-KEPT = ("opt.learning_rate", "opt.weight_decay")
+KEPT = ("opt.learning_rate", "opt.weight_decay", "semantic.head_learning_rate", "classes.head_learning_rate")
 # How long, where and with what a run computes changes nothing that it learns.
 FREE = (
     "num_epochs", "max_steps", "early_stop_evaluations", "num_workers", "device", "num_devices", "num_nodes", "sav_dir",

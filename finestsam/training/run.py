@@ -38,6 +38,7 @@ from finestsam.prediction.generator import resolve_generator
 from finestsam.prediction.precompute import Embedder, encode_missing, find_missing, open_store
 from finestsam.training import checkpoint
 from finestsam.training.affinity import AffinityHead
+from finestsam.training.classes import ClassStepper, build_class_optimizer, choose_categories, weigh_classes
 from finestsam.training.distill import distill_
 from finestsam.training.probe import choose_chunk_objects
 from finestsam.training.random_state import random_state, restore_random_state
@@ -91,12 +92,16 @@ class Run:
     val_loader: DataLoader | None  # None: nothing to validate on
     progress: Progress
     top: checkpoint.TopWeights
-    classes: ClassTable | None = None  # of the semantic task
+    classes: ClassTable | None = None  # of the tasks semantic and classes
 
     @property
     def has_new_attention(self) -> bool:
         """Whether this run replaced attention of the weights that it started from."""
         return self.config.model_layer.fft_attention.blocks != "none"
+
+    @property
+    def is_semantic(self) -> bool:
+        return self.config.task == "semantic"
 
     @property
     def is_first_rank(self) -> bool:
@@ -130,10 +135,12 @@ def build_run(fabric: Fabric, ranks: Ranks, config: Config) -> Run:
     progress = _restore_progress(state, config, ranks) if state else _begin_progress(fabric, loaded)
     originals = SampleDataset(data.train, _choose_sample_settings(config, loaded.model))
     ranks.join(lambda: distill_(fabric, loaded, originals, config.model_layer.fft_attention.distill_steps))
-    classes = choose_classes(config, loaded, data.category_names) if config.task == "semantic" else None
-    stepper, scheduler = _build_stepper(fabric, config, loaded, data, folder)
+    classes = _choose_classes(config, loaded, data, state)
+    stepper, scheduler = _build_stepper(fabric, config, loaded, data, folder, classes)
     progress.sums = progress.sums or dict.fromkeys(stepper.measures, 0.0)
-    settings = replace(_choose_sample_settings(config, loaded.model), classes=classes)
+    kind = {"semantic": "classes", "classes": "categories"}.get(config.task)
+    settings = _choose_sample_settings(config, loaded.model)
+    settings = replace(settings, **{kind: classes}) if kind else settings
     sampler = StepSampler(len(data.train), config.batch_size, settings.seed, fabric.global_rank, fabric.world_size)
     store = stepper.embedder.store
     train_set = SampleDataset(data.train, settings, stepper.previous_logits, store)
@@ -151,6 +158,14 @@ def build_run(fabric: Fabric, ranks: Ranks, config: Config) -> Run:
     if state is not None:
         _restore(run, state)
     return run
+
+
+def _choose_classes(config: Config, loaded: LoadedModel, data: LabelledSet, state: dict | None) -> ClassTable | None:
+    """Return the classes of the task, and give the model a head for them; None where it has none."""
+    names = state.get("categories") if state else None
+    if config.task == "semantic":
+        return choose_classes(config, loaded, data.category_names, names)
+    return choose_categories(loaded, data.category_names, names) if config.task == "classes" else None
 
 
 def _load_state(config: Config, ranks: Ranks) -> dict | None:
@@ -236,7 +251,7 @@ def _fill_store(ranks: Ranks, embedder: Embedder, datasets: list[SampleDataset],
 
 
 def _build_stepper(
-    fabric: Fabric, config: Config, loaded: LoadedModel, data: LabelledSet, folder: Path
+    fabric: Fabric, config: Config, loaded: LoadedModel, data: LabelledSet, folder: Path, classes: ClassTable | None
 ) -> tuple[Stepper, torch.optim.lr_scheduler.LRScheduler]:
     model = loaded.model.train()
     model.sam.image_encoder.recomputes = config.model_layer.recompute_encoder
@@ -244,7 +259,12 @@ def _build_stepper(
     is_semantic = model.semantic_head is not None
     if config.losses.affinity_ratio > 0 and not is_semantic and trains_encoder(model):
         model.affinity_head = AffinityHead(model.sam.prompt_encoder.embed_dim).to(model.device)
-    optimizer = build_semantic_optimizer(loaded, config) if is_semantic else build_optimizer(model, config.opt)
+    if is_semantic:
+        optimizer = build_semantic_optimizer(loaded, config)
+    elif classes:
+        optimizer = build_class_optimizer(loaded, config)
+    else:
+        optimizer = build_optimizer(model, config.opt)
     total_steps = _count_steps(config, len(data.train), fabric.world_size)
     scheduler = build_scheduler(optimizer, config.sched, config.eval_interval, total_steps)
     wrapped, optimizer = fabric.setup(model, optimizer)
@@ -259,8 +279,11 @@ def _build_stepper(
         fabric.barrier()
     # What a training encoder answered is out of date with the next step.
     embedder = Embedder(model, None if trains_encoder(model) else open_store(config.store, model))
-    kind = SemanticStepper if is_semantic else Stepper
-    return kind(fabric, config, model, wrapped, optimizer, scaler, embedder, previous), scheduler
+    kind = SemanticStepper if is_semantic else ClassStepper if classes else Stepper
+    stepper = kind(fabric, config, model, wrapped, optimizer, scaler, embedder, previous)
+    if isinstance(stepper, ClassStepper):
+        stepper.class_weights = weigh_classes(data.train, classes, config.classes)
+    return stepper, scheduler
 
 
 def _count_steps(config: Config, pictures: int, world_size: int) -> int:
@@ -309,6 +332,7 @@ def _build_validation_set(
         prompts=replace(_choose_validated(config.prompts), box_jitter_ratio=0.0),
         augment=AugmentConfig(),
         wants_cells=False,
+        categories=None,
     )
     return SampleDataset(records, plain, store=store)
 
@@ -331,6 +355,8 @@ def save_last(run: Run) -> None:
         "image_size": model.image_size,
         "model": model.sam.state_dict(),
         "semantic_head": model.semantic_head.state_dict() if model.semantic_head else None,
+        "class_head": model.class_head.state_dict() if model.class_head else None,
+        "categories": run.classes.names[1:] if run.classes else None,  # in the order of their head
         "affinity_head": model.affinity_head.state_dict() if model.affinity_head else None,
         "optimizer": run.stepper.optimizer.state_dict(),
         "scheduler": run.scheduler.state_dict(),
@@ -348,6 +374,8 @@ def save_last(run: Run) -> None:
 def _restore(run: Run, state: dict) -> None:
     if run.loaded.model.semantic_head:
         run.loaded.model.semantic_head.load_state_dict(state["semantic_head"])
+    if run.loaded.model.class_head:
+        run.loaded.model.class_head.load_state_dict(state["class_head"])
     if run.loaded.model.affinity_head:
         run.loaded.model.affinity_head.load_state_dict(state["affinity_head"])
     run.stepper.optimizer.load_state_dict(state["optimizer"])

@@ -1,5 +1,6 @@
 """The semantic task in training: its loss, its step, its validation. The loop is that of every run."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from finestsam.batch import Batch
 from finestsam.config import Config, SemanticConfig
-from finestsam.data.semantic import IGNORED, ClassTable, match_classes, number_classes
+from finestsam.data.semantic import BACKGROUND_NAME, IGNORED, ClassTable, match_classes, number_classes
 from finestsam.evaluation.semantic_scores import summarize_pixels
 from finestsam.model.load import LoadedModel
 from finestsam.model.semantic_head import SemanticHead, load_semantic_head
@@ -74,14 +75,19 @@ def class_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return ((1 - dice) * is_there).sum(dim=1) / is_there.sum(dim=1).clamp(min=1)
 
 
-def choose_classes(config: Config, loaded: LoadedModel, categories: dict[int, str]) -> ClassTable:
+def choose_classes(
+    config: Config, loaded: LoadedModel, categories: dict[int, str], names: Sequence[str] | None = None
+) -> ClassTable:
     """Return the classes to train, and give the model a head for them: the one it has, or a new one.
 
     Args:
         categories: of the dataset, names by id.
+        names: of the head's categories in a run that is continued; None: it begins.
     """
     ignores = config.semantic.unlabelled == "ignore"
     table = number_classes(categories, ignores)
+    if names is not None:
+        table = match_classes(categories, [BACKGROUND_NAME, *names], ignores)
     card, model = loaded.card, loaded.model
     if card and card.task == "semantic" and set(table.names) == set(card.classes):
         table = match_classes(categories, card.classes, ignores)

@@ -34,11 +34,13 @@ class Stepper:
         measures: what is summed over objects, in this order; the losses with their weights, so that they add up to the
             total.
         columns: of metrics.csv.
-        metric: what judges weights where the metric that the settings name is not measured.
+        default_metric: what judges weights where the settings leave it open.
+        metric: what judges them where that is not measured.
     """
 
     measures: ClassVar[tuple[str, ...]] = TRAINING_COLUMNS
     columns: ClassVar[tuple[str, ...]] = COLUMNS
+    default_metric: ClassVar[str] = "val_generator_ar_100"
     metric: ClassVar[str] = "val_per_mask_iou"
 
     fabric: Fabric
@@ -102,7 +104,7 @@ class Stepper:
                 with self.fabric.no_backward_sync(self.wrapped, enabled=not (is_last and is_final)):
                     source = embeddings if is_final else copies
                     predictions = self.wrapped(source[place : place + 1], prompts)
-                    losses = object_losses(predictions, sample, first, self.config.losses, self.model.image_size)
+                    losses = self.take_losses(predictions, sample, first)
                     loss = (losses.total * shares).sum() * weight
                     if is_final:
                         loss = loss + self._carry(embeddings, copies.grad) + self._connect_all(is_last)
@@ -115,6 +117,10 @@ class Stepper:
                 if corrections < sample.correction_clicks:
                     prompts = self.correct(prompts, predictions, sample, first)
         return sums
+
+    def take_losses(self, predictions: Predictions, sample: Sample, first: int) -> ObjectLosses:
+        """Return the losses of what was answered for the objects `first`, `first` + 1, ... of a sample."""
+        return object_losses(predictions, sample, first, self.config.losses, self.model.image_size)
 
     def _remember(self, epoch: int, rows: list[int], predictions: Predictions, losses: ObjectLosses) -> None:
         """Keep the first answers for the next epoch; of several on one object the last."""
@@ -155,16 +161,19 @@ class Stepper:
         return self.config.losses.affinity_ratio * (losses * counts).sum()
 
     def _background_loss(self, embeddings: Tensor, samples: list[Sample]) -> Tensor | float:
-        """Return the squared scores of masks where no object is, a picture's mean counted once for each of its objects.
+        """Return the losses of masks where no object is, a picture's mean counted once for each of its objects.
 
-        So that they weigh as much beside the scores of objects however many objects a picture has.
+        So that they weigh as much beside the losses of objects however many objects a picture has.
         """
         total = 0.0
         for place, sample in enumerate(samples):
             if len(sample.background):
-                scores = self.model.score(embeddings[place : place + 1], sample.background)
-                total = total + scores.square().mean() * sample.object_count
-        return self.config.losses.iou_ratio * total
+                total = total + self.judge_background(embeddings[place : place + 1], sample) * sample.object_count
+        return total
+
+    def judge_background(self, embedding: Tensor, sample: Sample) -> Tensor:
+        """Return the loss of the masks that a picture's background points are answered with: their squared scores."""
+        return self.config.losses.iou_ratio * self.model.score(embedding, sample.background).square().mean()
 
     def _connect_all(self, is_last: bool) -> Tensor | float:
         """Return zero, by way of every weight that trains: several ranks wait for a gradient from each of them."""
@@ -196,8 +205,13 @@ class Stepper:
 
     def _sum_measures(self, losses: ObjectLosses, shares: Tensor) -> Tensor:
         """Return the sums over objects; shares: N, of each prompt's answer in its object."""
+        columns = self.list_measures(losses)
+        return torch.stack([(column.cpu().double() * shares.cpu().double()).sum() for column in columns])
+
+    def list_measures(self, losses: ObjectLosses) -> tuple[Tensor, ...]:
+        """Return the columns of `measures`, each N."""
         weights = self.config.losses
-        columns = (
+        return (
             losses.total.detach(),
             weights.focal_ratio * losses.focal,
             weights.dice_ratio * losses.dice,
@@ -205,7 +219,6 @@ class Stepper:
             losses.iou,
             losses.score,
         )
-        return torch.stack([(column.cpu().double() * shares.cpu().double()).sum() for column in columns])
 
     def _sum_over_ranks(self, values: list[float]) -> Tensor:
         # float64 on the CPU and float32 where the device has no other (mps).

@@ -17,6 +17,7 @@ from finestsam.batch import Batch
 from finestsam.config import GENERATOR_DEFAULTS, Config, GeneratorConfig
 from finestsam.errors import UserError
 from finestsam.evaluation.candidates import find_candidates
+from finestsam.evaluation.class_scores import score_classes
 from finestsam.evaluation.generator_scores import Tuned, choose_grids, list_fixed, tune
 from finestsam.evaluation.prompt_scores import score_batches, summarize_scores
 from finestsam.evaluation.semantic_scores import count_pictures
@@ -26,6 +27,7 @@ from finestsam.prediction.generator import resolve_generator
 from finestsam.training.best import choose_metric, keep_if_best, rank, refuse_lost_best, warn_if_not_saved
 from finestsam.training.blend import blend_best, keep_start
 from finestsam.training.checkpoint import CheckpointNotSaved
+from finestsam.training.classes import describe_categories
 from finestsam.training.crash import note_crash
 from finestsam.training.hints import describe_training, list_mismatches
 from finestsam.training.log import RunLog
@@ -184,7 +186,7 @@ def validate(run: Run) -> None:
         return
     started = time.perf_counter()
     run.loaded.model.eval()
-    if run.classes:
+    if run.is_semantic:
         run.progress.metrics |= _validate_classes(run)
     else:
         run.progress.metrics |= _validate_prompts(run)
@@ -237,15 +239,23 @@ def _validate_generator(run: Run) -> dict[str, float]:
     records, found = map(list, zip(*known, strict=True))
     if config.evaluate.search is False:
         fixed |= set(GENERATOR_DEFAULTS)
-    tuned, figures = ranks.join(lambda: _tune(records, found, start, fixed, config.evaluate.goal))
+    tuned, figures = ranks.join(lambda: _tune(run, records, found, start, fixed))
     run.progress.generator = tuned.describe()
+    return figures
+
+
+def _tune(
+    run: Run, records: list, found: list, start: GeneratorConfig, fixed: frozenset[str]
+) -> tuple[Tuned, dict[str, float]]:
+    """Choose the thresholds, and return with them the figures for metrics.csv."""
+    tuned = tune(records, found, start, fixed, run.config.evaluate.goal)
+    figures = tuned.measure(records)
     names = {"ap": "ap", "ar_100": "ar_100", "ar_1000": "ar_1000", "f1": "f1", "masks": "masks_per_image"}
-    return {f"val_generator_{name}": figures[source] for name, source in names.items() if source in figures}
-
-
-def _tune(records: list, found: list, start: GeneratorConfig, fixed: frozenset[str], goal: str) -> tuple[Tuned, dict]:
-    tuned = tune(records, found, start, fixed, goal)
-    return tuned, tuned.measure(records)
+    measured = {f"val_generator_{name}": figures[source] for name, source in names.items() if source in figures}
+    if run.classes:
+        by_class = score_classes(records, tuned.found, run.classes)
+        measured |= {f"val_classes_{name}": by_class[name] for name in ("ap", "ap50", "ar_100") if name in by_class}
+    return tuned, measured
 
 
 def finish_epoch(run: Run, log: RunLog | None) -> None:
@@ -372,9 +382,11 @@ def _say_start(run: Run) -> None:
     say("\n".join(run.data.report.list_lines()))
     say(f"training on {len(run.data.train)} images, validating on {len(run.data.val)}")
     say(f"{run.progress.started_from}: {describe_training(run.loaded.model, run.loaded.model_type)}")
-    if run.classes:
+    if run.is_semantic:
         say(f"classes: {', '.join(run.classes.names)}")
     else:
+        if run.classes:
+            say(describe_categories(run.classes, run.data.train))
         say(f"objects decoded at a time: up to {run.stepper.chunk_objects}")
     for warning in list_mismatches(run.config, run.progress.started_from == RANDOM_WEIGHTS):
         say(f"warning: {warning}")

@@ -34,7 +34,7 @@ def describe(indexes: dict) -> set:
             record.digest,
             record.size,
             tuple(sorted((found.counts, index.categories[found.category_id]) for found in record.annotations)),
-            tuple(sorted(record.crowds)),
+            tuple(sorted((counts, index.categories.get(number)) for counts, number in record.list_crowds())),
         )
         for index in indexes.values()
         for record in index.records

@@ -35,6 +35,7 @@ def make_candidates(scores, ious, **changes) -> Candidates:
         areas=np.full(count, 4),
         points=np.zeros((count, 2)),
         crop_boxes_xywh=np.tile([0, 0, 10, 10], (count, 1)),
+        class_chances=np.zeros((count, 0), dtype=np.float32),
     )
     fields = {
         "masks": masks,

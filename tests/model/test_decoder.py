@@ -43,7 +43,7 @@ def answer(sam, embedding, prompts, multimask_output, is_folded):
     sparse, dense = (some.to(embedding.dtype) for some in model._embed_prompts(prompts))
     places = sam.prompt_encoder.get_dense_pe().to(embedding.dtype)
     if is_folded:
-        return decoder.answer(decoder.look(embedding, places, dense), sparse, model._asked_masks)
+        return decoder.answer(decoder.look(embedding, places, dense), sparse, model._asked_masks)[:2]
     dense = dense.expand(COUNT, *embedding.shape[1:])
     return decoder(embedding, places, sparse, dense, multimask_output)
 
@@ -106,7 +106,7 @@ def test_only_masks_that_are_worth_it_are_made(sam):
     model = FinestSam(sam)
     prompts, view = make_prompts({"points"}), model.look(torch.randn(1, 32, 4, 4))
     sparse, _ = model._embed_prompts(prompts)
-    logits, scores = sam.mask_decoder.answer(view, sparse, slice(1, None))
+    logits, scores, _ = sam.mask_decoder.answer(view, sparse, slice(1, None))
 
     for share in (-1, 0, 0.4, 0.9, 1):
         threshold = float("-inf") if share < 0 else float(scores.detach().flatten().quantile(share))

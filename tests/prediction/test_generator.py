@@ -72,7 +72,7 @@ class BlobDecoder(nn.Module):
             multimask_output=masks == slice(1, None),
         )
         is_kept = scores > min_score
-        return Answers(scores, is_kept, logits[is_kept])
+        return Answers(scores, is_kept, logits[is_kept], tokens=logits.new_zeros(int(is_kept.sum()), 32))
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,7 @@ def describe(masks):
 
 def describe_reference(sam, image, settings):
     arguments = dataclasses.asdict(settings)
+    del arguments["no_object_thresh"]  # ours alone
     found = SamAutomaticMaskGenerator(sam, output_mode="coco_rle", **arguments).generate(image)
     return sorted(
         (

@@ -12,6 +12,7 @@ from finestsam.cli import main
 from finestsam.config import build_config
 from finestsam.model.adapt import adapt_
 from finestsam.model.build import build_sam
+from finestsam.model.classes import ClassHead
 from finestsam.model.load import load_model
 from finestsam.model.sam import FinestSam
 from finestsam.training import train
@@ -39,6 +40,11 @@ WAYS = {
     "lora below a whole block": FROZEN | {
         "model_layer.lora.rank": 2, "model_layer.thaw.blocks": 1, "model_layer.thaw.norms": True,
     },
+    "classes": FROZEN | {"task": "classes"},
+    "classes, lora alone": FROZEN | {
+        "task": "classes", "model_layer.lora.rank": 2, "model_layer.lora.decoder": "all",
+        "model_layer.freeze.mask_decoder": True,
+    },
     "slower below": {
         "model_layer.freeze.image_encoder": False, "opt.layer_decay": 0.5, "opt.rates.image_encoder": 0.1,
     },
@@ -58,7 +64,8 @@ def answer(model: FinestSam) -> torch.Tensor:
     prompts = Prompts(points=torch.rand(3, 1, 2) * size / 2, labels=torch.ones(3, 1))
     with torch.no_grad():
         predictions = model.eval()(model.encode([image]), prompts)
-    return torch.cat([predictions.logits.flatten(), predictions.scores.flatten()])
+    parts = (predictions.logits, predictions.scores, predictions.class_logits)
+    return torch.cat([part.flatten() for part in parts if part is not None])
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +88,13 @@ def test_what_is_trained_is_what_its_files_answer(scenes, tmp_path, base, way, m
     trained = load_model(config).model
     untouched = answer(trained)
     adapt_(trained.sam, config.model_layer)
-    trained.sam.load_state_dict(torch.load(run / "last.ckpt", weights_only=True)["model"])
+    state = torch.load(run / "last.ckpt", weights_only=True)
+    trained.sam.load_state_dict(state["model"])
+    if "classes" in way:
+        trained.class_head = ClassHead(32, 1 + len(state["categories"]))
+        trained.class_head.load_state_dict(state["class_head"])
     expected = answer(trained)
-    assert (expected - untouched).abs().max() > 1e-3
+    assert (expected[: len(untouched)] - untouched).abs().max() > 1e-3
     files = [run / "best.pth"] + ([run / "adapter"] if "lora" in way else [])
     assert (run / "adapter").exists() == ("lora" in way)
     for path in files:
@@ -92,7 +103,7 @@ def test_what_is_trained_is_what_its_files_answer(scenes, tmp_path, base, way, m
         torch.testing.assert_close(answer(loaded.model), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", ["lora", "lora below a whole block", "biases", "slower below"])
+@pytest.mark.parametrize("way", ["lora", "lora below a whole block", "biases", "slower below", "classes"])
 def test_a_run_goes_on_exactly(scenes, tmp_path, base, way):
     flags = [f"--model.checkpoint={base}", *as_flags(WAYS[way]), *BRIEF]
     whole = run_training(scenes, tmp_path / "whole", *flags, "--max_steps=4")

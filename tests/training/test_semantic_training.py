@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_training
+from named_shapes import write_named_shapes
 from PIL import Image
 from torch import nn
 
@@ -112,6 +113,18 @@ def test_training_goes_on_from_a_head_for_the_same_classes(finished, scenes, tmp
     before, after = (torch.load(head_path(folder / "best.pth"), weights_only=True) for folder in (finished, run))
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, rtol=0, atol=1e-6)
+
+
+def test_a_resumed_run_keeps_the_order_of_its_head(tmp_path):
+    flags = [TASK, "--max_steps=1", "--dataset.val_size=0"]
+    first = write_named_shapes(tmp_path / "first", 2, categories={3: "ball", 7: "crate"})
+    run = run_training(first, tmp_path / "sav", *flags)
+    other = write_named_shapes(tmp_path / "other", 2, categories={3: "crate", 7: "ball"})
+    run = run_training(other, tmp_path / "sav", *flags, f"--model.checkpoint={run}")
+
+    assert main(["--mode=train", f"--resume={run}", "--max_steps=2"]) == 0
+
+    assert json.loads((run / "best.json").read_text())["classes"] == ["background", "ball", "crate"]
 
 
 def test_a_head_that_is_missing_or_wrong_is_named(finished, tmp_path):

@@ -1,0 +1,179 @@
+"""The task classes in training: which class each mask is taught, its loss, its step."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from finestsam.batch import Predictions, Sample
+from finestsam.config import ClassesConfig, Config
+from finestsam.data.categories import number_categories
+from finestsam.data.cells import CROWD
+from finestsam.data.index import Record
+from finestsam.data.semantic import IGNORED, ClassTable
+from finestsam.errors import UserError, printable
+from finestsam.model.classes import NO_OBJECT, ClassHead, load_class_head
+from finestsam.model.load import LoadedModel
+from finestsam.training.log import CLASS_COLUMNS, CLASS_TRAINING_COLUMNS
+from finestsam.training.losses import ObjectLosses
+from finestsam.training.schedules import build_optimizer
+from finestsam.training.step import Stepper
+
+# From this IoU on a mask is the object, as COCO counts it; below the other one it is none. Between them nobody can
+# tell, and nothing is taught.
+OBJECT_IOU, NO_OBJECT_IOU = 0.5, 0.3
+# Of a mask, in a crowd region, from which on it may be one of the objects there.
+CROWD_SHARE = 0.5
+
+
+@dataclass
+class ClassLosses(ObjectLosses):
+    """With what the classes add to `total`: one value per object, N, without a gradient."""
+
+    class_error: Tensor  # cross-entropy, without its weight in the loss
+    is_right: Tensor  # 1 where the mask that is trained got the object's category, else 0
+
+
+@dataclass
+class ClassStepper(Stepper):
+    """A step that learns masks and their categories.
+
+    Args:
+        class_weights: of each class in the cross-entropy, 1 + K.
+    """
+
+    measures: ClassVar[tuple[str, ...]] = CLASS_TRAINING_COLUMNS
+    columns: ClassVar[tuple[str, ...]] = CLASS_COLUMNS
+    default_metric: ClassVar[str] = "val_classes_ar_100"
+
+    class_weights: Tensor = field(default_factory=lambda: torch.ones(0))
+
+    def take_losses(self, predictions: Predictions, sample: Sample, first: int) -> ClassLosses:
+        losses = super().take_losses(predictions, sample, first)
+        device, rows = losses.best.device, torch.arange(len(losses.best), device=losses.best.device)
+        own = torch.tensor(sample.object_classes[first : first + len(rows)], device=device)
+        targets = fit_classes(predictions.logits, sample)
+        targets = torch.where((losses.ious >= NO_OBJECT_IOU) & (targets == NO_OBJECT), IGNORED, targets)
+        targets = torch.where(losses.ious >= OBJECT_IOU, own[:, None], targets)
+        targets[rows, losses.best] = own  # however bad: it is what the object has
+        errors = self.measure_classes(predictions.class_logits, targets)
+        class_error = _mean_best_and_others(errors, targets, losses.best)
+        total = losses.total + self.config.losses.class_ratio * class_error
+        is_right = predictions.class_logits[rows, losses.best].argmax(dim=1) == own
+        parts = {entry.name: getattr(losses, entry.name) for entry in fields(losses)} | {"total": total}
+        return ClassLosses(**parts, class_error=class_error.detach(), is_right=is_right.float())
+
+    def measure_classes(self, class_logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the weighted cross-entropy of each mask, N x M; 0 where nothing is taught."""
+        weights = self.class_weights.to(class_logits)
+        return F.cross_entropy(class_logits.transpose(1, 2), targets, weights, ignore_index=IGNORED, reduction="none")
+
+    def judge_background(self, embedding: Tensor, sample: Sample) -> Tensor:
+        predictions = self.model(embedding, sample.background, learns_masks=False)
+        targets = fit_classes(predictions.logits, sample)
+        errors = self.measure_classes(predictions.class_logits, targets)
+        class_error = errors.sum() / (targets != IGNORED).sum().clamp(min=1)
+        weights = self.config.losses
+        return weights.iou_ratio * predictions.scores.square().mean() + weights.class_ratio * class_error
+
+    def list_measures(self, losses: ClassLosses) -> tuple[Tensor, ...]:
+        return *super().list_measures(losses), self.config.losses.class_ratio * losses.class_error, losses.is_right
+
+
+@torch.no_grad()
+def fit_classes(logits: Tensor, sample: Sample) -> Tensor:
+    """Return the class of the picture's object that each mask is, N x M, of those that are in sight.
+
+    `NO_OBJECT` where it is none, and `IGNORED` where nobody can tell: between the two thresholds, for an empty mask and
+    for one that lies in a crowd region. All objects of the picture count, whichever was asked for: a click on a part
+    may be answered with the whole.
+
+    Args:
+        logits: N x M x 4g x 4g.
+        sample: with its cells and the classes of the objects in them.
+    """
+    classes = torch.tensor([IGNORED, *sample.cell_classes], device=logits.device)  # first what is none of them
+    cells = sample.cells.flatten().long() - CROWD  # crowd, padding, none, and the objects
+    shared = logits.new_zeros(logits.shape[0] * logits.shape[1], 2 + len(classes))
+    shared.index_add_(1, cells, (logits > 0).to(logits.dtype).flatten(0, 1).flatten(1))
+    areas = shared.sum(dim=1, keepdim=True) - shared[:, 1:2]  # what lies in the padding is cut off
+    sizes = torch.bincount(cells, minlength=shared.shape[1])[2:].to(logits.dtype)
+    ious = shared[:, 2:] / (areas + sizes - shared[:, 2:]).clamp(min=1)
+    ious[:, 0] = 0
+    best_iou, best = ious.max(dim=1)
+    is_unknown = (best_iou >= NO_OBJECT_IOU) | (shared[:, 0] >= CROWD_SHARE * areas[:, 0]) | (areas[:, 0] == 0)
+    targets = torch.where(is_unknown, IGNORED, NO_OBJECT)
+    return torch.where(best_iou >= OBJECT_IOU, classes[best], targets).view(logits.shape[:2])
+
+
+def _mean_best_and_others(errors: Tensor, targets: Tensor, best: Tensor) -> Tensor:
+    """Return of each object the mean of its best mask's error and of that of its others, N, where they are taught any.
+
+    An object's own category counts as much as whatever its other masks are.
+    """
+    is_best = F.one_hot(best, errors.shape[1]).bool()
+    own = errors[is_best]
+    counts = ((targets != IGNORED) & ~is_best).sum(dim=1)
+    others = errors.masked_fill(is_best, 0).sum(dim=1) / counts.clamp(min=1)
+    return torch.where(counts > 0, (own + others) / 2, own)
+
+
+def weigh_classes(records: Sequence[Record], table: ClassTable, settings: ClassesConfig) -> Tensor:
+    """Return what each class weighs in the cross-entropy, 1 + K: rare categories more, their objects' mean being 1.
+
+    They are those of the whole training set, so that neither the batch nor the number of processes enters.
+    """
+    found = Counter(table.by_category[one.category_id] for record in records for one in record.annotations)
+    counts = torch.tensor([found[number] for number in range(len(table.names))], dtype=torch.float64)
+    weights = counts.clamp(min=1) ** -settings.balance
+    weights = weights * counts.sum() / (weights * counts).sum()
+    weights[NO_OBJECT] = 1.0
+    return weights.float()
+
+
+def choose_categories(loaded: LoadedModel, categories: dict[int, str], names: Sequence[str] | None) -> ClassTable:
+    """Return the categories to train, and give the model a head for them: the one it has, or a new one.
+
+    Args:
+        categories: of the dataset, names by id.
+        names: of the head's categories in a run that is continued; None: it begins.
+
+    Raises:
+        UserError: the dataset of a run that is continued has other categories.
+    """
+    table = number_categories(categories, names)
+    strangers = [printable(name) for number, name in categories.items() if number not in table.by_category]
+    if strangers:
+        ours = ", ".join(map(printable, table.names[1:]))
+        raise UserError(f"--resume: the run has the categories {ours}, the dataset also {', '.join(strangers)}")
+    card, model = loaded.card, loaded.model
+    if card and card.task == "classes" and set(table.names[1:]) == set(card.categories):
+        table = number_categories(categories, card.categories)
+        head = load_class_head(loaded.path, card.categories)
+    else:
+        head = ClassHead(model.sam.prompt_encoder.embed_dim, len(table.names))
+    model.class_head = head.to(model.device)
+    return table
+
+
+def build_class_optimizer(loaded: LoadedModel, config: Config) -> torch.optim.AdamW:
+    """Return AdamW on the head, with a rate of its own, and on what trains of the rest."""
+    share = config.classes.head_learning_rate / config.opt.learning_rate
+    return build_optimizer(loaded.model, replace(config.opt, rates=replace(config.opt.rates, heads=share)))
+
+
+def describe_categories(table: ClassTable, records: Sequence[Record]) -> str:
+    """Return one line: the categories and how many objects of each are trained on, and what is to be known of them."""
+    found = Counter(table.by_category[one.category_id] for record in records for one in record.annotations)
+    parts = [f"{printable(name)} ({found[number]})" for number, name in enumerate(table.names[1:], start=1)]
+    line = f"categories and their objects: {', '.join(parts)}"
+    if len(parts) == 1:
+        line += "; there is only one, so what is learnt is whether a mask is an object"
+    missing = [name for number, name in enumerate(table.names) if number and not found[number]]
+    if missing:
+        line += f"; without an object, never learnt: {', '.join(map(printable, missing))}"
+    return line
