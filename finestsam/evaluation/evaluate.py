@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from finestsam.model.load import LoadedModel, load_model
 from finestsam.output_folder import make_output_folder
 from finestsam.prediction.generator import resolve_generator
 from finestsam.prediction.precompute import Embedder, open_store
+from finestsam.whole_files import write_json, write_text
 
 # On the screen, in this order.
 HEADLINES = (
@@ -195,7 +195,7 @@ def _write_figures(
     for name, found in differences.items():
         figures[f"difference/{name}"] = found.value
         figures[f"difference/{name}_low"], figures[f"difference/{name}_high"] = found.low, found.high
-    path.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(path, figures, indent=2)
 
 
 def _write_pictures(path: Path, rows: list[dict], their_rows: list[dict] | None) -> None:
@@ -209,4 +209,4 @@ def _write_pictures(path: Path, rows: list[dict], their_rows: list[dict] | None)
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    path.write_text(text.getvalue(), encoding="utf-8", errors="surrogateescape")
+    write_text(path, text.getvalue())

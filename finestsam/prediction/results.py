@@ -1,7 +1,6 @@
 """What the generator found in a picture, and the COCO json that it is written to."""
 
 import dataclasses
-import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from finestsam.config import GeneratorConfig
 from finestsam.masks import rle_to_json
 from finestsam.prediction.calibration import correct_scores
+from finestsam.whole_files import write_json
 
 
 @dataclass
@@ -140,7 +140,7 @@ class Results:
         return self.entries[file_name]
 
     def write(self, path: Path, order: list[str]) -> None:
-        """Write the json; a reader never meets half a file.
+        """Write the json.
 
         Args:
             order: of the pictures, by file name; those without an entry are left out.
@@ -164,9 +164,7 @@ class Results:
             "annotations": annotations,
             "categories": [{"id": 1, "name": self.category}],
         }
-        partial = path.with_name(f".{path.name}.part")
-        partial.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_json(path, content)
 
 
 def _describe(masks: GeneratedMasks, index: int, score: float) -> dict:

@@ -45,7 +45,7 @@ def check_settings(config: Config, state: dict[str, Any], pictures_per_batch: in
     Raises:
         UserError: a difference with which the run cannot go on.
     """
-    before, now = json.loads(state["config"]), json.loads(json.dumps(flatten_config(config)))
+    before, now = json.loads(state["config"]), json.loads(json.dumps(flatten_config(config), allow_nan=False))
     changed = [name for name in now if name in before and now[name] != before[name]]
     refused = [name for name in changed if name.startswith(FIXED)]
     if (now["losses.affinity_ratio"] > 0) != (before["losses.affinity_ratio"] > 0):

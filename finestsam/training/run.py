@@ -47,6 +47,7 @@ from finestsam.training.schedules import build_optimizer, build_scheduler
 from finestsam.training.semantic import SemanticStepper, build_semantic_optimizer, choose_classes
 from finestsam.training.step import Stepper
 from finestsam.training.trainable import freeze_, trains_encoder
+from finestsam.whole_files import remove_unfinished, write_json, write_text
 
 
 @dataclass
@@ -158,7 +159,7 @@ def _load_state(config: Config, ranks: Ranks) -> dict | None:
         return None
     folder = Path(config.resume)
     if ranks.rank == 0:
-        checkpoint.remove_stale_files(folder)
+        remove_unfinished(folder)
     state = load_state(folder)
     if state is None and ranks.rank == 0:
         print(f"{folder} has no checkpoint yet: the run begins")
@@ -204,15 +205,13 @@ def _describe(folder: Path, config: Config, data: LabelledSet) -> None:
     A run that is killed meanwhile can be continued from the first on.
     """
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "resume"}
-    partial = folder / ".config.yaml.part"
-    partial.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    partial.replace(folder / "config.yaml")
+    write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     write_report(folder / "dataset_report.json", describe_dataset(data.report, data.train + data.val))
     split = {
         side: [{"id": record.image_id, "file_name": record.file_name} for record in records]
         for side, records in (("train", data.train), ("val", data.val))
     }
-    (folder / "split.json").write_text(json.dumps(split, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "split.json", split, indent=1)
 
 
 def _begin_progress(fabric: Fabric, loaded: LoadedModel) -> Progress:
@@ -329,7 +328,7 @@ def save_last(run: Run) -> None:
         "progress": dataclasses.asdict(run.progress),
         "top": run.top.state_dict(),
         "random": random_state(),
-        "config": json.dumps(flatten_config(run.config)),
+        "config": json.dumps(flatten_config(run.config), allow_nan=False),
         "dataset": run.data.fingerprint,
         "pictures_per_batch": run.config.batch_size * run.ranks.count,
     }
