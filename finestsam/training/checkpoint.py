@@ -170,7 +170,7 @@ class TopWeights:
 
     def save(self, state_dict: Mapping[str, Tensor], step: int, metric: float) -> Path | None:
         """Write the weights if they are among the best, drop what no longer is, and return the path or None."""
-        if math.isnan(metric):
+        if not math.isfinite(metric):
             return None
         name = f"{step}-{metric:.2f}.pth"
         others = {other: value for other, value in self._metrics.items() if _step_of(other) != step}

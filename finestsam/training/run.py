@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from lightning.fabric import Fabric
 from torch.utils.data import DataLoader
 
 from finestsam.config import (
-    CHUNK_OBJECTS,
     AugmentConfig,
     Config,
     ModelConfig,
@@ -30,8 +30,7 @@ from finestsam.data.semantic import ClassTable
 from finestsam.download import hash_file
 from finestsam.errors import UserError
 from finestsam.model.adapt import adapt_
-from finestsam.model.fft_attention import list_blocks, mount_fft_attention_
-from finestsam.model.load import LoadedModel, load_model
+from finestsam.model.load import LoadedModel, load_model, load_weights_
 from finestsam.model.sam import FinestSam
 from finestsam.prediction.generator import resolve_generator
 from finestsam.prediction.precompute import Embedder, encode_missing, find_missing, open_store
@@ -61,8 +60,10 @@ class Progress:
     objects: int = 0  # behind the sums
     seconds: float = 0.0  # of the epoch that runs, without its validation
     validation_seconds: float = 0.0  # of the newest validation
-    skipped_steps: int = 0  # in a row, because their gradient was not finite
+    skipped_steps: int = 0  # in a row, because loss or gradient was not finite
+    all_skipped_steps: int = 0  # of the run
     best: list[float] | None = None  # by the metric that was chosen, and of equals by val_per_mask_iou
+    is_blended: bool = False  # whether putting original weights back into these best ones has been tried
     floor: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)  # of the newest validation
     generator: dict[str, Any] = field(default_factory=dict)  # settings that did best in it, for best.json
@@ -162,7 +163,7 @@ def _load_state(config: Config, ranks: Ranks) -> dict | None:
         remove_unfinished(folder)
     state = load_state(folder)
     if state is None and ranks.rank == 0:
-        print(f"{folder} has no checkpoint yet: the run begins")
+        print(f"warning: {folder} was stopped before its first checkpoint: the run begins again", file=sys.stderr)
     if state is not None and ranks.rank == 0:
         check_settings(config, state, config.batch_size * ranks.count)
     return state
@@ -187,9 +188,8 @@ def _load_weights(fabric: Fabric, config: Config, state: dict | None) -> LoadedM
         return loaded
     bare = replace(config, model=ModelConfig(state["model_type"], "none", state["image_size"]))
     loaded = load_model(bare, device=fabric.device)
-    mount_fft_attention_(loaded.model.sam, list_blocks(state["model"]))
     adapt_(loaded.model.sam, config.model_layer)
-    loaded.model.sam.load_state_dict(state["model"])
+    load_weights_(loaded.model.sam, state["model"])
     return loaded
 
 
@@ -244,7 +244,9 @@ def _build_stepper(
         model.affinity_head = AffinityHead(model.sam.prompt_encoder.embed_dim).to(model.device)
     optimizer = build_semantic_optimizer(loaded, config) if is_semantic else build_optimizer(model, config.opt)
     scheduler = build_scheduler(optimizer, config.sched, config.eval_interval)
-    wrapped, optimizer = fabric.setup(model, optimizer)
+    # It brings the first rank's weights to the others. What it returns would also add up gradients while they are
+    # taken; a step does that afterwards, when every rank has its own.
+    _, optimizer = fabric.setup(model, optimizer)
     # float16 alone overflows; bfloat16 has float32's range.
     scaler = torch.amp.GradScaler(fabric.device.type, enabled=model.encoder_dtype == torch.float16)
     previous = None
@@ -257,7 +259,7 @@ def _build_stepper(
     # What a training encoder answered is out of date with the next step.
     embedder = Embedder(model, None if trains_encoder(model) else open_store(config.store, model))
     kind = SemanticStepper if is_semantic else Stepper
-    return kind(fabric, config, model, wrapped, optimizer, scaler, embedder, previous), scheduler
+    return kind(fabric, config, model, optimizer, scaler, embedder, previous), scheduler
 
 
 def _choose_chunk_objects(
@@ -266,7 +268,7 @@ def _choose_chunk_objects(
     """Return how many objects are decoded at a time: the same on every rank, and as before in a run that continues."""
     given = config.chunk_objects or progress.chunk_objects
     if stepper.model.semantic_head is not None:
-        return given or CHUNK_OBJECTS  # no object is decoded
+        return 1  # no object is decoded
     if given:
         return given
     return ranks.gather(lambda: choose_chunk_objects(stepper, train_set) if ranks.rank == 0 else None)[0]

@@ -105,8 +105,16 @@ def test_the_settings_of_a_run_repeat_it(finished, tmp_path):
         (3, ["--sched.type=ReduceLROnPlateau"]),
         (2, ["--losses.affinity_ratio=5", "--prompts.mix=true", "--prompts.use_boxes=true"]),
         (2, ["--dataset.prompts_per_object=2", "--prompts.correction_clicks=2"]),
+        (2, ["--precision=16-mixed"]),
     ],
-    ids=["in the first epoch", "in a later epoch", "between two epochs", "with an auxiliary loss", "with corrections"],
+    ids=[
+        "in the first epoch",
+        "in a later epoch",
+        "between two epochs",
+        "with an auxiliary loss",
+        "with corrections",
+        "in half precision",
+    ],
 )
 def test_a_resumed_run_matches_an_unbroken_one(scenes, tmp_path, steps, flags):
     flags = [*flags, "--dataset.val_size=0.2", "--opt.accumulate_batches=2", "--batch_size=1"]
@@ -122,6 +130,9 @@ def test_a_resumed_run_matches_an_unbroken_one(scenes, tmp_path, steps, flags):
         for name in ("whole", "broken")
     )
     assert whole == broken
+    scalers = [load_last(tmp_path / name)["scaler"] for name in ("whole", "broken")]
+    assert scalers[0] == scalers[1]
+    assert ("16-mixed" in str(flags)) == (scalers[0].get("_growth_tracker", 0) > 0)
 
 
 def test_a_finished_run_says_so_and_goes_on_with_more_epochs(finished, capsys):
