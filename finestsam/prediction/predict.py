@@ -54,7 +54,7 @@ def predict(config: Config) -> int:
         return predict_classes(paths, name_overlays(paths, out_dir), embedder, loaded.card.classes, config)
     settings = resolve_generator(config.generator, loaded.card)
     score_map = _find_score_map(config, loaded.card)
-    results = Results(_name_category(loaded.card), settings, score_map, hash_weights(embedder))
+    results = Results(_name_category(loaded.card), settings, score_map, hash_weights(embedder), config.polygons)
     journal = Journal(out_dir, results.origin)
     jobs = _list_jobs(paths, name_overlays(paths, out_dir))
     left = _take_up(jobs, results, journal, out_dir) if config.resume else jobs

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from finestsam.config import GeneratorConfig
-from finestsam.masks import rle_to_json
+from finestsam.masks import rle_to_json, rle_to_polygons
 from finestsam.prediction.calibration import correct_scores
 from finestsam.whole_files import write_json
 
@@ -107,21 +107,29 @@ class Results:
     Args:
         score_map: what corrects the scores; None or empty: they are the predicted IoUs.
         weights: a hash of the model's.
+        polygons: describe masks by their outlines instead of run lengths.
     """
 
     def __init__(
-        self, category: str, settings: GeneratorConfig, score_map: list[list[float]] | None = None, weights: str = ""
+        self,
+        category: str,
+        settings: GeneratorConfig,
+        score_map: list[list[float]] | None = None,
+        weights: str = "",
+        polygons: bool = False,
     ):
         self.category = category
         self.settings = settings
         self.score_map = score_map or []
         self.weights = weights
+        self.polygons = polygons
         self.entries: dict[str, dict] = {}  # by file name
 
     @property
     def origin(self) -> dict:
         """What the masks depend on beside the pictures."""
-        return {"weights": self.weights, "generator": dataclasses.asdict(self.settings), "score_map": self.score_map}
+        settings = {"generator": dataclasses.asdict(self.settings), "score_map": self.score_map}
+        return {"weights": self.weights, "polygons": self.polygons} | settings
 
     @property
     def mask_count(self) -> int:
@@ -135,7 +143,7 @@ class Results:
         """
         image = {"file_name": file_name, "width": size[1], "height": size[0], "digest": digest}
         scores = correct_scores(masks.scores, self.score_map)
-        annotations = [_describe(masks, index, scores[index]) for index in range(len(masks))]
+        annotations = [_describe(masks, index, scores[index], self.polygons) for index in range(len(masks))]
         self.entries[file_name] = {"image": image, "annotations": annotations}
         return self.entries[file_name]
 
@@ -167,10 +175,11 @@ class Results:
         write_json(path, content)
 
 
-def _describe(masks: GeneratedMasks, index: int, score: float) -> dict:
+def _describe(masks: GeneratedMasks, index: int, score: float, as_polygons: bool) -> dict:
+    rle = masks.rles[index]
     # Six digits are what float32 holds; more would only be noise that changes from machine to machine.
     return {
-        "segmentation": rle_to_json(masks.rles[index]),
+        "segmentation": rle_to_polygons(rle) if as_polygons else rle_to_json(rle),
         "bbox": masks.boxes_xywh[index].tolist(),
         "area": int(masks.areas[index]),
         "iscrowd": 0,

@@ -150,7 +150,7 @@ def build_run(fabric: Fabric, ranks: Ranks, config: Config) -> Run:
         progress, checkpoint.TopWeights(folder, config.save_top_k), classes,
     )  # fmt: skip
     if state is not None:
-        _restore(run, state)
+        ranks.join(lambda: _restore(run, state))
     return run
 
 
@@ -342,7 +342,13 @@ def _restore(run: Run, state: dict) -> None:
         run.loaded.model.semantic_head.load_state_dict(state["semantic_head"])
     if run.loaded.model.affinity_head:
         run.loaded.model.affinity_head.load_state_dict(state["affinity_head"])
-    run.stepper.optimizer.load_state_dict(state["optimizer"])
+    try:
+        run.stepper.optimizer.load_state_dict(state["optimizer"])
+    except ValueError:
+        raise UserError(
+            "--resume: the run was begun by a version of finestsam that divides the weights otherwise; go on with that "
+            "version, or start a new run from best.pth"
+        ) from None
     run.scheduler.load_state_dict(state["scheduler"])
     if run.stepper.scaler.is_enabled():
         run.stepper.scaler.load_state_dict(state["scaler"])

@@ -380,6 +380,25 @@ def test_a_gradient_that_overflows_though_no_loss_does_puts_all_pictures_under_s
     assert stepper.suspects == [sample.file_name for batch in batches for sample in batch.samples]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_leaves_prompts_where_they_are(tiny_sam, records, dtype):
+    values = {"prompts.use_boxes": True, "dataset.snap_to_grid": False}
+    batches = make_batches(records, **values)
+    seen = []
+    for kind in (None, dtype):
+        tiny_sam.encoder_dtype = kind
+        stepper = make_stepper(tiny_sam, **values)
+        encoder, kept = stepper.model.sam.prompt_encoder, []
+        encoder.register_forward_hook(lambda module, given, answer, kept=kept: kept.append(answer[0].detach()))
+        stepper.step(batches, epoch=0, wants_stop=False)
+        seen.append(kept)
+
+    assert any((sample.prompts.boxes % 1).any() for batch in batches for sample in batch.samples)
+    assert len(seen[0]) == len(seen[1]) >= 3
+    for full, half in zip(*seen, strict=True):
+        torch.testing.assert_close(half, full, rtol=0, atol=0)
+
+
 def test_half_precision_finds_its_scale_in_the_first_steps_and_goes_on(tiny_sam, batches):
     tiny_sam.encoder_dtype = torch.float16
     stepper = make_stepper(tiny_sam, **{"opt.clip_norm": 1.0, "opt.learning_rate": 3e-3})
@@ -399,3 +418,19 @@ def test_half_precision_finds_its_scale_in_the_first_steps_and_goes_on(tiny_sam,
     assert 1 <= scales[-1] < 2.0**26
     assert len(losses) > 15
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("multimask_output", [True, False])
+def test_what_answers_for_masks_that_nobody_asks_for_stays_as_it_is(tiny_sam, batches, multimask_output):
+    tiny_sam.multimask_output = multimask_output
+    values = {"multimask_output": multimask_output, "opt.weight_decay": 1.0, "opt.learning_rate": 1e-2}
+    stepper = make_stepper(tiny_sam, **values)
+    rows = stepper.model.sam.mask_decoder.iou_prediction_head.layers[-1].weight
+    before = rows.detach().clone()
+
+    for _ in range(2):
+        stepper.step(batches, epoch=0, wants_stop=False)
+
+    kept, asked = ([0], [1, 2, 3]) if multimask_output else ([1, 2, 3], [0])
+    assert torch.equal(rows[kept], before[kept])
+    assert not (rows[asked] == before[asked]).any()
