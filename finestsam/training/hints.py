@@ -5,6 +5,8 @@ from finestsam.model.fft_attention import list_blocks
 from finestsam.model.lora import list_lora
 from finestsam.model.sam import FinestSam
 
+LARGE_IMAGE_SIZE = 1024
+
 
 def describe_training(model: FinestSam, model_type: str) -> str:
     """Return one line: what trains, and how many weights of how many."""
@@ -40,6 +42,21 @@ def list_mismatches(config: Config, starts_from_nothing: bool) -> list[str]:
             "--model_layer.freeze.image_encoder false --model_layer.freeze.prompt_encoder false trains all of it"
         )
     return warnings
+
+
+def warn_of_cpu(asked: str, device: str, model: FinestSam, model_type: str) -> list[str]:
+    """Return a warning where nobody asked for the CPU, and the model is one that takes its time there.
+
+    Args:
+        asked: the setting.
+        device: the type of the one that was found.
+    """
+    if asked != "auto" or device != "cpu" or model.image_size < LARGE_IMAGE_SIZE:
+        return []
+    return [
+        f"no GPU found, so all runs on the CPU, where {model_type} at {model.image_size} pixels takes seconds to look "
+        "at a picture and minutes to find its objects; --model.type vit_tiny suits it; --device cpu if that is meant"
+    ]
 
 
 def _list_prompt_mismatches(config: Config) -> list[str]:

@@ -27,7 +27,7 @@ from finestsam.training.best import choose_metric, keep_if_best, rank, refuse_lo
 from finestsam.training.blend import blend_best, keep_start, wants_blend
 from finestsam.training.checkpoint import CheckpointNotSaved
 from finestsam.training.crash import note_crash
-from finestsam.training.hints import describe_training, list_mismatches
+from finestsam.training.hints import describe_training, list_mismatches, warn_of_cpu
 from finestsam.training.log import RunLog
 from finestsam.training.memory import OutOfMemory, list_savings, naming_what_needs_less
 from finestsam.training.plots import draw_curves
@@ -451,7 +451,9 @@ def _say_start(run: Run) -> None:
         say(f"classes: {', '.join(run.classes.names)}")
     else:
         say(f"objects decoded at a time: up to {run.stepper.chunk_objects}")
-    for warning in list_mismatches(run.config, run.progress.started_from == RANDOM_WEIGHTS):
+    warnings = list_mismatches(run.config, run.progress.started_from == RANDOM_WEIGHTS)
+    warnings += warn_of_cpu(run.config.device, run.fabric.device.type, run.loaded.model, run.loaded.model_type)
+    for warning in warnings:
         say(f"warning: {warning}")
     if run.val_loader is None:
         say("warning: nothing to validate on; best.pth is the newest weights")

@@ -17,8 +17,10 @@ from conftest import FROM_SCRATCH, run_training
 
 from finestsam.cli import main
 from finestsam.config import GENERATOR_DEFAULTS, build_config
+from finestsam.model.build import build_sam
 from finestsam.model.load import load_model
-from finestsam.training.hints import list_mismatches
+from finestsam.model.sam import FinestSam
+from finestsam.training.hints import list_mismatches, warn_of_cpu
 
 ROOT = Path(__file__).parents[2]
 
@@ -292,6 +294,14 @@ def test_settings_that_train_what_prediction_does_not_read_are_named():
     assert warn(**{"prompts.use_boxes": True, "prompts.mix": True}) == ""
     assert "not snapped" in warn(**{"dataset.snap_to_grid": False})
     assert "never learns to see" in list_mismatches(build_config({}), starts_from_nothing=True)[0]
+
+
+def test_a_large_model_on_a_cpu_that_nobody_asked_for_is_told():
+    large, small = (FinestSam(build_sam("vit_tiny_test", size)) for size in (1024, 64))
+
+    assert "no GPU found" in warn_of_cpu("auto", "cpu", large, "vit_b")[0]
+    for asked, device, model in (("cpu", "cpu", large), ("auto", "cuda", large), ("auto", "cpu", small)):
+        assert warn_of_cpu(asked, device, model, "vit_b") == []
 
 
 def test_weights_that_an_auxiliary_loss_helped_to_learn_load_anywhere(scenes, tmp_path):
