@@ -59,6 +59,26 @@ def warn_of_cpu(asked: str, device: str, model: FinestSam, model_type: str) -> l
     ]
 
 
+def warn_of_schedule(config: Config, last_step: int) -> list[str]:
+    """Return warnings about a learning rate that never comes to where the settings send it.
+
+    Args:
+        last_step: of the run.
+    """
+    if config.sched.type != "LambdaLR":
+        return []
+    schedule, warnings = config.sched.LambdaLR, []
+    if schedule.warmup_steps >= last_step:
+        warnings.append(
+            f"the run ends at step {last_step}, within the {schedule.warmup_steps} steps of its warm-up, before the "
+            "learning rate is what opt.learning_rate says; lower --sched.LambdaLR.warmup_steps"
+        )
+    beyond = [step for step in schedule.steps if step >= last_step]
+    if beyond:
+        warnings.append(f"sched.LambdaLR.steps {beyond} come after the run's last step, which is {last_step}")
+    return warnings
+
+
 def _list_prompt_mismatches(config: Config) -> list[str]:
     warnings = []
     prompts, data = config.prompts, config.dataset

@@ -27,7 +27,7 @@ from finestsam.training.best import choose_metric, keep_if_best, rank, refuse_lo
 from finestsam.training.blend import blend_best, keep_start, wants_blend
 from finestsam.training.checkpoint import CheckpointNotSaved
 from finestsam.training.crash import note_crash
-from finestsam.training.hints import describe_training, list_mismatches, warn_of_cpu
+from finestsam.training.hints import describe_training, list_mismatches, warn_of_cpu, warn_of_schedule
 from finestsam.training.log import RunLog
 from finestsam.training.memory import OutOfMemory, list_savings, naming_what_needs_less
 from finestsam.training.plots import draw_curves
@@ -381,6 +381,13 @@ def _is_complete(run: Run, epoch: int) -> bool:
     )
 
 
+def _count_steps(run: Run) -> int:
+    """Return how many optimizer steps the whole run takes, where each has an object."""
+    config = run.config
+    steps = math.ceil(run.sampler.batches_per_epoch / config.opt.accumulate_batches) * config.num_epochs
+    return min(steps, config.max_steps) if config.max_steps else steps
+
+
 def _learning_rate(run: Run) -> float:
     return learning_rate_of(run.stepper.optimizer)
 
@@ -453,7 +460,7 @@ def _say_start(run: Run) -> None:
         say(f"objects decoded at a time: up to {run.stepper.chunk_objects}")
     warnings = list_mismatches(run.config, run.progress.started_from == RANDOM_WEIGHTS)
     warnings += warn_of_cpu(run.config.device, run.fabric.device.type, run.loaded.model, run.loaded.model_type)
-    for warning in warnings:
+    for warning in warnings + warn_of_schedule(run.config, _count_steps(run)):
         say(f"warning: {warning}")
     if run.val_loader is None:
         say("warning: nothing to validate on; best.pth is the newest weights")

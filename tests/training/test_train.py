@@ -20,7 +20,7 @@ from finestsam.config import GENERATOR_DEFAULTS, build_config
 from finestsam.model.build import build_sam
 from finestsam.model.load import load_model
 from finestsam.model.sam import FinestSam
-from finestsam.training.hints import list_mismatches, warn_of_cpu
+from finestsam.training.hints import list_mismatches, warn_of_cpu, warn_of_schedule
 
 ROOT = Path(__file__).parents[2]
 
@@ -302,6 +302,18 @@ def test_a_large_model_on_a_cpu_that_nobody_asked_for_is_told():
     assert "no GPU found" in warn_of_cpu("auto", "cpu", large, "vit_b")[0]
     for asked, device, model in (("cpu", "cpu", large), ("auto", "cuda", large), ("auto", "cpu", small)):
         assert warn_of_cpu(asked, device, model, "vit_b") == []
+
+
+def test_a_schedule_that_the_run_is_too_short_for_is_told(scenes, tmp_path, capsys):
+    config = build_config({"sched.LambdaLR.warmup_steps": 5, "sched.LambdaLR.steps": [10, 20]})
+
+    assert "within the 5 steps of its warm-up" in warn_of_schedule(config, 5)[0]
+    assert warn_of_schedule(config, 20) == ["sched.LambdaLR.steps [20] come after the run's last step, which is 20"]
+    assert warn_of_schedule(config, 21) == []
+    assert warn_of_schedule(build_config({"sched.type": "ReduceLROnPlateau"}), 1) == []
+
+    run_training(scenes, tmp_path, "--num_epochs=1", "--dataset.val_size=0.4", "--opt.accumulate_batches=2")
+    assert "warning: the run ends at step 2, within the 50 steps" in capsys.readouterr().out
 
 
 def test_weights_that_an_auxiliary_loss_helped_to_learn_load_anywhere(scenes, tmp_path):
