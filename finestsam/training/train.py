@@ -30,16 +30,13 @@ from finestsam.training.crash import note_crash
 from finestsam.training.hints import describe_training, list_mismatches, warn_of_cpu, warn_of_schedule
 from finestsam.training.log import RunLog
 from finestsam.training.memory import OutOfMemory, list_savings, naming_what_needs_less
+from finestsam.training.numbers import explain_end, has_finite_weights, skips_for_good
 from finestsam.training.plots import draw_curves
 from finestsam.training.ranks import Ranks
 from finestsam.training.run import Run, build_run, save_last
 from finestsam.training.schedules import learning_rate_of
 from finestsam.training.semantic import summarize_validation
 
-# Steps in a row without a finite loss and gradient after which a run has gone wrong for good.
-MAX_SKIPPED_STEPS = 10
-# float16's scaler begins at 2^16, and halves that in each of them until the gradient fits.
-SCALING_STEPS = 16
 EXIT_NUMERICAL = 3
 # Nobody minds a validation of so long.
 CHEAP_SECONDS = 10
@@ -101,7 +98,9 @@ def run_epochs(run: Run, log: RunLog | None) -> int:
         while not _is_complete(run, progress.epoch):
             with _saving_at_a_mistake(run):
                 train_epoch(run, log)
-                if _has_gone_wrong(run):
+                reason = explain_end(run)
+                if reason:
+                    run.fabric.print(reason, file=sys.stderr)
                     return EXIT_NUMERICAL
                 finish_epoch(run, log)
             save = _save_surely if _is_complete(run, progress.epoch) else _save_if_possible
@@ -147,10 +146,10 @@ def train_epoch(run: Run, log: RunLog | None) -> None:
         sums, objects, is_finite, wants_stop = _step(run, on_device)
         progress.batches_done += len(batches)
         _count_step(run, log, sums, objects, is_finite)
-        if wants_stop and _has_finite_weights(run):  # broken ones end the run for that, and are not saved
+        if wants_stop and has_finite_weights(run):  # broken ones end the run for that, and are not saved
             progress.seconds += time.perf_counter() - started
             raise Interrupted(run.ranks.find_signal())
-        if _skips_for_good(run) or 0 < run.config.max_steps <= progress.step:
+        if skips_for_good(run) or 0 < run.config.max_steps <= progress.step:
             break
     progress.seconds += time.perf_counter() - started
 
@@ -200,28 +199,6 @@ def _count_step(run: Run, log: RunLog | None, sums: dict[str, float], objects: i
         log.log_step(progress.step, means | {"learning_rate": _learning_rate(run)})
     if run.config.sched.type == "LambdaLR":
         run.scheduler.step()
-
-
-def _skips_for_good(run: Run) -> bool:
-    """Whether so many steps in a row were skipped, or the weights are broken, that no further one can help."""
-    skipped = run.progress.skipped_steps
-    most = MAX_SKIPPED_STEPS + SCALING_STEPS * run.stepper.scaler.is_enabled()
-    return skipped >= most or (skipped > 0 and not _has_finite_weights(run))
-
-
-def _has_gone_wrong(run: Run) -> bool:
-    """Whether numbers that are not finite end the run, and say so: what is saved is left as it is."""
-    if not _skips_for_good(run) and _has_finite_weights(run):
-        return False
-    what = f"{run.progress.skipped_steps} steps in a row without a finite loss and gradient"
-    what = what if _has_finite_weights(run) else "weights that are not finite"
-    advice = "a lower --opt.learning_rate or --precision 32-true may help"
-    run.fabric.print(f"stopped: {what}; last.ckpt and best.pth are from before; {advice}", file=sys.stderr)
-    return True
-
-
-def _has_finite_weights(run: Run) -> bool:
-    return all(bool(weight.isfinite().all()) for weight in run.loaded.model.parameters() if weight.requires_grad)
 
 
 def validate(run: Run) -> None:

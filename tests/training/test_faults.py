@@ -16,7 +16,7 @@ from conftest import FROM_SCRATCH, run_training
 
 from finestsam.cli import main
 from finestsam.interruption import WATCHED
-from finestsam.training import checkpoint, step, train
+from finestsam.training import checkpoint, numbers, step, train
 from finestsam.training.run_folder import lock_run
 
 FLAGS = ["--num_epochs=2", "--dataset.val_size=0.4", "--generator.points_per_side=4"]
@@ -257,7 +257,7 @@ def test_losses_that_stay_no_numbers_stop_the_run_with_3_and_the_checkpoint_from
     assert start(scenes, tmp_path, "--chunk_objects=500", "--num_epochs=9") == 3
 
     out, error = capsys.readouterr()
-    assert error.count("skipped: loss or gradient is not finite") == train.MAX_SKIPPED_STEPS
+    assert error.count("skipped: loss or gradient is not finite") == numbers.MAX_SKIPPED_STEPS
     assert "stopped: 10 steps in a row without a finite loss and gradient" in error
     assert "Traceback" not in error
     for name in ("last.ckpt", "best.pth"):
