@@ -74,8 +74,9 @@ class Stepper:
         sums = self._find_gradients(batches, epoch, weight=1 / count)
         self._sum_gradients_over_ranks()
         sums = self._sum_over_ranks(sums.tolist())
-        is_finite = self._change_weights(is_loss_finite=bool(sums.isfinite().all()))
-        if not is_finite and not self.suspects:
+        is_loss_finite = bool(sums.isfinite().all())
+        is_finite = self._change_weights(is_loss_finite)
+        if is_loss_finite and not is_finite:  # else the rank that has the picture knows it
             self.suspects = [sample.file_name for batch in batches for sample in batch.samples]
         return dict(zip(self.measures, sums.tolist(), strict=True)), int(count), is_finite, stops > 0
 

@@ -397,6 +397,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(stopped):
         ("--model_layer.freeze.image_encoder=true", "model_layer.freeze.image_encoder is True, the run has False"),
         ("--sched.type=ReduceLROnPlateau", "sched.type is ReduceLROnPlateau, the run has LambdaLR"),
         ("--losses.affinity_ratio=5", "losses.affinity_ratio is 5.0, the run has 0.0"),
+        ("--opt.keep_original=auto", "opt.keep_original is auto, the run has 0.0"),
     ],
 )
 def test_a_setting_with_which_the_checkpoint_fits_no_more_is_refused_by_its_name(stopped, capsys, flag, message):

@@ -1,6 +1,7 @@
 """Runs of two processes, one of which is stopped, fails or has less to do."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -134,7 +135,8 @@ def test_a_loss_of_one_process_that_is_no_number_is_skipped_by_both(scenes, tmp_
 
     assert code == 0, error
     # Of three pictures the second process has one in every other step.
-    assert error.count(f"step {2 + rank} skipped: loss or gradient is not finite: scene_") == 1
+    line = next(line for line in error.splitlines() if "skipped: loss" in line)
+    assert re.fullmatch(rf"step {2 + rank} skipped: loss or gradient is not finite: scene_\d+\.png", line)
     assert "1 steps were skipped" in out
     state = load_last(tmp_path / "sav" / "run")
     assert all(value.isfinite().all() for value in state["model"].values())
