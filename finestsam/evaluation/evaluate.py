@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from finestsam.allocator import keep_freed_memory
-from finestsam.config import GENERATOR_DEFAULTS, Config, GeneratorConfig, ModelConfig
+from finestsam.config import CHUNK_OBJECTS, GENERATOR_DEFAULTS, Config, GeneratorConfig, ModelConfig
 from finestsam.data.index import Record
 from finestsam.data.read import describe_dataset, read_evaluation_set
 from finestsam.data.report import write_report
@@ -25,6 +25,7 @@ from finestsam.evaluation.semantic import evaluate_classes
 from finestsam.evaluation.story import Story
 from finestsam.images import write_image
 from finestsam.model.load import LoadedModel, load_model
+from finestsam.out_of_memory import naming_what_needs_less
 from finestsam.output_folder import make_output_folder
 from finestsam.prediction.generator import resolve_generator
 from finestsam.prediction.precompute import Embedder, open_store
@@ -123,6 +124,13 @@ def _find_origin(loaded: LoadedModel) -> str | None:
 
 def measure_model(config: Config, loaded: LoadedModel, records: Sequence[Record], title: str) -> Measurement:
     """Measure one model on the pictures; those that broke since they were checked are left out."""
+    points, objects = config.generator.points_per_batch, config.chunk_objects or CHUNK_OBJECTS
+    advice = f"--generator.points_per_batch below {points}, --chunk_objects below {objects} or a smaller --model.type"
+    with naming_what_needs_less(title, advice):
+        return _measure_model(config, loaded, records, title)
+
+
+def _measure_model(config: Config, loaded: LoadedModel, records: Sequence[Record], title: str) -> Measurement:
     embedder = Embedder(loaded.model, open_store(config.store, loaded.model))
     battery = Battery(config, embedder, [record for record in records if record.annotations], title)
     prompted, clicks = battery.score_prompts(), battery.measure_clicks()

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from finestsam.allocator import keep_freed_memory
@@ -22,6 +21,7 @@ from finestsam.errors import Defect, UserError, printable
 from finestsam.images import IMAGE_SUFFIXES, hash_picture, read_image, write_image
 from finestsam.model.card import Card
 from finestsam.model.load import load_model
+from finestsam.out_of_memory import naming_what_needs_less
 from finestsam.output_folder import make_output_folder
 from finestsam.prediction.generator import generate_masks, resolve_generator
 from finestsam.prediction.journal import Journal, read_finished
@@ -234,12 +234,10 @@ def _read(path: Path, config: Config) -> _Picture:
 
 
 def _find_masks(embedder: Embedder, picture: _Picture, path: Path, results: Results) -> GeneratedMasks:
-    try:
+    advice = f"--generator.points_per_batch below {results.settings.points_per_batch}, or a smaller --model.type"
+    with naming_what_needs_less(printable(path), advice):
         embedding = embedder.embed_image(picture.key, picture.pixels)  # from the store where it was predicted before
         return generate_masks(embedder.model, picture.pixels, results.settings, embedding)
-    except torch.OutOfMemoryError:
-        advice = f"lower generator.points_per_batch, which is {results.settings.points_per_batch}"
-        raise UserError(f"{printable(path)}: the memory of {embedder.model.device} is too small; {advice}") from None
 
 
 def _write(path: Path, pixels: np.ndarray, rles: list[dict], opacity: float, journal: Journal, entry: dict) -> None:

@@ -1,38 +1,17 @@
-"""Memory that does not suffice: how an error says so, and what to say then."""
+"""A step that the memory does not suffice for: what it was, and what needs less."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-
-import torch
+from collections.abc import Iterable
 
 from finestsam.batch import Sample
 from finestsam.config import Config
-from finestsam.errors import UserError, printable
+from finestsam.errors import printable
 from finestsam.model.lora import list_lora
 from finestsam.model.sam import FinestSam
 from finestsam.training.trainable import trains_encoder
 
-# The CPU's allocator has no error of its own; cuBLAS and cuDNN have others than torch.
-SIGNS = ("can't allocate memory", "ALLOC_FAILED")
-
 
 class OutOfMemory(Exception):
     """A step does not fit into the memory of one of the ranks; the text is empty on the others."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in SIGNS)
-
-
-@contextmanager
-def naming_what_needs_less(what: str, advice: str) -> Iterator[None]:
-    """Turn an error of memory into a UserError that says what did not fit, and what needs less."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(f"{what}: the memory is too small; less is needed with {advice}") from None
 
 
 def describe_samples(samples: Iterable[Sample]) -> str:

@@ -14,12 +14,13 @@ from finestsam.config import CHUNK_OBJECTS, Config
 from finestsam.data.previous_logits import PreviousLogits
 from finestsam.masks import decode_rle
 from finestsam.model.sam import FinestSam
+from finestsam.out_of_memory import is_out_of_memory
 from finestsam.prediction.correction import add_clicks, show_preferred
 from finestsam.prediction.precompute import Embedder
 from finestsam.training.affinity import affinity_loss
 from finestsam.training.log import COLUMNS, TRAINING_COLUMNS
 from finestsam.training.losses import ObjectLosses, object_losses
-from finestsam.training.memory import OutOfMemory, describe_samples, is_out_of_memory
+from finestsam.training.memory import OutOfMemory, describe_samples
 from finestsam.training.random_state import random_state, restore_random_state
 from finestsam.training.trainable import trains_encoder
 

@@ -22,6 +22,7 @@ from finestsam.evaluation.prompt_scores import score_batches, summarize_scores
 from finestsam.evaluation.semantic_scores import count_pictures
 from finestsam.interruption import Interrupted, watch_signals
 from finestsam.model.load import RANDOM_WEIGHTS, choose_device
+from finestsam.out_of_memory import naming_what_needs_less
 from finestsam.prediction.generator import resolve_generator
 from finestsam.training.best import choose_metric, keep_if_best, rank, refuse_lost_best, warn_if_not_saved
 from finestsam.training.blend import blend_best, keep_start, wants_blend
@@ -29,7 +30,7 @@ from finestsam.training.checkpoint import CheckpointNotSaved
 from finestsam.training.crash import note_crash
 from finestsam.training.hints import describe_training, list_mismatches, warn_of_cpu, warn_of_schedule
 from finestsam.training.log import RunLog
-from finestsam.training.memory import OutOfMemory, list_savings, naming_what_needs_less
+from finestsam.training.memory import OutOfMemory, list_savings
 from finestsam.training.numbers import explain_end, has_finite_weights, skips_for_good
 from finestsam.training.plots import draw_curves
 from finestsam.training.ranks import Ranks

@@ -345,6 +345,18 @@ def test_names_with_line_breaks_and_bytes_that_are_no_text_are_predicted(predict
     assert load(folder / "out/predictions.json")["images"][0]["file_name"] == name
 
 
+def test_a_picture_that_does_not_fit_into_the_memory_is_named_with_what_needs_less(predict, folder, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("finestsam.prediction.predict.generate_masks", fail)
+    code, _, err = predict("pictures/scene_0.png", **{"generator.points_per_batch": 64})
+
+    assert code == 2
+    assert "scene_0.png: the memory is too small; less is needed with --generator.points_per_batch below 64" in err
+    assert "Traceback" not in err
+
+
 def test_masks_of_the_json_are_those_of_the_overlay(predict, folder):
     predict("pictures/scene_0.png", opacity=1)
 

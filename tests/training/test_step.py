@@ -12,10 +12,11 @@ from finestsam.data.previous_logits import PreviousLogits
 from finestsam.errors import UserError
 from finestsam.masks import decode_rle
 from finestsam.model.adapt import adapt_
+from finestsam.out_of_memory import is_out_of_memory, naming_what_needs_less
 from finestsam.prediction.correction import add_clicks, show_preferred
 from finestsam.prediction.precompute import Embedder
 from finestsam.training.losses import object_losses
-from finestsam.training.memory import OutOfMemory, is_out_of_memory, naming_what_needs_less
+from finestsam.training.memory import OutOfMemory
 from finestsam.training.schedules import build_optimizer
 from finestsam.training.step import Stepper
 from finestsam.training.trainable import freeze_

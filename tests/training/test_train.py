@@ -249,6 +249,7 @@ def test_a_signal_saves_and_stops_and_the_run_can_be_continued(scenes, tmp_path,
     "flags",
     [
         [],
+        ["--task=semantic"],
         ["--model_layer.freeze.image_encoder=true", "--prompts.use_boxes=true"],
         ["--model_layer.freeze.image_encoder=true", "--model_layer.lora.rank=2", "--model_layer.thaw.norms=true"],
         [
@@ -272,14 +273,16 @@ def test_two_processes_learn_what_one_learns_at_the_same_global_batch(scenes, tm
     two = start_command(scenes, tmp_path, "--run_name=two", "--batch_size=1", "--num_devices=2", *flags)
     assert two.wait(timeout=300) == 0, two.stderr.read()
 
-    assert_same_weights(tmp_path / "one", tmp_path / "two", rtol=1e-3, atol=1e-5)
+    # Before a norm the gradient of a bias is rounding alone, which AdamW makes steps of.
+    atol = 1e-4 if "--task=semantic" in flags else 1e-5
+    assert_same_weights(tmp_path / "one", tmp_path / "two", rtol=1e-3, atol=atol)
     rows = [read_csv(tmp_path / name) for name in ("one", "two")]
     # The untouched model is the same one, and what is measured does not depend on who measures it.
     floors = [{name: value for name, value in row[0].items() if name != "validation_seconds"} for row in rows]
     assert floors[0] == floors[1]
     for first, second in zip(*rows, strict=True):
-        for name in ("total_loss", "val_per_mask_iou", "val_best_iou"):
-            if first[name]:
+        for name in ("total_loss", "val_per_mask_iou", "val_best_iou", "val_miou"):
+            if first.get(name):
                 assert float(second[name]) == pytest.approx(float(first[name]), abs=1e-5 if "loss" in name else 1e-3)
     assert len(list(tmp_path.iterdir())) == 2  # only one rank makes a folder
 
