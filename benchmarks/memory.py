@@ -89,8 +89,8 @@ def _run_one(side: str, count: int, result: Path) -> None:
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         embedder = SimpleNamespace(embed=lambda samples: torch.stack([one.embedding.float() for one in samples]))
         fabric = Fabric(accelerator="cpu", devices=1)
-        wrapped, optimizer = fabric.setup(model, optimizer)
-        stepper = Stepper(fabric, config, model, wrapped, optimizer, scaler, embedder)
+        _, optimizer = fabric.setup(model, optimizer)
+        stepper = Stepper(fabric, config, model, optimizer, scaler, embedder)
         stepper.step([Batch([sample])], epoch=0, wants_stop=False)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -180,10 +180,18 @@ def find_run(name: str, sav_dir: Path) -> Path:
         if not folder.is_dir():
             raise UserError(f"--resume {name}: no such folder, here or in {sav_dir}")
         return folder
-    runs = sorted(sav_dir.glob("*/last.ckpt"), key=lambda path: path.stat().st_mtime)
+    # By when it was last worked on. One that was stopped before its first checkpoint is begun again: whoever goes on
+    # with the newest run does not mean the one before it.
+    runs = sorted(sav_dir.glob("*/config.yaml"), key=lambda path: _find_newest_time(path.parent))
     if not runs:
-        raise UserError(f"--resume auto: no run with a last.ckpt in {sav_dir}")
+        raise UserError(f"--resume auto: no run in {sav_dir}")
     return runs[-1].parent
+
+
+def _find_newest_time(run: Path) -> float:
+    """Return when a run was last saved, or begun where it never was."""
+    paths = [run / name for name in ("last.ckpt", "last.prev.ckpt", "config.yaml")]
+    return max(path.stat().st_mtime for path in paths if path.exists())
 
 
 def _find_value(words: list[str], flag: str) -> str | None:

@@ -525,6 +525,11 @@ class Config:
         "out_dir has the results of. auto is also what the flag alone means",
     )
     input: list[str] = setting([], "pictures to predict: files, folders, patterns")
+    polygons: bool = setting(
+        False,
+        "write outlines into predictions.json instead of run lengths, for tools that read no others, such as Label "
+        "Studio's importer; holes are filled",
+    )
     correct_scores: bool = setting(
         False, "report scores as corrected by the map stored beside the weights, the IoU to be expected of them"
     )

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from finestsam.config import ImagesConfig
 from finestsam.errors import Defect
+from finestsam.whole_files import replacing
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 JPEG_QUALITY = 85
@@ -291,12 +292,8 @@ def write_image(path: Path, image: np.ndarray) -> None:
 
     A reader never meets half a file.
     """
-    partial = path.with_name(f".{path.name}.part")
-    try:
+    with replacing(path) as partial:
         Image.fromarray(image).save(partial, format=Image.registered_extensions()[path.suffix.lower()])
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def encode_image(image: np.ndarray, suffix: str) -> bytes:

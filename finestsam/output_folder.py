@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from finestsam.errors import UserError, printable
+from finestsam.whole_files import remove_unfinished
 
 
 def make_output_folder(folder: Path, dataset: str | None, setting: str = "out_dir") -> Path:
@@ -29,4 +30,5 @@ def make_output_folder(folder: Path, dataset: str | None, setting: str = "out_di
         raise UserError(f"{name}: cannot be made: {error.strerror}") from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{name}: not writable")
+    remove_unfinished(folder)
     return folder

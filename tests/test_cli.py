@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import time
@@ -151,6 +152,31 @@ def test_a_file_that_is_no_settings_file_is_refused(tmp_path, content, message):
 )
 def test_settings_that_cannot_work_are_named(flags, message):
     assert any(message in problem for problem in list_problems(*flags))
+
+
+def test_the_newest_run_is_continued_though_it_was_stopped_before_its_first_checkpoint(tmp_path):
+    def make(name: str, file: str, seconds: int) -> None:
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / file).write_text("dataset:\n  path: d\n")
+        os.utime(tmp_path / name / file, (seconds, seconds))
+
+    def find() -> str | None:
+        return parse_command_line(["--mode=train", "--resume", f"--sav_dir={tmp_path}"])[1].resume
+
+    assert list_problems("--mode=train", "--resume=auto", f"--sav_dir={tmp_path}") == [
+        f"--resume auto: no run in {tmp_path}"
+    ]
+    for name, seconds in (("a", 100), ("b", 200)):
+        make(name, "config.yaml", seconds)
+        make(name, "last.ckpt", seconds + 50)
+    make("no_run", "best.pth", 900)
+    assert find() == str(tmp_path / "b")
+    make("a", "last.ckpt", 300)
+    assert find() == str(tmp_path / "a")
+    make("c", "config.yaml", 400)  # killed before its first checkpoint
+    assert find() == str(tmp_path / "c")
+    make("b", "last.prev.ckpt", 500)  # killed between two renames
+    assert find() == str(tmp_path / "b")
 
 
 def test_a_mistake_prints_lines_and_exits_with_2(capsys):

@@ -14,12 +14,14 @@ from finestsam.masks import (
     encode_mask,
     find_boundary,
     find_largest_component,
+    polygons_to_rle,
     rasterize,
     remove_small_regions,
     rle_area,
     rle_box,
     rle_from_json,
     rle_to_json,
+    rle_to_polygons,
     segmentation_to_rle,
 )
 
@@ -193,3 +195,38 @@ def test_the_largest_region_comes_with_its_place_and_without_the_others():
     assert corner == (20, 10)
     assert (region == mask[10:15, 20:25]).all()
     assert find_largest_component(mask & False)[0].size == 0
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_outlines_filled_are_the_mask_again(seed):
+    draw = np.random.default_rng(seed)
+    mask = np.zeros((23, 31), dtype=bool)
+    for _ in range(draw.integers(1, 5)):
+        top, left = draw.integers(0, 22), draw.integers(0, 30)
+        mask[top : top + draw.integers(1, 9), left : left + draw.integers(1, 9)] = True
+    noise = draw.random(mask.shape) < 0.03
+    mask = ndimage_fill(mask | noise)
+    rle = encode_mask(mask)
+
+    polygons = rle_to_polygons(rle)
+
+    np.testing.assert_array_equal(decode_rle(polygons_to_rle(polygons, mask.shape)), mask)
+    assert all(len(part) >= 6 for part in polygons)
+    areas = [rle_area(polygons_to_rle([part], mask.shape)) for part in polygons]
+    assert areas[0] >= max(areas) - 1
+
+
+def ndimage_fill(mask: np.ndarray) -> np.ndarray:
+    """Fill what no path of background pixels, side by side, joins with the outside."""
+    outside = np.pad(~mask, 1, constant_values=True)
+    reached = np.zeros_like(outside)
+    reached[0] = True
+    while True:
+        grown = reached.copy()
+        for axis in (0, 1):
+            for step in (1, -1):
+                grown |= np.roll(reached, step, axis)
+        grown &= outside
+        if (grown == reached).all():
+            return ~reached[1:-1, 1:-1]
+        reached = grown

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from finestsam.cache_folder import cache_folder
@@ -15,6 +16,7 @@ from finestsam.config import DatasetConfig
 from finestsam.data.index import Annotation, Index, Record
 from finestsam.data.layouts import Part
 from finestsam.data.report import DatasetReport, Finding
+from finestsam.whole_files import write_text
 
 # Raised whenever reading gives another result for the same files.
 VERSION = 3
@@ -38,7 +40,7 @@ def find_cache_file(part: Part, settings: DatasetConfig) -> Path:
 def compute_key(part: Part, settings: DatasetConfig, cache_file: Path) -> str:
     """Return a hash of everything that the index depends on; of pictures the size and time of change."""
     wanted = {name: value for name, value in dataclasses.asdict(settings).items() if name not in UNREAD_SETTINGS}
-    digest = hashlib.sha256(json.dumps([VERSION, part.kind, wanted], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([VERSION, part.kind, wanted], sort_keys=True, allow_nan=False).encode())
     if part.labels.is_file():
         digest.update(part.labels.read_bytes())
     for folder in dict.fromkeys([part.images_dir, part.labels]):
@@ -79,14 +81,10 @@ def write_index(path: Path, key: str, index: Index) -> None:
         "report": dataclasses.asdict(index.report),
         "records": [_write_record(record) for record in index.records],
     }
-    body = json.dumps(content)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    body = json.dumps(content, allow_nan=False)
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({"key": key, "sha256": _hash(body)}) + "\n" + body, encoding="utf-8")
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
+        write_text(path, json.dumps({"key": key, "sha256": _hash(body)}, allow_nan=False) + "\n" + body)
 
 
 def _read_record(entry: dict) -> Record:

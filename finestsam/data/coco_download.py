@@ -18,6 +18,7 @@ from pathlib import Path
 from finestsam.archive import unpack
 from finestsam.download import download, download_all, lock
 from finestsam.errors import UserError
+from finestsam.whole_files import write_bytes
 
 # The bucket of images.cocodataset.org under the name that its certificate is for: that address has none of its own
 # (github.com/mlcommons/inference/pull/2572).
@@ -126,7 +127,8 @@ def _fetch(part: CocoPart, places: Places, wanted: int, base_url: str) -> None:
     elif missing:
         urls = {places.pictures / name: f"{base_url}/{part.name}/{name}" for name in missing}
         download_all(urls, f"pictures of {part.name}")
-    _write_whole(places.annotations, annotations)
+    places.annotations.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(places.annotations, annotations)
     if is_whole:
         shutil.rmtree(places.work)
 
@@ -196,7 +198,7 @@ def restrict_annotations(content: bytes, image_count: int) -> bytes:
     kept = set(ids[:image_count])
     annotations["images"] = [image for image in annotations["images"] if image["id"] in kept]
     annotations["annotations"] = [entry for entry in annotations["annotations"] if entry["image_id"] in kept]
-    return json.dumps(annotations).encode()
+    return json.dumps(annotations, allow_nan=False).encode()
 
 
 def list_pictures(content: bytes) -> list[str]:
@@ -209,14 +211,3 @@ def find_missing(folder: Path, names: list[str]) -> list[str]:
     entries = os.scandir(folder) if folder.is_dir() else []
     there = {entry.name for entry in entries if entry.is_file() and entry.stat().st_size}
     return [name for name in names if name not in there]
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is never half there."""
-    partial = path.with_name(f".{path.name}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

@@ -1,6 +1,5 @@
 """`--mode convert`: write any dataset that can be read in finestSAM's layout, masks to the pixel."""
 
-import json
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ from finestsam.data.split import split_records
 from finestsam.errors import UserError, printable
 from finestsam.masks import rle_area, rle_box, rle_to_json
 from finestsam.output_folder import make_output_folder
+from finestsam.whole_files import write_json
 
 # Not allowed in names on some system, or with a meaning to a shell or a terminal.
 UNSAFE = re.compile(r'[<>:"|?*\x00-\x1f\x7f\\]')
@@ -104,7 +104,7 @@ def _write_part(
         "annotations": annotations,
         "categories": [{"id": number, "name": name} for name, number in categories.items()],
     }
-    (folder / ANNOTATION_FILE).write_text(json.dumps(content) + "\n", encoding="utf-8")
+    write_json(folder / ANNOTATION_FILE, content)
 
 
 def _describe(

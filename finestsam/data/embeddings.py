@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from finestsam.whole_files import remove_unfinished, replacing
+
 GIGABYTE = 1_000_000_000
 # Left free for everything else that writes to the disk.
 SPARED_BYTES = 2 * GIGABYTE
@@ -60,18 +62,16 @@ class EmbeddingStore:
         """Keep the embedding of a picture, C x g x g."""
         path = self._find(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
+        with replacing(path, is_lasting=False) as partial:
             embedding.astype(np.float16).tofile(partial)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     def make_room(self, wanted: Iterable[str]) -> int:
         """Free what is needed for the pictures wanted, and return for how many of those that lack there is room.
 
         What was used longest ago goes first; what is wanted stays.
         """
+        for folder in self.folder.glob("*/*"):
+            remove_unfinished(folder)
         wanted_paths = {self._find(key) for key in wanted}
         held = {path for path in wanted_paths if path.exists()}
         for path in held:

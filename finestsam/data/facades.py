@@ -64,7 +64,8 @@ def draw_facades(rng: np.random.Generator, size: tuple[int, int]) -> Drawn:
 def draw_wall(rng: np.random.Generator, size: tuple[int, int], angle: float) -> np.ndarray:
     """Return plaster or bricks (H x W x 3, float32)."""
     colour = np.float32(rng.choice(WALLS) + rng.normal(0, 8, 3))
-    canvas = colour + 14 * (draw_noise(rng, size, 6) - 0.5)[..., None] + 8 * (draw_noise(rng, size, 0.8) - 0.5)[..., None]
+    stains, grains = draw_noise(rng, size, 6), draw_noise(rng, size, 0.8)
+    canvas = colour + (14 * (stains - 0.5) + 8 * (grains - 0.5))[..., None]
     if rng.random() < 0.7:
         along, up = turn_grid(size, angle)
         course = rng.uniform(5, 11)

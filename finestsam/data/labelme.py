@@ -20,6 +20,7 @@ from finestsam.data.report import DatasetReport
 from finestsam.errors import Defect, UserError
 from finestsam.images import IMAGE_SUFFIXES, decode_image
 from finestsam.masks import Remark, encode_mask, join_rles, rle_area, segmentation_to_rle
+from finestsam.whole_files import write_bytes
 
 # A larger one is no picture's labels, whatever it embeds.
 MAX_FILE_BYTES = 512_000_000
@@ -199,9 +200,7 @@ def _extract_picture(data: str, settings: DatasetConfig) -> Path:
     path = cache_folder() / "pictures" / hashlib.blake2b(content, digest_size=16).hexdigest()
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.part")
-        partial.write_bytes(content)
-        partial.replace(path)
+        write_bytes(path, content)
     return path
 
 

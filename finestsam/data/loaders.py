@@ -1,39 +1,87 @@
 """DataLoaders whose order, prompts and number of processes never change what is learnt."""
 
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from finestsam.data.dataset import SampleDataset, StepSampler, collate
+from finestsam.errors import UserError
 from finestsam.images import use_one_thread
 from finestsam.interruption import leave_signals_to_parent
+
+
+class Loader(DataLoader):
+    """A DataLoader whose processes say when the shared memory is full; torch's own would wait for them for ever.
+
+    Args:
+        collate: a list of the dataset's items to one item of the loader.
+    """
+
+    def __init__(self, dataset: Dataset, collate: Callable[[list], Any], num_workers: int, **arguments: Any):
+        super().__init__(
+            dataset,
+            collate_fn=partial(_hand_over, collate),
+            num_workers=num_workers,
+            worker_init_fn=start_worker,
+            generator=torch.Generator(),  # else each start of a loader draws a number that dropout would have drawn
+            **arguments,
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in super().__iter__():
+            if isinstance(item, UserError):
+                raise item
+            yield item
+
+
+def _hand_over(collate: Callable[[list], Any], samples: list) -> Any:
+    """Return what `collate` makes of the samples, its tensors in shared memory; a UserError where that is full.
+
+    torch would move them there on another thread, where an error stops nothing and reaches nobody.
+    """
+    item = collate(samples)
+    if get_worker_info() is None:
+        return item
+    try:
+        for tensor in _list_tensors(item):
+            tensor.share_memory_()
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        return UserError(
+            "the shared memory (/dev/shm) is too small for the processes that read pictures ahead: docker's --shm-size "
+            "makes it larger, --num_workers 0 reads without them"
+        )
+    return item
+
+
+def _list_tensors(item: Any) -> Iterator[Tensor]:
+    if isinstance(item, Tensor):
+        yield item
+    elif isinstance(item, list | tuple):
+        for part in item:
+            yield from _list_tensors(part)
+    elif dataclasses.is_dataclass(item):
+        for entry in dataclasses.fields(item):
+            yield from _list_tensors(getattr(item, entry.name))
 
 
 def build_train_loader(dataset: SampleDataset, sampler: StepSampler, num_workers: int) -> DataLoader:
     """Return the loader of (batch, messages) in the sampler's order; set the sampler's epoch before iterating."""
     use_one_thread()
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=num_workers,
-        worker_init_fn=start_worker,
-        persistent_workers=num_workers > 0,
-        generator=torch.Generator(),  # else each start of a loader draws a number that dropout would have drawn
-    )
+    return Loader(dataset, collate, num_workers, batch_sampler=sampler, persistent_workers=num_workers > 0)
 
 
 def build_validation_loader(dataset: SampleDataset, num_workers: int, rank: int = 0, world_size: int = 1) -> DataLoader:
     """Return the loader of one rank's share of the pictures: one at a time, none twice, always the same prompts."""
     use_one_thread()
     mine = [[(0, position)] for position in range(rank, len(dataset), world_size)]
-    return DataLoader(
-        dataset,
-        batch_sampler=mine,
-        collate_fn=collate,
-        num_workers=num_workers,
-        worker_init_fn=start_worker,
-        generator=torch.Generator(),
-    )
+    return Loader(dataset, collate, num_workers, batch_sampler=mine)
 
 
 def end_workers(loader: DataLoader) -> None:

@@ -1,12 +1,12 @@
 """What was found in a dataset, counted by kind, with examples for the screen and everything for the file."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from finestsam.errors import printable
+from finestsam.whole_files import write_json
 
 EXAMPLES_ON_SCREEN = 10
 SKIPPED_IMAGE, SKIPPED_ANNOTATION, KEPT = "skipped", "skipped_annotation", "kept"
@@ -144,10 +144,8 @@ def merge_reports(reports: Iterable[DatasetReport]) -> DatasetReport:
 
 
 def write_report(path: Path, content: dict) -> None:
-    """Write a report as json; a reader never meets half a file."""
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    """Write a report as json."""
+    write_json(path, content, indent=1)
 
 
 def _name(code: str) -> str:

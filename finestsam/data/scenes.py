@@ -7,7 +7,6 @@ label maps: those of one level never overlap, and the blur and noise of the canv
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from finestsam.data.facades import draw_facades
 from finestsam.data.processes import map_in_processes
 from finestsam.images import blur, write_image
 from finestsam.masks import encode_mask, rle_area, rle_box, rle_to_json
+from finestsam.whole_files import write_json
 
 DRAWINGS = {
     "shapes": draw_shapes,
@@ -71,7 +71,7 @@ def write_scenes(
     categories = [{"id": number, "name": name} for name, number in category_ids.items()]
     info = {"description": f"{count} drawn scenes, seed {seed}"}
     coco = {"info": info, "images": images, "annotations": annotations, "categories": categories}
-    (root / "data" / "annotations.json").write_text(json.dumps(coco), encoding="utf-8")
+    write_json(root / "data" / "annotations.json", coco)
     return root
 
 

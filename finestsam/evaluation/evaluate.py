@@ -2,13 +2,12 @@
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from finestsam.allocator import keep_freed_memory
-from finestsam.config import Config, GeneratorConfig, ModelConfig
+from finestsam.config import CHUNK_OBJECTS, Config, GeneratorConfig, ModelConfig
 from finestsam.data.index import Record
 from finestsam.data.read import describe_dataset, read_evaluation_set
 from finestsam.data.report import write_report
@@ -29,9 +28,11 @@ from finestsam.evaluation.semantic import evaluate_classes
 from finestsam.evaluation.story import Story
 from finestsam.images import write_image
 from finestsam.model.load import LoadedModel, load_model
+from finestsam.out_of_memory import naming_what_needs_less
 from finestsam.output_folder import make_output_folder
 from finestsam.prediction.generator import resolve_generator
 from finestsam.prediction.precompute import Embedder, open_store
+from finestsam.whole_files import write_json, write_text
 
 # On the screen, in this order.
 HEADLINES = (
@@ -137,6 +138,15 @@ def measure_model(
         title: of the progress bars.
         table: of the classes that the model gives masks; None: it gives none.
     """
+    points, objects = config.generator.points_per_batch, config.chunk_objects or CHUNK_OBJECTS
+    advice = f"--generator.points_per_batch below {points}, --chunk_objects below {objects} or a smaller --model.type"
+    with naming_what_needs_less(title, advice):
+        return _measure_model(config, loaded, records, title, table)
+
+
+def _measure_model(
+    config: Config, loaded: LoadedModel, records: Sequence[Record], title: str, table: ClassTable | None
+) -> Measurement:
     embedder = Embedder(loaded.model, open_store(config.store, loaded.model))
     battery = Battery(config, embedder, [record for record in records if record.annotations], title)
     prompted, clicks = battery.score_prompts(), battery.measure_clicks()
@@ -208,7 +218,7 @@ def _write_figures(
     for name, found in differences.items():
         figures[f"difference/{name}"] = found.value
         figures[f"difference/{name}_low"], figures[f"difference/{name}_high"] = found.low, found.high
-    path.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(path, figures, indent=2)
 
 
 def _write_pictures(path: Path, rows: list[dict], their_rows: list[dict] | None) -> None:
@@ -222,4 +232,4 @@ def _write_pictures(path: Path, rows: list[dict], their_rows: list[dict] | None)
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    path.write_text(text.getvalue(), encoding="utf-8", errors="surrogateescape")
+    write_text(path, text.getvalue())

@@ -21,6 +21,7 @@ from finestsam.evaluation.mistakes import Mistakes, count_mistakes, sum_mistakes
 from finestsam.evaluation.story import Story
 from finestsam.images import compute_input_size, encode_image, read_image, resize_image
 from finestsam.prediction.overlay import colour_classes, draw_layer
+from finestsam.whole_files import write_text
 
 REPORT_NAME = "report.html"
 # Of each end of the ranking.
@@ -83,9 +84,7 @@ def write_report_page(path: Path, story: Story, worse: Sequence[str], config: Co
         columns=str(columns),
         body="\n".join(part for part in body if part),
     )
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    write_text(path, page)
 
 
 def _text(value: str) -> str:

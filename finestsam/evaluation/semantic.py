@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from finestsam.evaluation.class_matching import refuse_strangers
 from finestsam.evaluation.semantic_scores import count_pictures, describe_classes, summarize_pixels
 from finestsam.model.load import LoadedModel
 from finestsam.prediction.precompute import Embedder, fill_store, open_store
+from finestsam.whole_files import write_json, write_text
 
 
 def evaluate_classes(config: Config, loaded: LoadedModel, data: LabelledSet, folder: Path) -> int:
@@ -45,10 +45,10 @@ def evaluate_classes(config: Config, loaded: LoadedModel, data: LabelledSet, fol
         if name in figures:
             print(f"{name:<20}{figures[name]:.4f}")
     print("\n".join(describe_classes(figures)))
-    (folder / "evaluation.json").write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(folder / "evaluation.json", figures, indent=2)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([["file_name", "miou", "mdice", "pixel_accuracy"], *rows])
-    (folder / "per_image.csv").write_text(text.getvalue(), encoding="utf-8", errors="surrogateescape")
+    write_text(folder / "per_image.csv", text.getvalue())
     print(f"figures: {folder / 'evaluation.json'}, picture by picture: {folder / 'per_image.csv'}")
     return 0
 

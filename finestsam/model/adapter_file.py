@@ -6,7 +6,6 @@ beside them.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from finestsam.errors import UserError
 from finestsam.model.lora import NARROW, WIDE, is_lora, list_lora, merge
+from finestsam.whole_files import replacing, write_json
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -69,8 +69,9 @@ def write_adapter(folder: Path, sam: Sam, started_from: str) -> Path:
     }
     folder.mkdir(exist_ok=True)
     write, name = _choose_writer()
-    _replace(folder / CONFIG_NAME, lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))
-    _replace(folder / name, lambda path: write(kept, path))
+    write_json(folder / CONFIG_NAME, config, indent=2)
+    with replacing(folder / name) as partial:
+        write(kept, partial)
     for other in set(WEIGHTS_NAMES) - {name}:
         (folder / other).unlink(missing_ok=True)
     return folder / name
@@ -104,16 +105,6 @@ def _choose_writer() -> tuple[Callable[[dict[str, Tensor], Path], None], str]:
     except ImportError:
         return torch.save, "adapter_model.bin"
     return (lambda tensors, path: save_file(tensors, path, metadata={"format": "pt"})), "adapter_model.safetensors"
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside the file, then take its place."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finestsam.errors import UserError
+from finestsam.whole_files import write_json
 
 
 @dataclass
@@ -54,7 +55,4 @@ def read_card(weights: Path) -> Card | None:
 
 def write_card(weights: Path, card: Card) -> None:
     """Write the card beside a weights file."""
-    path = weights.with_suffix(".json")
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_text(json.dumps(dataclasses.asdict(card), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(weights.with_suffix(".json"), dataclasses.asdict(card), indent=2)

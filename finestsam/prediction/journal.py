@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from finestsam.errors import UserError, printable
+from finestsam.whole_files import write_text
 
 JOURNAL_NAME = ".predictions.jsonl"
 
@@ -19,18 +20,15 @@ class Journal:
 
     def __init__(self, folder: Path, origin: dict[str, Any]):
         self.path = folder / JOURNAL_NAME
-        self._first_line = json.dumps({"origin": origin}, sort_keys=True)
+        self._first_line = json.dumps({"origin": origin}, sort_keys=True, allow_nan=False)
 
     def begin(self, entries: list[dict]) -> None:
         """Write the file anew, with what is kept of an earlier one."""
-        partial = self.path.with_name(f"{self.path.name}.part")
-        lines = [self._first_line, *map(json.dumps, entries)]
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        partial.replace(self.path)
+        write_text(self.path, "\n".join([self._first_line, *map(_to_line, entries), ""]))
 
     def add(self, entry: dict) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(_to_line(entry) + "\n")
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -55,6 +53,10 @@ class Journal:
         return entries
 
 
+def _to_line(entry: dict) -> str:
+    return json.dumps(entry, allow_nan=False)
+
+
 def read_finished(path: Path, origin: dict[str, Any]) -> list[dict]:
     """Return the entries of a finished predictions.json; none where there is no such file.
 
@@ -65,7 +67,7 @@ def read_finished(path: Path, origin: dict[str, Any]) -> list[dict]:
         return []
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["info"]["origin"] != json.loads(json.dumps(origin)):
+        if content["info"]["origin"] != json.loads(json.dumps(origin, allow_nan=False)):
             raise UserError(f"--resume: {printable(path)} was predicted with other weights or settings")
         entries = {image["id"]: {"image": image, "annotations": []} for image in content["images"]}
         for annotation in content["annotations"]:

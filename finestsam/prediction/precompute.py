@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from finestsam.batch import Sample
@@ -17,7 +17,7 @@ from finestsam.cache_folder import cache_folder
 from finestsam.config import StoreConfig
 from finestsam.data.dataset import SampleDataset
 from finestsam.data.embeddings import GIGABYTE, EmbeddingStore
-from finestsam.data.loaders import start_worker
+from finestsam.data.loaders import Loader
 from finestsam.errors import Defect
 from finestsam.images import compute_input_size, resize_image, use_one_thread
 from finestsam.model.sam import FinestSam
@@ -157,13 +157,7 @@ def _encode_all(embedder: Embedder, pictures: "_Pictures", num_workers: int, is_
         return
     device = embedder.model.device
     use_one_thread()
-    loader = DataLoader(
-        pictures,
-        batch_size=_batch_size(device),
-        collate_fn=list,
-        num_workers=min(num_workers, len(pictures)),
-        worker_init_fn=start_worker,
-    )
+    loader = Loader(pictures, list, min(num_workers, len(pictures)), batch_size=_batch_size(device))
     with tqdm(desc="encoding pictures once", total=len(pictures), disable=is_quiet, leave=False) as progress:
         for found in loader:
             progress.update(len(found))

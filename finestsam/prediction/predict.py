@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from finestsam.allocator import keep_freed_memory
@@ -23,6 +22,7 @@ from finestsam.errors import Defect, UserError, printable
 from finestsam.images import IMAGE_SUFFIXES, hash_picture, read_image, write_image
 from finestsam.model.card import Card
 from finestsam.model.load import LoadedModel, load_model
+from finestsam.out_of_memory import naming_what_needs_less
 from finestsam.output_folder import make_output_folder
 from finestsam.prediction.generator import generate_masks, resolve_generator
 from finestsam.prediction.journal import Journal, read_finished
@@ -55,7 +55,7 @@ def predict(config: Config) -> int:
         return predict_classes(paths, name_overlays(paths, out_dir), embedder, loaded.card.classes, config)
     settings = resolve_generator(config.generator, loaded.card)
     score_map = _find_score_map(config, loaded.card)
-    results = Results(_number_categories(loaded), settings, score_map, hash_weights(embedder))
+    results = Results(_number_categories(loaded), settings, score_map, hash_weights(embedder), config.polygons)
     journal = Journal(out_dir, results.origin)
     jobs = _list_jobs(paths, name_overlays(paths, out_dir))
     left = _take_up(jobs, results, journal, out_dir) if config.resume else jobs
@@ -236,12 +236,10 @@ def _read(path: Path, config: Config) -> _Picture:
 
 
 def _find_masks(embedder: Embedder, picture: _Picture, path: Path, results: Results) -> GeneratedMasks:
-    try:
+    advice = f"--generator.points_per_batch below {results.settings.points_per_batch}, or a smaller --model.type"
+    with naming_what_needs_less(printable(path), advice):
         embedding = embedder.embed_image(picture.key, picture.pixels)  # from the store where it was predicted before
         return generate_masks(embedder.model, picture.pixels, results.settings, embedding)
-    except torch.OutOfMemoryError:
-        advice = f"lower generator.points_per_batch, which is {results.settings.points_per_batch}"
-        raise UserError(f"{printable(path)}: the memory of {embedder.model.device} is too small; {advice}") from None
 
 
 def _draw(pixels: np.ndarray, masks: GeneratedMasks, results: Results, opacity: float) -> np.ndarray:

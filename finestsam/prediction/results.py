@@ -1,7 +1,6 @@
 """What the generator found in a picture, and the COCO json that it is written to."""
 
 import dataclasses
-import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -9,8 +8,9 @@ import numpy as np
 from torch import Tensor
 
 from finestsam.config import GeneratorConfig
-from finestsam.masks import rle_to_json
+from finestsam.masks import rle_to_json, rle_to_polygons
 from finestsam.prediction.calibration import correct_scores
+from finestsam.whole_files import write_json
 
 
 @dataclass
@@ -139,6 +139,7 @@ class Results:
         categories: names by id, in the order of the model's classes from 1 on; of a model without classes just one.
         score_map: what corrects the scores; None or empty: they are the predicted IoUs.
         weights: a hash of the model's.
+        polygons: describe masks by their outlines instead of run lengths.
     """
 
     def __init__(
@@ -147,17 +148,20 @@ class Results:
         settings: GeneratorConfig,
         score_map: list[list[float]] | None = None,
         weights: str = "",
+        polygons: bool = False,
     ):
         self.categories = categories
         self.settings = settings
         self.score_map = score_map or []
         self.weights = weights
+        self.polygons = polygons
         self.entries: dict[str, dict] = {}  # by file name
 
     @property
     def origin(self) -> dict:
         """What the masks depend on beside the pictures."""
-        return {"weights": self.weights, "generator": dataclasses.asdict(self.settings), "score_map": self.score_map}
+        settings = {"generator": dataclasses.asdict(self.settings), "score_map": self.score_map}
+        return {"weights": self.weights, "polygons": self.polygons} | settings
 
     @property
     def mask_count(self) -> int:
@@ -176,7 +180,7 @@ class Results:
         return self.entries[file_name]
 
     def write(self, path: Path, order: list[str]) -> None:
-        """Write the json; a reader never meets half a file.
+        """Write the json.
 
         Args:
             order: of the pictures, by file name; those without an entry are left out.
@@ -200,11 +204,10 @@ class Results:
             "annotations": annotations,
             "categories": [{"id": number, "name": name} for number, name in self.categories.items()],
         }
-        partial = path.with_name(f".{path.name}.part")
-        partial.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_json(path, content)
 
     def _describe(self, masks: GeneratedMasks, index: int, score: float) -> dict:
+        rle = masks.rles[index]
         # Six digits are what float32 holds; more would only be noise that changes from machine to machine.
         category = {"category_id": next(iter(self.categories))}
         if masks.has_classes:
@@ -213,7 +216,7 @@ class Results:
             score *= class_score
             category = {"category_id": category_id, "category_name": name, "class_score": round(class_score, 6)}
         return category | {
-            "segmentation": rle_to_json(masks.rles[index]),
+            "segmentation": rle_to_polygons(rle) if self.polygons else rle_to_json(rle),
             "bbox": masks.boxes_xywh[index].tolist(),
             "area": int(masks.areas[index]),
             "iscrowd": 0,

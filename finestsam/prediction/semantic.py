@@ -1,6 +1,5 @@
 """`--mode predict` for weights with a semantic head: each picture's classes as colours over it and as a label map."""
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from finestsam.model.resample import build_axis
 from finestsam.model.sam import FinestSam
 from finestsam.prediction.overlay import colour_classes, draw_classes
 from finestsam.prediction.precompute import Embedder
+from finestsam.whole_files import write_json
 
 LABELS_SUFFIX = ".classes.png"
 LEGEND_NAME = "classes.json"
@@ -99,7 +99,7 @@ def _write_legend(path: Path, names: list[str]) -> None:
         for number, (name, colour) in enumerate(zip(names, colours, strict=True))
     ]
     try:
-        path.write_text(json.dumps(legend, indent=1) + "\n", encoding="utf-8")
+        write_json(path, legend, indent=1)
     except OSError as error:
         raise UserError(f"{printable(path)}: cannot be written: {error.strerror or error}") from None
 

@@ -1,5 +1,6 @@
 """Keep the best weights of a run, and say what they are."""
 
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -28,8 +29,11 @@ def choose_metric(run: Run) -> str:
 
 
 def rank(run: Run, metrics: dict[str, float]) -> list[float]:
-    """Return what weights are compared by: the metric that was chosen, and of equals the task's own."""
-    return [metrics[choose_metric(run)], metrics[run.stepper.metric]]
+    """Return what weights are compared by: the metric that was chosen, and of equals the task's own.
+
+    What could not be measured, as the weights answer no numbers, is worse than everything.
+    """
+    return [metrics.get(name, -math.inf) for name in (choose_metric(run), run.stepper.metric)]
 
 
 def keep_if_best(run: Run, kept_original: float = 0.0) -> bool:
@@ -41,12 +45,12 @@ def keep_if_best(run: Run, kept_original: float = 0.0) -> bool:
         kept_original: the share of its weights in these, for the card.
     """
     progress = run.progress
-    ranked = rank(run, progress.metrics) if progress.metrics else None
+    ranked = None if run.val_loader is None else rank(run, progress.metrics)
     value = ranked[0] if ranked else None
     is_better = ranked is None or progress.best is None or ranked > progress.best
     progress.evaluations_without_better = 0 if is_better else progress.evaluations_without_better + 1
-    if is_better and ranked:
-        progress.best = ranked
+    if is_better:
+        progress.best, progress.is_blended = ranked, kept_original > 0
     if run.is_first_rank:
         problem = warn_if_not_saved(lambda: _save_best(run, value, is_better, kept_original))
         if is_better:

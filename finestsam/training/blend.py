@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from finestsam.model.card import read_card
 from finestsam.model.classes import head_path
 from finestsam.model.lora import is_lora, list_lora, load_plain_
 from finestsam.model.sam import FinestSam
@@ -31,35 +32,46 @@ def keep_start(run: Run) -> None:
     save_weights(run.folder / START_NAME, {name: weights[name] for name in sorted(trained)})
 
 
+def wants_blend(run: Run) -> bool:
+    """Whether original weights are to be put back into the best ones, and that is not done yet."""
+    wanted = run.config.opt.keep_original
+    return wanted != 0 and (wanted != "auto" or run.val_loader is not None) and not run.progress.is_blended
+
+
 def blend_best(run: Run, validate: Callable[[Run], None]) -> None:
     """Try the shares that the settings ask for on the best weights; what validates better becomes best.pth.
 
     A share that is given is taken if the blend is at least better than the untouched model, whatever the best weights
     alone were.
+
+    Raises:
+        Interrupted: a signal came; best.pth is as it was, so that all shares can be tried again.
     """
-    wanted, path = run.config.opt.keep_original, run.folder / START_NAME
-    if wanted == 0 or (wanted == "auto" and run.val_loader is None):
-        return
+    progress, sam, wanted = run.progress, run.loaded.model.sam, run.config.opt.keep_original
     run.fabric.barrier()
-    start = torch.load(path, map_location="cpu", weights_only=True)
+    start = torch.load(run.folder / START_NAME, map_location="cpu", weights_only=True)
     best = torch.load(run.folder / "best.pth", map_location="cpu", weights_only=True)
-    if all(torch.equal(start[name], best[name]) for name in start):
-        return  # no epoch was better than the start
     last = _copy_state(run.loaded.model)
     _load_best_head_(run)
-    found = run.progress.best
-    if wanted != "auto" and found is not None:
-        run.progress.best = rank(run, run.progress.floor)
-    has_better = False
-    for share in SHARES if wanted == "auto" else (wanted,):
-        load_plain_(run.loaded.model.sam, blend(start, best, share))
+    found = progress.metrics, progress.generator, progress.validation_seconds
+    limit = rank(run, progress.floor) if wanted != "auto" and run.val_loader is not None else progress.best
+    chosen = None
+    for share in _list_shares(run, start, best):
+        load_plain_(sam, blend(start, best, share))
         validate(run)
-        is_better = keep_if_best(run, kept_original=share)
-        has_better |= is_better
+        ranked = rank(run, progress.metrics)
+        is_better = limit is None or ranked > limit
+        if is_better:
+            limit, chosen = ranked, (share, progress.metrics, progress.generator)
         run.fabric.print(f"with {share:g} of the original weights: {'better' if is_better else 'no better'}")
-    if not has_better:
-        run.progress.best = found
+    if chosen:
+        share, progress.metrics, progress.generator = chosen
+        progress.best = None  # it is better than what it was to beat
+        load_plain_(sam, blend(start, best, share))
+        keep_if_best(run, kept_original=share)
     run.loaded.model.load_state_dict(last)
+    progress.metrics, progress.generator, progress.validation_seconds = found
+    progress.is_blended = True
 
 
 def _copy_state(model: FinestSam) -> dict[str, Tensor]:
@@ -71,6 +83,16 @@ def _load_best_head_(run: Run) -> None:
     head = run.loaded.model.class_head
     if head is not None:
         head.load_state_dict(torch.load(head_path(run.folder / "best.pth"), weights_only=True))
+
+
+def _list_shares(run: Run, start: dict[str, Tensor], best: dict[str, Tensor]) -> tuple[float, ...]:
+    if all(torch.equal(start[name], best[name]) for name in start):
+        return ()  # no epoch was better than the start
+    card = read_card(run.folder / "best.pth")
+    if card and card.kept_original > 0:
+        return ()  # they are a blend already: the run was killed before it could note that
+    wanted = run.config.opt.keep_original
+    return SHARES if wanted == "auto" else (wanted,)
 
 
 def blend(start: dict[str, Tensor], best: dict[str, Tensor], share: float) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from finestsam.errors import UserError
 from finestsam.model import classes, semantic_head
+from finestsam.whole_files import replacing
 
 LAST = "last.ckpt"  # everything needed to continue
 PREVIOUS = "last.prev.ckpt"  # the one before, for the day on which the last one is damaged
@@ -61,25 +62,18 @@ def save_file(path: Path, content: object, previous: Path | None = None) -> None
     Raises:
         CheckpointNotSaved: the disk is full or fails.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     needed = int(1.1 * _count_bytes(content))
     try:
         if shutil.disk_usage(path.parent).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        _write_verified(partial, content)
-        if previous is not None and path.exists():
-            os.replace(path, previous)
-        os.replace(partial, path)
-        _sync_folder(path.parent)
+        with replacing(path, previous) as partial:
+            _write_verified(partial, content)
     except (OSError, RuntimeError) as error:
         # torch says "unexpected pos 768 vs 662" while it handles the error of the disk.
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
         raise CheckpointNotSaved(_describe_failure(cause, path.parent, needed)) from None
-    finally:
-        with suppress(OSError):
-            partial.unlink()
 
 
 def _count_bytes(content: object) -> int:
@@ -108,16 +102,6 @@ def _is_damaged(path: Path) -> bool:
             return archive.testzip() is not None
     except (zipfile.BadZipFile, EOFError, NotImplementedError):
         return True
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring the new name to the disk; the content is there already."""
-    with suppress(OSError):  # Windows and some network drives cannot
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _describe_failure(error: OSError, folder: Path, needed: int) -> str:
@@ -172,28 +156,6 @@ def _read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def remove_stale_files(folder: Path) -> None:
-    """Remove what processes that were killed while they saved have left."""
-    for path in folder.glob(".*.tmp"):
-        pid = path.name.split(".")[-2]
-        if pid.isdecimal() and not _is_alive(int(pid)):
-            with suppress(OSError):  # Windows: refuses while another process writes it
-                path.unlink()
-
-
-def _is_alive(pid: int) -> bool:
-    """Whether another process has this number. In a container a new run often has the number of the one before it."""
-    if pid == os.getpid() or os.name == "nt":  # Windows' os.kill would end the process
-        return False
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
 class TopWeights:
     """The best weights of a run, in files named {step}-{best_metric}.pth; best.pth is another file.
 
@@ -208,7 +170,7 @@ class TopWeights:
 
     def save(self, state_dict: Mapping[str, Tensor], step: int, metric: float) -> Path | None:
         """Write the weights if they are among the best, drop what no longer is, and return the path or None."""
-        if math.isnan(metric):
+        if not math.isfinite(metric):
             return None
         name = f"{step}-{metric:.2f}.pth"
         others = {other: value for other, value in self._metrics.items() if _step_of(other) != step}

@@ -5,6 +5,8 @@ from finestsam.model.fft_attention import list_blocks
 from finestsam.model.lora import list_lora
 from finestsam.model.sam import FinestSam
 
+LARGE_IMAGE_SIZE = 1024
+
 
 def describe_training(model: FinestSam, model_type: str) -> str:
     """Return one line: what trains, and how many weights of how many."""
@@ -38,6 +40,41 @@ def list_mismatches(config: Config, starts_from_nothing: bool) -> list[str]:
             "starts from random weights and freezes the image encoder, which then never learns to see; "
             "--model_layer.freeze.image_encoder false --model_layer.freeze.prompt_encoder false trains all of it"
         )
+    return warnings
+
+
+def warn_of_cpu(asked: str, device: str, model: FinestSam, model_type: str) -> list[str]:
+    """Return a warning where nobody asked for the CPU, and the model is one that takes its time there.
+
+    Args:
+        asked: the setting.
+        device: the type of the one that was found.
+    """
+    if asked != "auto" or device != "cpu" or model.image_size < LARGE_IMAGE_SIZE:
+        return []
+    return [
+        f"no GPU found, so all runs on the CPU, where {model_type} at {model.image_size} pixels takes seconds to look "
+        "at a picture and minutes to find its objects; --model.type vit_tiny suits it; --device cpu if that is meant"
+    ]
+
+
+def warn_of_schedule(config: Config, last_step: int) -> list[str]:
+    """Return warnings about a learning rate that never comes to where the settings send it.
+
+    Args:
+        last_step: of the run.
+    """
+    if config.sched.type != "LambdaLR":
+        return []
+    schedule, warnings = config.sched.LambdaLR, []
+    if schedule.warmup_steps >= last_step:
+        warnings.append(
+            f"the run ends at step {last_step}, within the {schedule.warmup_steps} steps of its warm-up, before the "
+            "learning rate is what opt.learning_rate says; lower --sched.LambdaLR.warmup_steps"
+        )
+    beyond = [step for step in schedule.steps if step >= last_step]
+    if beyond:
+        warnings.append(f"sched.LambdaLR.steps {beyond} come after the run's last step, which is {last_step}")
     return warnings
 
 

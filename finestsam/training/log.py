@@ -3,7 +3,6 @@
 import csv
 import io
 import math
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from lightning.fabric.loggers import TensorBoardLogger
 
 from finestsam.errors import UserError
+from finestsam.whole_files import write_text
 
 TRAINING_COLUMNS = ("total_loss", "focal_loss", "dice_loss", "iou_loss", "iou", "predicted_iou")
 PROMPT_COLUMNS = ("val_per_mask_iou", "val_per_mask_dice", "val_best_iou")
@@ -105,10 +105,8 @@ class RunLog:
         writer = csv.DictWriter(text, self.columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows({name: _format_number(value) for name, value in row.items()} for row in self._rows)
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         try:
-            partial.write_text(text.getvalue(), encoding="utf-8")
-            os.replace(partial, self.path)
+            write_text(self.path, text.getvalue())
         except OSError as error:
             self._warn_once(self.path.name, error)
 

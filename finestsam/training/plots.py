@@ -11,6 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from finestsam.whole_files import replacing
+
 Rows = Sequence[Mapping[str, float | None]]
 
 # Title and colour (Okabe and Ito's, told apart by the colour-blind too) of what is drawn against epochs.
@@ -74,7 +76,8 @@ def draw_curves(rows: Rows, folder: Path) -> list[Path]:
     paths = []
     for name, figure in figures.items():
         paths.append(plots / f"{name}.png")
-        figure.savefig(paths[-1])
+        with replacing(paths[-1], is_lasting=False) as partial:
+            figure.savefig(partial, format="png")
     return paths
 
 

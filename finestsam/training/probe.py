@@ -11,10 +11,9 @@ from finestsam.batch import Sample
 from finestsam.config import CHUNK_OBJECTS
 from finestsam.data.dataset import SampleDataset
 from finestsam.errors import Defect, UserError
-from finestsam.model.lora import list_lora
 from finestsam.training.losses import measure_piece_bytes
+from finestsam.training.memory import describe_samples, list_savings
 from finestsam.training.step import Stepper
-from finestsam.training.trainable import trains_encoder
 
 # More at a time is no faster.
 MOST_OBJECTS = {"cpu": CHUNK_OBJECTS, "cuda": 64}
@@ -117,24 +116,10 @@ def _count_kept_bytes(work: Callable[[], Tensor], known: set[int]) -> tuple[int,
 
 
 def _explain(stepper: Stepper, need: MemoryNeed, free_bytes: int) -> str:
-    config = stepper.config
-    advice = []
-    if trains_encoder(stepper.model):
-        if not any(list_lora(stepper.model.sam.image_encoder)):
-            advice.append("--model_layer.freeze.image_encoder true, alone or with --model_layer.lora.rank 8")
-        if not config.model_layer.recompute_encoder:
-            advice.append("--model_layer.recompute_encoder")
-    if config.batch_size > 1:
-        advice.append(f"--batch_size below {config.batch_size}")
-    if config.losses.resolution != "low":
-        advice.append("--losses.resolution low")
-    advice.append("a smaller --model.type")
-    height, width = need.sample.original_size
     needed = (need.fixed_bytes + need.object_bytes) / GIGABYTE
     return (
-        f"{need.sample.file_name} ({width} x {height}, {len(need.sample)} objects) needs about {needed:.1f} GB of "
-        f"memory even one object at a time, {free_bytes / GIGABYTE:.1f} GB are free; less is needed with "
-        f"{', '.join(advice)}"
+        f"{describe_samples([need.sample])} needs about {needed:.1f} GB of memory even one object at a time, "
+        f"{free_bytes / GIGABYTE:.1f} GB are free; less is needed with {list_savings(stepper.config, stepper.model)}"
     )
 
 

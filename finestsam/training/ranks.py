@@ -59,9 +59,9 @@ class Ranks:
         others = self.join(work if self.rank > 0 else lambda: None)
         return first if self.rank == 0 else others
 
-    def gather(self, work: Callable[[], Result]) -> list[Result]:
+    def gather(self, work: Callable[[], Result], may_stop: bool = True) -> list[Result]:
         """Do the work on every rank, and return all results on each, as `join` does."""
-        return self._exchange(self.join(work))
+        return self._exchange(self.join(work, may_stop))
 
     @property
     def was_signalled(self) -> bool:

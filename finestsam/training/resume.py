@@ -45,11 +45,13 @@ def check_settings(config: Config, state: dict[str, Any], pictures_per_batch: in
     Raises:
         UserError: a difference with which the run cannot go on.
     """
-    before, now = json.loads(state["config"]), json.loads(json.dumps(flatten_config(config)))
+    before, now = json.loads(state["config"]), json.loads(json.dumps(flatten_config(config), allow_nan=False))
     changed = [name for name in now if name in before and now[name] != before[name]]
     refused = [name for name in changed if name.startswith(FIXED)]
     if (now["losses.affinity_ratio"] > 0) != (before["losses.affinity_ratio"] > 0):
         refused.append("losses.affinity_ratio")
+    if now["opt.keep_original"] != 0 and before.get("opt.keep_original") == 0:
+        refused.append("opt.keep_original")  # a run keeps what it started from only where this is set from the first on
     if refused:
         found = "\n".join(f"--resume: {name} is {now[name]}, the run has {before[name]}" for name in refused)
         raise UserError(f"{found}; start a new run with it, from best.pth if its weights are wanted")

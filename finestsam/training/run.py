@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from lightning.fabric import Fabric
 from torch.utils.data import DataLoader
 
 from finestsam.config import (
-    CHUNK_OBJECTS,
     AugmentConfig,
     Config,
     ModelConfig,
@@ -31,8 +31,7 @@ from finestsam.data.semantic import ClassTable
 from finestsam.download import hash_file
 from finestsam.errors import UserError
 from finestsam.model.adapt import adapt_
-from finestsam.model.fft_attention import list_blocks, mount_fft_attention_
-from finestsam.model.load import LoadedModel, load_model
+from finestsam.model.load import LoadedModel, load_model, load_weights_
 from finestsam.model.sam import FinestSam
 from finestsam.prediction.generator import resolve_generator
 from finestsam.prediction.precompute import Embedder, encode_missing, find_missing, open_store
@@ -49,6 +48,7 @@ from finestsam.training.schedules import build_optimizer, build_scheduler
 from finestsam.training.semantic import SemanticStepper, build_semantic_optimizer, choose_classes
 from finestsam.training.step import Stepper
 from finestsam.training.trainable import freeze_, trains_encoder
+from finestsam.whole_files import remove_unfinished, write_json, write_text
 
 
 @dataclass
@@ -62,8 +62,10 @@ class Progress:
     objects: int = 0  # behind the sums
     seconds: float = 0.0  # of the epoch that runs, without its validation
     validation_seconds: float = 0.0  # of the newest validation
-    skipped_steps: int = 0  # in a row, because their gradient was not finite
+    skipped_steps: int = 0  # in a row, because loss or gradient was not finite
+    all_skipped_steps: int = 0  # of the run
     best: list[float] | None = None  # by the metric that was chosen, and of equals by val_per_mask_iou
+    is_blended: bool = False  # whether putting original weights back into these best ones has been tried
     floor: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)  # of the newest validation
     generator: dict[str, Any] = field(default_factory=dict)  # settings that did best in it, for best.json
@@ -156,7 +158,7 @@ def build_run(fabric: Fabric, ranks: Ranks, config: Config) -> Run:
         progress, checkpoint.TopWeights(folder, config.save_top_k), classes,
     )  # fmt: skip
     if state is not None:
-        _restore(run, state)
+        ranks.join(lambda: _restore(run, state))
     return run
 
 
@@ -174,10 +176,10 @@ def _load_state(config: Config, ranks: Ranks) -> dict | None:
         return None
     folder = Path(config.resume)
     if ranks.rank == 0:
-        checkpoint.remove_stale_files(folder)
+        remove_unfinished(folder)
     state = load_state(folder)
     if state is None and ranks.rank == 0:
-        print(f"{folder} has no checkpoint yet: the run begins")
+        print(f"warning: {folder} was stopped before its first checkpoint: the run begins again", file=sys.stderr)
     if state is not None and ranks.rank == 0:
         check_settings(config, state, config.batch_size * ranks.count)
     return state
@@ -202,9 +204,8 @@ def _load_weights(fabric: Fabric, config: Config, state: dict | None) -> LoadedM
         return loaded
     bare = replace(config, model=ModelConfig(state["model_type"], "none", state["image_size"]))
     loaded = load_model(bare, device=fabric.device)
-    mount_fft_attention_(loaded.model.sam, list_blocks(state["model"]))
     adapt_(loaded.model.sam, config.model_layer)
-    loaded.model.sam.load_state_dict(state["model"])
+    load_weights_(loaded.model.sam, state["model"])
     return loaded
 
 
@@ -220,15 +221,13 @@ def _describe(folder: Path, config: Config, data: LabelledSet) -> None:
     A run that is killed meanwhile can be continued from the first on.
     """
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "resume"}
-    partial = folder / ".config.yaml.part"
-    partial.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    partial.replace(folder / "config.yaml")
+    write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     write_report(folder / "dataset_report.json", describe_dataset(data.report, data.train + data.val))
     split = {
         side: [{"id": record.image_id, "file_name": record.file_name} for record in records]
         for side, records in (("train", data.train), ("val", data.val))
     }
-    (folder / "split.json").write_text(json.dumps(split, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "split.json", split, indent=1)
 
 
 def _begin_progress(fabric: Fabric, loaded: LoadedModel) -> Progress:
@@ -267,7 +266,9 @@ def _build_stepper(
         optimizer = build_optimizer(model, config.opt)
     total_steps = _count_steps(config, len(data.train), fabric.world_size)
     scheduler = build_scheduler(optimizer, config.sched, config.eval_interval, total_steps)
-    wrapped, optimizer = fabric.setup(model, optimizer)
+    # It brings the first rank's weights to the others. What it returns would also add up gradients while they are
+    # taken; a step does that afterwards, when every rank has its own.
+    _, optimizer = fabric.setup(model, optimizer)
     # float16 alone overflows; bfloat16 has float32's range.
     scaler = torch.amp.GradScaler(fabric.device.type, enabled=model.encoder_dtype == torch.float16)
     previous = None
@@ -280,7 +281,7 @@ def _build_stepper(
     # What a training encoder answered is out of date with the next step.
     embedder = Embedder(model, None if trains_encoder(model) else open_store(config.store, model))
     kind = SemanticStepper if is_semantic else ClassStepper if classes else Stepper
-    stepper = kind(fabric, config, model, wrapped, optimizer, scaler, embedder, previous)
+    stepper = kind(fabric, config, model, optimizer, scaler, embedder, previous)
     if isinstance(stepper, ClassStepper):
         stepper.class_weights = weigh_classes(data.train, classes, config.classes)
     return stepper, scheduler
@@ -299,7 +300,7 @@ def _choose_chunk_objects(
     """Return how many objects are decoded at a time: the same on every rank, and as before in a run that continues."""
     given = config.chunk_objects or progress.chunk_objects
     if stepper.model.semantic_head is not None:
-        return given or CHUNK_OBJECTS  # no object is decoded
+        return 1  # no object is decoded
     if given:
         return given
     return ranks.gather(lambda: choose_chunk_objects(stepper, train_set) if ranks.rank == 0 else None)[0]
@@ -364,7 +365,7 @@ def save_last(run: Run) -> None:
         "progress": dataclasses.asdict(run.progress),
         "top": run.top.state_dict(),
         "random": random_state(),
-        "config": json.dumps(flatten_config(run.config)),
+        "config": json.dumps(flatten_config(run.config), allow_nan=False),
         "dataset": run.data.fingerprint,
         "pictures_per_batch": run.config.batch_size * run.ranks.count,
     }
@@ -378,7 +379,13 @@ def _restore(run: Run, state: dict) -> None:
         run.loaded.model.class_head.load_state_dict(state["class_head"])
     if run.loaded.model.affinity_head:
         run.loaded.model.affinity_head.load_state_dict(state["affinity_head"])
-    run.stepper.optimizer.load_state_dict(state["optimizer"])
+    try:
+        run.stepper.optimizer.load_state_dict(state["optimizer"])
+    except ValueError:
+        raise UserError(
+            "--resume: the run was begun by a version of finestsam that divides the weights otherwise; go on with that "
+            "version, or start a new run from best.pth"
+        ) from None
     run.scheduler.load_state_dict(state["scheduler"])
     if run.stepper.scaler.is_enabled():
         run.stepper.scaler.load_state_dict(state["scaler"])

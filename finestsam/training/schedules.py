@@ -12,6 +12,8 @@ from finestsam.config import LambdaLRConfig, OptConfig, SchedConfig
 
 # The image encoder's embeddings of places, which are bare parameters of its modules.
 POSITIONS = ("pos_embed", "rel_pos_h", "rel_pos_w")
+# A row for each of the decoder's masks, of which training asks for one or for three: decay would wear the others down.
+SCORES = "mask_decoder.iou_prediction_head.layers.2.weight"
 
 BLOCKS = "sam.image_encoder.blocks."
 
@@ -70,6 +72,7 @@ def split_parameters(model: nn.Module) -> tuple[NamedParameters, NamedParameters
         if not parameter.requires_grad:
             continue
         is_spared = parameter.ndim < 2 or id(parameter) in embeddings or name.rpartition(".")[2] in POSITIONS
+        is_spared |= name.endswith(SCORES)
         (spared if is_spared else decayed).append((name, parameter))
     return decayed, spared
 

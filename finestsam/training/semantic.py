@@ -32,18 +32,15 @@ class SemanticStepper(Stepper):
     def count(self, batch: Batch) -> int:
         return len(batch.samples)
 
-    def _add_gradients(self, batch: Batch, epoch: int, weight: float, is_last: bool) -> Tensor:
+    def _add_gradients(self, batch: Batch, epoch: int, weight: float) -> Tensor:
         if not batch.samples:
-            self._join_without_objects(is_last)
             return torch.zeros(len(self.measures), dtype=torch.float64)
-        embeddings = self.encode(batch.samples)
-        with self.fabric.no_backward_sync(self.wrapped, enabled=not is_last):
-            logits = self.wrapped(embeddings, None)
-            labels = torch.stack([sample.classes for sample in batch.samples])
-            measures = measure_classes(logits, labels, self.config.semantic)  # B x 4
-            loss = measures[:, 0].sum() * weight + self._connect_all(is_last)
-            self.fabric.backward(self.scaler.scale(loss))
-        return measures.detach().cpu().double().sum(dim=0)
+        logits = self.model(self.encode(batch.samples), None)
+        labels = torch.stack([sample.classes for sample in batch.samples])
+        measures = measure_classes(logits, labels, self.config.semantic)  # B x 4
+        self.fabric.backward(self.scaler.scale(measures[:, 0].sum() * weight))
+        found = zip(measures.detach().cpu().double(), batch.samples, strict=True)
+        return sum(self._note(sums, sample) for sums, sample in found)
 
 
 def measure_classes(logits: Tensor, labels: Tensor, settings: SemanticConfig) -> Tensor:

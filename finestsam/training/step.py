@@ -1,7 +1,8 @@
 """One optimizer step: batches in, gradients of the whole step's mean loss, weights changed."""
 
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -13,11 +14,14 @@ from finestsam.config import CHUNK_OBJECTS, Config
 from finestsam.data.previous_logits import PreviousLogits
 from finestsam.masks import decode_rle
 from finestsam.model.sam import FinestSam
+from finestsam.out_of_memory import is_out_of_memory
 from finestsam.prediction.correction import add_clicks, show_preferred
 from finestsam.prediction.precompute import Embedder
 from finestsam.training.affinity import affinity_loss
 from finestsam.training.log import COLUMNS, TRAINING_COLUMNS
 from finestsam.training.losses import ObjectLosses, object_losses
+from finestsam.training.memory import OutOfMemory, describe_samples
+from finestsam.training.random_state import random_state, restore_random_state
 from finestsam.training.trainable import trains_encoder
 
 
@@ -26,11 +30,12 @@ class Stepper:
     """Everything that a step needs and keeps.
 
     Args:
-        wrapped: the model as Fabric's strategy wraps it; `model` is the same one bare.
         previous_logits: where prompts.use_logits finds an epoch's answers; None: not used.
-        chunk_objects: prompts decoded at a time, at most.
+        chunk_objects: prompts decoded at a time, at most; halved where the memory does not suffice.
 
     Attributes:
+        suspects: names of the pictures that made the newest step's loss or gradient other than finite, as far as this
+            rank knows.
         measures: what is summed over objects, in this order; the losses with their weights, so that they add up to the
             total.
         columns: of metrics.csv.
@@ -46,12 +51,12 @@ class Stepper:
     fabric: Fabric
     config: Config
     model: FinestSam
-    wrapped: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     embedder: Embedder
     previous_logits: PreviousLogits | None = None
     chunk_objects: int = CHUNK_OBJECTS
+    suspects: list[str] = field(default_factory=list)
 
     def step(self, batches: list[Batch], epoch: int, wants_stop: bool) -> tuple[dict[str, float], int, bool, bool]:
         """Learn from the batches as one.
@@ -60,37 +65,71 @@ class Stepper:
         all ranks, so that neither accumulation nor the number of ranks changes the gradient.
 
         Returns:
-            Sums of `measures` over the objects, their number, whether the weights were changed (not where the gradient
-            is not finite), and whether any rank wants to stop.
+            Sums of `measures` over the objects, their number, whether the weights were changed (not where the loss or
+            the gradient is not finite), and whether any rank wants to stop.
+
+        Raises:
+            OutOfMemory: on every rank, where the memory of any is too small.
         """
         count, stops = self._sum_over_ranks([sum(map(self.count, batches)), float(wants_stop)]).tolist()
-        sums = torch.zeros(len(self.measures), dtype=torch.float64)
         if count == 0:
-            return dict(zip(self.measures, sums.tolist(), strict=True)), 0, True, stops > 0
-        self.optimizer.zero_grad()
-        # The strategy averages gradients over ranks; the mean wanted is over objects.
-        weight = self.fabric.world_size / count
-        for place, batch in enumerate(batches):
-            sums += self._add_gradients(batch, epoch, weight, is_last=place == len(batches) - 1)
-        is_finite = self._change_weights()
+            return dict.fromkeys(self.measures, 0.0), 0, True, stops > 0
+        sums = self._find_gradients(batches, epoch, weight=1 / count)
+        self._sum_gradients_over_ranks()
         sums = self._sum_over_ranks(sums.tolist())
+        is_loss_finite = bool(sums.isfinite().all())
+        is_finite = self._change_weights(is_loss_finite)
+        if is_loss_finite and not is_finite:  # else the rank that has the picture knows it
+            self.suspects = [sample.file_name for batch in batches for sample in batch.samples]
         return dict(zip(self.measures, sums.tolist(), strict=True)), int(count), is_finite, stops > 0
 
     def count(self, batch: Batch) -> int:
         """Return how many objects a batch has, over which losses are averaged."""
         return batch.object_count
 
-    def _add_gradients(self, batch: Batch, epoch: int, weight: float, is_last: bool) -> Tensor:
+    def _find_gradients(self, batches: list[Batch], epoch: int, weight: float) -> Tensor:
+        """Leave the gradient of this rank's share in the weights, and return its sums of `measures`.
+
+        Where the memory of any rank does not suffice, all begin again with half as many objects at a time.
+        """
+        drawn = random_state()
+        while True:
+            self.optimizer.zero_grad()
+            self.suspects = []
+            sums, problem = self._try_gradients(batches, epoch, weight)
+            if self._sum_over_ranks([float(bool(problem))]).item() == 0:
+                return sums
+            if self.fabric.device.type == "cuda":
+                torch.cuda.empty_cache()  # what is left of the larger chunks is of no size that smaller ones ask for
+            if self.chunk_objects == 1:
+                raise OutOfMemory(problem)
+            self.chunk_objects = (self.chunk_objects + 1) // 2
+            if problem:
+                print(f"warning: {problem}; from here on {self.chunk_objects} objects at a time", file=sys.stderr)
+            restore_random_state(drawn)  # dropout leaves out the same again
+
+    def _try_gradients(self, batches: list[Batch], epoch: int, weight: float) -> tuple[Tensor, str]:
+        """Add gradients, and return sums of `measures` and what was too large for the memory, if anything was."""
+        sums = torch.zeros(len(self.measures), dtype=torch.float64)
+        for batch in batches:
+            try:
+                sums += self._add_gradients(batch, epoch, weight)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                return sums, f"{describe_samples(batch.samples)}: the memory of {self.fabric.device} is too small"
+        return sums, ""
+
+    def _add_gradients(self, batch: Batch, epoch: int, weight: float) -> Tensor:
         """Add the gradient of `weight` times the batch's summed loss, in chunks of prompts.
 
         The decoder's gradients are taken chunk by chunk, and answer by answer where a chunk is corrected, against a
         copy of the embeddings. The last answer is decoded from the embeddings themselves and carries what the others
-        left on the copy, so that the encoder is gone through once, and the strategy synchronises once.
+        left on the copy, so that the encoder is gone through once.
         """
         sums = torch.zeros(len(self.measures), dtype=torch.float64)
         samples = [sample for sample in batch.samples if len(sample)]
         if not samples:
-            self._join_without_objects(is_last)
             return sums
         embeddings = self.encode(samples)
         copies = embeddings.detach().requires_grad_(embeddings.requires_grad)
@@ -101,19 +140,18 @@ class Stepper:
             shares = torch.tensor(sample.weights[first:end], device=embeddings.device) / (1 + sample.correction_clicks)
             for corrections in range(1 + sample.correction_clicks):
                 is_final = number == len(chunks) - 1 and corrections == sample.correction_clicks
-                with self.fabric.no_backward_sync(self.wrapped, enabled=not (is_last and is_final)):
-                    source = embeddings if is_final else copies
-                    predictions = self.wrapped(source[place : place + 1], prompts)
-                    losses = self.take_losses(predictions, sample, first)
-                    loss = (losses.total * shares).sum() * weight
-                    if is_final:
-                        loss = loss + self._carry(embeddings, copies.grad) + self._connect_all(is_last)
-                        loss = loss + self._affinity_loss(embeddings, samples) * weight
-                        loss = loss + self._background_loss(embeddings, samples) * weight
-                    self.fabric.backward(self.scaler.scale(loss))
+                source = embeddings if is_final else copies
+                predictions = self.model(source[place : place + 1], prompts)
+                losses = self.take_losses(predictions, sample, first)
+                loss = (losses.total * shares).sum() * weight
+                if is_final:
+                    loss = loss + self._carry(embeddings, copies.grad)
+                    loss = loss + self._affinity_loss(embeddings, samples) * weight
+                    loss = loss + self._background_loss(embeddings, samples) * weight
+                self.fabric.backward(self.scaler.scale(loss))
                 if corrections == 0:
                     self._remember(epoch, sample.rows[first:end], predictions, losses)
-                sums += self._sum_measures(losses, shares)
+                sums += self._note(self._sum_measures(losses, shares), sample)
                 if corrections < sample.correction_clicks:
                     prompts = self.correct(prompts, predictions, sample, first)
         return sums
@@ -175,32 +213,44 @@ class Stepper:
         """Return the loss of the masks that a picture's background points are answered with: their squared scores."""
         return self.config.losses.iou_ratio * self.model.score(embedding, sample.background).square().mean()
 
-    def _connect_all(self, is_last: bool) -> Tensor | float:
-        """Return zero, by way of every weight that trains: several ranks wait for a gradient from each of them."""
-        if not is_last or self.fabric.world_size == 1:
-            return 0.0
-        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
-        return sum((weight.flatten()[:1].sum() * 0 for weight in trained), torch.zeros((), device=self.model.device))
+    def _note(self, sums: Tensor, sample: Sample) -> Tensor:
+        """Return the sums of a sample's measures; where they are not finite the sample is suspected."""
+        if not sums.isfinite().all() and sample.file_name not in self.suspects:
+            self.suspects.append(sample.file_name)
+        return sums
 
-    def _join_without_objects(self, is_last: bool) -> None:
-        if is_last and self.fabric.world_size > 1:
-            self.wrapped(None, Prompts())
-            self.fabric.backward(self._connect_all(is_last))
+    def _sum_gradients_over_ranks(self) -> None:
+        """Make every rank's gradient that of all, with zeros for weights that no rank's objects have reached.
 
-    def _change_weights(self) -> bool:
-        """Clip and step; leave the weights alone where the gradient is not finite, on every rank together."""
-        raw_optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        trained = [weight for group in raw_optimizer.param_groups for weight in group["params"]]
+        Only here, not while gradients are taken: a rank may have no objects, or begin again for want of memory.
+        """
+        trained = self._trained
         for weight in trained:
-            if weight.grad is None:  # out of reach in this step; several ranks would have given it a zero
+            if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
-        self.scaler.unscale_(raw_optimizer)
-        limit = self.config.opt.clip_norm or float("inf")
-        norm = nn.utils.clip_grad_norm_(trained, limit)
-        is_finite = bool(torch.isfinite(norm))
-        if is_finite or self.scaler.is_enabled():  # the scaler skips by itself, and lowers its scale
-            self.scaler.step(raw_optimizer)
-            self.scaler.update()
+        if self.fabric.world_size == 1:
+            return
+        together = torch.cat([weight.grad.flatten() for weight in trained])
+        together = self.fabric.all_reduce(together, reduce_op="sum")
+        for weight, gradient in zip(trained, together.split([weight.numel() for weight in trained]), strict=True):
+            weight.grad.copy_(gradient.view_as(weight))
+
+    @property
+    def _bare_optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    @property
+    def _trained(self) -> list[nn.Parameter]:
+        return [weight for group in self._bare_optimizer.param_groups for weight in group["params"]]
+
+    def _change_weights(self, is_loss_finite: bool) -> bool:
+        """Clip and step; leave the weights alone where loss or gradient is not finite, on every rank together."""
+        self.scaler.unscale_(self._bare_optimizer)
+        norm = nn.utils.clip_grad_norm_(self._trained, self.config.opt.clip_norm or float("inf"))
+        is_finite = is_loss_finite and bool(torch.isfinite(norm))
+        if is_finite:
+            self.scaler.step(self._bare_optimizer)
+        self.scaler.update()  # which lowers its scale after a gradient that was not finite
         return is_finite
 
     def _sum_measures(self, losses: ObjectLosses, shares: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import random
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from finestsam.allocator import keep_freed_memory
 from finestsam.batch import Batch
 from finestsam.config import GENERATOR_DEFAULTS, Config, GeneratorConfig
-from finestsam.errors import UserError
+from finestsam.errors import UserError, printable
 from finestsam.evaluation.candidates import find_candidates
 from finestsam.evaluation.class_scores import score_classes
 from finestsam.evaluation.generator_scores import Tuned, choose_grids, list_fixed, tune
@@ -23,22 +23,23 @@ from finestsam.evaluation.prompt_scores import score_batches, summarize_scores
 from finestsam.evaluation.semantic_scores import count_pictures
 from finestsam.interruption import Interrupted, watch_signals
 from finestsam.model.load import RANDOM_WEIGHTS, choose_device
+from finestsam.out_of_memory import naming_what_needs_less
 from finestsam.prediction.generator import resolve_generator
 from finestsam.training.best import choose_metric, keep_if_best, rank, refuse_lost_best, warn_if_not_saved
-from finestsam.training.blend import blend_best, keep_start
+from finestsam.training.blend import blend_best, keep_start, wants_blend
 from finestsam.training.checkpoint import CheckpointNotSaved
 from finestsam.training.classes import describe_categories
 from finestsam.training.crash import note_crash
-from finestsam.training.hints import describe_training, list_mismatches
+from finestsam.training.hints import describe_training, list_mismatches, warn_of_cpu, warn_of_schedule
 from finestsam.training.log import RunLog
+from finestsam.training.memory import OutOfMemory, list_savings
+from finestsam.training.numbers import explain_end, has_finite_weights, skips_for_good
 from finestsam.training.plots import draw_curves
 from finestsam.training.ranks import Ranks
 from finestsam.training.run import Run, build_run, save_last
 from finestsam.training.schedules import learning_rate_of
 from finestsam.training.semantic import summarize_validation
 
-# Steps in a row without a finite gradient after which a run has gone wrong for good.
-MAX_SKIPPED_STEPS = 10
 EXIT_NUMERICAL = 3
 # Nobody minds a validation of so long.
 CHEAP_SECONDS = 10
@@ -77,7 +78,7 @@ def _train(fabric: Fabric, config: Config) -> int:
 
 def _train_run(run: Run) -> int:
     _say_start(run)
-    if _is_complete(run, run.progress.epoch):
+    if _is_complete(run, run.progress.epoch) and not wants_blend(run):
         run.fabric.print(f"already complete: {run.progress.epoch} epochs; --num_epochs above that continues")
         return 0
     with _open_log(run) as log:
@@ -98,21 +99,24 @@ def run_epochs(run: Run, log: RunLog | None) -> int:
         if progress.step == 0 and not progress.floor:
             _measure_floor(run, log)
         while not _is_complete(run, progress.epoch):
-            train_epoch(run, log)
-            if progress.skipped_steps >= MAX_SKIPPED_STEPS:
-                message = f"stopped: {MAX_SKIPPED_STEPS} steps in a row without a finite gradient"
-                run.fabric.print(message, file=sys.stderr)
-                return EXIT_NUMERICAL
-            finish_epoch(run, log)
+            with _saving_at_a_mistake(run):
+                train_epoch(run, log)
+                reason = explain_end(run)
+                if reason:
+                    run.fabric.print(reason, file=sys.stderr)
+                    return EXIT_NUMERICAL
+                finish_epoch(run, log)
             save = _save_surely if _is_complete(run, progress.epoch) else _save_if_possible
             save(run)
     except Interrupted as error:
         return _save_and_say(run, error)
     run.ranks.join(lambda: refuse_lost_best(run), may_stop=False)
     try:
-        blend_best(run, validate)
+        if wants_blend(run):
+            blend_best(run, validate)
+            _save_if_possible(run)
     except Interrupted as error:
-        run.fabric.print("stopped while original weights were put back: best.pth is whole, not every share was tried")
+        run.fabric.print(f"stopped while original weights were put back; to go on: --mode train --resume {run.folder}")
         return error.exit_code
     _say_end(run)
     return 0
@@ -142,22 +146,49 @@ def train_epoch(run: Run, log: RunLog | None) -> None:
     total = math.ceil(len(sampler) / accumulate)
     for batches in _show_progress(windows, f"epoch {progress.epoch + 1}", total, run.is_first_rank):
         on_device = [batch.to(run.fabric.device) for batch in batches]
-        sums, objects, is_finite, wants_stop = run.stepper.step(on_device, progress.epoch, run.ranks.was_signalled)
+        sums, objects, is_finite, wants_stop = _step(run, on_device)
         progress.batches_done += len(batches)
         _count_step(run, log, sums, objects, is_finite)
-        if wants_stop:
+        if wants_stop and has_finite_weights(run):  # broken ones end the run for that, and are not saved
             progress.seconds += time.perf_counter() - started
             raise Interrupted(run.ranks.find_signal())
-        if progress.skipped_steps >= MAX_SKIPPED_STEPS or 0 < run.config.max_steps <= progress.step:
+        if skips_for_good(run) or 0 < run.config.max_steps <= progress.step:
             break
     progress.seconds += time.perf_counter() - started
 
 
+def _step(run: Run, batches: list[Batch]) -> tuple[dict[str, float], int, bool, bool]:
+    """Take a step, as Stepper.step says.
+
+    Raises:
+        UserError: the memory of any rank is too small.
+    """
+    try:
+        return run.stepper.step(batches, run.progress.epoch, run.ranks.was_signalled)
+    except OutOfMemory as error:
+        text = str(error)  # without what hangs on the error
+
+    def refuse() -> None:
+        if text:
+            savings = list_savings(run.config, run.loaded.model)
+            raise UserError(
+                f"{text} even for one object at a time; less is needed with {savings}; then go on with --mode train "
+                f"--resume {run.folder}"
+            )
+
+    run.ranks.join(refuse, may_stop=False)
+    raise AssertionError("a step that failed nowhere")
+
+
 def _count_step(run: Run, log: RunLog | None, sums: dict[str, float], objects: int, is_finite: bool) -> None:
     progress = run.progress
+    progress.chunk_objects = run.stepper.chunk_objects  # which falls where the memory turns out to be too small
     if not is_finite:
         progress.skipped_steps += 1
-        run.fabric.print(f"step {progress.step + 1} skipped: its gradient is not finite", file=sys.stderr)
+        progress.all_skipped_steps += 1
+        shares = run.ranks.gather(lambda: run.stepper.suspects, may_stop=False)
+        names = ", ".join(printable(name) for share in shares for name in share)
+        run.fabric.print(f"step {progress.step + 1} skipped: loss or gradient is not finite: {names}", file=sys.stderr)
         return
     if objects == 0:
         return
@@ -192,6 +223,8 @@ def validate(run: Run) -> None:
         run.progress.metrics |= _validate_prompts(run)
         if run.config.evaluate.generator:
             run.progress.metrics |= _validate_generator(run)
+    # What is no number is nothing to be judged by, and nothing that json could say.
+    run.progress.metrics = {name: value for name, value in run.progress.metrics.items() if math.isfinite(value)}
     run.loaded.model.train()
     run.progress.validation_seconds = time.perf_counter() - started
 
@@ -208,7 +241,13 @@ def _validate_classes(run: Run) -> dict[str, float]:
 
 def _validate_prompts(run: Run) -> dict[str, float]:
     batches = _show_progress(run.val_loader, "validation", len(run.val_loader), run.is_first_rank)
-    shares = run.ranks.gather(lambda: score_batches(run.stepper.embedder, batches, run.stepper.chunk_objects))
+    chunk = run.stepper.chunk_objects
+
+    def score() -> list:
+        with naming_what_needs_less("validation", f"--chunk_objects below {chunk}, or a smaller --model.type"):
+            return score_batches(run.stepper.embedder, batches, chunk)
+
+    shares = run.ranks.gather(score)
     scores = summarize_scores([score for share in shares for score in share])
     return {
         "val_per_mask_iou": scores["iou"],
@@ -222,16 +261,20 @@ def _validate_generator(run: Run) -> dict[str, float]:
     ranks, config = run.ranks, run.config
     records = run.data.val[: config.evaluate.max_images or None]
     start, fixed = resolve_generator(config.generator, card=None), list_fixed(config.generator)
-    shares = ranks.gather(
-        lambda: find_candidates(
-            run.stepper.embedder,
-            records[ranks.rank :: ranks.count],
-            start,
-            choose_grids(start, fixed),
-            config.dataset.images,
-            "validation, generator" if run.is_first_rank else None,
-        )
-    )
+
+    def find() -> list:
+        advice = f"--generator.points_per_batch below {start.points_per_batch}, or --evaluate.generator false"
+        with naming_what_needs_less("validation, generator", advice):
+            return find_candidates(
+                run.stepper.embedder,
+                records[ranks.rank :: ranks.count],
+                start,
+                choose_grids(start, fixed),
+                config.dataset.images,
+                "validation, generator" if run.is_first_rank else None,
+            )
+
+    shares = ranks.gather(find)
     found = [shares[place % ranks.count][place // ranks.count] for place in range(len(records))]
     known = [(record, one) for record, one in zip(records, found, strict=True) if one is not None]
     if not known:
@@ -326,6 +369,13 @@ def _is_complete(run: Run, epoch: int) -> bool:
     )
 
 
+def _count_steps(run: Run) -> int:
+    """Return how many optimizer steps the whole run takes, where each has an object."""
+    config = run.config
+    steps = math.ceil(run.sampler.batches_per_epoch / config.opt.accumulate_batches) * config.num_epochs
+    return min(steps, config.max_steps) if config.max_steps else steps
+
+
 def _learning_rate(run: Run) -> float:
     return learning_rate_of(run.stepper.optimizer)
 
@@ -347,6 +397,16 @@ def _group_batches(loader: Iterable[tuple[Batch, list[str]]], count: int) -> Ite
 def _show_progress(items: Iterable, title: str, total: int, is_first_rank: bool) -> Iterable:
     is_quiet = not (is_first_rank and sys.stderr.isatty())
     return tqdm(items, desc=title, total=total, disable=is_quiet, leave=False)
+
+
+@contextmanager
+def _saving_at_a_mistake(run: Run) -> Iterator[None]:
+    """Keep what was learnt before the memory, say, is too small for a step or a validation."""
+    try:
+        yield
+    except UserError:
+        _save_if_possible(run)
+        raise
 
 
 def _save_if_possible(run: Run) -> None:
@@ -388,7 +448,9 @@ def _say_start(run: Run) -> None:
         if run.classes:
             say(describe_categories(run.classes, run.data.train))
         say(f"objects decoded at a time: up to {run.stepper.chunk_objects}")
-    for warning in list_mismatches(run.config, run.progress.started_from == RANDOM_WEIGHTS):
+    warnings = list_mismatches(run.config, run.progress.started_from == RANDOM_WEIGHTS)
+    warnings += warn_of_cpu(run.config.device, run.fabric.device.type, run.loaded.model, run.loaded.model_type)
+    for warning in warnings + warn_of_schedule(run.config, _count_steps(run)):
         say(f"warning: {warning}")
     if run.val_loader is None:
         say("warning: nothing to validate on; best.pth is the newest weights")
@@ -397,9 +459,11 @@ def _say_start(run: Run) -> None:
 
 def _say_end(run: Run) -> None:
     progress = run.progress
+    if progress.all_skipped_steps:
+        run.fabric.print(f"{progress.all_skipped_steps} steps were skipped: loss or gradient was not finite")
     if progress.best is not None:
         name = choose_metric(run)
-        floor = progress.floor[name]
+        floor = progress.floor.get(name, math.nan)
         if progress.best > rank(run, progress.floor):
             run.fabric.print(f"best {name} {progress.best[0]:.4f}, untouched model {floor:.4f}")
         else:

@@ -242,14 +242,14 @@ def test_a_killed_process_is_continued(site, root):
     assert_whole(root)
 
 
-@pytest.mark.parametrize("step", ["replace", "_write_whole"])
+@pytest.mark.parametrize("step", ["replace", "write_bytes"])
 @pytest.mark.parametrize("image_count", [None, 4])
 def test_an_interruption_after_the_download_is_continued(site, root, monkeypatch, step, image_count):
     calls = []
 
     def interrupt_third(*arguments):
         calls.append(arguments)
-        if len(calls) == 3 or step == "_write_whole":
+        if len(calls) == 3 or step == "write_bytes":
             raise KeyboardInterrupt
         rename(*arguments)
 

@@ -66,6 +66,20 @@ def test_what_removed_all_masks_is_said(scenes, tmp_path, capsys):
     )
 
 
+def test_an_evaluation_that_does_not_fit_into_the_memory_says_what_needs_less(scenes, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("finestsam.evaluation.battery.score_batches", fail)
+    flags = ["--model.type=vit_tiny_test", "--model.checkpoint=none", "--device=cpu", "--num_workers=0"]
+
+    assert main(["--mode=evaluate", f"--dataset={scenes}", f"--out_dir={tmp_path}", "--chunk_objects=5", *flags]) == 2
+
+    error = capsys.readouterr().err
+    assert "weights: the memory is too small; less is needed with" in error and "--chunk_objects below 5" in error
+    assert "Traceback" not in error
+
+
 def test_prompted_masks_are_measured_as_numpy_measures_them(tiny_sam, dataset):
     samples = [dataset[(0, place)] for place in range(3)]
 

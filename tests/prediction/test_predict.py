@@ -107,6 +107,49 @@ def test_the_json_is_a_coco_dataset_that_pycocotools_reads_as_results(predict, f
         assert 0 < annotation["point"][0] < rle["size"][1] and 0 < annotation["point"][1] < rle["size"][0]
 
 
+@pytest.mark.parametrize("polygons", [False, True])
+def test_other_programs_take_the_json(predict, folder, polygons):
+    """By what their readers ask for: datumaro, which CVAT reads with, FiftyOne and label-studio-converter."""
+    predict("pictures", polygons=polygons)
+
+    content = load(folder / "out/predictions.json")
+    images = {image["id"]: image for image in content["images"]}
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    assert len(images) == len(content["images"]) and len(content["annotations"]) > 3
+    for image in images.values():
+        assert (type(image["id"]), type(image["width"]), type(image["height"])) == (int, int, int)
+        assert (folder / "pictures" / image["file_name"]).is_file()
+    assert len({annotation["id"] for annotation in content["annotations"]}) == len(content["annotations"])
+    for annotation in content["annotations"]:
+        assert all(type(annotation[name]) is int for name in ("id", "image_id", "category_id", "iscrowd", "area"))
+        assert annotation["category_id"] in names and type(annotation["score"]) is float
+        image = images[annotation["image_id"]]
+        x, y, width, height = annotation["bbox"]
+        assert 0 <= x < x + width <= image["width"] and 0 <= y < y + height <= image["height"]
+        segmentation = annotation["segmentation"]
+        if not polygons:
+            assert segmentation["size"] == [image["height"], image["width"]]
+            assert type(segmentation["counts"]) is str
+            continue
+        for part in segmentation:
+            assert len(part) % 2 == 0 and len(part) >= 6
+            assert min(part) >= 0 and max(part[0::2]) <= image["width"] and max(part[1::2]) <= image["height"]
+
+
+@pytest.mark.parametrize("polygons", [False, True])
+def test_a_second_reader_of_coco_files_finds_the_same_masks(predict, folder, polygons):
+    faster = pytest.importorskip("faster_coco_eval")
+    predict("pictures", polygons=polygons)
+    path = folder / "out/predictions.json"
+
+    ours, theirs = COCO(path), faster.COCO(str(path))
+    results = theirs.loadRes(copy.deepcopy(load(path)["annotations"]))
+
+    assert len(results.anns) == len(ours.anns) > 3
+    for number, annotation in ours.anns.items():
+        np.testing.assert_array_equal(theirs.annToMask(theirs.anns[number]), ours.annToMask(annotation))
+
+
 def test_the_same_pictures_give_the_same_bytes(predict, folder):
     first, second = (predict("pictures", out_dir=name) and (folder / name) for name in ("first", "second"))
 
@@ -300,6 +343,18 @@ def test_names_with_line_breaks_and_bytes_that_are_no_text_are_predicted(predict
     assert code == 0
     assert "line\\nbreak\\udcff.png: no masks" in out
     assert load(folder / "out/predictions.json")["images"][0]["file_name"] == name
+
+
+def test_a_picture_that_does_not_fit_into_the_memory_is_named_with_what_needs_less(predict, folder, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("finestsam.prediction.predict.generate_masks", fail)
+    code, _, err = predict("pictures/scene_0.png", **{"generator.points_per_batch": 64})
+
+    assert code == 2
+    assert "scene_0.png: the memory is too small; less is needed with --generator.points_per_batch below 64" in err
+    assert "Traceback" not in err
 
 
 def test_masks_of_the_json_are_those_of_the_overlay(predict, folder):

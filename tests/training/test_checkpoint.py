@@ -22,13 +22,13 @@ from finestsam.training.checkpoint import (
     CheckpointNotSaved,
     TopWeights,
     load_state,
-    remove_stale_files,
     save_file,
     save_last,
     save_weights,
 )
 from finestsam.training.random_state import random_state, restore_random_state
 from finestsam.training.run_folder import create_run_folder
+from finestsam.whole_files import remove_unfinished
 
 WEIGHTS = {"image_encoder.pos_embed": torch.ones(1)}
 
@@ -130,7 +130,7 @@ def test_a_kill_while_saving_leaves_a_checkpoint_and_the_next_start_tidies_up(tm
     assert killed.returncode == -signal.SIGKILL
     assert len(list(tmp_path.glob(".*.tmp"))) == 1
 
-    remove_stale_files(tmp_path)
+    remove_unfinished(tmp_path)
 
     assert load_state(tmp_path) == {"step": 2}
     assert list_names(tmp_path) == ["last.ckpt", "last.prev.ckpt"]
@@ -141,16 +141,6 @@ def test_a_kill_between_the_two_renames_leaves_the_previous_checkpoint(tmp_path,
     os.replace(tmp_path / "last.ckpt", tmp_path / "last.prev.ckpt")
     assert load_state(tmp_path) == {"step": 1}
     assert "last.ckpt is missing; resuming from last.prev.ckpt" in capsys.readouterr().err
-
-
-def test_only_the_unfinished_files_of_dead_processes_are_removed(tmp_path):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    kept = [f".last.ckpt.{os.getppid()}.tmp", ".notes.tmp", "a.tmp", "last.ckpt"]
-    for name in [*kept, f".best.pth.{dead.pid}.tmp", f".last.ckpt.{os.getpid()}.tmp"]:
-        (tmp_path / name).touch()
-    remove_stale_files(tmp_path)
-    assert list_names(tmp_path) == sorted(kept)
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, truncate, lambda path: path.write_bytes(b""), Path.unlink])

@@ -1,10 +1,13 @@
 """What a run keeps when a signal, a full disk, another process or an error of our own ends it."""
 
 import csv
+import json
+import math
 import os
 import resource
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from conftest import FROM_SCRATCH, run_training
 
 from finestsam.cli import main
 from finestsam.interruption import WATCHED
-from finestsam.training import checkpoint, train
+from finestsam.training import checkpoint, numbers, step, train
 from finestsam.training.run_folder import lock_run
 
 FLAGS = ["--num_epochs=2", "--dataset.val_size=0.4", "--generator.points_per_side=4"]
@@ -122,15 +125,23 @@ def test_a_signal_before_the_first_step_ends_at_once_and_the_run_can_begin_again
     assert (tmp_path / "run" / "best.pth").is_file()
 
 
-def test_a_signal_while_original_weights_are_tried_leaves_whole_ones(scenes, tmp_path, monkeypatch, capsys):
-    send_at_call(monkeypatch, "finestsam.training.blend.blend", 2, signal.SIGTERM)
+def test_a_signal_while_original_weights_are_tried_loses_no_try(scenes, tmp_path, monkeypatch, capsys):
     flags = ["--opt.keep_original=auto", "--best_metric=val_per_mask_iou"]
+    assert start(scenes, tmp_path / "whole", *flags) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "of the original weights" in line]
+    send_at_call(monkeypatch, "finestsam.training.blend.blend", 3, signal.SIGTERM)
 
     assert start(scenes, tmp_path, *flags) == 143
 
-    assert "best.pth is whole" in capsys.readouterr().out
-    assert torch.load(tmp_path / "run" / "best.pth", weights_only=True)
+    assert "stopped while original weights were put back; to go on: --mode train" in capsys.readouterr().out
+    monkeypatch.undo()
     assert resume(tmp_path) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if "of the original weights" in line] == said
+    assert_same_run(tmp_path / "whole" / "run", tmp_path / "run")
+    cards = [json.loads((folder / "run" / "best.json").read_text()) for folder in (tmp_path / "whole", tmp_path)]
+    assert cards[0] == cards[1]
+    assert resume(tmp_path) == 0
+    assert "already complete" in capsys.readouterr().out
 
 
 class FullDisk:
@@ -212,6 +223,143 @@ def test_a_mistake_of_the_user_is_no_crash(scenes, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "crash.txt").exists()
 
 
+def spoil_losses(monkeypatch, first: int, last: int = 10**9) -> None:
+    """Make the loss of no number from the n-th picture on."""
+    original, calls = step.object_losses, []
+
+    def spoiled(*arguments):
+        calls.append(1)
+        losses = original(*arguments)
+        return replace(losses, total=losses.total * math.nan) if first <= len(calls) <= last else losses
+
+    monkeypatch.setattr(step, "object_losses", spoiled)
+
+
+def test_a_loss_that_is_no_number_is_skipped_told_and_counted(scenes, tmp_path, monkeypatch, capsys):
+    spoil_losses(monkeypatch, first=3, last=4)
+
+    assert start(scenes, tmp_path, "--chunk_objects=500") == 0
+
+    out, error = capsys.readouterr()
+    assert error.count("skipped: loss or gradient is not finite: scene_") == 2
+    assert "step 3 skipped" in error
+    assert "2 steps were skipped" in out
+    state = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
+    assert (state["progress"]["step"], state["progress"]["skipped_steps"]) == (6, 0)
+    assert all(row["total_loss"] != "nan" for row in read_rows(tmp_path / "run"))
+
+
+def test_losses_that_stay_no_numbers_stop_the_run_with_3_and_the_checkpoint_from_before(
+    scenes, tmp_path, monkeypatch, capsys
+):
+    spoil_losses(monkeypatch, first=6)
+
+    assert start(scenes, tmp_path, "--chunk_objects=500", "--num_epochs=9") == 3
+
+    out, error = capsys.readouterr()
+    assert error.count("skipped: loss or gradient is not finite") == numbers.MAX_SKIPPED_STEPS
+    assert "stopped: 10 steps in a row without a finite loss and gradient" in error
+    assert "Traceback" not in error
+    for name in ("last.ckpt", "best.pth"):
+        assert_finite(torch.load(tmp_path / "run" / name, weights_only=True))
+    monkeypatch.undo()
+    assert resume(tmp_path, "--num_epochs=4") == 0
+
+
+def assert_finite(node: object) -> None:
+    if isinstance(node, dict | list):
+        for value in node.values() if isinstance(node, dict) else node:
+            assert_finite(value)
+    elif isinstance(node, torch.Tensor):
+        assert node.isfinite().all()
+
+
+def test_weights_that_a_step_breaks_are_neither_saved_nor_best(scenes, tmp_path, monkeypatch, capsys):
+    calls = []
+    count_step = train._count_step
+
+    def break_weights(run, *arguments):
+        count_step(run, *arguments)
+        calls.append(1)
+        if len(calls) == 8:  # the last step of the second epoch
+            run.loaded.model.sam.mask_decoder.iou_token.weight.data.fill_(math.inf)
+
+    monkeypatch.setattr(train, "_count_step", break_weights)
+
+    assert start(scenes, tmp_path, "--num_epochs=5") == 3
+
+    assert "stopped: weights that are not finite; last.ckpt and best.pth are from before" in capsys.readouterr().err
+    last, best = (torch.load(tmp_path / "run" / name, weights_only=True) for name in ("last.ckpt", "best.pth"))
+    assert last["progress"]["step"] == 4
+    assert_finite(last["model"])
+    assert_finite(best)
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_figures_that_are_no_numbers_make_no_best_weights(scenes, tmp_path, monkeypatch, epoch):
+    summarize, calls = train.summarize_scores, []
+
+    def spoiled(scores):
+        calls.append(1)
+        figures = summarize(scores)
+        return dict.fromkeys(figures, math.nan) if len(calls) == 1 + epoch else figures
+
+    monkeypatch.setattr(train, "summarize_scores", spoiled)
+
+    assert start(scenes, tmp_path, "--evaluate.generator=false", "--save_top_k=3") == 0
+
+    card = json.loads((tmp_path / "run" / "best.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert card["step"] in ((0, 8) if epoch else (4, 8))
+    rows = read_rows(tmp_path / "run")
+    assert rows[epoch]["val_per_mask_iou"] == "" and rows[2]["val_per_mask_iou"] != ""
+    assert not list((tmp_path / "run").glob("*inf*"))
+
+
+def test_a_step_that_does_not_fit_into_the_memory_saves_and_says_what_needs_less(
+    scenes, whole, tmp_path, monkeypatch, capsys
+):
+    original, calls = step.object_losses, []
+
+    def too_large(*arguments):
+        calls.append(1)
+        if len(calls) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(*arguments)
+
+    monkeypatch.setattr(step, "object_losses", too_large)
+
+    assert start(scenes, tmp_path, "--chunk_objects=500") == 2
+
+    error = capsys.readouterr().err
+    assert "warning: scene_" in error and "from here on 250 objects at a time" in error
+    last = error.splitlines()[-1]
+    assert "objects): the memory of cpu is too small even for one object at a time" in last
+    assert "--losses.resolution low" in last and f"--resume {tmp_path / 'run'}" in last
+    assert "Traceback" not in error and not (tmp_path / "run" / "crash.txt").exists()
+    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["progress"]["step"] == 5
+    monkeypatch.undo()
+    assert resume(tmp_path, "--chunk_objects=16") == 0
+
+
+def test_a_validation_that_does_not_fit_into_the_memory_loses_no_epoch(scenes, whole, tmp_path, monkeypatch, capsys):
+    find, calls = train.find_candidates, []
+
+    def too_large(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return find(*arguments)
+
+    monkeypatch.setattr(train, "find_candidates", too_large)
+
+    assert start(scenes, tmp_path) == 2
+
+    assert "generator: the memory is too small; less is needed with --generator.points_per" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert resume(tmp_path) == 0
+    assert_same_run(whole, tmp_path / "run")
+
+
 @pytest.fixture
 def stopped(scenes, tmp_path) -> Path:
     """The folder of runs with one that was stopped after its first step."""
@@ -249,6 +397,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(stopped):
         ("--model_layer.freeze.image_encoder=true", "model_layer.freeze.image_encoder is True, the run has False"),
         ("--sched.type=ReduceLROnPlateau", "sched.type is ReduceLROnPlateau, the run has LambdaLR"),
         ("--losses.affinity_ratio=5", "losses.affinity_ratio is 5.0, the run has 0.0"),
+        ("--opt.keep_original=auto", "opt.keep_original is auto, the run has 0.0"),
     ],
 )
 def test_a_setting_with_which_the_checkpoint_fits_no_more_is_refused_by_its_name(stopped, capsys, flag, message):
@@ -305,3 +454,14 @@ def test_a_run_cut_by_max_steps_is_measured_once_and_goes_on_as_if_it_had_not_be
     assert first["scheduler"] == second["scheduler"]
     names = ("epoch", "step", "evaluations_without_better")
     assert [first["progress"][name] for name in names] == [second["progress"][name] for name in names]
+
+
+def test_a_checkpoint_with_another_division_of_the_weights_is_refused_in_one_line(stopped, capsys):
+    path = stopped / "run" / "last.ckpt"
+    state = torch.load(path, weights_only=True)
+    state["optimizer"]["param_groups"][0]["params"].pop()
+    torch.save(state, path)
+
+    assert resume(stopped, "--max_steps=2") == 2
+
+    assert "begun by a version of finestsam that divides the weights otherwise" in capsys.readouterr().err

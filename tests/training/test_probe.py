@@ -24,7 +24,7 @@ def make_stepper(tiny_sam):
         model.sam.image_encoder.recomputes = config.model_layer.recompute_encoder
         optimizer = build_optimizer(model, config.opt)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        return Stepper(Fabric(accelerator="cpu", devices=1), config, model, model, optimizer, scaler, Embedder(model))
+        return Stepper(Fabric(accelerator="cpu", devices=1), config, model, optimizer, scaler, Embedder(model))
 
     return make
 

@@ -1,6 +1,7 @@
 """Runs of two processes, one of which is stopped, fails or has less to do."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,8 +23,10 @@ FLAGS = ["--num_epochs=3", "--dataset.val_size=0.5", "--generator.points_per_sid
 SCRIPT = """
     import os, signal, sys
     sys.path.insert(0, {root!r})
+    from dataclasses import replace
+    import torch
     from finestsam.cli import main
-    from finestsam.training import run, train
+    from finestsam.training import run, step, train
 
     def at_call(module, name, call, rank, fault):
         function, calls = getattr(module, name), []
@@ -36,6 +39,15 @@ SCRIPT = """
 
     def send(number):
         return lambda: os.kill(os.getpid(), number)
+
+    def spoil(call, rank):
+        function, calls = step.object_losses, []
+        def called(*arguments):
+            calls.append(1)
+            losses = function(*arguments)
+            is_now = len(calls) == call and os.environ.get("LOCAL_RANK", "0") == str(rank)
+            return replace(losses, total=losses.total * float("nan")) if is_now else losses
+        step.object_losses = called
 
     def fail(error):
         def fault():
@@ -115,6 +127,61 @@ def test_an_error_on_one_process_ends_both_with_its_message(scenes, tmp_path, ra
     assert f"rank {rank} of 2" in (run / "crash.txt").read_text()
     assert time.time() - (run / "crash.txt").stat().st_mtime < 60
     assert load_last(run)["progress"]["step"] < 4  # nobody saved after it
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_loss_of_one_process_that_is_no_number_is_skipped_by_both(scenes, tmp_path, rank):
+    code, out, error = end(start_two(scenes, tmp_path, f"spoil(2, {rank})", "--chunk_objects=500"))
+
+    assert code == 0, error
+    # Of three pictures the second process has one in every other step.
+    line = next(line for line in error.splitlines() if "skipped: loss" in line)
+    assert re.fullmatch(rf"step {2 + rank} skipped: loss or gradient is not finite: scene_\d+\.png", line)
+    assert "1 steps were skipped" in out
+    state = load_last(tmp_path / "sav" / "run")
+    assert all(value.isfinite().all() for value in state["model"].values())
+    assert state["progress"]["step"] == 2 * 3 - 1
+
+
+@pytest.mark.slow
+def test_losses_of_one_process_that_stay_no_numbers_stop_both_with_3(scenes, tmp_path):
+    fault = "\n    ".join(f"spoil({call}, 0)" for call in range(4, 40))
+
+    code, _, error = end(start_two(scenes, tmp_path, fault, "--chunk_objects=500", "--num_epochs=20"))
+
+    assert code == 3
+    assert error.count("stopped: 10 steps in a row") == 1
+    assert load_last(tmp_path / "sav" / "run")["progress"]["step"] <= 3
+
+
+FULL = "fail(torch.OutOfMemoryError('CUDA out of memory'))"
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_processes_of_which_one_runs_out_of_memory_take_the_step_again_together(scenes, tmp_path, rank):
+    fault = f"at_call(step, 'object_losses', 2, {rank}, {FULL})"
+    code, _, error = end(start_two(scenes, tmp_path, fault, "--num_epochs=1", "--chunk_objects=2"))
+    assert code == 0, error
+    assert error.count("from here on 1 objects at a time") == 1
+
+    one = run_training(scenes, tmp_path, "--run_name=one", "--batch_size=2", *FLAGS, "--num_epochs=1")
+    first, second = load_last(one), load_last(tmp_path / "sav" / "run")
+    assert second["progress"]["chunk_objects"] == 1
+    for name, value in first["model"].items():
+        torch.testing.assert_close(second["model"][name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_of_which_one_has_too_little_memory_end_with_one_message(scenes, tmp_path, rank):
+    fault = f"at_call(step, 'object_losses', 2, {rank}, {FULL})"
+
+    code, _, error = end(start_two(scenes, tmp_path, fault, "--chunk_objects=1"))
+
+    assert code == 2
+    assert error.count("even for one object at a time; less is needed with") == 1
+    assert "Traceback" not in error
+    assert load_last(tmp_path / "sav" / "run")["progress"]["step"] <= 1
 
 
 @pytest.mark.slow

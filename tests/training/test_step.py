@@ -9,10 +9,14 @@ from finestsam.batch import Batch, Prompts
 from finestsam.config import build_config
 from finestsam.data.dataset import SampleDataset, SampleSettings
 from finestsam.data.previous_logits import PreviousLogits
+from finestsam.errors import UserError
 from finestsam.masks import decode_rle
+from finestsam.model.adapt import adapt_
+from finestsam.out_of_memory import is_out_of_memory, naming_what_needs_less
 from finestsam.prediction.correction import add_clicks, show_preferred
 from finestsam.prediction.precompute import Embedder
 from finestsam.training.losses import object_losses
+from finestsam.training.memory import OutOfMemory
 from finestsam.training.schedules import build_optimizer
 from finestsam.training.step import Stepper
 from finestsam.training.trainable import freeze_
@@ -24,11 +28,13 @@ def make_stepper(tiny_sam, **values: object) -> Stepper:
     config = build_config(ALL_TRAIN | {"opt.clip_norm": 0.0} | values)
     fabric = Fabric(accelerator="cpu", devices=1)
     model = copy.deepcopy(tiny_sam).train()
+    torch.manual_seed(0)
+    adapt_(model.sam, config.model_layer)
     freeze_(model, config)
     optimizer = build_optimizer(model, config.opt)
-    wrapped, optimizer = fabric.setup(model, optimizer)
+    _, optimizer = fabric.setup(model, optimizer)
     return Stepper(
-        fabric, config, model, wrapped, optimizer, torch.amp.GradScaler("cpu", enabled=False), Embedder(model),
+        fabric, config, model, optimizer, torch.amp.GradScaler("cpu", enabled=False), Embedder(model),
         chunk_objects=config.chunk_objects or 16,
     )  # fmt: skip
 
@@ -262,3 +268,170 @@ def test_the_first_answer_is_what_the_next_epoch_is_given(tiny_sam, records, tmp
     (plain, is_known), (other, _) = kept
     assert is_known.sum() == sum(batch.object_count for batch in batches)
     torch.testing.assert_close(other, plain)
+
+
+def run_out_of_memory(stepper: Stepper, objects: int, first: int = 1) -> None:
+    """Let the decoder fail from its n-th call on, where it is asked for more objects than so many."""
+    forward, calls = stepper.model.forward, []
+
+    def limited(embedding, prompts):
+        calls.append(1)
+        if len(calls) >= first and len(prompts) > objects:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return forward(embedding, prompts)
+
+    stepper.model.forward = limited
+
+
+DROPPING = {"model_layer.freeze.image_encoder": True, "model_layer.lora.rank": 2, "model_layer.lora.dropout": 0.5}
+
+
+@pytest.mark.parametrize("values", [{}, DROPPING, CORRECTED])
+def test_a_step_that_runs_out_of_memory_is_taken_again_with_fewer_objects_at_a_time(tiny_sam, records, values, capsys):
+    batches = make_batches(records, **values)
+    steppers = [make_stepper(tiny_sam, chunk_objects=chunk, **values) for chunk in (8, 2)]
+    run_out_of_memory(steppers[0], objects=2, first=2)  # the first picture has left a gradient by then
+
+    results = []
+    for stepper in steppers:
+        torch.manual_seed(0)
+        results.append(stepper.step(batches, epoch=0, wants_stop=False))
+
+    assert steppers[0].chunk_objects == 2
+    assert "objects): the memory of cpu is too small; from here on 4 objects at a time" in capsys.readouterr().err
+    assert results[0] == results[1]
+    for (name, weight), (_, other) in zip(*(stepper.model.named_parameters() for stepper in steppers), strict=True):
+        assert torch.equal(weight, other), name
+        assert weight.grad is None or torch.equal(weight.grad, other.grad), name
+    moments = [stepper.optimizer.state_dict()["state"] for stepper in steppers]
+    assert all(torch.equal(value["exp_avg"], moments[1][key]["exp_avg"]) for key, value in moments[0].items())
+
+
+def test_a_step_that_does_not_fit_at_all_names_its_pictures_and_changes_nothing(tiny_sam, batches):
+    stepper = make_stepper(tiny_sam, chunk_objects=4)
+    run_out_of_memory(stepper, objects=0, first=2)
+    before = copy.deepcopy(stepper.model.state_dict())
+    first = batches[0].samples[0]
+
+    with pytest.raises(
+        OutOfMemory, match=rf"^{first.file_name} \(96 x 96, {len(first)} objects\), .*the memory of cpu"
+    ):
+        stepper.step(batches, epoch=0, wants_stop=False)
+
+    assert all(torch.equal(value, before[name]) for name, value in stepper.model.state_dict().items())
+    assert stepper.optimizer.state_dict()["state"] == {}
+
+
+def test_an_error_of_the_memory_is_told_from_others():
+    with pytest.raises(RuntimeError) as found:
+        torch.empty(10**15)
+
+    assert is_out_of_memory(found.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    message = "^validation: the memory is too small; less is needed with --a$"
+    with pytest.raises(UserError, match=message), naming_what_needs_less("validation", "--a"):
+        torch.empty(10**15)
+    with pytest.raises(ZeroDivisionError), naming_what_needs_less("validation", "--a"):
+        raise ZeroDivisionError
+
+
+def spoil_losses(monkeypatch, spoil) -> None:
+    """Change the losses of every second call."""
+    calls = []
+
+    def spoiled(*arguments):
+        losses = object_losses(*arguments)
+        calls.append(1)
+        return spoil(losses) if len(calls) % 2 == 0 else losses
+
+    monkeypatch.setattr("finestsam.training.step.object_losses", spoiled)
+
+
+def test_the_picture_whose_loss_is_not_finite_is_suspected(tiny_sam, batches, monkeypatch):
+    stepper = make_stepper(tiny_sam, chunk_objects=500)
+    spoil_losses(monkeypatch, lambda losses: replace(losses, total=losses.total * float("nan")))
+    before = copy.deepcopy(stepper.model.state_dict())
+
+    _, _, is_finite, _ = stepper.step(batches, epoch=0, wants_stop=False)
+
+    assert not is_finite
+    assert stepper.suspects == [batches[0].samples[1].file_name]
+    assert all(torch.equal(value, before[name]) for name, value in stepper.model.state_dict().items())
+    monkeypatch.undo()
+    assert stepper.step(batches, epoch=0, wants_stop=False)[2]
+    assert stepper.suspects == []
+
+
+def test_a_loss_that_is_not_finite_is_not_learnt_from_though_its_gradient_is(tiny_sam, batches, monkeypatch):
+    stepper = make_stepper(tiny_sam, chunk_objects=500)
+    spoil_losses(monkeypatch, lambda losses: replace(losses, total=losses.total + float("inf")))
+
+    assert not stepper.step(batches, epoch=0, wants_stop=False)[2]
+    assert all(torch.isfinite(weight.grad).all() for weight in stepper.model.parameters() if weight.requires_grad)
+    assert stepper.optimizer.state_dict()["state"] == {}
+
+
+def test_a_gradient_that_overflows_though_no_loss_does_puts_all_pictures_under_suspicion(tiny_sam, batches):
+    stepper = make_stepper(tiny_sam)
+    weight = stepper.model.sam.mask_decoder.iou_token.weight
+    weight.register_hook(lambda gradient: gradient * float("inf"))
+
+    assert not stepper.step(batches, epoch=0, wants_stop=False)[2]
+    assert stepper.suspects == [sample.file_name for batch in batches for sample in batch.samples]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_leaves_prompts_where_they_are(tiny_sam, records, dtype):
+    values = {"prompts.use_boxes": True, "dataset.snap_to_grid": False}
+    batches = make_batches(records, **values)
+    seen = []
+    for kind in (None, dtype):
+        tiny_sam.encoder_dtype = kind
+        stepper = make_stepper(tiny_sam, **values)
+        encoder, kept = stepper.model.sam.prompt_encoder, []
+        encoder.register_forward_hook(lambda module, given, answer, kept=kept: kept.append(answer[0].detach()))
+        stepper.step(batches, epoch=0, wants_stop=False)
+        seen.append(kept)
+
+    assert any((sample.prompts.boxes % 1).any() for batch in batches for sample in batch.samples)
+    assert len(seen[0]) == len(seen[1]) >= 3
+    for full, half in zip(*seen, strict=True):
+        torch.testing.assert_close(half, full, rtol=0, atol=0)
+
+
+def test_half_precision_finds_its_scale_in_the_first_steps_and_goes_on(tiny_sam, batches):
+    tiny_sam.encoder_dtype = torch.float16
+    stepper = make_stepper(tiny_sam, **{"opt.clip_norm": 1.0, "opt.learning_rate": 3e-3})
+    stepper.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**26)
+    scales, losses = [stepper.scaler.get_scale()], []
+    for _ in range(30):
+        before = copy.deepcopy(stepper.model.state_dict())
+        sums, objects, is_finite, _ = stepper.step(batches, epoch=0, wants_stop=False)
+        scales.append(stepper.scaler.get_scale())
+        assert is_finite == (scales[-1] == scales[-2])
+        if is_finite:
+            losses.append(sums["total_loss"] / objects)
+        else:
+            assert scales[-1] == scales[-2] / 2
+            assert all(torch.equal(value, before[name]) for name, value in stepper.model.state_dict().items())
+
+    assert 1 <= scales[-1] < 2.0**26
+    assert len(losses) > 15
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("multimask_output", [True, False])
+def test_what_answers_for_masks_that_nobody_asks_for_stays_as_it_is(tiny_sam, batches, multimask_output):
+    tiny_sam.multimask_output = multimask_output
+    values = {"multimask_output": multimask_output, "opt.weight_decay": 1.0, "opt.learning_rate": 1e-2}
+    stepper = make_stepper(tiny_sam, **values)
+    rows = stepper.model.sam.mask_decoder.iou_prediction_head.layers[-1].weight
+    before = rows.detach().clone()
+
+    for _ in range(2):
+        stepper.step(batches, epoch=0, wants_stop=False)
+
+    kept, asked = ([0], [1, 2, 3]) if multimask_output else ([1, 2, 3], [0])
+    assert torch.equal(rows[kept], before[kept])
+    assert all((rows[row] != before[row]).any() for row in asked)

@@ -17,8 +17,10 @@ from conftest import FROM_SCRATCH, run_training
 
 from finestsam.cli import main
 from finestsam.config import GENERATOR_DEFAULTS, build_config
+from finestsam.model.build import build_sam
 from finestsam.model.load import load_model
-from finestsam.training.hints import list_mismatches
+from finestsam.model.sam import FinestSam
+from finestsam.training.hints import list_mismatches, warn_of_cpu, warn_of_schedule
 
 ROOT = Path(__file__).parents[2]
 
@@ -105,8 +107,16 @@ def test_the_settings_of_a_run_repeat_it(finished, tmp_path):
         (3, ["--sched.type=ReduceLROnPlateau"]),
         (2, ["--losses.affinity_ratio=5", "--prompts.mix=true", "--prompts.use_boxes=true"]),
         (2, ["--dataset.prompts_per_object=2", "--prompts.correction_clicks=2"]),
+        (2, ["--precision=16-mixed"]),
     ],
-    ids=["in the first epoch", "in a later epoch", "between two epochs", "with an auxiliary loss", "with corrections"],
+    ids=[
+        "in the first epoch",
+        "in a later epoch",
+        "between two epochs",
+        "with an auxiliary loss",
+        "with corrections",
+        "in half precision",
+    ],
 )
 def test_a_resumed_run_matches_an_unbroken_one(scenes, tmp_path, steps, flags):
     flags = [*flags, "--dataset.val_size=0.2", "--opt.accumulate_batches=2", "--batch_size=1"]
@@ -122,6 +132,30 @@ def test_a_resumed_run_matches_an_unbroken_one(scenes, tmp_path, steps, flags):
         for name in ("whole", "broken")
     )
     assert whole == broken
+    scalers = [load_last(tmp_path / name)["scaler"] for name in ("whole", "broken")]
+    assert scalers[0] == scalers[1]
+    assert ("16-mixed" in str(flags)) == (scalers[0].get("_growth_tracker", 0) > 0)
+
+
+def test_neither_a_second_time_nor_worker_processes_change_anything(scenes, tmp_path):
+    flags = ["--dataset.val_size=0.4", "--num_epochs=2", "--generator.points_per_side=4", "--prompts.use_boxes=true"]
+    picture = next((scenes / "data" / "images").iterdir())
+    kept = []
+    for name, workers in (("first", 0), ("again", 0), ("workers", 2)):
+        run = run_training(scenes, tmp_path / name, f"--num_workers={workers}", "--run_name=run", *flags)
+        arguments = ["--mode=predict", f"--input={picture}", f"--model.checkpoint={run}", "--device=cpu"]
+        loose = ["--generator.pred_iou_thresh=0", "--generator.stability_score_thresh=0"]
+        assert main([*arguments, *loose, f"--out_dir={tmp_path / name / 'out'}"]) == 0
+        written = [path.read_bytes() for path in sorted((tmp_path / name / "out").iterdir()) if path.is_file()]
+        rows = [{name: value for name, value in row.items() if "seconds" not in name} for row in read_csv(run)]
+        kept.append((load_last(run), torch.load(run / "best.pth"), rows, written))
+
+    for last, best, rows, written in kept[1:]:
+        for name, value in kept[0][0]["model"].items():
+            torch.testing.assert_close(last["model"][name], value, rtol=0, atol=0)
+        assert all(torch.equal(best[name], value) for name, value in kept[0][1].items())
+        assert rows == kept[0][2]
+        assert len(written) == 2 and written == kept[0][3]
 
 
 def test_a_finished_run_says_so_and_goes_on_with_more_epochs(finished, capsys):
@@ -215,6 +249,7 @@ def test_a_signal_saves_and_stops_and_the_run_can_be_continued(scenes, tmp_path,
     "flags",
     [
         [],
+        ["--task=semantic"],
         ["--model_layer.freeze.image_encoder=true", "--prompts.use_boxes=true"],
         ["--model_layer.freeze.image_encoder=true", "--model_layer.lora.rank=2", "--model_layer.thaw.norms=true"],
         [
@@ -238,11 +273,17 @@ def test_two_processes_learn_what_one_learns_at_the_same_global_batch(scenes, tm
     two = start_command(scenes, tmp_path, "--run_name=two", "--batch_size=1", "--num_devices=2", *flags)
     assert two.wait(timeout=300) == 0, two.stderr.read()
 
-    assert_same_weights(tmp_path / "one", tmp_path / "two", rtol=1e-3, atol=1e-5)
-    for first, second in zip(read_csv(tmp_path / "one"), read_csv(tmp_path / "two"), strict=True):
-        for name in ("total_loss", "val_per_mask_iou", "val_best_iou"):
-            if first[name]:
-                assert float(second[name]) == pytest.approx(float(first[name]), abs=1e-3)
+    # Before a norm the gradient of a bias is rounding alone, which AdamW makes steps of.
+    atol = 1e-4 if "--task=semantic" in flags else 1e-5
+    assert_same_weights(tmp_path / "one", tmp_path / "two", rtol=1e-3, atol=atol)
+    rows = [read_csv(tmp_path / name) for name in ("one", "two")]
+    # The untouched model is the same one, and what is measured does not depend on who measures it.
+    floors = [{name: value for name, value in row[0].items() if name != "validation_seconds"} for row in rows]
+    assert floors[0] == floors[1]
+    for first, second in zip(*rows, strict=True):
+        for name in ("total_loss", "val_per_mask_iou", "val_best_iou", "val_miou"):
+            if first.get(name):
+                assert float(second[name]) == pytest.approx(float(first[name]), abs=1e-5 if "loss" in name else 1e-3)
     assert len(list(tmp_path.iterdir())) == 2  # only one rank makes a folder
 
 
@@ -256,6 +297,26 @@ def test_settings_that_train_what_prediction_does_not_read_are_named():
     assert warn(**{"prompts.use_boxes": True, "prompts.mix": True}) == ""
     assert "not snapped" in warn(**{"dataset.snap_to_grid": False})
     assert "never learns to see" in list_mismatches(build_config({}), starts_from_nothing=True)[0]
+
+
+def test_a_large_model_on_a_cpu_that_nobody_asked_for_is_told():
+    large, small = (FinestSam(build_sam("vit_tiny_test", size)) for size in (1024, 64))
+
+    assert "no GPU found" in warn_of_cpu("auto", "cpu", large, "vit_b")[0]
+    for asked, device, model in (("cpu", "cpu", large), ("auto", "cuda", large), ("auto", "cpu", small)):
+        assert warn_of_cpu(asked, device, model, "vit_b") == []
+
+
+def test_a_schedule_that_the_run_is_too_short_for_is_told(scenes, tmp_path, capsys):
+    config = build_config({"sched.LambdaLR.warmup_steps": 5, "sched.LambdaLR.steps": [10, 20]})
+
+    assert "within the 5 steps of its warm-up" in warn_of_schedule(config, 5)[0]
+    assert warn_of_schedule(config, 20) == ["sched.LambdaLR.steps [20] come after the run's last step, which is 20"]
+    assert warn_of_schedule(config, 21) == []
+    assert warn_of_schedule(build_config({"sched.type": "ReduceLROnPlateau"}), 1) == []
+
+    run_training(scenes, tmp_path, "--num_epochs=1", "--dataset.val_size=0.4", "--opt.accumulate_batches=2")
+    assert "warning: the run ends at step 2, within the 50 steps" in capsys.readouterr().out
 
 
 def test_weights_that_an_auxiliary_loss_helped_to_learn_load_anywhere(scenes, tmp_path):

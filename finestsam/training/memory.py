@@ -1,0 +1,38 @@
+"""A step that the memory does not suffice for: what it was, and what needs less."""
+
+from collections.abc import Iterable
+
+from finestsam.batch import Sample
+from finestsam.config import Config
+from finestsam.errors import printable
+from finestsam.model.lora import list_lora
+from finestsam.model.sam import FinestSam
+from finestsam.training.trainable import trains_encoder
+
+
+class OutOfMemory(Exception):
+    """A step does not fit into the memory of one of the ranks; the text is empty on the others."""
+
+
+def describe_samples(samples: Iterable[Sample]) -> str:
+    """Return `a.png (640 x 480, 12 objects), ...`."""
+    return ", ".join(
+        f"{printable(sample.file_name)} ({sample.original_size[1]} x {sample.original_size[0]}, {len(sample)} objects)"
+        for sample in samples
+    )
+
+
+def list_savings(config: Config, model: FinestSam) -> str:
+    """Return the settings with which a step needs less memory, beside decoding fewer objects at a time."""
+    savings = []
+    if trains_encoder(model):
+        if not any(list_lora(model.sam.image_encoder)):
+            savings.append("--model_layer.freeze.image_encoder true, alone or with --model_layer.lora.rank 8")
+        if not config.model_layer.recompute_encoder:
+            savings.append("--model_layer.recompute_encoder")
+    if config.batch_size > 1:
+        savings.append(f"--batch_size below {config.batch_size}")
+    if config.losses.resolution != "low":
+        savings.append("--losses.resolution low")
+    savings.append("a smaller --model.type")
+    return ", ".join(savings)

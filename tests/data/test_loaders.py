@@ -1,0 +1,78 @@
+"""What the processes that read pictures ahead hand over, and what they say when they cannot."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from finestsam.config import build_config
+from finestsam.data.dataset import SampleDataset, SampleSettings
+from finestsam.data.loaders import Loader, build_validation_loader
+from finestsam.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def dataset(records) -> SampleDataset:
+    config = build_config({"prompts.use_boxes": True})
+    return SampleDataset(records, SampleSettings(64, 16, 0, config.prompts, config.dataset))
+
+
+def test_processes_hand_over_what_this_one_would_have_read(dataset):
+    alone, helped = (list(build_validation_loader(dataset, num_workers)) for num_workers in (0, 2))
+
+    for (one, _), (other, _) in zip(alone, helped, strict=True):
+        assert torch.equal(one.samples[0].image, other.samples[0].image)
+        assert torch.equal(one.samples[0].prompts.boxes, other.samples[0].prompts.boxes)
+        assert one.samples[0].rles == other.samples[0].rles
+
+
+def test_a_full_shared_memory_is_an_error_in_one_line(dataset, monkeypatch):
+    def refuse(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
+
+    assert len(list(build_validation_loader(dataset, 0))) == len(dataset)
+    with pytest.raises(UserError, match="--shm-size makes it larger, --num_workers 0 reads without them$"):
+        list(build_validation_loader(dataset, 2))
+
+
+def test_another_error_of_a_process_keeps_its_traceback():
+    def fail(samples):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError, match="Original Traceback"):
+        list(Loader([1, 2], fail, num_workers=1))
+
+
+def may_mount() -> bool:
+    command = ["unshare", "--mount", "sh", "-c", "mount -t tmpfs -o size=64k tmpfs /dev/shm"]
+    try:
+        return os.geteuid() == 0 and subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not may_mount(), reason="nobody but root gets a shared memory of its own")
+def test_a_shared_memory_that_is_full_is_waited_for_by_nobody():
+    script = """
+        import torch
+        from finestsam.data.loaders import Loader
+        from finestsam.errors import UserError
+        try:
+            list(Loader([torch.zeros(1_000_000)] * 4, list, num_workers=2))
+        except UserError as error:
+            print(error)
+    """
+    command = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"', "sh"]
+    command += [sys.executable, "-c", textwrap.dedent(script)]
+
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+    assert done.stdout.startswith("the shared memory (/dev/shm) is too small"), done.stderr

@@ -1,0 +1,122 @@
+import ast
+import contextlib
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from finestsam.images import write_image
+from finestsam.whole_files import remove_unfinished, replacing, write_bytes, write_json, write_text
+
+PACKAGE = Path(__file__).parents[1] / "finestsam"
+
+
+@contextlib.contextmanager
+def files_limited_to(size: int):
+    """Let the system refuse to write longer files, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def list_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_is_written_is_there_and_nothing_else(tmp_path):
+    write_text(tmp_path / "a.txt", "é\n")
+    write_bytes(tmp_path / "b", b"x")
+    write_json(tmp_path / "c.json", {"a": [1, 2.5, None]}, indent=1)
+
+    assert list_names(tmp_path) == ["a.txt", "b", "c.json"]
+    assert (tmp_path / "a.txt").read_bytes() == "é\n".encode()
+    assert json.loads((tmp_path / "c.json").read_text()) == {"a": [1, 2.5, None]}
+
+
+def test_the_name_of_a_file_that_is_no_utf_8_is_written_as_it_is(tmp_path):
+    write_text(tmp_path / "a.csv", os.fsdecode(b"\xff.png"))
+
+    assert (tmp_path / "a.csv").read_bytes() == b"\xff.png"
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: write_text(path, "x" * 100_000),
+        lambda path: write_json(path, list(range(100_000))),
+        lambda path: write_image(path, np.random.default_rng(0).integers(0, 255, (300, 300, 3), dtype=np.uint8)),
+    ],
+)
+def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path, write):
+    path = tmp_path / "a.png"
+    path.write_text("old")
+
+    with files_limited_to(10_000), pytest.raises(OSError, match="File too large"):
+        write(path)
+
+    assert path.read_text() == "old"
+    assert list_names(tmp_path) == ["a.png"]
+
+
+def test_an_error_while_writing_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+
+    with pytest.raises(ZeroDivisionError), replacing(path) as partial:
+        partial.write_text("new")
+        raise ZeroDivisionError
+
+    assert path.read_text() == "old"
+    assert list_names(tmp_path) == ["a"]
+
+
+def test_the_content_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (calls.append("sync"), fsync(descriptor)))
+    monkeypatch.setattr(os, "replace", lambda *names: (calls.append("name"), replace(*names)))
+
+    write_text(tmp_path / "a", "x")
+
+    assert calls == ["sync", "name", "sync"]
+
+
+def test_the_old_file_gets_the_name_that_it_is_to_have(tmp_path):
+    for text in ("1", "2", "3"):
+        with replacing(tmp_path / "a", previous=tmp_path / "b") as partial:
+            partial.write_text(text)
+
+    assert ((tmp_path / "a").read_text(), (tmp_path / "b").read_text()) == ("3", "2")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), [{"a": -float("inf")}]])
+def test_json_says_no_number_that_it_has_no_word_for(tmp_path, value):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a.json", {"value": value})
+    assert list_names(tmp_path) == []
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_all_json_is_made_without_nan(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and node.attr in ("dump", "dumps") and ast.unparse(node.value) == "json":
+            lines = path.read_text().splitlines()[node.lineno - 1 : node.lineno + 1]
+            assert "allow_nan=False" in " ".join(lines), f"{path.name}:{node.lineno}"
+
+
+def test_only_the_unfinished_files_of_dead_processes_are_removed(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    kept = [f".last.ckpt.{os.getppid()}.tmp", ".notes.tmp", "a.tmp", "last.ckpt"]
+    for name in [*kept, f".best.pth.{dead.pid}.tmp", f".last.ckpt.{os.getpid()}.tmp"]:
+        (tmp_path / name).touch()
+    remove_unfinished(tmp_path)
+    assert list_names(tmp_path) == sorted(kept)
