@@ -17,7 +17,7 @@ from finestsam.data.layouts import Part
 from finestsam.data.report import DatasetReport, Finding
 
 # Raised whenever reading gives another result for the same files.
-VERSION = 2
+VERSION = 3
 # What does not change how a picture and its labels are read.
 UNREAD_SETTINGS = {
     "path", "auto_split", "seed", "val_size", "use_cache", "sav", "positive_points", "negative_points", "use_center",
