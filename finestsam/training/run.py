@@ -37,8 +37,9 @@ from finestsam.prediction.generator import resolve_generator
 from finestsam.prediction.precompute import Embedder, encode_missing, find_missing, open_store
 from finestsam.training import checkpoint
 from finestsam.training.affinity import AffinityHead
+from finestsam.training.cost import describe_cost
 from finestsam.training.distill import distill_
-from finestsam.training.probe import choose_chunk_objects
+from finestsam.training.probe import choose_chunk_objects, find_free_bytes, measure_need
 from finestsam.training.random_state import random_state, restore_random_state
 from finestsam.training.ranks import Ranks
 from finestsam.training.resume import check_settings, convert_batches, load_state
@@ -91,6 +92,7 @@ class Run:
     progress: Progress
     top: checkpoint.TopWeights
     classes: ClassTable | None = None  # of the semantic task
+    cost: list[str] = field(default_factory=list)  # of a step, for the screen
 
     @property
     def has_new_attention(self) -> bool:
@@ -139,13 +141,14 @@ def build_run(fabric: Fabric, ranks: Ranks, config: Config) -> Run:
     val_set = _build_validation_set(config, data, settings, store)
     if store:
         _fill_store(ranks, stepper.embedder, [train_set, val_set], config.num_workers)
-    stepper.chunk_objects = progress.chunk_objects = _choose_chunk_objects(ranks, config, progress, stepper, train_set)
+    chunk_objects, cost = ranks.gather(lambda: _probe(config, progress, stepper, train_set, ranks))[0]
+    stepper.chunk_objects = progress.chunk_objects = chunk_objects
     val_loader = build_validation_loader(val_set, config.num_workers, fabric.global_rank, fabric.world_size)
     run = Run(
         config, fabric, ranks, folder, lock, data, loaded, stepper, scheduler, sampler,
         build_train_loader(train_set, sampler, config.num_workers),
         val_loader if len(val_set) else None,
-        progress, checkpoint.TopWeights(folder, config.save_top_k), classes,
+        progress, checkpoint.TopWeights(folder, config.save_top_k), classes, cost,
     )  # fmt: skip
     if state is not None:
         _restore(run, state)
@@ -261,16 +264,21 @@ def _build_stepper(
     return kind(fabric, config, model, wrapped, optimizer, scaler, embedder, previous), scheduler
 
 
-def _choose_chunk_objects(
-    ranks: Ranks, config: Config, progress: Progress, stepper: Stepper, train_set: SampleDataset
-) -> int:
-    """Return how many objects are decoded at a time: the same on every rank, and as before in a run that continues."""
-    given = config.chunk_objects or progress.chunk_objects
-    if stepper.model.semantic_head is not None:
-        return given or CHUNK_OBJECTS  # no object is decoded
-    if given:
-        return given
-    return ranks.gather(lambda: choose_chunk_objects(stepper, train_set) if ranks.rank == 0 else None)[0]
+def _probe(
+    config: Config, progress: Progress, stepper: Stepper, train_set: SampleDataset, ranks: Ranks
+) -> tuple[int, list[str]] | None:
+    """Return how many objects are decoded at a time, as before in a run that continues, and what a step costs.
+
+    The first rank tries it for all.
+    """
+    if ranks.rank > 0:
+        return None
+    need = measure_need(stepper, train_set)
+    chunk_objects = config.chunk_objects or progress.chunk_objects
+    if chunk_objects is None:
+        is_semantic = stepper.model.semantic_head is not None
+        chunk_objects = CHUNK_OBJECTS if is_semantic else choose_chunk_objects(stepper, need)
+    return chunk_objects, describe_cost(stepper, need, chunk_objects, find_free_bytes(stepper.model.device))
 
 
 def _choose_sample_settings(config: Config, model: FinestSam) -> SampleSettings:

@@ -376,6 +376,8 @@ def _say_start(run: Run) -> None:
         say(f"classes: {', '.join(run.classes.names)}")
     else:
         say(f"objects decoded at a time: up to {run.stepper.chunk_objects}")
+    for line in run.cost:
+        say(line)
     for warning in list_mismatches(run.config, run.progress.started_from == RANDOM_WEIGHTS):
         say(f"warning: {warning}")
     if run.val_loader is None:

@@ -164,6 +164,8 @@ def test_processes_without_a_validation_picture_and_with_empty_last_batches_wait
         ["--model_layer.freeze.mask_decoder=true", "--prompts.use_points=false", "--prompts.use_masks=true"],
         ["--prompts.use_logits=true", "--prompts.use_boxes=true"],
         ["--prompts.mix=true", "--prompts.use_boxes=true", "--prompts.use_masks=true", "--opt.accumulate_batches=2"],
+        ["--task=semantic"],
+        ["--task=semantic", "--model_layer.freeze.image_encoder=true", "--opt.accumulate_batches=2"],
     ],
 )
 def test_every_freeze_and_prompt_mix_learns_on_two_processes_what_one_learns(scenes, tmp_path, flags):
@@ -172,9 +174,10 @@ def test_every_freeze_and_prompt_mix_learns_on_two_processes_what_one_learns(sce
     assert code == 0, error
     one = run_training(scenes, tmp_path, "--run_name=one", "--batch_size=2", *FLAGS, *flags)
 
-    first, second = load_last(one)["model"], load_last(tmp_path / "sav" / "run")["model"]
-    for name, value in first.items():
-        torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-5)
+    first, second = load_last(one), load_last(tmp_path / "sav" / "run")
+    for part in ("model", "semantic_head"):
+        for name, value in (first[part] or {}).items():
+            torch.testing.assert_close(second[part][name], value, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow
