@@ -10,6 +10,7 @@ mIoU and Dice of the classes of pixels, on the quarter of the pictures that is n
 
 import argparse
 import csv
+import sys
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
@@ -18,7 +19,7 @@ from benchmarks.measure import describe_machine, print_table, run_process
 
 BLOCKS = {"SAM's": "none", "FFT, global blocks": "global", "FFT, all blocks": "all"}
 FIGURES = {
-    "masks": {"IoU": "val_per_mask_iou", "IoU, best of three": "val_best_iou"},
+    "masks": {"IoU": "val_per_mask_iou", "IoU, best of three": "val_best_iou", "Dice": "val_per_mask_dice"},
     "semantic": {"mIoU": "val_miou", "Dice": "val_mdice"},
 }
 WARMUP_STEPS = 20
@@ -32,7 +33,7 @@ FLAGS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("datasets", nargs="+", type=Path, help="folders of labelled pictures")
-    parser.add_argument("--task", nargs="+", choices=FIGURES, default=list(FIGURES))
+    parser.add_argument("--task", nargs="+", choices=FIGURES, default=["masks"])
     parser.add_argument("--steps", type=int, default=120, help="of one picture each")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1337])
     given = parser.parse_args()
@@ -76,6 +77,8 @@ def train(dataset: Path, task: str, steps: int, blocks: str, seed: int) -> dict[
     figures = {"seconds": cost.cpu_seconds}
     for column in FIGURES[task].values():
         figures |= {f"before {column}": float(rows[0][column]), f"after {column}": float(rows[-1][column])}
+    said = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    print(f"{dataset.name}, {task}, FFT blocks {blocks}, seed {seed}: {said}", file=sys.stderr, flush=True)
     return figures
 
 
