@@ -32,19 +32,21 @@ def section(kind: type) -> Any:
 CHUNK_OBJECTS = 16
 
 # Pixels of the longest side that each type of model is made for.
-IMAGE_SIZES = {"vit_h": 1024, "vit_l": 1024, "vit_b": 1024, "vit_tiny": 512, "vit_tiny_test": 64}
+IMAGE_SIZES = {"vit_h": 1024, "vit_l": 1024, "vit_b": 1024, "vit_t": 1024, "vit_tiny": 512, "vit_tiny_test": 64}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    type: Literal["auto", "vit_h", "vit_l", "vit_b", "vit_tiny", "vit_tiny_test"] = setting(
-        "auto", "SAM's size; auto: what the checkpoint holds, vit_b where there is none. vit_tiny suits a laptop"
+    type: Literal["auto", "vit_h", "vit_l", "vit_b", "vit_t", "vit_tiny", "vit_tiny_test"] = setting(
+        "auto",
+        "SAM's size; auto: what the checkpoint holds, vit_b where there is none. vit_t is MobileSAM, and needs the "
+        "package timm; vit_tiny suits a laptop",
     )
     checkpoint: str = setting(
         "auto",
         "weights to start from: a .pth or .safetensors file, a run, an adapter's folder, none (random weights), or "
-        "auto (Meta's file, downloaded when it is missing; for vit_tiny those that come with finestsam; in predict and "
-        "evaluate the newest run of sav_dir first)",
+        "auto (Meta's or MobileSAM's file, downloaded when it is missing; for vit_tiny those that come with finestsam; "
+        "in predict and evaluate the newest run of sav_dir first)",
     )
     image_size: int | None = setting(
         None,
@@ -659,6 +661,11 @@ def find_problems(mode: str, values: dict[str, Any]) -> list[str]:
         and not (mode == "train" and values["resume"])
     ):
         problems.append(f"--mode {mode} needs --dataset FOLDER")
+    if mode == "train" and (values["model.type"], values["model.checkpoint"]) == ("vit_t", "none"):
+        problems.append(
+            "model.type vit_t cannot start from random weights (model.checkpoint none): its batch norms keep the "
+            "statistics of the weights that they come with"
+        )
     if mode == "predict" and values["resume"] not in (None, "auto"):
         problems.append(f"--mode predict goes on in its --out_dir: --resume takes no value, got {values['resume']}")
     if mode == "predict" and not values["input"]:

@@ -18,7 +18,7 @@ def assemble(
     """Join the pictures of one part of a dataset.
 
     Args:
-        categories: names by id; None: the objects carry names.
+        categories: names by id; None: the objects carry names, or the values that mask pictures have for them.
         report: what was found so far; what is found here and in the pictures is added.
     """
     records: list[Record] = []
@@ -79,6 +79,8 @@ class _CategoryTable:
             return self._add(UNNAMED_CATEGORY), remark
         if category in self.names:
             return category, None
+        if self._takes_names:
+            return self._add(f"value {category}", category), None
         known = ", ".join(map(str, sorted(self.names)[:10]))
         message = f"category_id {category} is none of the file's categories {known}"
         return self._add(f"category {category}", category), ("unknown_category", message)

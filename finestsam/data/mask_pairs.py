@@ -76,7 +76,7 @@ class MaskPairJob:
                 specks += 1
                 continue
             picture.annotation_count += 1
-            picture.add(number, f"value {number}" if instances == "classes" else None, rle)
+            picture.add(number, number if instances == "classes" else None, rle)
         if specks:
             limit = self.settings.min_region_pixels
             picture.remark([("specks", f"{specks} regions under {limit} pixels dropped (dataset.min_region_pixels)")])
@@ -85,7 +85,7 @@ class MaskPairJob:
 def list_jobs(
     part: Part, settings: DatasetConfig, report: DatasetReport
 ) -> tuple[list[MaskPairJob], dict[int, str] | None]:
-    """Return a job for every picture; its objects are of one category."""
+    """Return a job for every picture; its objects are of one category, or of that of their grey value."""
     masks: dict[str, list[Path]] = {}
     for path in sorted(part.labels.rglob("*")):
         if path.suffix.lower() in IMAGE_SUFFIXES:

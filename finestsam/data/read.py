@@ -202,8 +202,12 @@ def _share_categories(indexes: dict[str, Index]) -> None:
     tables = [index.categories for index in indexes.values()]
     if all(table == tables[0] for table in tables):
         return
+    pairs = {(number, name) for table in tables for number, name in table.items()}
     names = list(dict.fromkeys(name for table in tables for name in table.values()))
-    ids = {name: number for number, name in enumerate(names, start=1)}
+    if len({number for number, _ in pairs}) == len(pairs) == len(names):  # no part contradicts another
+        ids = {name: number for number, name in sorted(pairs)}
+    else:
+        ids = {name: number for number, name in enumerate(names, start=1)}
     for part_name, index in indexes.items():
         changed = {number: ids[name] for number, name in index.categories.items()}
         for record in index.records:

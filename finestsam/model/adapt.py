@@ -1,6 +1,6 @@
 """The one place where a loaded SAM gets what the settings put into it, in one fixed order."""
 
-from segment_anything.modeling import Sam
+from segment_anything.modeling import ImageEncoderViT, Sam
 from torch import nn
 
 from finestsam.config import ModelLayerConfig
@@ -25,6 +25,11 @@ def adapt_(sam: Sam, layers: ModelLayerConfig) -> dict[int, nn.Module]:
     ):
         if last >= depth:
             raise UserError(f"{name}: this image encoder has {depth} blocks, 0 to {depth - 1}")
+    if layers.fft_attention.blocks != "none" and not isinstance(sam.image_encoder, ImageEncoderViT):
+        raise UserError(
+            "model_layer.fft_attention: MobileSAM's image encoder has no attention of SAM's to replace; it looks at "
+            "windows of 7 and 14 tokens, so that its cost already grows no faster than the picture"
+        )
     replaced = mount_fft_attention_(sam, choose_blocks(sam.image_encoder, layers.fft_attention.blocks))
     mount_lora_(sam, layers.lora, whole_blocks=layers.thaw.blocks)
     return replaced

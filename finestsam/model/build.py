@@ -1,12 +1,13 @@
-"""Build a SAM from segment_anything's own modules, in Meta's three sizes and two of ours."""
+"""Build a SAM from segment_anything's own modules, in Meta's three sizes and two of ours, or MobileSAM's."""
 
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from segment_anything.modeling import PromptEncoder, Sam, TwoWayTransformer
+from torch import nn
 
 from finestsam.config import IMAGE_SIZES
+from finestsam.errors import UserError
 from finestsam.model.decoder import FoldedMaskDecoder
 from finestsam.model.encoder import ChunkedImageEncoder
 from finestsam.model.initial import start_decoder_, start_encoder_
@@ -29,12 +30,15 @@ class Architecture:
     decoder_width: int = 256
     decoder_mlp_width: int = 2048
     mask_channels: int = 16
+    is_tiny_vit: bool = False  # as tiny_vit.py has it; the numbers of the encoder are those of its last blocks
 
 
 ARCHITECTURES = {
     "vit_b": Architecture(width=768, depth=12, heads=12, global_blocks=(2, 5, 8, 11)),
     "vit_l": Architecture(width=1024, depth=24, heads=16, global_blocks=(5, 11, 17, 23)),
     "vit_h": Architecture(width=1280, depth=32, heads=16, global_blocks=(7, 15, 23, 31)),
+    # MobileSAM's.
+    "vit_t": Architecture(width=320, depth=12, heads=10, global_blocks=(), window_size=7, is_tiny_vit=True),
     # For laptops: 5 M weights. Windows of 8 tokens tile its 32 x 32 without padding.
     "vit_tiny": Architecture(
         width=192, depth=8, heads=6, global_blocks=(1, 3, 5, 7), window_size=8, decoder_width=128,
@@ -54,12 +58,15 @@ def build_sam(model_type: str, image_size: int | None = None) -> Sam:
     Args:
         model_type: a key of `ARCHITECTURES`.
         image_size: pixels of the longest side, a multiple of 16; None: the type's own.
+
+    Raises:
+        UserError: vit_t, and timm is not there.
     """
     architecture = ARCHITECTURES[model_type]
     image_size = image_size or IMAGE_SIZES[model_type]
     grid_size = image_size // PATCH_SIZE
     sam = Sam(
-        image_encoder=_build_image_encoder(architecture, image_size),
+        image_encoder=(_build_tiny_vit if architecture.is_tiny_vit else _build_image_encoder)(architecture, image_size),
         prompt_encoder=PromptEncoder(
             embed_dim=architecture.decoder_width,
             image_embedding_size=(grid_size, grid_size),
@@ -70,7 +77,8 @@ def build_sam(model_type: str, image_size: int | None = None) -> Sam:
         pixel_mean=PIXEL_MEAN,
         pixel_std=PIXEL_STD,
     )
-    start_encoder_(sam.image_encoder)
+    if not architecture.is_tiny_vit:
+        start_encoder_(sam.image_encoder)
     start_decoder_(sam.mask_decoder)
     return sam.eval()
 
@@ -85,11 +93,23 @@ def _build_image_encoder(architecture: Architecture, image_size: int) -> Chunked
         mlp_ratio=4,
         out_chans=architecture.decoder_width,
         qkv_bias=True,
-        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
         use_rel_pos=True,
         window_size=architecture.window_size,
         global_attn_indexes=architecture.global_blocks,
     )
+
+
+def _build_tiny_vit(architecture: Architecture, image_size: int) -> nn.Module:
+    try:
+        from finestsam.model.tiny_vit import TinyVitImageEncoder  # timm takes seconds to import, and need not be there
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "timm":
+            raise
+        raise UserError(
+            f"MobileSAM's image encoder is made of timm's blocks ({error}); to use vit_t, first run: pip install timm"
+        ) from None
+    return TinyVitImageEncoder(image_size, architecture.decoder_width)
 
 
 def _build_mask_decoder(architecture: Architecture) -> FoldedMaskDecoder:

@@ -94,7 +94,7 @@ def _wrap(table: Tensor, length: int) -> Tensor:
 def choose_blocks(encoder: ImageEncoderViT, which: Literal["none", "global", "windowed", "all"]) -> list[int]:
     """Return the numbers of the blocks that a setting means."""
     wanted = {"none": (), "global": (True,), "windowed": (False,), "all": (True, False)}[which]
-    return [number for number, block in enumerate(encoder.blocks) if (block.window_size == 0) in wanted]
+    return [number for number, block in enumerate(encoder.blocks) if wanted and (block.window_size == 0) in wanted]
 
 
 def list_blocks(state_dict: Mapping[str, Tensor]) -> list[int]:

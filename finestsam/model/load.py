@@ -18,9 +18,9 @@ from finestsam.model.sam import FinestSam
 from finestsam.model.semantic_head import load_semantic_head
 from finestsam.model.weights import (
     BUILTIN_WEIGHTS,
-    META_WEIGHTS,
+    PUBLISHED_WEIGHTS,
     check_matches,
-    find_meta_weights,
+    find_published_weights,
     identify,
     image_size_of,
     load_state_dict,
@@ -57,7 +57,7 @@ def load_model(config: Config, prefer_runs: bool = False, device: torch.device |
     device = device or choose_device(config.device)
     path = find_weights(config, prefer_runs)
     card = read_card(path) if path else None
-    sam, model_type = _build_with_weights(config, path)
+    sam, model_type = _build_with_weights(config, path, card)
     multimask_output = card.multimask_output if card and prefer_runs else config.multimask_output
     model = FinestSam(sam, multimask_output, choose_encoder_dtype(config.precision, device))
     if prefer_runs and config.task != "masks":
@@ -67,7 +67,7 @@ def load_model(config: Config, prefer_runs: bool = False, device: torch.device |
     return LoadedModel(model.to(device).eval(), model_type, card, str(path or RANDOM_WEIGHTS), path)
 
 
-def _build_with_weights(config: Config, path: Path | None) -> tuple[Sam, str]:
+def _build_with_weights(config: Config, path: Path | None, card: Card | None) -> tuple[Sam, str]:
     asked_type, asked_size = config.model.type, config.model.image_size
     if path is None:
         model_type = "vit_b" if asked_type == "auto" else asked_type
@@ -77,8 +77,9 @@ def _build_with_weights(config: Config, path: Path | None) -> tuple[Sam, str]:
     model_type = identify(state_dict, path)
     if asked_type != "auto":
         check_matches(state_dict, asked_type, path)
-    size = asked_size or image_size_of(state_dict)
-    if size != image_size_of(state_dict):
+    own_size = image_size_of(state_dict, card)
+    size = asked_size or own_size
+    if size != own_size:
         _check_size(size)
         state_dict = resize_positions(state_dict, size)
     sam = build_sam(model_type, size)
@@ -126,7 +127,7 @@ def find_weights(config: Config, prefer_runs: bool = False) -> Path | None:
     if newest:
         return newest
     model_type = "vit_b" if config.model.type == "auto" else config.model.type
-    return find_meta_weights(model_type) if model_type in META_WEIGHTS else BUILTIN_WEIGHTS.get(model_type)
+    return find_published_weights(model_type) if model_type in PUBLISHED_WEIGHTS else BUILTIN_WEIGHTS.get(model_type)
 
 
 def _find_newest_run(config: Config) -> Path | None:

@@ -14,7 +14,9 @@ from torch.nn import functional as F
 from finestsam.config import LoraConfig
 
 # By setting: names of the layers that adapt, at the end of their full names.
-ENCODER_LAYERS = {"none": (), "attention": ("attn.qkv", "attn.proj"), "all": ("attn.qkv", "attn.proj", "lin1", "lin2")}
+ATTENTION = ("attn.qkv", "attn.proj")
+MLP = ("mlp.lin1", "mlp.lin2", "mlp.fc1", "mlp.fc2")  # as SAM and as TinyViT call them
+ENCODER_LAYERS = {"none": (), "attention": ATTENTION, "all": (*ATTENTION, *MLP)}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 DECODER_LAYERS = {"none": (), "attention": PROJECTIONS, "all": (*PROJECTIONS, "lin1", "lin2")}
 WIDE, NARROW = "lora_B.weight", "lora_A.weight"

@@ -1,4 +1,4 @@
-"""Weights on disk: where Meta's are, how a file becomes a state dict, and which SAM a state dict belongs to."""
+"""Weights on disk: where published ones are, how a file becomes a state dict, and which SAM a state dict belongs to."""
 
 import pickle
 import re
@@ -14,16 +14,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finestsam.cache_folder import cache_folder
+from finestsam.config import IMAGE_SIZES
 from finestsam.download import download
 from finestsam.errors import UserError
 from finestsam.model.adapter_file import is_adapter, merge_adapter, read_config
 from finestsam.model.build import ARCHITECTURES
-from finestsam.model.card import read_card
+from finestsam.model.card import Card, read_card
 
 
 @dataclass(frozen=True)
-class MetaFile:
-    """One of the checkpoints that Meta published with Segment Anything."""
+class PublishedFile:
+    """A checkpoint that training can start from: Meta's, published with Segment Anything, and MobileSAM's."""
 
     url: str
     sha256: str
@@ -34,63 +35,69 @@ class MetaFile:
         return self.url.rpartition("/")[2]
 
 
-META_WEIGHTS = {
-    "vit_b": MetaFile(
+PUBLISHED_WEIGHTS = {
+    "vit_b": PublishedFile(
         "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_b_01ec64.pth",
         "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
         375_042_383,
     ),
-    "vit_l": MetaFile(
+    "vit_l": PublishedFile(
         "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_l_0b3195.pth",
         "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
         1_249_524_607,
     ),
-    "vit_h": MetaFile(
+    "vit_h": PublishedFile(
         "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_h_4b8939.pth",
         "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
         2_564_550_879,
     ),
+    "vit_t": PublishedFile(
+        "https://raw.githubusercontent.com/ChaoningZhang/MobileSAM/f706ad9c4eb7f219c00d9050e46328518ffb65d2/weights/"
+        "mobile_sam.pt",
+        "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
+        40_728_226,
+    ),
 }
 # Come with the package, with their card beside them; finestsam/builtin/make.py makes them.
 BUILTIN_WEIGHTS = {"vit_tiny": Path(__file__).parents[1] / "builtin" / "vit_tiny.pth"}
-WITHOUT_META = "--model.type vit_tiny takes the small weights that come with finestsam instead"
+WITHOUT_DOWNLOAD = "--model.type vit_tiny takes the small weights that come with finestsam instead"
 
 WRAPPERS = ("model", "state_dict")  # keys of a training checkpoint that hold the weights
 PREFIXES = ("module.", "model.", "sam.", "base_model.model.")  # from DDP, Lightning modules, FinestSam, peft
 FAMILIES = {  # part of a key: who writes such keys
-    "mask_decoder.hf_": "HQ-SAM",  # first, as the rest of HQ-SAM is named like SAM or MobileSAM
+    "mask_decoder.hf_": "HQ-SAM",
     "image_encoder.trunk.": "SAM 2",
     "sam_mask_decoder.": "SAM 2",
-    "image_encoder.layers.": "MobileSAM",
-    "image_encoder.patch_embed.seq.": "MobileSAM",
     "vision_encoder.": "a Hugging Face SamModel",
 }
+TINY_VIT_PARTS = ("image_encoder.layers.", "image_encoder.patch_embed.seq.")
+TINY_VIT_NECK = "image_encoder.neck.0.weight"
 
 
-def find_meta_weights(model_type: str, download: bool = True) -> Path:
-    """Return Meta's checkpoint of this type: from the cache folder, the current folder or its sav/, else downloaded."""
-    if model_type not in META_WEIGHTS:
+def find_published_weights(model_type: str, download: bool = True) -> Path:
+    """Return the published file of a type: from the cache folder, the current folder or its sav/, else downloaded."""
+    if model_type not in PUBLISHED_WEIGHTS:
         raise UserError(
-            f"Meta has published no weights for {model_type}; --model.checkpoint none starts from random ones"
+            f"nobody has published weights for {model_type}; --model.checkpoint none starts from random ones"
         )
-    meta = META_WEIGHTS[model_type]
+    published = PUBLISHED_WEIGHTS[model_type]
     folders = (cache_folder(), Path(), Path("sav"))
     for folder in folders:
-        if (folder / meta.file_name).is_file():
-            return folder / meta.file_name
+        if (folder / published.file_name).is_file():
+            return folder / published.file_name
     if download:
-        return _download_meta(meta)
+        return _download_published(published)
     raise UserError(
-        f"{meta.file_name} is not in {', '.join(map(str, folders))}; to fetch it by hand, save {meta.url} as "
-        f"{folders[0] / meta.file_name} (sha256 {meta.sha256}); {WITHOUT_META}"
+        f"{published.file_name} is not in {', '.join(map(str, folders))}; to fetch it by hand, save {published.url} as "
+        f"{folders[0] / published.file_name} (sha256 {published.sha256}); {WITHOUT_DOWNLOAD}"
     )
 
 
-def _download_meta(meta: MetaFile) -> Path:
+def _download_published(published: PublishedFile) -> Path:
     try:
-        return download(meta.url, cache_folder() / meta.file_name, meta.sha256, meta.size_bytes)
+        return download(published.url, cache_folder() / published.file_name, published.sha256, published.size_bytes)
     except UserError as error:
-        raise UserError(f"{error}; {WITHOUT_META}") from None
+        raise UserError(f"{error}; {WITHOUT_DOWNLOAD}") from None
 
 
 def load_state_dict(path: Path) -> dict[str, Tensor]:
@@ -113,7 +120,7 @@ def _load_adapted(path: Path) -> dict[str, Tensor]:
             "no more"
         )
     below, card = load_state_dict(base), read_card(path)
-    if card and card.image_size != image_size_of(below):
+    if card and card.image_size != image_size_of(below, card):
         below = resize_positions(below, card.image_size)
     return merge_adapter(below, _load_file(path), config["lora_alpha"] / config["r"], path)
 
@@ -162,7 +169,7 @@ def _describe_truncated(path: Path) -> str:
 
 
 def _expected_size(path: Path) -> str:
-    sizes = {meta.file_name: meta.size_bytes for meta in META_WEIGHTS.values()}
+    sizes = {published.file_name: published.size_bytes for published in PUBLISHED_WEIGHTS.values()}
     return f", expected {sizes[path.name]:,}" if path.name in sizes else ""
 
 
@@ -241,18 +248,31 @@ def identify(state_dict: dict[str, Tensor], path: Path | str = "the file") -> st
     for part, family in FAMILIES.items():
         if any(part in name for name in state_dict):
             raise UserError(
-                f"{path} is a checkpoint of {family}, expected one in the layout of Meta's segment_anything"
+                f"{path} is a checkpoint of {family}, expected one in the layout of Meta's segment_anything "
+                "or of MobileSAM"
             )
+    if any(name.startswith(TINY_VIT_PARTS) for name in state_dict):
+        return _identify_tiny_vit(state_dict, path)
     position = state_dict.get("image_encoder.pos_embed")
     if position is None or position.ndim != 4 or "image_encoder.patch_embed.proj.weight" not in state_dict:
         raise UserError(f"{path} is not a SAM checkpoint (first keys: {', '.join(list(state_dict)[:3])})")
     width = position.shape[-1]
     depth = len({name.split(".")[2] for name in state_dict if name.startswith("image_encoder.blocks.")})
     for model_type, architecture in ARCHITECTURES.items():
-        if (architecture.width, architecture.depth) == (width, depth):
+        if (architecture.width, architecture.depth, architecture.is_tiny_vit) == (width, depth, False):
             return model_type
-    known = ", ".join(f"{name} {entry.width} and {entry.depth}" for name, entry in ARCHITECTURES.items())
+    known = ", ".join(
+        f"{name} {entry.width} and {entry.depth}" for name, entry in ARCHITECTURES.items() if not entry.is_tiny_vit
+    )
     raise UserError(f"{path} is a SAM of unknown size: width {width} and {depth} blocks, known are {known}")
+
+
+def _identify_tiny_vit(state_dict: dict[str, Tensor], path: Path | str) -> str:
+    shape = tuple(state_dict[TINY_VIT_NECK].shape[:2]) if TINY_VIT_NECK in state_dict else None
+    for model_type, architecture in ARCHITECTURES.items():
+        if architecture.is_tiny_vit and shape == (architecture.decoder_width, architecture.width):
+            return model_type
+    raise UserError(f"{path} has a TinyViT for its image encoder, but another one than MobileSAM's, vit_t")
 
 
 def resize_positions(state_dict: dict[str, Tensor], image_size: int) -> dict[str, Tensor]:
@@ -265,6 +285,8 @@ def resize_positions(state_dict: dict[str, Tensor], image_size: int) -> dict[str
         image_size: pixels of the longest side, a multiple of the patch.
     """
     model_type = identify(state_dict)
+    if ARCHITECTURES[model_type].is_tiny_vit:
+        return dict(state_dict)  # it knows of places within its windows alone
     patch_size = state_dict["image_encoder.patch_embed.proj.weight"].shape[-1]
     side = image_size // patch_size
     resized = dict(state_dict)
@@ -279,7 +301,13 @@ def resize_positions(state_dict: dict[str, Tensor], image_size: int) -> dict[str
     return resized
 
 
-def image_size_of(state_dict: dict[str, Tensor]) -> int:
-    """Return the side of the square that these weights see, pixels."""
+def image_size_of(state_dict: dict[str, Tensor], card: Card | None = None) -> int:
+    """Return the side of the square that these weights see, pixels.
+
+    Args:
+        card: of the weights. MobileSAM's do not tell: without a card they are for the pictures that it was made for.
+    """
+    if "image_encoder.pos_embed" not in state_dict:
+        return card.image_size if card else IMAGE_SIZES[identify(state_dict)]
     patch_size = state_dict["image_encoder.patch_embed.proj.weight"].shape[-1]
     return state_dict["image_encoder.pos_embed"].shape[1] * patch_size

@@ -16,6 +16,8 @@ PALETTE = np.frombuffer(
     ),
     dtype=np.uint8,
 ).reshape(-1, 3)
+# How classes beyond the palette differ from the first ones of the same hue: darker, paler, darkest. Factor and addend.
+CLASS_SHADES = np.array([(1, 0), (0.65, 0), (0.5, 127), (0.4, 0)])
 OUTLINE_SHADE = 0.35  # of the mask's own colour, so that neighbours part even where their colours are close
 OUTLINE_WIDTH = 1 / 900  # of the picture's longest side
 
@@ -38,10 +40,9 @@ def draw_overlay(image: np.ndarray, rles: list[dict], opacity: float, colours: n
         outlines.append(_trace(mask, (x, y)))
     blended = _blend(image, filled, opacity)
     outlined = blended.copy()
-    thickness = max(round(max(image.shape) * OUTLINE_WIDTH), 1)
     for contours, colour in zip(outlines, colours, strict=True):
         shade = (colour * OUTLINE_SHADE).tolist()
-        cv2.polylines(outlined, contours, isClosed=True, color=shade, thickness=thickness, lineType=cv2.LINE_AA)
+        cv2.polylines(outlined, contours, True, shade, _choose_thickness(image), cv2.LINE_AA)
     return _blend(blended, outlined, opacity**0.5)  # thin lines need more to be seen through the same veil
 
 
@@ -73,24 +74,27 @@ def _sort_masks(rles: list[dict], colours: np.ndarray | None) -> tuple[list[dict
 
 
 def draw_classes(image: np.ndarray, classes: np.ndarray, opacity: float) -> np.ndarray:
-    """Return the picture with a colour for each class over it; none for class 0, the background.
+    """Return the picture with a colour and outlines for each class over it; none for class 0, the background.
 
     Args:
         image: H x W x 3, uint8, RGB.
         classes: H x W, whole numbers.
     """
     colours = colour_classes(int(classes.max(initial=0)) + 1)
-    return np.where((classes > 0)[..., None], _blend(image, colours[classes], opacity), image)
+    filled = np.where((classes > 0)[..., None], _blend(image, colours[classes], opacity), image)
+    outlined = filled.copy()
+    for number in np.unique(classes[classes > 0]):
+        shade = (colours[number] * OUTLINE_SHADE).tolist()
+        contours = _trace(classes == number, (0, 0))
+        cv2.polylines(outlined, contours, True, shade, _choose_thickness(image), cv2.LINE_AA)
+    return _blend(filled, outlined, opacity**0.5)
 
 
 def colour_classes(count: int) -> np.ndarray:
-    """Return the colours of classes 0, 1, ..., count x 3, uint8, RGB.
-
-    Of more classes than colours the next are darker, the next lighter, and after that some share one.
-    """
+    """Return the colours of classes 0, 1, ..., count x 3, uint8, RGB; from class 85 on some share one."""
     turns, places = np.divmod(np.arange(count) - 1, len(PALETTE))
-    shades = np.stack([PALETTE, PALETTE * 0.55, PALETTE * 0.45 + 140])
-    return shades[turns % len(shades), places].astype(np.uint8)
+    factors, addends = CLASS_SHADES[turns % len(CLASS_SHADES)].T[..., None]
+    return (PALETTE[places] * factors + addends).astype(np.uint8)
 
 
 def draw_layer(
@@ -138,6 +142,10 @@ def _trace(mask: np.ndarray, offset: tuple[int, int]) -> list[np.ndarray]:
     """Return the closed lines around a mask and around its holes, each K x 1 x 2, XY."""
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE, offset=offset)
     return list(contours)
+
+
+def _choose_thickness(image: np.ndarray) -> int:
+    return max(round(max(image.shape) * OUTLINE_WIDTH), 1)
 
 
 def _blend(below: np.ndarray, above: np.ndarray, opacity: float) -> np.ndarray:

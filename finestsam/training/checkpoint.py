@@ -48,7 +48,8 @@ def _unwrap_name(name: str) -> str:
 
 
 def _plain_tensor(tensor: Tensor) -> Tensor:
-    plain = tensor.detach().to("cpu", torch.float32).contiguous()
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    plain = tensor.detach().to("cpu", dtype).contiguous()
     # torch.save writes all the memory that a view looks into.
     return plain.clone() if plain.untyped_storage().nbytes() > plain.nbytes else plain
 

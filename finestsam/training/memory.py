@@ -22,7 +22,7 @@ def describe_samples(samples: Iterable[Sample]) -> str:
     )
 
 
-def list_savings(config: Config, model: FinestSam) -> str:
+def list_savings(config: Config, model: FinestSam) -> list[str]:
     """Return the settings with which a step needs less memory, beside decoding fewer objects at a time."""
     savings = []
     if trains_encoder(model):
@@ -32,7 +32,6 @@ def list_savings(config: Config, model: FinestSam) -> str:
             savings.append("--model_layer.recompute_encoder")
     if config.batch_size > 1:
         savings.append(f"--batch_size below {config.batch_size}")
-    if config.losses.resolution != "low":
+    if config.losses.resolution != "low" and model.semantic_head is None:
         savings.append("--losses.resolution low")
-    savings.append("a smaller --model.type")
-    return ", ".join(savings)
+    return [*savings, "a smaller --model.type"]

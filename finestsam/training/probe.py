@@ -1,5 +1,6 @@
-"""How many objects go through the decoder together: as many as the memory found takes, told before training starts."""
+"""What a step takes, tried before training starts, and how many objects are decoded together: as many as fit."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,17 @@ from finestsam.data.dataset import SampleDataset
 from finestsam.errors import Defect, UserError
 from finestsam.training.losses import measure_piece_bytes
 from finestsam.training.memory import describe_samples, list_savings
+from finestsam.training.semantic import measure_classes
 from finestsam.training.step import Stepper
 
 # More at a time is no faster.
 MOST_OBJECTS = {"cpu": CHUNK_OBJECTS, "cuda": 64}
 # Of the free memory: the rest is for what allocators waste, and for what runs beside.
 USABLE_SHARE = 0.7
+# For a weight that trains: its gradient and AdamW's two means, float32.
+TRAINING_BYTES = 3 * 4
+# Times that a pass forward takes, forward and backward.
+BACKWARD = 3
 GIGABYTE = 1e9
 
 
@@ -27,12 +33,23 @@ class MemoryNeed:
     """What a step on the heaviest picture keeps at the same time."""
 
     sample: Sample
-    fixed_bytes: int  # for any number of objects: the encoder's graph, gradients, the optimizer, a piece of the loss
+    training_bytes: int  # gradients and the optimizer's means
+    encoder_bytes: int  # what the image encoder keeps for its gradient, all pictures of a batch
+    decoder_bytes: int  # for any number of objects; in the semantic task all that the head keeps
     object_bytes: int  # for each object that is decoded with the others
+    seconds: float  # of all of the step, about
+
+    @property
+    def fixed_bytes(self) -> int:
+        """For any number of objects."""
+        return self.training_bytes + self.encoder_bytes + self.decoder_bytes
 
 
-def choose_chunk_objects(stepper: Stepper, dataset: SampleDataset) -> int:
+def choose_chunk_objects(stepper: Stepper, need: MemoryNeed | None) -> int:
     """Return how many objects to decode at a time, at most.
+
+    Args:
+        need: of `measure_need`.
 
     Raises:
         UserError: not even one fits; with the settings that need less.
@@ -40,7 +57,6 @@ def choose_chunk_objects(stepper: Stepper, dataset: SampleDataset) -> int:
     device = stepper.model.device
     most = MOST_OBJECTS.get(device.type, MOST_OBJECTS["cpu"])
     free_bytes = find_free_bytes(device)
-    need = measure_need(stepper, dataset)
     if need is None or free_bytes is None:
         return most
     if need.fixed_bytes + need.object_bytes > free_bytes:
@@ -50,24 +66,34 @@ def choose_chunk_objects(stepper: Stepper, dataset: SampleDataset) -> int:
 
 
 def measure_need(stepper: Stepper, dataset: SampleDataset) -> MemoryNeed | None:
-    """Decode one object and then two of the heaviest picture, and count what autograd keeps.
+    """Encode the heaviest picture, decode one of its objects and then two, and count what autograd keeps.
 
     Returns:
         None where no picture has two.
     """
+    has_objects = stepper.model.semantic_head is None
     sample = _find_heaviest(dataset)
-    if sample is None or len(sample) < 2:
+    if sample is None or (has_objects and len(sample) < 2):
         return None
     sample = sample.to(stepper.model.device)
+    batch_size = stepper.config.batch_size
     known = {weight.untyped_storage().data_ptr() for weight in stepper.model.parameters()}
-    encoder_bytes, embedding = _count_kept_bytes(lambda: stepper.encode([sample]), known)
+    encoder_bytes, encoder_seconds, embedding = _try(lambda: stepper.encode([sample]), known)
+    if not embedding.requires_grad and stepper.embedder.store:
+        encoder_seconds = 0.0  # it is there
     embedding = embedding.detach().requires_grad_(embedding.requires_grad)
-    one, two = (_count_kept_bytes(lambda n=n: _decode(stepper, embedding, sample, n), known)[0] for n in (1, 2))
     trained = sum(weight.numel() for weight in stepper.model.parameters() if weight.requires_grad)
-    fixed = encoder_bytes * stepper.config.batch_size + one - (two - one)
-    fixed += 3 * 4 * trained  # a gradient and AdamW's two means, float32
-    fixed += measure_piece_bytes(sample, stepper.config.losses, stepper.model)
-    return MemoryNeed(sample, fixed, two - one)
+    training_bytes = TRAINING_BYTES * trained
+    encoder_seconds *= BACKWARD if embedding.requires_grad else 1
+    if not has_objects:
+        head_bytes, seconds, _ = _try(lambda: _classify(stepper, embedding, sample), known)
+        seconds = batch_size * (encoder_seconds + BACKWARD * seconds)
+        return MemoryNeed(sample, training_bytes, encoder_bytes * batch_size, head_bytes * batch_size, 0, seconds)
+    one, _, _ = _try(lambda: _decode(stepper, embedding, sample, 1), known)
+    two, seconds, _ = _try(lambda: _decode(stepper, embedding, sample, 2), known)
+    decoder_bytes = one - (two - one) + measure_piece_bytes(sample, stepper.config.losses, stepper.model)
+    seconds = batch_size * (encoder_seconds + BACKWARD * seconds / 2 * len(sample))
+    return MemoryNeed(sample, training_bytes, encoder_bytes * batch_size, decoder_bytes, two - one, seconds)
 
 
 def find_free_bytes(device: torch.device) -> int | None:
@@ -100,8 +126,12 @@ def _decode(stepper: Stepper, embedding: Tensor, sample: Sample, count: int) -> 
     return stepper.take_losses(predictions, sample, 0).total
 
 
-def _count_kept_bytes(work: Callable[[], Tensor], known: set[int]) -> tuple[int, Tensor]:
-    """Return the bytes of what a computation keeps for its gradient beside what is known, and its result."""
+def _classify(stepper: Stepper, embedding: Tensor, sample: Sample) -> Tensor:
+    return measure_classes(stepper.model(embedding, None), sample.classes[None], stepper.config.semantic)
+
+
+def _try(work: Callable[[], Tensor], known: set[int]) -> tuple[int, float, Tensor]:
+    """Return the bytes that a computation keeps for its gradient beside what is known, its seconds and its result."""
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -110,16 +140,20 @@ def _count_kept_bytes(work: Callable[[], Tensor], known: set[int]) -> tuple[int,
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    start = time.perf_counter()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         result = work()
-    return sum(kept.values()), result
+    if result.is_cuda:
+        torch.cuda.synchronize(result.device)
+    return sum(kept.values()), time.perf_counter() - start, result
 
 
 def _explain(stepper: Stepper, need: MemoryNeed, free_bytes: int) -> str:
     needed = (need.fixed_bytes + need.object_bytes) / GIGABYTE
+    savings = ", ".join(list_savings(stepper.config, stepper.model))
     return (
         f"{describe_samples([need.sample])} needs about {needed:.1f} GB of memory even one object at a time, "
-        f"{free_bytes / GIGABYTE:.1f} GB are free; less is needed with {list_savings(stepper.config, stepper.model)}"
+        f"{free_bytes / GIGABYTE:.1f} GB are free; less is needed with {savings}"
     )
 
 

@@ -38,8 +38,9 @@ from finestsam.prediction.precompute import Embedder, encode_missing, find_missi
 from finestsam.training import checkpoint
 from finestsam.training.affinity import AffinityHead
 from finestsam.training.classes import ClassStepper, build_class_optimizer, choose_categories, weigh_classes
+from finestsam.training.cost import describe_cost
 from finestsam.training.distill import distill_
-from finestsam.training.probe import choose_chunk_objects
+from finestsam.training.probe import choose_chunk_objects, find_free_bytes, measure_need
 from finestsam.training.random_state import random_state, restore_random_state
 from finestsam.training.ranks import Ranks
 from finestsam.training.resume import check_settings, convert_batches, load_state
@@ -95,6 +96,7 @@ class Run:
     progress: Progress
     top: checkpoint.TopWeights
     classes: ClassTable | None = None  # of the tasks semantic and classes
+    cost: list[str] = field(default_factory=list)  # of a step, for the screen
 
     @property
     def has_new_attention(self) -> bool:
@@ -149,13 +151,14 @@ def build_run(fabric: Fabric, ranks: Ranks, config: Config) -> Run:
     val_set = _build_validation_set(config, data, settings, store)
     if store:
         _fill_store(ranks, stepper.embedder, [train_set, val_set], config.num_workers)
-    stepper.chunk_objects = progress.chunk_objects = _choose_chunk_objects(ranks, config, progress, stepper, train_set)
+    chunk_objects, cost = ranks.gather(lambda: _probe(config, progress, stepper, train_set, ranks))[0]
+    stepper.chunk_objects = progress.chunk_objects = chunk_objects
     val_loader = build_validation_loader(val_set, config.num_workers, fabric.global_rank, fabric.world_size)
     run = Run(
         config, fabric, ranks, folder, lock, data, loaded, stepper, scheduler, sampler,
         build_train_loader(train_set, sampler, config.num_workers),
         val_loader if len(val_set) else None,
-        progress, checkpoint.TopWeights(folder, config.save_top_k), classes,
+        progress, checkpoint.TopWeights(folder, config.save_top_k), classes, cost,
     )  # fmt: skip
     if state is not None:
         ranks.join(lambda: _restore(run, state))
@@ -264,7 +267,7 @@ def _build_stepper(
         optimizer = build_class_optimizer(loaded, config)
     else:
         optimizer = build_optimizer(model, config.opt)
-    total_steps = _count_steps(config, len(data.train), fabric.world_size)
+    total_steps = count_steps(config, len(data.train), fabric.world_size)
     scheduler = build_scheduler(optimizer, config.sched, config.eval_interval, total_steps)
     # It brings the first rank's weights to the others. What it returns would also add up gradients while they are
     # taken; a step does that afterwards, when every rank has its own.
@@ -287,23 +290,29 @@ def _build_stepper(
     return stepper, scheduler
 
 
-def _count_steps(config: Config, pictures: int, world_size: int) -> int:
-    """Return the optimizer steps of a run that nothing stops early."""
+def count_steps(config: Config, pictures: int, world_size: int) -> int:
+    """Return the optimizer steps of a run that nothing stops early, where each has an object."""
     batches = math.ceil(pictures / (config.batch_size * world_size))
     steps = config.num_epochs * math.ceil(batches / config.opt.accumulate_batches)
     return min(steps, config.max_steps) if config.max_steps else steps
 
 
-def _choose_chunk_objects(
-    ranks: Ranks, config: Config, progress: Progress, stepper: Stepper, train_set: SampleDataset
-) -> int:
-    """Return how many objects are decoded at a time: the same on every rank, and as before in a run that continues."""
-    given = config.chunk_objects or progress.chunk_objects
+def _probe(
+    config: Config, progress: Progress, stepper: Stepper, train_set: SampleDataset, ranks: Ranks
+) -> tuple[int, list[str]] | None:
+    """Return how many objects are decoded at a time, as before in a run that continues, and what a step costs.
+
+    The first rank tries it for all.
+    """
+    if ranks.rank > 0:
+        return None
+    need = measure_need(stepper, train_set)
+    chunk_objects = config.chunk_objects or progress.chunk_objects
     if stepper.model.semantic_head is not None:
-        return 1  # no object is decoded
-    if given:
-        return given
-    return ranks.gather(lambda: choose_chunk_objects(stepper, train_set) if ranks.rank == 0 else None)[0]
+        chunk_objects = 1  # none is decoded
+    elif chunk_objects is None:
+        chunk_objects = choose_chunk_objects(stepper, need)
+    return chunk_objects, describe_cost(stepper, need, chunk_objects, find_free_bytes(stepper.model.device))
 
 
 def _choose_sample_settings(config: Config, model: FinestSam) -> SampleSettings:

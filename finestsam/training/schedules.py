@@ -2,6 +2,8 @@
 
 import bisect
 import math
+import re
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -15,7 +17,9 @@ POSITIONS = ("pos_embed", "rel_pos_h", "rel_pos_w")
 # A row for each of the decoder's masks, of which training asks for one or for three: decay would wear the others down.
 SCORES = "mask_decoder.iou_prediction_head.layers.2.weight"
 
-BLOCKS = "sam.image_encoder.blocks."
+ENCODER = "sam.image_encoder."
+# At the start of the name of a weight: its block, in TinyViT within a stage.
+BLOCK = re.compile(r"(.*\bblocks\.\d+)\.")
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -25,11 +29,11 @@ def build_optimizer(model: nn.Module, opt: OptConfig, fused: bool = False) -> to
 
     Each group keeps its share of `opt.learning_rate` as `share`.
     """
-    depth = len({name.split(".")[3] for name, _ in model.named_parameters() if name.startswith(BLOCKS)})
+    distances = _find_distances(name for name, _ in model.named_parameters() if name.startswith(ENCODER))
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for weight_decay, parameters in zip((opt.weight_decay, 0.0), split_parameters(model), strict=True):
         for name, parameter in parameters:
-            share = _find_share(name, depth, opt)
+            share = _find_share(name, distances, opt)
             groups.setdefault((share, weight_decay), []).append(parameter)
     listed = [
         {"params": parameters, "weight_decay": weight_decay, "lr": share * opt.learning_rate, "share": share}
@@ -44,20 +48,35 @@ def learning_rate_of(optimizer: torch.optim.Optimizer) -> float:
     return group["lr"] / group["share"]
 
 
-def _find_share(name: str, depth: int, opt: OptConfig) -> float:
+def _find_distances(names: Iterable[str]) -> dict[str, int]:
+    """Return for each weight of the image encoder the distance of its block from the neck, 1 for the last block.
+
+    What lies between two blocks counts to the first of them, and what lies before all of them is one further away.
+
+    Args:
+        names: in the order in which a picture goes through.
+    """
+    blocks: list[str] = []
+    begun = {}  # blocks so far
+    for name in names:
+        found = BLOCK.match(name)
+        if found and found[1] not in blocks:
+            blocks.append(found[1])
+        begun[name] = len(blocks)
+    return {name: 0 if name.startswith(f"{ENCODER}neck.") else len(blocks) + 1 - count for name, count in begun.items()}
+
+
+def _find_share(name: str, distances: dict[str, int], opt: OptConfig) -> float:
     """Return a weight's share of the learning rate.
 
-    With layer decay as in Bao et al., BEiT (arXiv 2106.08254): the neck learns at full rate, block i of `depth` with
-    layer_decay ** (depth - i), and what makes tokens of pixels with one power more than the first block.
+    With layer decay as in Bao et al., BEiT (arXiv 2106.08254): the neck learns at full rate, the last block with
+    layer_decay, the one before with its square, and what makes tokens of pixels with one power more than the first.
     """
     if not name.startswith("sam."):
         return opt.rates.heads
-    _, part, inner = name.split(".", maxsplit=2)
+    part = name.split(".")[1]
     share = getattr(opt.rates, part)
-    if part != "image_encoder" or inner.startswith("neck."):
-        return share
-    layer = int(inner.split(".")[1]) if inner.startswith("blocks.") else -1
-    return share * opt.layer_decay ** (depth - layer)
+    return share * opt.layer_decay ** distances[name] if part == "image_encoder" else share
 
 
 def split_parameters(model: nn.Module) -> tuple[NamedParameters, NamedParameters]:

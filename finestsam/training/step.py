@@ -24,6 +24,9 @@ from finestsam.training.memory import OutOfMemory, describe_samples
 from finestsam.training.random_state import random_state, restore_random_state
 from finestsam.training.trainable import trains_encoder
 
+# Numbers that ranks send each other in one message: few messages, and little memory beside the gradients.
+BUCKET_SIZE = 25_000_000
+
 
 @dataclass
 class Stepper:
@@ -230,10 +233,11 @@ class Stepper:
                 weight.grad = torch.zeros_like(weight)
         if self.fabric.world_size == 1:
             return
-        together = torch.cat([weight.grad.flatten() for weight in trained])
-        together = self.fabric.all_reduce(together, reduce_op="sum")
-        for weight, gradient in zip(trained, together.split([weight.numel() for weight in trained]), strict=True):
-            weight.grad.copy_(gradient.view_as(weight))
+        for bucket in _fill_buckets(trained):
+            together = torch.cat([weight.grad.flatten() for weight in bucket])
+            together = self.fabric.all_reduce(together, reduce_op="sum")
+            for weight, gradient in zip(bucket, together.split([weight.numel() for weight in bucket]), strict=True):
+                weight.grad.copy_(gradient.view_as(weight))
 
     @property
     def _bare_optimizer(self) -> torch.optim.Optimizer:
@@ -275,3 +279,16 @@ class Stepper:
         dtype = torch.float32 if self.fabric.device.type == "mps" else torch.float64
         local = torch.tensor(values, dtype=dtype, device=self.fabric.device)
         return self.fabric.all_reduce(local, reduce_op="sum").cpu().double()
+
+
+def _fill_buckets(weights: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Yield weights in their order, together until they are enough for one message between the ranks."""
+    bucket, size = [], 0
+    for weight in weights:
+        bucket.append(weight)
+        size += weight.numel()
+        if size >= BUCKET_SIZE:
+            yield bucket
+            bucket, size = [], 0
+    if bucket:
+        yield bucket

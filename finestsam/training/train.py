@@ -36,7 +36,7 @@ from finestsam.training.memory import OutOfMemory, list_savings
 from finestsam.training.numbers import explain_end, has_finite_weights, skips_for_good
 from finestsam.training.plots import draw_curves
 from finestsam.training.ranks import Ranks
-from finestsam.training.run import Run, build_run, save_last
+from finestsam.training.run import Run, build_run, count_steps, save_last
 from finestsam.training.schedules import learning_rate_of
 from finestsam.training.semantic import summarize_validation
 
@@ -170,7 +170,7 @@ def _step(run: Run, batches: list[Batch]) -> tuple[dict[str, float], int, bool, 
 
     def refuse() -> None:
         if text:
-            savings = list_savings(run.config, run.loaded.model)
+            savings = ", ".join(list_savings(run.config, run.loaded.model))
             raise UserError(
                 f"{text} even for one object at a time; less is needed with {savings}; then go on with --mode train "
                 f"--resume {run.folder}"
@@ -369,13 +369,6 @@ def _is_complete(run: Run, epoch: int) -> bool:
     )
 
 
-def _count_steps(run: Run) -> int:
-    """Return how many optimizer steps the whole run takes, where each has an object."""
-    config = run.config
-    steps = math.ceil(run.sampler.batches_per_epoch / config.opt.accumulate_batches) * config.num_epochs
-    return min(steps, config.max_steps) if config.max_steps else steps
-
-
 def _learning_rate(run: Run) -> float:
     return learning_rate_of(run.stepper.optimizer)
 
@@ -448,9 +441,12 @@ def _say_start(run: Run) -> None:
         if run.classes:
             say(describe_categories(run.classes, run.data.train))
         say(f"objects decoded at a time: up to {run.stepper.chunk_objects}")
+    for line in run.cost:
+        say(line)
+    steps = count_steps(run.config, len(run.data.train), run.fabric.world_size)
     warnings = list_mismatches(run.config, run.progress.started_from == RANDOM_WEIGHTS)
     warnings += warn_of_cpu(run.config.device, run.fabric.device.type, run.loaded.model, run.loaded.model_type)
-    for warning in warnings + warn_of_schedule(run.config, _count_steps(run)):
+    for warning in warnings + warn_of_schedule(run.config, steps):
         say(f"warning: {warning}")
     if run.val_loader is None:
         say("warning: nothing to validate on; best.pth is the newest weights")

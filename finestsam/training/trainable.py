@@ -33,7 +33,7 @@ def _thaw_encoder_(sam: Sam, thaw: ThawConfig) -> None:
         encoder.blocks[-thaw.blocks :].requires_grad_(True)
         encoder.neck.requires_grad_(True)
     for module in encoder.modules():
-        if thaw.norms and isinstance(module, nn.LayerNorm | LayerNorm2d):
+        if thaw.norms and isinstance(module, nn.LayerNorm | nn.BatchNorm2d | LayerNorm2d):
             module.requires_grad_(True)
         if thaw.biases and getattr(module, "bias", None) is not None:
             module.bias.requires_grad_(True)

@@ -119,6 +119,23 @@ def test_grey_values_can_be_classes_and_void_is_ignored(tmp_path):
 
     found = {record.file_name: draw_label_map(record, table)[0, ::4].tolist() for record in data.train}
 
-    assert set(table.names) == {"background", "value 2", "value 5"}
-    two, five = table.names.index("value 2"), table.names.index("value 5")
-    assert found == {"a.png": [two, five, IGNORED], "b.png": [0, five, two]}
+    assert table.names == ["background", "value 2", "value 5"]
+    assert found == {"a.png": [1, 2, IGNORED], "b.png": [0, 2, 1]}
+
+
+def test_grey_values_are_the_same_classes_whichever_part_has_them_first(tmp_path):
+    for part, values in (("train", (0, 9, 4)), ("val", (7, 4, 0))):
+        for folder in ("images", "masks"):
+            (tmp_path / part / folder).mkdir(parents=True)
+        Image.fromarray(np.full((12, 12, 3), 90, dtype=np.uint8)).save(tmp_path / part / "images" / "a.png")
+        mask = np.repeat(np.array(values, dtype=np.uint8), 4)[None].repeat(12, axis=0)
+        Image.fromarray(mask).save(tmp_path / part / "masks" / "a.png")
+    data = read_training_set(DatasetConfig(path=str(tmp_path), mask_instances="classes", use_cache=False))
+    table = number_classes(data.category_names, False)
+
+    (first,), (second,) = (
+        [draw_label_map(record, table)[0, ::4].tolist() for record in part] for part in (data.train, data.val)
+    )
+
+    assert data.category_names == {4: "value 4", 7: "value 7", 9: "value 9"}
+    assert (first, second) == ([0, 3, 1], [2, 1, 0])

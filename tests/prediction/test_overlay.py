@@ -3,7 +3,7 @@ import pytest
 
 from finestsam.data.scenes import draw_scene
 from finestsam.masks import encode_mask, rle_box
-from finestsam.prediction.overlay import PALETTE, choose_colours, draw_overlay
+from finestsam.prediction.overlay import PALETTE, choose_colours, colour_classes, draw_classes, draw_overlay
 
 
 @pytest.fixture
@@ -99,3 +99,25 @@ def test_masks_are_painted_into_a_colour_picture_made_from_grey():
     overlay = draw_overlay(grey, [encode_mask(square(10, 10, 30))], 0.6)
 
     assert np.ptp(overlay[25, 25].astype(int)) > 30
+
+
+def test_the_classes_of_coco_have_a_colour_each():
+    colours = colour_classes(85)
+
+    assert (colours[1:22] == PALETTE).all()
+    assert len(np.unique(colours[1:], axis=0)) == 84
+
+
+def test_classes_are_coloured_and_outlined_and_the_background_is_left_alone():
+    image = np.full((40, 60, 3), 200, np.uint8)
+    classes = np.zeros((40, 60), np.uint8)
+    classes[10:30, 10:30], classes[10:30, 40:55] = 1, 25
+
+    drawn = draw_classes(image, classes, 0.5)
+
+    colours = colour_classes(26)
+    for number, x in ((1, 20), (25, 47)):
+        assert np.abs(drawn[20, x].astype(int) - (100 + colours[number] / 2)).max() <= 1
+        assert (drawn[10, x] < drawn[20, x]).all()
+    assert (drawn[35:] == 200).all() and (drawn[:8] == 200).all()
+    assert (draw_classes(image, classes, 0.0) == image).all()

@@ -233,6 +233,8 @@ def test_processes_without_a_validation_picture_and_with_empty_last_batches_wait
         ["--prompts.mix=true", "--prompts.use_boxes=true", "--prompts.use_masks=true", "--opt.accumulate_batches=2"],
         ["--task=classes", "--dataset.background_points=3", "--opt.accumulate_batches=2"],
         ["--task=classes", "--model_layer.freeze.mask_decoder=true", "--model_layer.freeze.image_encoder=true"],
+        ["--task=semantic"],
+        ["--task=semantic", "--model_layer.freeze.image_encoder=true", "--opt.accumulate_batches=2"],
     ],
 )
 def test_every_freeze_and_prompt_mix_learns_on_two_processes_what_one_learns(scenes, tmp_path, flags):
@@ -242,7 +244,7 @@ def test_every_freeze_and_prompt_mix_learns_on_two_processes_what_one_learns(sce
     one = run_training(scenes, tmp_path, "--run_name=one", "--batch_size=2", *FLAGS, *flags)
 
     first, second = load_last(one), load_last(tmp_path / "sav" / "run")
-    for part in ("model", "class_head"):
+    for part in ("model", "class_head", "semantic_head"):
         for name, value in (first[part] or {}).items():
             torch.testing.assert_close(second[part][name], value, rtol=1e-3, atol=1e-5)
 

@@ -149,6 +149,37 @@ def test_weights_without_a_head_cannot_tell_classes(tmp_path):
         load_model(build_config(settings), prefer_runs=True)
 
 
+@pytest.mark.parametrize(
+    ("flags", "is_plain"),
+    [
+        (["--model_layer.fft_attention.blocks=all", "--model_layer.fft_attention.distill_steps=2"], False),
+        (["--model_layer.freeze.image_encoder=true", "--model_layer.lora.rank=4"], True),
+    ],
+    ids=["FFT attention", "LoRA"],
+)
+def test_other_encoders_learn_with_a_head_and_answer_from_their_file_as_in_validation(
+    scenes, tmp_path, flags, is_plain
+):
+    start = build_sam("vit_tiny_test").state_dict()
+    torch.save(start, tmp_path / "start.pth")
+    flags = [TASK, f"--model.checkpoint={tmp_path / 'start.pth'}", "--dataset.val_size=0.4", *flags]
+    flags += ["--opt.learning_rate=1e-2", "--semantic.head_learning_rate=1e-2", "--sched.LambdaLR.warmup_steps=0"]
+    run = run_training(scenes, tmp_path / "sav", *flags)
+
+    trained = torch.load(run / "best.pth", weights_only=True)
+    assert (set(trained) == set(start)) == is_plain
+    name = "image_encoder.blocks.0.attn.qkv.weight"
+    assert not torch.equal(trained[name], start[name])
+    figures = []
+    for source in [run, *run.glob("adapter")]:
+        arguments = ["--mode=evaluate", f"--dataset={scenes}", f"--model.checkpoint={source}", "--device=cpu"]
+        assert main([*arguments, "--evaluate.split=val", "--dataset.val_size=0.4", f"--out_dir={tmp_path}"]) == 0
+        figures.append(json.loads((tmp_path / "evaluation.json").read_text())["miou"])
+    assert len(figures) == 1 + is_plain
+    metrics = json.loads((run / "best.json").read_text())["metrics"]
+    assert figures == pytest.approx([metrics["val_miou"]] * len(figures), abs=2e-3)
+
+
 def test_a_frozen_encoder_is_asked_once(scenes, tmp_path, monkeypatch):
     monkeypatch.setenv("FINESTSAM_CACHE", str(tmp_path / "cache"))
 

@@ -1,0 +1,86 @@
+"""What FFT attention costs in quality: the same training with SAM's attention and with FFT attention, as a table.
+
+    python -m benchmarks.fft_price FOLDER [FOLDER ...] [--task masks semantic] [--steps 120] [--seeds 1337]
+
+Each training is the real command on the built-in weights of vit_tiny, with the same pictures, order, steps and
+settings; the image encoder trains. FFT attention is distilled first (`model_layer.fft_attention.distill_steps`), which
+the processor's seconds include. `masks` measures the IoU of the masks that one point for each object gives, `semantic`
+mIoU and Dice of the classes of pixels, on the quarter of the pictures that is not trained on.
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+from statistics import mean
+from tempfile import TemporaryDirectory
+
+from benchmarks.measure import describe_machine, print_table, run_process
+
+BLOCKS = {"SAM's": "none", "FFT, global blocks": "global", "FFT, all blocks": "all"}
+FIGURES = {
+    "masks": {"IoU": "val_per_mask_iou", "IoU, best of three": "val_best_iou", "Dice": "val_per_mask_dice"},
+    "semantic": {"mIoU": "val_miou", "Dice": "val_mdice"},
+}
+WARMUP_STEPS = 20
+FLAGS = (
+    "--model.type=vit_tiny", "--model_layer.freeze.image_encoder=false", "--opt.learning_rate=2e-4",
+    "--losses.resolution=low", "--dataset.max_objects=16", "--dataset.val_size=0.25", "--augment.flip_horizontal=0.5",
+    "--evaluate.generator=false", "--eval_interval=0", "--num_epochs=100000", "--num_workers=0", "--device=cpu",
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("datasets", nargs="+", type=Path, help="folders of labelled pictures")
+    parser.add_argument("--task", nargs="+", choices=FIGURES, default=["masks"])
+    parser.add_argument("--steps", type=int, default=120, help="of one picture each")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1337])
+    given = parser.parse_args()
+    print(describe_machine(), flush=True)
+    for dataset in given.datasets:
+        for task in given.task:
+            print(f"\n{dataset.name}, {task}, {given.steps} steps, mean of {len(given.seeds)} seeds", flush=True)
+            compare(dataset, task, given.steps, given.seeds)
+
+
+def compare(dataset: Path, task: str, steps: int, seeds: list[int]) -> None:
+    """Train with each attention and print a table: before training, after it, and how that differs from SAM's."""
+    found = {name: [train(dataset, task, steps, blocks, seed) for seed in seeds] for name, blocks in BLOCKS.items()}
+    means = {name: {key: mean(one[key] for one in runs) for key in runs[0]} for name, runs in found.items()}
+    first = means[next(iter(BLOCKS))]
+    rows = []
+    for name, one in means.items():
+        row = [name, f"{one['seconds']:.0f}"]
+        for column in FIGURES[task].values():
+            after = one[f"after {column}"]
+            row += [f"{one[f'before {column}']:.3f}", f"{after:.3f}", f"{after - first[f'after {column}']:+.3f}"]
+        rows.append(row)
+    header = ["attention", "processor's s"]
+    for figure in FIGURES[task]:
+        header += [f"{figure} before", "after", "difference"]
+    print_table(header, rows)
+
+
+def train(dataset: Path, task: str, steps: int, blocks: str, seed: int) -> dict[str, float]:
+    """Run one training and return its figures before and after, and the processor's seconds of it all."""
+    decay_step = WARMUP_STEPS + 2 * steps // 3
+    with TemporaryDirectory() as folder:
+        cost = run_process(
+            ["-m", "finestsam", "--mode=train", f"--dataset={dataset}", f"--task={task}", f"--max_steps={steps}",
+             f"--seed_device={seed}", f"--model_layer.fft_attention.blocks={blocks}", f"--sav_dir={folder}",
+             f"--sched.LambdaLR.warmup_steps={WARMUP_STEPS}", f"--sched.LambdaLR.steps=[{decay_step}]",
+             "--sched.LambdaLR.decay_factor=4", "--run_name=run", *FLAGS]
+        )  # fmt: skip
+        with (Path(folder) / "run" / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+    figures = {"seconds": cost.cpu_seconds}
+    for column in FIGURES[task].values():
+        figures |= {f"before {column}": float(rows[0][column]), f"after {column}": float(rows[-1][column])}
+    said = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    print(f"{dataset.name}, {task}, FFT blocks {blocks}, seed {seed}: {said}", file=sys.stderr, flush=True)
+    return figures
+
+
+if __name__ == "__main__":
+    main()
