@@ -40,6 +40,7 @@ from finestsam.training.affinity import AffinityHead
 from finestsam.training.classes import ClassStepper, build_class_optimizer, choose_categories, weigh_classes
 from finestsam.training.cost import describe_cost
 from finestsam.training.distill import distill_
+from finestsam.training.pace import Pace
 from finestsam.training.probe import choose_chunk_objects, find_free_bytes, measure_need
 from finestsam.training.random_state import random_state, restore_random_state
 from finestsam.training.ranks import Ranks
@@ -97,6 +98,8 @@ class Run:
     top: checkpoint.TopWeights
     classes: ClassTable | None = None  # of the tasks semantic and classes
     cost: list[str] = field(default_factory=list)  # of a step, for the screen
+    saving: Pace = field(default_factory=Pace)  # of last.ckpt
+    drawing: Pace = field(default_factory=Pace)  # of the curves
 
     @property
     def has_new_attention(self) -> bool:

@@ -82,7 +82,10 @@ def _train_run(run: Run) -> int:
         run.fabric.print(f"already complete: {run.progress.epoch} epochs; --num_epochs above that continues")
         return 0
     with _open_log(run) as log:
-        return run_epochs(run, log)
+        try:
+            return run_epochs(run, log)
+        finally:
+            _draw_curves(run, log)
 
 
 def _open_log(run: Run) -> AbstractContextManager[RunLog | None]:
@@ -106,8 +109,10 @@ def run_epochs(run: Run, log: RunLog | None) -> int:
                     run.fabric.print(reason, file=sys.stderr)
                     return EXIT_NUMERICAL
                 finish_epoch(run, log)
-            save = _save_surely if _is_complete(run, progress.epoch) else _save_if_possible
-            save(run)
+            if _is_complete(run, progress.epoch):
+                _save_surely(run)
+            else:
+                run.saving.do_if_due(lambda: _save_if_possible(run))
     except Interrupted as error:
         return _save_and_say(run, error)
     run.ranks.join(lambda: refuse_lost_best(run), may_stop=False)
@@ -129,7 +134,7 @@ def _measure_floor(run: Run, log: RunLog | None) -> None:
     run.progress.floor = dict(run.progress.metrics)
     keep_if_best(run)
     _write_row(run, log, learning_rate=None, epoch=0)
-    _save_if_possible(run)
+    run.saving.do(lambda: _save_if_possible(run))
 
 
 def train_epoch(run: Run, log: RunLog | None) -> None:
@@ -352,6 +357,12 @@ def _write_row(run: Run, log: RunLog | None, learning_rate: float | None, epoch:
     row = {"epoch": epoch, "step": progress.step, "seconds": progress.seconds or None, **means}
     row["validation_seconds"] = progress.validation_seconds or None
     log.log_epoch(row | {"learning_rate": learning_rate} | progress.metrics, floor=progress.floor)
+    run.drawing.do_if_due(lambda: _draw_curves(run, log))
+
+
+def _draw_curves(run: Run, log: RunLog | None) -> None:
+    if log is None:
+        return
     try:
         draw_curves(log.read_rows(), run.folder)
     except OSError as error:

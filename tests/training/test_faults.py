@@ -16,10 +16,18 @@ from conftest import FROM_SCRATCH, run_training
 
 from finestsam.cli import main
 from finestsam.interruption import WATCHED
-from finestsam.training import checkpoint, numbers, step, train
+from finestsam.training import checkpoint, numbers, pace, step, train
+from finestsam.training import run as training_run
 from finestsam.training.run_folder import lock_run
 
 FLAGS = ["--num_epochs=2", "--dataset.val_size=0.4", "--generator.points_per_side=4"]
+
+
+@pytest.fixture(autouse=True)
+def countable(monkeypatch):
+    """Save after every epoch, however short, and take no step that is not of the training: tests count them."""
+    monkeypatch.setattr(pace, "SHARE", math.inf)
+    monkeypatch.setattr(training_run, "measure_need", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
