@@ -32,7 +32,9 @@ PLACES = {
         "adapter_file",
         "fft_attention",
         "semantic_head",
+        "tiny_vit",
     },
+    "timm": {"tiny_vit"},
     "pycocotools": {"masks", "coco_scores"},
     "matplotlib": {"plots", "charts"},
 }
