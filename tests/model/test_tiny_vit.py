@@ -56,6 +56,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def model(weights) -> FinestSam:
+    torch.manual_seed(0)
     sam = build_sam("vit_t", 64)
     sam.load_state_dict(weights)
     return FinestSam(sam)
@@ -192,8 +193,9 @@ def test_low_rank_additions_lie_beside_its_attention_and_merge(model, layers, co
         merged = build_sam("vit_t", 64)
         merged.load_state_dict(plain_state_dict(model.sam))
         adapted = model.eval().encode(pictures)
-    assert not torch.allclose(adapted, before, atol=1e-3)
-    torch.testing.assert_close(FinestSam(merged).encode(pictures), adapted, rtol=1e-3, atol=1e-3)
+    assert (adapted - before).abs().max() > 0.1
+    # These weights make rounding a thousand times as large.
+    torch.testing.assert_close(FinestSam(merged).encode(pictures), adapted, rtol=0, atol=5e-3)
 
 
 def test_half_precision_answers_nearly_the_same(model):
