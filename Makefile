@@ -23,7 +23,7 @@ demo: setup
 		write(Path('$(DEMO)/unseen'), 6, seed=1, kind='facades')"
 	$(RUN) -m finestsam --mode train --dataset $(DEMO)/dataset --sav_dir $(DEMO) --run_name run --model.type vit_tiny \
 		--dataset.background_points 8 --dataset.val_size 0.2 --evaluate.goal f1 --best_metric val_generator_f1 \
-		--num_epochs 5 --eval_interval 0
+		--num_epochs 10 --eval_interval 0
 	$(RUN) -m finestsam --mode predict --input $(DEMO)/unseen/data/images --model.checkpoint $(DEMO)/run/best.pth \
 		--out_dir $(DEMO)/predictions
 	$(RUN) -m finestsam --mode evaluate --dataset $(DEMO)/unseen/data --model.checkpoint $(DEMO)/run/best.pth \

@@ -26,6 +26,7 @@ WARMUP_STEPS = 20
 FLAGS = (
     "--model.type=vit_tiny", "--model_layer.freeze.image_encoder=false", "--opt.learning_rate=2e-4",
     "--losses.resolution=low", "--dataset.max_objects=16", "--dataset.val_size=0.25", "--augment.flip_horizontal=0.5",
+    "--sched.LambdaLR.steps=[]",
     "--evaluate.generator=false", "--eval_interval=0", "--num_epochs=100000", "--num_workers=0", "--device=cpu",
 )  # fmt: skip
 

@@ -133,7 +133,9 @@ class LambdaLRConfig:
         "vit_tiny: [0.6, 0.85]",
         "(0, inf)",
     )
-    warmup_steps: int = setting(50, "optimizer steps of linear warm-up, whose first is above zero", "[0, inf)")
+    warmup_steps: int = setting(
+        50, "optimizer steps of linear warm-up, whose first is above zero; vit_tiny: 20", "[0, inf)"
+    )
 
 
 @dataclass(frozen=True)
@@ -304,7 +306,9 @@ class DatasetConfig:
     )
     min_area_pixels: float = setting(1.0, "objects of a smaller area in the input frame are left out", "[0, inf)")
     max_objects: int = setting(
-        64, "objects of a picture in a training step, a random choice where there are more; 0: all", "[0, inf)"
+        64,
+        "objects of a picture in a training step, a random choice where there are more; 0: all; vit_tiny: 16",
+        "[0, inf)",
     )
 
 
@@ -541,9 +545,9 @@ class Config:
     seed_dataloader: int | None = setting(None, "seed of order and prompts; default: seed_device", "[0, inf)")
     batch_size: int = setting(1, "pictures per step and device", "[1, inf)")
     num_workers: int = setting(2, "processes that read pictures ahead; 0: none", "[0, inf)")
-    num_epochs: int = setting(30, "times that every picture is seen", "[1, inf)")
+    num_epochs: int = setting(30, "times that every picture is seen; vit_tiny: 24", "[1, inf)")
     max_steps: int = setting(0, "stop after this many optimizer steps even so; 0: never", "[0, inf)")
-    eval_interval: int = setting(1, "epochs between validations; 0: only before and after", "[0, inf)")
+    eval_interval: int = setting(1, "epochs between validations, vit_tiny: 4; 0: only before and after", "[0, inf)")
     early_stop_evaluations: int = setting(
         0, "stop after this many validations without a better one; 0: never", "[0, inf)"
     )
@@ -595,6 +599,10 @@ class Config:
 TINY_DEFAULTS = {
     "model_layer.freeze.image_encoder": False,
     "opt.learning_rate": 5e-4,
+    "num_epochs": 24,
+    "eval_interval": 4,
+    "dataset.max_objects": 16,
+    "sched.LambdaLR.warmup_steps": 20,
     "sched.LambdaLR.steps": [0.6, 0.85],
     "sched.LambdaLR.decay_factor": 4.0,
     "losses.resolution": "low",
