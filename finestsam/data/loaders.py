@@ -1,9 +1,12 @@
 """DataLoaders whose order, prompts and number of processes never change what is learnt."""
 
+import atexit
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing.process import BaseProcess
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -13,6 +16,19 @@ from finestsam.data.dataset import SampleDataset, StepSampler, collate
 from finestsam.errors import UserError
 from finestsam.images import use_one_thread
 from finestsam.interruption import leave_signals_to_parent
+
+# The processes of all loaders that may still run.
+_started: WeakSet[BaseProcess] = WeakSet()
+
+
+@atexit.register
+def _end_started() -> None:
+    """End what is left when Python exits: it asks its processes with SIGTERM, which these ignore, and waits for them.
+
+    A loader ends its own when it is collected, but an error that somebody keeps also keeps the loader it came through.
+    """
+    for process in _started:
+        process.kill()
 
 
 class Loader(DataLoader):
@@ -33,7 +49,9 @@ class Loader(DataLoader):
         )
 
     def __iter__(self) -> Iterator[Any]:
-        for item in super().__iter__():
+        iterator = super().__iter__()
+        _started.update(getattr(iterator, "_workers", ()))
+        for item in iterator:
             if isinstance(item, UserError):
                 raise item
             yield item

@@ -55,7 +55,8 @@ def write_scenes(
     """
     height, width = size
     sizes = (size, (height * 7 // 8, width * 9 // 8), (height * 9 // 8, width * 7 // 8))
-    category_ids = {name: number for number, name in enumerate(CATEGORIES.values(), start=1)}
+    kinds = KINDS if kind is None or kind in KINDS else (*KINDS, kind)
+    category_ids = {CATEGORIES[each]: number for number, each in enumerate(kinds, start=1)}
     images, annotations = [], []
     folder = root / "data" / "images"
     folder.mkdir(parents=True, exist_ok=True)

@@ -51,6 +51,25 @@ def test_another_error_of_a_process_keeps_its_traceback():
         list(Loader([1, 2], fail, num_workers=1))
 
 
+def test_an_error_that_is_kept_keeps_no_process_from_ending():
+    script = """
+        from finestsam.data.loaders import Loader
+        def fail(samples):
+            raise ZeroDivisionError
+        try:
+            list(Loader([1, 2], fail, num_workers=1))
+        except ZeroDivisionError as error:
+            kept = error
+        print("done")
+    """
+
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+
+    assert (result.returncode, result.stdout, result.stderr) == (0, "done\n", "")
+
+
 def may_mount() -> bool:
     command = ["unshare", "--mount", "sh", "-c", "mount -t tmpfs -o size=64k tmpfs /dev/shm"]
     try:

@@ -207,9 +207,9 @@ def make_stepper(tiny_sam: FinestSam, **values: object) -> ClassStepper:
     torch.manual_seed(2)
     model.class_head = ClassHead(32, 3)
     freeze_(model, config)
-    wrapped, optimizer = fabric.setup(model, build_optimizer(model, config.opt))
+    _, optimizer = fabric.setup(model, build_optimizer(model, config.opt))
     return ClassStepper(
-        fabric, config, model, wrapped, optimizer, torch.amp.GradScaler("cpu", enabled=False), Embedder(model),
+        fabric, config, model, optimizer, torch.amp.GradScaler("cpu", enabled=False), Embedder(model),
         chunk_objects=config.chunk_objects or 16, class_weights=torch.tensor([1.0, 0.7, 1.6]),
     )  # fmt: skip
 

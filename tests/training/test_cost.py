@@ -47,9 +47,9 @@ def build_stepper(model_type: str, values: dict | None = None) -> Stepper:
     freeze_(model, config)
     model.sam.image_encoder.recomputes = config.model_layer.recompute_encoder
     fabric = Fabric(accelerator="cpu", devices=1)
-    wrapped, optimizer = fabric.setup(model, build_optimizer(model, config.opt))
+    _, optimizer = fabric.setup(model, build_optimizer(model, config.opt))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return Stepper(fabric, config, model, wrapped, optimizer, scaler, Embedder(model))
+    return Stepper(fabric, config, model, optimizer, scaler, Embedder(model))
 
 
 def read_dataset(scenes: str | Path, image_size: int) -> SampleDataset:
