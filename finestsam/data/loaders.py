@@ -4,7 +4,6 @@ import atexit
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
-from multiprocessing.process import BaseProcess
 from typing import Any
 from weakref import WeakSet
 
@@ -17,8 +16,8 @@ from finestsam.errors import UserError
 from finestsam.images import use_one_thread
 from finestsam.interruption import leave_signals_to_parent
 
-# The processes of all loaders that may still run.
-_started: WeakSet[BaseProcess] = WeakSet()
+# Passes over loaders whose processes may still run.
+_started: WeakSet = WeakSet()
 
 
 @atexit.register
@@ -27,8 +26,8 @@ def _end_started() -> None:
 
     A loader ends its own when it is collected, but an error that somebody keeps also keeps the loader it came through.
     """
-    for process in _started:
-        process.kill()
+    for iterator in list(_started):
+        iterator._shutdown_workers()
 
 
 class Loader(DataLoader):
@@ -50,7 +49,8 @@ class Loader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:
         iterator = super().__iter__()
-        _started.update(getattr(iterator, "_workers", ()))
+        if self.num_workers > 0:
+            _started.add(iterator)
         for item in iterator:
             if isinstance(item, UserError):
                 raise item
