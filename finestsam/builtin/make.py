@@ -28,6 +28,19 @@ COMMON = (
 )  # fmt: skip
 
 
+# Crops of large pictures, seen small; and these pictures whole.
+DETAILS = (
+    "--model.image_size", "256", "--opt.learning_rate", "1e-3", "--sched.LambdaLR.warmup_steps", "100",
+    "--batch_size", "4", "--dataset.max_objects", "16", "--dataset.background_points", "4",
+    "--augment.crop_min", "0.2", "--precision", "bf16-mixed",
+)  # fmt: skip
+WHOLE = (
+    "--model.image_size", "512", "--opt.learning_rate", "4e-4", "--sched.LambdaLR.warmup_steps", "50",
+    "--batch_size", "2", "--dataset.max_objects", "24", "--dataset.background_points", "16",
+    "--precision", "bf16-mixed",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Stage:
     """One run of training, from what the one before it has learnt."""
@@ -39,25 +52,18 @@ class Stage:
     flags: tuple[str, ...]
 
 
-# Small pictures first, where a step costs a fifth; then details of larger ones, and at last these whole.
+# Small pictures first, where a step costs a fifth; then details of larger ones and these whole, twice: each time the
+# rate starts high again.
 STAGES = (
     Stage(
         "small", (6000, 256, 2026), 2721, (),
         ("--model.image_size", "256", "--opt.learning_rate", "1e-3", "--sched.LambdaLR.warmup_steps", "100",
          "--batch_size", "4", "--dataset.max_objects", "24"),
     ),
-    Stage(
-        "details", (5000, 512, 3), 2600, (1450, 2000, 2400),
-        ("--model.image_size", "256", "--opt.learning_rate", "1e-3", "--sched.LambdaLR.warmup_steps", "100",
-         "--batch_size", "4", "--dataset.max_objects", "16", "--dataset.background_points", "4",
-         "--augment.crop_min", "0.2", "--precision", "bf16-mixed"),
-    ),
-    Stage(
-        "whole", (5000, 512, 3), 950, (550, 800),
-        ("--model.image_size", "512", "--opt.learning_rate", "4e-4", "--sched.LambdaLR.warmup_steps", "50",
-         "--batch_size", "2", "--dataset.max_objects", "24", "--dataset.background_points", "16",
-         "--precision", "bf16-mixed"),
-    ),
+    Stage("details", (5000, 512, 3), 2600, (1450, 2000, 2400), DETAILS),
+    Stage("whole", (5000, 512, 3), 950, (550, 800), WHOLE),
+    Stage("details_again", (5000, 512, 3), 5100, (3300, 4300, 4800), DETAILS),
+    Stage("whole_again", (5000, 512, 3), 1150, (600, 900, 1050), WHOLE),
 )  # fmt: skip
 
 
