@@ -4,6 +4,7 @@ import atexit
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing.process import BaseProcess
 from typing import Any
 from weakref import WeakSet
 
@@ -16,18 +17,23 @@ from finestsam.errors import UserError
 from finestsam.images import use_one_thread
 from finestsam.interruption import leave_signals_to_parent
 
-# Passes over loaders whose processes may still run.
-_started: WeakSet = WeakSet()
+# Passes over loaders, and their processes, that may still be there.
+_passes: WeakSet = WeakSet()
+_processes: WeakSet[BaseProcess] = WeakSet()
 
 
 @atexit.register
 def _end_started() -> None:
     """End what is left when Python exits: it asks its processes with SIGTERM, which these ignore, and waits for them.
 
-    A loader ends its own when it is collected, but an error that somebody keeps also keeps the loader it came through.
+    A loader ends its own when it is collected, but an error that somebody keeps also keeps the loader it came through,
+    and after an error in a process torch may fail to end it.
     """
-    for iterator in list(_started):
+    for iterator in list(_passes):
         iterator._shutdown_workers()
+    for process in list(_processes):
+        if process.is_alive():
+            process.kill()
 
 
 class Loader(DataLoader):
@@ -50,7 +56,8 @@ class Loader(DataLoader):
     def __iter__(self) -> Iterator[Any]:
         iterator = super().__iter__()
         if self.num_workers > 0:
-            _started.add(iterator)
+            _passes.add(iterator)
+            _processes.update(iterator._workers)
         for item in iterator:
             if isinstance(item, UserError):
                 raise item
