@@ -1,7 +1,9 @@
 """What the tests build: drawn scenes, a SAM of 0.2 M weights, a run of two epochs."""
 
+import contextlib
 import json
 import os
+import resource
 from pathlib import Path
 
 # Threads of several processes on two cores wait for each other: tests of 1 s took 40 s. Read when torch is imported.
@@ -27,6 +29,21 @@ FROM_SCRATCH = [
     "--model_layer.freeze.prompt_encoder=false",
     "--opt.learning_rate=1e-3",
 ]
+
+
+@contextlib.contextmanager
+def files_limited_to(size: int):
+    """Let the system refuse to write longer files, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def list_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 @pytest.fixture(autouse=True)

@@ -1,34 +1,18 @@
 import ast
-import contextlib
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import files_limited_to, list_names
 
 from finestsam.images import write_image
 from finestsam.whole_files import remove_unfinished, replacing, write_bytes, write_json, write_text
 
 PACKAGE = Path(__file__).parents[1] / "finestsam"
-
-
-@contextlib.contextmanager
-def files_limited_to(size: int):
-    """Let the system refuse to write longer files, as a full disk does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def list_names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_what_is_written_is_there_and_nothing_else(tmp_path):

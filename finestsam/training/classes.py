@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finestsam.batch import Predictions, Sample
-from finestsam.config import ClassesConfig, Config
+from finestsam.config import ClassesConfig
 from finestsam.data.categories import number_categories
 from finestsam.data.cells import CROWD
 from finestsam.data.index import Record
@@ -20,7 +20,6 @@ from finestsam.model.classes import NO_OBJECT, ClassHead, load_class_head
 from finestsam.model.load import LoadedModel
 from finestsam.training.log import CLASS_COLUMNS, CLASS_TRAINING_COLUMNS
 from finestsam.training.losses import ObjectLosses
-from finestsam.training.schedules import build_optimizer
 from finestsam.training.step import Stepper
 
 # From this IoU on a mask is the object, as COCO counts it; below the other one it is none. Between them nobody can
@@ -158,12 +157,6 @@ def choose_categories(loaded: LoadedModel, categories: dict[int, str], names: Se
         head = ClassHead(model.sam.prompt_encoder.embed_dim, len(table.names))
     model.class_head = head.to(model.device)
     return table
-
-
-def build_class_optimizer(loaded: LoadedModel, config: Config) -> torch.optim.AdamW:
-    """Return AdamW on the head, with a rate of its own, and on what trains of the rest."""
-    share = config.classes.head_learning_rate / config.opt.learning_rate
-    return build_optimizer(loaded.model, replace(config.opt, rates=replace(config.opt.rates, heads=share)))
 
 
 def describe_categories(table: ClassTable, records: Sequence[Record]) -> str:

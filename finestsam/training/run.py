@@ -18,6 +18,7 @@ from finestsam.config import (
     AugmentConfig,
     Config,
     ModelConfig,
+    OptConfig,
     PromptsConfig,
     flatten_config,
 )
@@ -37,7 +38,7 @@ from finestsam.prediction.generator import resolve_generator
 from finestsam.prediction.precompute import Embedder, encode_missing, find_missing, open_store
 from finestsam.training import checkpoint
 from finestsam.training.affinity import AffinityHead
-from finestsam.training.classes import ClassStepper, build_class_optimizer, choose_categories, weigh_classes
+from finestsam.training.classes import ClassStepper, choose_categories, weigh_classes
 from finestsam.training.cost import describe_cost
 from finestsam.training.distill import distill_
 from finestsam.training.pace import Pace
@@ -47,7 +48,7 @@ from finestsam.training.ranks import Ranks
 from finestsam.training.resume import check_settings, convert_batches, load_state
 from finestsam.training.run_folder import create_run_folder, lock_run
 from finestsam.training.schedules import build_optimizer, build_scheduler
-from finestsam.training.semantic import SemanticStepper, build_semantic_optimizer, choose_classes
+from finestsam.training.semantic import SemanticStepper, choose_classes
 from finestsam.training.step import Stepper
 from finestsam.training.trainable import freeze_, trains_encoder
 from finestsam.whole_files import remove_unfinished, write_json, write_text
@@ -264,12 +265,7 @@ def _build_stepper(
     is_semantic = model.semantic_head is not None
     if config.losses.affinity_ratio > 0 and not is_semantic and trains_encoder(model):
         model.affinity_head = AffinityHead(model.sam.prompt_encoder.embed_dim).to(model.device)
-    if is_semantic:
-        optimizer = build_semantic_optimizer(loaded, config)
-    elif classes:
-        optimizer = build_class_optimizer(loaded, config)
-    else:
-        optimizer = build_optimizer(model, config.opt)
+    optimizer = build_optimizer(model, _choose_rates(config))
     total_steps = count_steps(config, len(data.train), fabric.world_size)
     scheduler = build_scheduler(optimizer, config.sched, config.eval_interval, total_steps)
     # It brings the first rank's weights to the others. What it returns would also add up gradients while they are
@@ -291,6 +287,15 @@ def _build_stepper(
     if isinstance(stepper, ClassStepper):
         stepper.class_weights = weigh_classes(data.train, classes, config.classes)
     return stepper, scheduler
+
+
+def _choose_rates(config: Config) -> OptConfig:
+    """Return the optimizer's settings, where the head of a task has its own rate: it starts from nothing."""
+    task = {"semantic": config.semantic, "classes": config.classes}.get(config.task)
+    if task is None:
+        return config.opt
+    share = task.head_learning_rate / config.opt.learning_rate
+    return replace(config.opt, rates=replace(config.opt.rates, heads=share))
 
 
 def count_steps(config: Config, pictures: int, world_size: int) -> int:

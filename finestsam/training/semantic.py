@@ -1,7 +1,7 @@
 """The semantic task in training: its loss, its step, its validation. The loop is that of every run."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -17,7 +17,6 @@ from finestsam.model.load import LoadedModel
 from finestsam.model.semantic_head import SemanticHead, load_semantic_head
 from finestsam.training.log import SEMANTIC_COLUMNS, SEMANTIC_TRAINING_COLUMNS, SEMANTIC_VALIDATION_COLUMNS
 from finestsam.training.losses import DICE_SMOOTH
-from finestsam.training.schedules import build_optimizer
 from finestsam.training.step import Stepper
 
 
@@ -93,16 +92,6 @@ def choose_classes(
         head = SemanticHead(model.sam.prompt_encoder.embed_dim, len(table.names))
     model.semantic_head = head.to(model.device)
     return table
-
-
-def build_semantic_optimizer(loaded: LoadedModel, config: Config) -> torch.optim.AdamW:
-    """Return AdamW on the head, with a rate of its own, and on what trains of the encoder."""
-    model = loaded.model
-    # Neither has a part in classes: without a gradient decay would wear them down.
-    model.sam.prompt_encoder.requires_grad_(False)
-    model.sam.mask_decoder.requires_grad_(False)
-    share = config.semantic.head_learning_rate / config.opt.learning_rate
-    return build_optimizer(model, replace(config.opt, rates=replace(config.opt.rates, heads=share)))
 
 
 def summarize_validation(counts: np.ndarray, names: list[str]) -> dict[str, float]:

@@ -24,6 +24,9 @@ def freeze_(model: FinestSam, config: Config) -> None:
         layer.lora_B.requires_grad_(True)
     _freeze_unused_mask_tokens_(sam, config.multimask_output)
     _freeze_unused_prompts_(sam, config)
+    if model.semantic_head is not None:  # which asks nothing
+        sam.prompt_encoder.requires_grad_(False)
+        sam.mask_decoder.requires_grad_(False)
 
 
 def _thaw_encoder_(sam: Sam, thaw: ThawConfig) -> None:

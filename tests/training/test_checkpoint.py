@@ -1,7 +1,5 @@
-import contextlib
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -14,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import files_limited_to, list_names
 
 from finestsam.errors import UserError
 from finestsam.model.build import build_sam
@@ -31,21 +30,6 @@ from finestsam.training.run_folder import create_run_folder
 from finestsam.whole_files import remove_unfinished
 
 WEIGHTS = {"image_encoder.pos_embed": torch.ones(1)}
-
-
-@contextlib.contextmanager
-def files_limited_to(size: int):
-    """Let the system refuse to write longer files, as a full disk does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def list_names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def flip_a_bit(path: Path) -> None:
