@@ -26,8 +26,8 @@ _processes: WeakSet[BaseProcess] = WeakSet()
 def _end_started() -> None:
     """End what is left when Python exits: it asks its processes with SIGTERM, which these ignore, and waits for them.
 
-    A loader ends its own when it is collected, but an error that somebody keeps also keeps the loader it came through,
-    and after an error in a process torch may fail to end it.
+    A loader ends its own when it is collected, but what somebody keeps also keeps its processes, and after an error in
+    a process torch may fail to end it.
     """
     for iterator in list(_passes):
         iterator._shutdown_workers()
@@ -58,10 +58,15 @@ class Loader(DataLoader):
         if self.num_workers > 0:
             _passes.add(iterator)
             _processes.update(iterator._workers)
-        for item in iterator:
-            if isinstance(item, UserError):
-                raise item
-            yield item
+        try:
+            for item in iterator:
+                if isinstance(item, UserError):
+                    raise item
+                yield item
+        except Exception:
+            if self.num_workers > 0:
+                iterator._shutdown_workers()  # now: whoever keeps the error keeps the iterator
+            raise
 
 
 def _hand_over(collate: Callable[[list], Any], samples: list) -> Any:

@@ -1,5 +1,6 @@
 """What the processes that read pictures ahead hand over, and what they say when they cannot."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -47,11 +48,15 @@ def test_another_error_of_a_process_keeps_its_traceback():
     def fail(samples):
         raise ZeroDivisionError
 
+    before = multiprocessing.active_children()
+
     with pytest.raises(ZeroDivisionError, match="Original Traceback"):
         list(Loader([1, 2], fail, num_workers=1))
 
+    assert [process for process in multiprocessing.active_children() if process not in before] == []
 
-def test_an_error_that_is_kept_keeps_no_process_from_ending():
+
+def test_what_is_kept_of_a_loader_keeps_no_process_from_ending():
     script = """
         from finestsam.data.loaders import Loader
         def fail(samples):
@@ -60,14 +65,15 @@ def test_an_error_that_is_kept_keeps_no_process_from_ending():
             list(Loader([1, 2], fail, num_workers=1))
         except ZeroDivisionError as error:
             kept = error
-        print("done")
+        begun = iter(Loader([1, 2], list, num_workers=1))
+        print(next(begun))
     """
 
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
 
-    assert (result.returncode, result.stdout, result.stderr) == (0, "done\n", "")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "[1]\n", "")
 
 
 def may_mount() -> bool:
