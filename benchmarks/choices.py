@@ -17,7 +17,7 @@ from statistics import mean
 from benchmarks.measure import describe_machine, print_table, run_process
 from finestsam.config import GENERATOR_DEFAULTS
 
-BASE = "the defaults"
+BASE = "the defaults (loss at the decoder's size)"
 CHOICES = {
     BASE: [],
     "3 points an object, each asked alone": ["--dataset.prompts_per_object", "3"],
@@ -29,7 +29,6 @@ CHOICES = {
     "one mask": ["--multimask_output", "false"],
     "loss at the file's size": ["--losses.resolution", "original"],
     "loss at the input's size": ["--losses.resolution", "input"],
-    "loss at the decoder's size": ["--losses.resolution", "low"],
     "frozen image encoder": ["--model_layer.freeze.image_encoder", "true"],
     "LoRA of rank 8": ["--model_layer.freeze.image_encoder", "true", "--model_layer.lora.rank", "8"],
     "flips": ["--augment.flip_horizontal", "0.5", "--augment.flip_vertical", "0.5"],
