@@ -8,13 +8,12 @@ evaluates the weights of the first training with some thresholds searched and th
 """
 
 import argparse
-import csv
 import json
 import tempfile
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.measure import describe_machine, print_table, run_process
+from benchmarks.measure import describe_machine, print_table, run_process, run_training
 from finestsam.config import GENERATOR_DEFAULTS
 
 BASE = "the defaults (loss at the decoder's size)"
@@ -95,13 +94,9 @@ def _average(values: list[float]) -> str:
 
 def train(given: argparse.Namespace, flags: list[str], seed: int, folder: Path) -> tuple[list[dict[str, float]], float]:
     """Return the figures before and after a training, and its seconds without validation."""
-    run_process(
-        ["-m", "finestsam", "--mode", "train", "--dataset", str(given.dataset.resolve()), "--model.type", "vit_tiny",
-         "--sav_dir", str(folder.parent), "--run_name", folder.name, "--eval_interval", "0",
-         "--seed_device", str(seed), *given.settings, *flags]
-    )  # fmt: skip
-    with (folder / "metrics.csv").open() as file:
-        rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    flags = [f"--dataset={given.dataset.resolve()}", "--model.type=vit_tiny", "--eval_interval=0",
+             f"--seed_device={seed}", *given.settings, *flags]  # fmt: skip
+    _, rows = run_training(flags, folder)
     return [rows[0], rows[-1]], sum(row.get("seconds", 0.0) for row in rows)
 
 

@@ -9,13 +9,12 @@ mIoU and Dice of the classes of pixels, on the quarter of the pictures that is n
 """
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
 
-from benchmarks.measure import describe_machine, print_table, run_process
+from benchmarks.measure import describe_machine, print_table, run_training
 
 BLOCKS = {"SAM's": "none", "FFT, global blocks": "global", "FFT, all blocks": "all"}
 FIGURES = {
@@ -67,17 +66,15 @@ def train(dataset: Path, task: str, steps: int, blocks: str, seed: int) -> dict[
     """Run one training and return its figures before and after, and the processor's seconds of it all."""
     decay_step = WARMUP_STEPS + 2 * steps // 3
     with TemporaryDirectory() as folder:
-        cost = run_process(
-            ["-m", "finestsam", "--mode=train", f"--dataset={dataset}", f"--task={task}", f"--max_steps={steps}",
-             f"--seed_device={seed}", f"--model_layer.fft_attention.blocks={blocks}", f"--sav_dir={folder}",
-             f"--sched.LambdaLR.warmup_steps={WARMUP_STEPS}", f"--sched.LambdaLR.steps=[{decay_step}]",
-             "--sched.LambdaLR.decay_factor=4", "--run_name=run", *FLAGS]
+        cost, rows = run_training(
+            [f"--dataset={dataset}", f"--task={task}", f"--max_steps={steps}", f"--seed_device={seed}",
+             f"--model_layer.fft_attention.blocks={blocks}", f"--sched.LambdaLR.warmup_steps={WARMUP_STEPS}",
+             f"--sched.LambdaLR.steps=[{decay_step}]", "--sched.LambdaLR.decay_factor=4", *FLAGS],
+            Path(folder) / "run",
         )  # fmt: skip
-        with (Path(folder) / "run" / "metrics.csv").open() as file:
-            rows = list(csv.DictReader(file))
     figures = {"seconds": cost.cpu_seconds}
     for column in FIGURES[task].values():
-        figures |= {f"before {column}": float(rows[0][column]), f"after {column}": float(rows[-1][column])}
+        figures |= {f"before {column}": rows[0][column], f"after {column}": rows[-1][column]}
     said = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
     print(f"{dataset.name}, {task}, FFT blocks {blocks}, seed {seed}: {said}", file=sys.stderr, flush=True)
     return figures

@@ -1,5 +1,6 @@
 """What every benchmark needs: whole processes measured, functions timed in turn, the machine named, a table printed."""
 
+import csv
 import os
 import platform
 import resource
@@ -62,6 +63,16 @@ def run_process(arguments: Sequence[str], environment: dict[str, str] | None = N
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return Cost(seconds, used, peak.megabytes, output)
+
+
+def run_training(flags: Sequence[str], folder: Path) -> tuple[Cost, list[dict[str, float]]]:
+    """Run a training to its end in `folder`, a new one; return its cost and the rows of its metrics.csv."""
+    cost = run_process(
+        ["-m", "finestsam", "--mode=train", f"--sav_dir={folder.parent}", f"--run_name={folder.name}", *flags]
+    )
+    with (folder / "metrics.csv").open() as file:
+        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    return cost, rows
 
 
 class _Peak:

@@ -1,0 +1,69 @@
+"""What each way to adapt SAM trains, costs and brings: the same steps on the same pictures, as a table.
+
+    python -m benchmarks.adapters DATASET [--epochs 12] [--only WORD ...] [-- SETTINGS OF ALL RUNS]
+
+Each training is the real command on the built-in weights of vit_tiny; figures are those of its last weights on val, IoU
+of one point for each object. Megabytes are the peak of the whole process, seconds the processor's of all epochs
+together.
+"""
+
+import argparse
+import re
+import tempfile
+from pathlib import Path
+
+from benchmarks.measure import describe_machine, print_table, run_training
+
+FROZEN = "--model_layer.freeze.image_encoder=true"
+LORA = [FROZEN, "--model_layer.lora.rank=8"]
+ADAPTERS = {
+    "mask decoder": [FROZEN],
+    "mask decoder, LoRA of rank 8 in the encoder's attention": LORA,
+    "the same, and in its MLPs": [*LORA, "--model_layer.lora.encoder=all"],
+    "LoRA alone, in the attention of encoder and decoder": [
+        *LORA, "--model_layer.freeze.mask_decoder=true", "--model_layer.lora.decoder=attention",
+    ],
+    "mask decoder, the encoder's norms": [FROZEN, "--model_layer.thaw.norms=true"],
+    "mask decoder, the encoder's last 2 blocks": [FROZEN, "--model_layer.thaw.blocks=2"],
+    "mask decoder and image encoder": ["--model_layer.freeze.image_encoder=false"],
+}  # fmt: skip
+FLAGS = ("--model.type=vit_tiny", "--eval_interval=0", "--evaluate.generator=false", "--num_workers=0")
+FIGURES = {"IoU": "val_per_mask_iou", "best of three": "val_best_iou"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", type=Path)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--only", nargs="+", default=[""], help="adapters with one of these words in their name")
+    parser.add_argument("settings", nargs="*", help="after --: flags of every training")
+    given = parser.parse_args()
+    print(describe_machine(), flush=True)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, flags in ADAPTERS.items():
+            if any(word in name for word in given.only):
+                place = Path(folder) / str(len(rows))
+                rows += measure(name, [*FLAGS, f"--num_epochs={given.epochs}", *given.settings, *flags], given, place)
+    print_table(["trains", "weights trained", "MB", "s", *FIGURES], rows)
+
+
+def measure(name: str, flags: list[str], given: argparse.Namespace, folder: Path) -> list[list[str]]:
+    """Return the row of one training; before the first one's that of the untouched weights."""
+    cost, figures = run_training([f"--dataset={given.dataset.resolve()}", *flags], folder)
+    line = next(line for line in cost.output.splitlines() if "; trains " in line)
+    trained = sum(float(count) for count in re.findall(r"(\d+\.\d+) M", line.partition("; trains ")[2]))
+    seconds = sum(row.get("seconds", 0.0) for row in figures)
+    rows = [[name, f"{trained:.1f} M", f"{cost.peak_megabytes:.0f}", f"{seconds:.0f}", *_format(figures[-1])]]
+    if folder.name == "0":
+        rows.insert(0, ["untouched", "", "", "", *_format(figures[0])])
+    print(rows, flush=True)
+    return rows
+
+
+def _format(row: dict[str, float]) -> list[str]:
+    return [f"{row[column]:.3f}" for column in FIGURES.values()]
+
+
+if __name__ == "__main__":
+    main()
