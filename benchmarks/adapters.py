@@ -12,7 +12,7 @@ import re
 import tempfile
 from pathlib import Path
 
-from benchmarks.measure import describe_machine, print_table, run_training
+from benchmarks.measure import describe_machine, parse_with_settings, print_table, run_training
 
 FROZEN = "--model_layer.freeze.image_encoder=true"
 LORA = [FROZEN, "--model_layer.lora.rank=8"]
@@ -36,8 +36,7 @@ def main() -> None:
     parser.add_argument("dataset", type=Path)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--only", nargs="+", default=[""], help="adapters with one of these words in their name")
-    parser.add_argument("settings", nargs="*", help="after --: flags of every training")
-    given = parser.parse_args()
+    given = parse_with_settings(parser)
     print(describe_machine(), flush=True)
     rows = []
     with tempfile.TemporaryDirectory() as folder:

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.measure import describe_machine, print_table, run_process, run_training
+from benchmarks.measure import describe_machine, parse_with_settings, print_table, run_process, run_training
 from finestsam.config import GENERATOR_DEFAULTS
 
 BASE = "the defaults (loss at the decoder's size)"
@@ -61,8 +61,7 @@ def main() -> None:
     parser.add_argument("dataset", type=Path)
     parser.add_argument("--only", nargs="+", default=[""], help="choices with one of these words in their name")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each choice, whose figures are averaged")
-    parser.add_argument("settings", nargs="*", help="after --: flags of every training")
-    given = parser.parse_args()
+    given = parse_with_settings(parser)
     print(describe_machine())
     with tempfile.TemporaryDirectory() as folder:
         compare_choices(given, Path(folder))

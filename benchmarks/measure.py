@@ -1,5 +1,6 @@
 """What every benchmark needs: whole processes measured, functions timed in turn, the machine named, a table printed."""
 
+import argparse
 import csv
 import os
 import platform
@@ -139,6 +140,13 @@ def describe_machine() -> str:
 
 def _read_lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).is_file() else []
+
+
+def parse_with_settings(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Return what the command line gives; `settings` are the flags of finestsam that follow a `--`."""
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    return argparse.Namespace(**vars(parser.parse_args(words[:end])), settings=words[end + 1 :])
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

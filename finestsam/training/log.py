@@ -4,10 +4,11 @@ import csv
 import io
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lightning.fabric.loggers import TensorBoardLogger
+from tqdm import tqdm
 
 from finestsam.errors import UserError
 from finestsam.whole_files import write_text
@@ -195,3 +196,9 @@ def _format_number(value: float | None) -> str:
     if value is None:
         return ""
     return str(value) if isinstance(value, int) else f"{value:.6g}"
+
+
+def show_progress(items: Iterable, title: str, total: int, is_first_rank: bool) -> Iterable:
+    """Return the items with a bar that moves on the first rank's screen, if somebody looks at it."""
+    is_quiet = not (is_first_rank and sys.stderr.isatty())
+    return tqdm(items, desc=title, total=total, disable=is_quiet, leave=False)

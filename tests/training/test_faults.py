@@ -16,7 +16,7 @@ from conftest import FROM_SCRATCH, run_training
 
 from finestsam.cli import main
 from finestsam.interruption import WATCHED
-from finestsam.training import checkpoint, numbers, pace, step, train
+from finestsam.training import checkpoint, numbers, pace, step, train, validation
 from finestsam.training import run as training_run
 from finestsam.training.run_folder import lock_run
 
@@ -79,18 +79,18 @@ def send_at_call(monkeypatch, place: str, call: int, number: int) -> None:
     monkeypatch.setattr(target, name, called)
 
 
-TRAIN = "finestsam.training.train."
+TRAIN, VALIDATION = "finestsam.training.train.", "finestsam.training.validation."
 
 
 @pytest.mark.parametrize(
     ("place", "call", "number"),
     [
-        (TRAIN + "score_batches", 1, signal.SIGINT),
-        (TRAIN + "find_candidates", 1, signal.SIGTERM),
+        (VALIDATION + "score_batches", 1, signal.SIGINT),
+        (VALIDATION + "find_candidates", 1, signal.SIGTERM),
         (TRAIN + "_count_step", 2, signal.SIGUSR1),
-        (TRAIN + "score_batches", 2, signal.SIGTERM),
-        (TRAIN + "find_candidates", 2, signal.SIGINT),
-        (TRAIN + "tune", 3, signal.SIGTERM),
+        (VALIDATION + "score_batches", 2, signal.SIGTERM),
+        (VALIDATION + "find_candidates", 2, signal.SIGINT),
+        (VALIDATION + "tune", 3, signal.SIGTERM),
         (TRAIN + "save_last", 2, signal.SIGINT),
     ],
     ids=[
@@ -305,14 +305,14 @@ def test_weights_that_a_step_breaks_are_neither_saved_nor_best(scenes, tmp_path,
 
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_figures_that_are_no_numbers_make_no_best_weights(scenes, tmp_path, monkeypatch, epoch):
-    summarize, calls = train.summarize_scores, []
+    summarize, calls = validation.summarize_scores, []
 
     def spoiled(scores):
         calls.append(1)
         figures = summarize(scores)
         return dict.fromkeys(figures, math.nan) if len(calls) == 1 + epoch else figures
 
-    monkeypatch.setattr(train, "summarize_scores", spoiled)
+    monkeypatch.setattr(validation, "summarize_scores", spoiled)
 
     assert start(scenes, tmp_path, "--evaluate.generator=false", "--save_top_k=3") == 0
 
@@ -350,7 +350,7 @@ def test_a_step_that_does_not_fit_into_the_memory_saves_and_says_what_needs_less
 
 
 def test_a_validation_that_does_not_fit_into_the_memory_loses_no_epoch(scenes, whole, tmp_path, monkeypatch, capsys):
-    find, calls = train.find_candidates, []
+    find, calls = validation.find_candidates, []
 
     def too_large(*arguments):
         calls.append(1)
@@ -358,7 +358,7 @@ def test_a_validation_that_does_not_fit_into_the_memory_loses_no_epoch(scenes, w
             raise torch.OutOfMemoryError("CUDA out of memory")
         return find(*arguments)
 
-    monkeypatch.setattr(train, "find_candidates", too_large)
+    monkeypatch.setattr(validation, "find_candidates", too_large)
 
     assert start(scenes, tmp_path) == 2
 

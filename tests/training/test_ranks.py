@@ -26,7 +26,7 @@ SCRIPT = """
     from dataclasses import replace
     import torch
     from finestsam.cli import main
-    from finestsam.training import run, step, train
+    from finestsam.training import run, step, train, validation
 
     def at_call(module, name, call, rank, fault):
         function, calls = getattr(module, name), []
@@ -94,10 +94,10 @@ def load_last(run: Path) -> dict:
     "fault",
     [
         "at_call(train, '_count_step', 2, 1, send(signal.SIGTERM))",
-        pytest.param("at_call(train, 'score_batches', 1, 0, send(signal.SIGTERM))", marks=pytest.mark.slow),
+        pytest.param("at_call(validation, 'score_batches', 1, 0, send(signal.SIGTERM))", marks=pytest.mark.slow),
         pytest.param("at_call(train, '_count_step', 2, 0, send(signal.SIGTERM))", marks=pytest.mark.slow),
-        pytest.param("at_call(train, 'score_batches', 2, 1, send(signal.SIGTERM))", marks=pytest.mark.slow),
-        pytest.param("at_call(train, 'find_candidates', 1, 1, send(signal.SIGTERM))", marks=pytest.mark.slow),
+        pytest.param("at_call(validation, 'score_batches', 2, 1, send(signal.SIGTERM))", marks=pytest.mark.slow),
+        pytest.param("at_call(validation, 'find_candidates', 1, 1, send(signal.SIGTERM))", marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_to_one_process_stops_both_and_the_run_goes_on_exactly(scenes, tmp_path, fault):
