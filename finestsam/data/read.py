@@ -1,9 +1,7 @@
 """From a folder to pictures to train on and pictures to validate on."""
 
-import hashlib
 import sys
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 
 from finestsam.config import DatasetConfig
@@ -51,18 +49,6 @@ class LabelledSet:
         self.train = [record for record in kept if record.annotations]
         if not self.train:
             raise UserError("\n".join(["nothing to train on", *self.report.list_lines()]))
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Return a hash of every picture's name and masks on either side: the same for the same training."""
-        digest = hashlib.sha256()
-        for records in (self.train, self.val):
-            for record in records:
-                digest.update(f"{record.image_id} {record.file_name} {record.size}".encode())
-                for annotation in record.annotations:
-                    digest.update(f"{annotation.id}".encode() + annotation.counts)
-            digest.update(b"|")
-        return digest.hexdigest()
 
 
 def read_training_set(settings: DatasetConfig) -> LabelledSet:

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from finestsam.config import Config, flatten_config
+from finestsam.data.fingerprint import hash_fingerprint, list_changes, take_fingerprint
+from finestsam.data.read import LabelledSet
 from finestsam.errors import UserError
 from finestsam.training import checkpoint
 
+SPLIT = "split.json"  # of a run: what it learns from, and what it is validated on
 # Without these the weights, the optimizer or the schedule of the checkpoint fit no more.
 FIXED = (
     "model.", "model_layer.freeze.", "model_layer.thaw.", "model_layer.lora.",
@@ -63,6 +66,21 @@ def check_settings(config: Config, state: dict[str, Any], pictures_per_batch: in
     known = state.get("pictures_per_batch", pictures_per_batch)
     if known != pictures_per_batch:
         _warn(f"{pictures_per_batch} pictures a step from here on, {known} before: not what an unbroken run learns")
+
+
+def refuse_other_dataset(folder: Path, state: dict[str, Any], data: LabelledSet) -> None:
+    """Raise unless the data are what the run was trained on, with what has changed."""
+    now = take_fingerprint(data)
+    if state["dataset"] == hash_fingerprint(now):
+        return
+    try:
+        before = json.loads((folder / SPLIT).read_text(encoding="utf-8"))
+        is_its_own = hash_fingerprint(before) == state["dataset"]
+        changes = list_changes(before, now) or ["the order of the pictures"] if is_its_own else []
+    except (OSError, ValueError):
+        changes = []
+    told = f" ({'; '.join(changes)})" if changes else ""
+    raise UserError(f"--resume: the dataset is not the one that the run was trained on{told}; start a new run with it")
 
 
 def convert_batches(batches: int, before: int, now: int) -> int:

@@ -24,6 +24,7 @@ from finestsam.config import (
 )
 from finestsam.data.dataset import PROMPT_KINDS, SampleDataset, SampleSettings, StepSampler
 from finestsam.data.embeddings import EmbeddingStore
+from finestsam.data.fingerprint import hash_fingerprint, take_fingerprint
 from finestsam.data.loaders import build_train_loader, build_validation_loader, end_workers
 from finestsam.data.previous_logits import PreviousLogits
 from finestsam.data.read import LabelledSet, describe_dataset, read_training_set
@@ -45,7 +46,7 @@ from finestsam.training.pace import Pace
 from finestsam.training.probe import choose_chunk_objects, find_free_bytes, measure_need
 from finestsam.training.random_state import random_state, restore_random_state
 from finestsam.training.ranks import Ranks
-from finestsam.training.resume import check_settings, convert_batches, load_state
+from finestsam.training.resume import SPLIT, check_settings, convert_batches, load_state, refuse_other_dataset
 from finestsam.training.run_folder import create_run_folder, lock_run
 from finestsam.training.schedules import build_optimizer, build_scheduler
 from finestsam.training.semantic import SemanticStepper, choose_classes
@@ -89,6 +90,7 @@ class Run:
     folder: Path
     lock: FileLock | None  # of the folder, which the first rank holds while the run lasts
     data: LabelledSet
+    fingerprint: str  # of the data
     loaded: LoadedModel
     stepper: Stepper
     scheduler: torch.optim.lr_scheduler.LRScheduler
@@ -159,8 +161,8 @@ def build_run(fabric: Fabric, ranks: Ranks, config: Config) -> Run:
     stepper.chunk_objects = progress.chunk_objects = chunk_objects
     val_loader = build_validation_loader(val_set, config.num_workers, fabric.global_rank, fabric.world_size)
     run = Run(
-        config, fabric, ranks, folder, lock, data, loaded, stepper, scheduler, sampler,
-        build_train_loader(train_set, sampler, config.num_workers),
+        config, fabric, ranks, folder, lock, data, hash_fingerprint(take_fingerprint(data)), loaded, stepper, scheduler,
+        sampler, build_train_loader(train_set, sampler, config.num_workers),
         val_loader if len(val_set) else None,
         progress, checkpoint.TopWeights(folder, config.save_top_k), classes, cost,
     )  # fmt: skip
@@ -198,8 +200,8 @@ def _load_data_and_weights(fabric: Fabric, config: Config, state: dict | None) -
     data.drop_vanishing(loaded.model.image_size, config.dataset.min_area_pixels)
     if config.strict:
         data.refuse_defects()
-    if state is not None and state["dataset"] != data.fingerprint:
-        raise UserError("--resume: the dataset is not the one that the run was trained on; start a new run with it")
+    if state is not None:
+        refuse_other_dataset(Path(config.resume), state, data)
     return data, loaded
 
 
@@ -230,11 +232,7 @@ def _describe(folder: Path, config: Config, data: LabelledSet) -> None:
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "resume"}
     write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     write_report(folder / "dataset_report.json", describe_dataset(data.report, data.train + data.val))
-    split = {
-        side: [{"id": record.image_id, "file_name": record.file_name} for record in records]
-        for side, records in (("train", data.train), ("val", data.val))
-    }
-    write_json(folder / "split.json", split, indent=1)
+    write_json(folder / SPLIT, take_fingerprint(data), indent=1)
 
 
 def _begin_progress(fabric: Fabric, loaded: LoadedModel) -> Progress:
@@ -383,7 +381,7 @@ def save_last(run: Run) -> None:
         "top": run.top.state_dict(),
         "random": random_state(),
         "config": json.dumps(flatten_config(run.config), allow_nan=False),
-        "dataset": run.data.fingerprint,
+        "dataset": run.fingerprint,
         "pictures_per_batch": run.config.batch_size * run.ranks.count,
     }
     checkpoint.save_last(run.folder / checkpoint.LAST, state)

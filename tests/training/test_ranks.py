@@ -27,6 +27,7 @@ SCRIPT = """
     import torch
     from finestsam.cli import main
     from finestsam.training import run, step, train, validation
+    run.measure_need = lambda *arguments: None  # its losses would count as calls
 
     def at_call(module, name, call, rank, fault):
         function, calls = getattr(module, name), []

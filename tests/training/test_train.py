@@ -171,7 +171,9 @@ def test_another_dataset_is_not_resumed(finished, coco_folder, capsys):
     folder = coco_folder([square])
 
     assert main(["--mode=train", f"--resume={finished}", f"--dataset={folder}", "--dataset.val_size=0"]) == 2
-    assert "the dataset is not the one that the run was trained on" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "the dataset is not the one that the run was trained on (new: " in error
+    assert "; gone: " in error and "; categories " in error and error.endswith("; start a new run with it\n")
 
 
 @pytest.mark.parametrize(
