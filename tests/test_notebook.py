@@ -19,4 +19,4 @@ def test_the_notebook_runs_top_to_bottom(monkeypatch, tmp_path):
     pictures = [
         output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
     ]
-    assert len(pictures) == 4
+    assert len(pictures) == 5

@@ -306,14 +306,16 @@ def count_steps(config: Config, pictures: int, world_size: int) -> int:
 def _probe(
     config: Config, progress: Progress, stepper: Stepper, train_set: SampleDataset, ranks: Ranks
 ) -> tuple[int, list[str]] | None:
-    """Return how many objects are decoded at a time, as before in a run that continues, and what a step costs.
+    """Return how many objects are decoded at a time, and what a step costs; a run that continues knows both.
 
     The first rank tries it for all.
     """
     if ranks.rank > 0:
         return None
+    if progress.chunk_objects:
+        return config.chunk_objects or progress.chunk_objects, []
     need = measure_need(stepper, train_set)
-    chunk_objects = config.chunk_objects or progress.chunk_objects
+    chunk_objects = config.chunk_objects
     if stepper.model.semantic_head is not None:
         chunk_objects = 1  # none is decoded
     elif chunk_objects is None:
