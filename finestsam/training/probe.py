@@ -12,6 +12,7 @@ from finestsam.batch import Sample
 from finestsam.config import CHUNK_OBJECTS
 from finestsam.data.dataset import SampleDataset
 from finestsam.errors import Defect, UserError
+from finestsam.out_of_memory import is_out_of_memory, naming_what_needs_less
 from finestsam.training.losses import measure_piece_bytes
 from finestsam.training.memory import describe_samples, list_savings
 from finestsam.training.semantic import measure_classes
@@ -70,12 +71,20 @@ def measure_need(stepper: Stepper, dataset: SampleDataset) -> MemoryNeed | None:
 
     Returns:
         None where no picture has two.
+
+    Raises:
+        UserError: not even one object of it fits; with the settings that need less.
     """
     has_objects = stepper.model.semantic_head is None
     sample = _find_heaviest(dataset)
     if sample is None or (has_objects and len(sample) < 2):
         return None
     sample = sample.to(stepper.model.device)
+    with naming_what_needs_less(describe_samples([sample]), ", ".join(list_savings(stepper.config, stepper.model))):
+        return _measure(stepper, sample, has_objects)
+
+
+def _measure(stepper: Stepper, sample: Sample, has_objects: bool) -> MemoryNeed:
     batch_size = stepper.config.batch_size
     known = {weight.untyped_storage().data_ptr() for weight in stepper.model.parameters()}
     encoder_bytes, encoder_seconds, embedding = _try(lambda: stepper.encode([sample]), known)
@@ -89,11 +98,17 @@ def measure_need(stepper: Stepper, dataset: SampleDataset) -> MemoryNeed | None:
         head_bytes, seconds, _ = _try(lambda: _classify(stepper, embedding, sample), known)
         seconds = batch_size * (encoder_seconds + BACKWARD * seconds)
         return MemoryNeed(sample, training_bytes, encoder_bytes * batch_size, head_bytes * batch_size, 0, seconds)
-    one, _, _ = _try(lambda: _decode(stepper, embedding, sample, 1), known)
-    two, seconds, _ = _try(lambda: _decode(stepper, embedding, sample, 2), known)
-    decoder_bytes = one - (two - one) + measure_piece_bytes(sample, stepper.config.losses, stepper.model)
-    seconds = batch_size * (encoder_seconds + BACKWARD * seconds / 2 * len(sample))
-    return MemoryNeed(sample, training_bytes, encoder_bytes * batch_size, decoder_bytes, two - one, seconds)
+    one, seconds, _ = _try(lambda: _decode(stepper, embedding, sample, 1), known)
+    object_bytes = one  # all of it, unless a second one tells
+    try:
+        two, two_seconds, _ = _try(lambda: _decode(stepper, embedding, sample, 2), known)
+        object_bytes, seconds = two - one, two_seconds / 2
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    decoder_bytes = one - object_bytes + measure_piece_bytes(sample, stepper.config.losses, stepper.model)
+    seconds = batch_size * (encoder_seconds + BACKWARD * seconds * len(sample))
+    return MemoryNeed(sample, training_bytes, encoder_bytes * batch_size, decoder_bytes, object_bytes, seconds)
 
 
 def find_free_bytes(device: torch.device) -> int | None:

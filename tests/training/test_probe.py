@@ -94,6 +94,55 @@ def test_what_does_not_fit_is_refused_with_what_needs_less(make_stepper, dataset
         assert word in str(refusal.value)
 
 
+def fail_at(monkeypatch, call: int, error: Exception) -> None:
+    """Let the losses of an answer of the decoder fail, counted from 1; the encoder's pass is 0."""
+    decode, encode, calls = probe._decode, Stepper.encode, []
+
+    def fail(*arguments):
+        calls.append(1)
+        if len(calls) == call:
+            raise error
+        return decode(*arguments)
+
+    def fail_to_encode(*arguments):
+        if call == 0:
+            raise error
+        return encode(*arguments)
+
+    monkeypatch.setattr(probe, "_decode", fail)
+    monkeypatch.setattr(Stepper, "encode", fail_to_encode)
+
+
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+
+@pytest.mark.parametrize("call", [0, 1])
+def test_a_picture_that_cannot_even_be_tried_is_named_with_what_needs_less(make_stepper, dataset, monkeypatch, call):
+    fail_at(monkeypatch, call, FULL)
+
+    with pytest.raises(
+        UserError, match=r"^scene_\d+.png \(\d+ x \d+, \d+ objects\): the memory is too small; less is .*low"
+    ):
+        measure_need(make_stepper(), dataset)
+
+
+def test_where_two_objects_do_not_fit_one_is_taken_at_a_time(make_stepper, dataset, monkeypatch):
+    fail_at(monkeypatch, 2, FULL)
+    stepper = make_stepper()
+
+    need = measure_need(stepper, dataset)
+
+    monkeypatch.setattr(probe, "find_free_bytes", lambda device: need.fixed_bytes + need.object_bytes)
+    assert choose_chunk_objects(stepper, need) == 1
+
+
+def test_another_error_of_the_trial_is_no_matter_of_memory(make_stepper, dataset, monkeypatch):
+    fail_at(monkeypatch, 2, RuntimeError("something else"))
+
+    with pytest.raises(RuntimeError, match="^something else$"):
+        measure_need(make_stepper(), dataset)
+
+
 def test_a_system_that_does_not_tell_its_memory_gets_the_usual_chunk(make_stepper, dataset, monkeypatch):
     monkeypatch.setattr(probe, "find_free_bytes", lambda device: None)
 
