@@ -15,6 +15,8 @@ WATCHED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if
 WARNING = getattr(signal, "SIGUSR1", None)
 # Modules whose functions Python calls when a process forks or an object goes.
 CALLED_BACK = ("logging", "weakref")
+# What an object is destroyed by: left in the middle, it would be closed again, and be no file any more.
+DESTROYING = ("__del__", "close", "_close")
 
 _watching: "Interruption | None" = None
 
@@ -90,7 +92,7 @@ class Interruption:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
             return  # a process that was just forked; who forked it answers
-        if not self._is_held and _loses_exceptions(frame):
+        if not self._is_held and _must_end_first(frame):
             _thread.start_new_thread(_send_later, (number,))  # threading's own would take locks, which may be taken
             return
         is_first = self.received is None
@@ -108,10 +110,10 @@ class Interruption:
                 raise Interrupted(number)
 
 
-def _loses_exceptions(frame: FrameType | None) -> bool:
-    """Whether Python has called this to destroy an object or to fork: it drops what is raised there, and says so."""
+def _must_end_first(frame: FrameType | None) -> bool:
+    """Whether this destroys an object or forks: Python drops what is raised there, and says so, or half is left."""
     while frame is not None:
-        if frame.f_code.co_name == "__del__" or frame.f_globals.get("__name__") in CALLED_BACK:
+        if frame.f_code.co_name in DESTROYING or frame.f_globals.get("__name__") in CALLED_BACK:
             return True
         frame = frame.f_back
     return False

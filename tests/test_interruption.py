@@ -87,6 +87,23 @@ def test_a_signal_while_an_object_is_destroyed_is_not_lost(capsys):
     assert "ignored" not in capsys.readouterr().err
 
 
+def test_a_signal_while_something_is_closed_leaves_it_closed_once():
+    class Pipe:
+        closed = 0
+
+        def close(self) -> None:
+            self.closed += 1
+            send(signal.SIGTERM)
+            self.is_closed = True
+
+    pipe = Pipe()
+    with pytest.raises(Interrupted), watch_signals():
+        pipe.close()
+        time.sleep(10)
+
+    assert pipe.closed == 1 and pipe.is_closed
+
+
 def test_a_warning_between_processes_is_no_second_signal():
     with watch_signals() as interruption, interruption.held():
         send(signal.SIGUSR1)
