@@ -2,11 +2,10 @@
 
 import atexit
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
-from multiprocessing.process import BaseProcess
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -17,21 +16,23 @@ from finestsam.errors import UserError
 from finestsam.images import use_one_thread
 from finestsam.interruption import leave_signals_to_parent
 
-# Passes over loaders, and their processes, that may still be there.
-_passes: WeakSet = WeakSet()
-_processes: WeakSet[BaseProcess] = WeakSet()
+# Those that have processes. They are kept, for what goes in a circle of references is destroyed in any order: a pass
+# would find its queues closed, its processes wait for a word from there, and it for them, twenty seconds long.
+_passes: set[Any] = set()
 
 
 @atexit.register
-def _end_started() -> None:
-    """End what is left when Python exits: it asks its processes with SIGTERM, which these ignore, and waits for them.
-
-    A loader ends its own when it is collected, but what somebody keeps also keeps its processes, and after an error in
-    a process torch may fail to end it.
-    """
+def _end_all() -> None:
+    """End what is left when Python exits, which would ask with SIGTERM, that these processes ignore, and wait."""
     for iterator in list(_passes):
-        iterator._shutdown_workers()
-    for process in list(_processes):
+        _end(iterator)
+
+
+def _end(iterator: Any) -> None:
+    """End the processes of a pass; after an error in one of them torch may fail to."""
+    _passes.discard(iterator)
+    iterator._shutdown_workers()
+    for process in iterator._workers:
         if process.is_alive():
             process.kill()
 
@@ -55,18 +56,23 @@ class Loader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:
         iterator = super().__iter__()
-        if self.num_workers > 0:
+        if self.num_workers > 0 and iterator not in _passes:
             _passes.add(iterator)
-            _processes.update(iterator._workers)
+            if self.persistent_workers:
+                weakref.finalize(self, _end, iterator).atexit = False
+        keeps_processes = self.num_workers == 0
         try:
             for item in iterator:
                 if isinstance(item, UserError):
                     raise item
                 yield item
-        except Exception:
-            if self.num_workers > 0:
-                iterator._shutdown_workers()  # now: whoever keeps the error keeps the iterator
+            keeps_processes |= self.persistent_workers
+        except GeneratorExit:  # nobody wants more of this pass
+            keeps_processes |= self.persistent_workers
             raise
+        finally:
+            if not keeps_processes:
+                _end(iterator)
 
 
 def _hand_over(collate: Callable[[list], Any], samples: list) -> Any:
@@ -118,7 +124,7 @@ def end_workers(loader: DataLoader) -> None:
     """End the processes that a loader keeps between epochs; they answer no signal, and Python would wait for them."""
     iterator, loader._iterator = loader._iterator, None
     if iterator is not None and loader.num_workers > 0:
-        iterator._shutdown_workers()
+        _end(iterator)
 
 
 def start_worker(_: int) -> None:

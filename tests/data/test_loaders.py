@@ -1,10 +1,12 @@
 """What the processes that read pictures ahead hand over, and what they say when they cannot."""
 
+import gc
 import multiprocessing
 import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 
 from finestsam.config import build_config
 from finestsam.data.dataset import SampleDataset, SampleSettings
-from finestsam.data.loaders import Loader, build_validation_loader
+from finestsam.data.loaders import Loader, build_validation_loader, end_workers
 from finestsam.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +54,41 @@ def test_another_error_of_a_process_keeps_its_traceback():
 
     with pytest.raises(ZeroDivisionError, match="Original Traceback"):
         list(Loader([1, 2], fail, num_workers=1))
+
+    assert [process for process in multiprocessing.active_children() if process not in before] == []
+
+
+def test_a_pass_that_is_left_ends_its_processes_at_once():
+    before = multiprocessing.active_children()
+
+    def leave():
+        items = iter(Loader(range(8), list, num_workers=2))
+        next(items)
+        circle = [items]  # as an error makes with the frames it came through
+        circle.append(circle)
+
+    leave()
+    start = time.monotonic()
+    gc.collect()
+
+    assert time.monotonic() - start < 4
+    assert [process for process in multiprocessing.active_children() if process not in before] == []
+
+
+@pytest.mark.parametrize("is_ended", [True, False])
+def test_the_processes_of_a_training_loader_outlive_its_passes_and_not_itself(is_ended):
+    loader = Loader(range(8), list, num_workers=2, persistent_workers=True)
+    before = multiprocessing.active_children()
+
+    for _ in range(2):
+        list(loader)
+        next(iter(loader))
+    started = {process.pid for process in multiprocessing.active_children()} - {process.pid for process in before}
+    assert len(started) == 2
+    if is_ended:
+        end_workers(loader)
+    del loader
+    gc.collect()
 
     assert [process for process in multiprocessing.active_children() if process not in before] == []
 
