@@ -16,15 +16,9 @@ from conftest import files_limited_to, list_names
 
 from finestsam.errors import UserError
 from finestsam.model.build import build_sam
+from finestsam.model.saving import CheckpointNotSaved, save_file, save_weights
 from finestsam.training import run_folder
-from finestsam.training.checkpoint import (
-    CheckpointNotSaved,
-    TopWeights,
-    load_state,
-    save_file,
-    save_last,
-    save_weights,
-)
+from finestsam.training.checkpoint import TopWeights, load_state, save_last
 from finestsam.training.random_state import random_state, restore_random_state
 from finestsam.training.run_folder import create_run_folder
 from finestsam.whole_files import remove_unfinished
