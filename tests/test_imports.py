@@ -33,8 +33,10 @@ PLACES = {
         "fft_attention",
         "semantic_head",
         "tiny_vit",
+        "graphs",
     },
     "timm": {"tiny_vit"},
+    "onnxruntime": {"onnx_check"},
     "pycocotools": {"masks", "coco_scores"},
     "matplotlib": {"plots", "charts"},
 }
