@@ -34,6 +34,7 @@ PLACES = {
         "semantic_head",
         "tiny_vit",
         "graphs",
+        "hugging_face",
     },
     "timm": {"tiny_vit"},
     "onnxruntime": {"onnx_check"},

@@ -58,10 +58,13 @@ def require_safetensors() -> None:
 
 def write_hugging_face(sam: Sam, model_type: str, folder: Path) -> None:
     """Write a SAM's weights, what it is made of, and how pictures are brought to it, into a folder."""
-    from safetensors.torch import save_file  # need not be there
+    from safetensors import SafetensorError  # need not be there
+    from safetensors.torch import save_file
 
-    weights = rename_weights(sam.state_dict())
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    try:
+        save_file(rename_weights(sam.state_dict()), folder / WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:  # what it makes of a disk that is full
+        raise OSError(str(error)) from None
     size = sam.image_encoder.img_size
     write_json(folder / CONFIG, describe_model(model_type, size), indent=2)
     write_json(folder / PICTURES, describe_pictures(size), indent=2)
