@@ -73,11 +73,11 @@ def _refuse(loaded: LoadedModel, form: Format, config: Config, out_dir: Path) ->
     """Raise where this model cannot be exported, or not there."""
     if loaded.model.semantic_head is not None or loaded.model.class_head is not None:
         raise UserError(f"{printable(loaded.source)} were trained for --task {loaded.card.task}: {HEADS_STAY}")
-    name = f"export.format {config.export.format}"
+    source, asked = printable(loaded.source), f"export.format {config.export.format}"
     if blocks := list_blocks(loaded.model.sam.state_dict()):
-        raise UserError(f"{name}: {form.without_fft_attention}, which is in blocks {blocks} of {loaded.source}")
+        raise UserError(f"{asked}: {form.without_fft_attention}, which is in blocks {blocks} of {source}")
     if form is FORMATS["huggingface"] and ARCHITECTURES[loaded.model_type].is_tiny_vit:
-        raise UserError(f"{name}: transformers' SamModel has no TinyViT, which is {loaded.model_type}'s image encoder")
+        raise UserError(f"{asked}: transformers' SamModel has no TinyViT, which is {loaded.model_type}'s image encoder")
     for path in _list_sources(loaded):
         for name in form.names:
             if (out_dir / name).exists() and (out_dir / name).samefile(path):

@@ -53,7 +53,7 @@ def write_onnx(model: FinestSam, folder: Path) -> None:
         ("image_embeddings",),
         [{2: height, 3: width}],
     )
-    # Sizes that can vary stand for none of the others: neither 1 nor equal to each other.
+    # 2 prompts of 3 points: numbers that are taken neither for a fixed 1 nor for each other.
     shapes = ((1, channels, side, side), (2, 3, 2), (2, 3), (1, 1, 4 * side, 4 * side), (1,))
     prompts = {0: Dim("prompts"), 1: Dim("points")}
     _write(
