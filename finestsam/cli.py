@@ -34,6 +34,7 @@ USAGE = """
   python -m finestsam --mode train --dataset path [--setting value ...]
   python -m finestsam --mode predict --input img.png [--setting value ...]
   python -m finestsam --mode evaluate --dataset path --model.checkpoint best.pth [--setting value ...]
+  python -m finestsam --mode export --model.checkpoint best.pth --export.format onnx [--setting value ...]
   python -m finestsam --mode check --dataset path [--check.samples 12 ...]
   python -m finestsam --mode convert --dataset path --out_dir new/path [--setting value ...]
   python -m finestsam --dataset coco --download coco-val2017"""
@@ -109,6 +110,8 @@ def _run(mode: str, config: Config) -> int:
         from finestsam.evaluation.evaluate import evaluate as run
     elif mode == "check":
         from finestsam.data.check import check as run
+    elif mode == "export":
+        from finestsam.prediction.export import export as run
     else:
         from finestsam.data.convert import convert as run
     return run(config)

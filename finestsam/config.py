@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-MODES = ("train", "predict", "evaluate", "check", "convert")
+MODES = ("train", "predict", "evaluate", "check", "convert", "export")
 
 
 def setting(default: Any, help: str, valid: str | None = None) -> Any:
@@ -46,7 +46,7 @@ class ModelConfig:
         "auto",
         "weights to start from: a .pth or .safetensors file, a run, an adapter's folder, none (random weights), or "
         "auto (Meta's or MobileSAM's file, downloaded when it is missing; for vit_tiny those that come with finestsam; "
-        "in predict and evaluate the newest run of sav_dir first)",
+        "in predict, evaluate and export the newest run of sav_dir first)",
     )
     image_size: int | None = setting(
         None,
@@ -494,6 +494,15 @@ class ConvertConfig:
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    format: Literal["onnx", "huggingface", "sam"] = setting(
+        "onnx",
+        "onnx: image encoder and decoder for onnxruntime, checked against torch; huggingface: a folder that "
+        "transformers' SamModel loads; sam: a plain state dict for segment_anything, adapters merged",
+    )
+
+
+@dataclass(frozen=True)
 class Config:
     task: Literal["auto", "masks", "classes", "semantic"] = setting(
         "auto",
@@ -523,7 +532,7 @@ class Config:
     )
     sav_dir: str = setting("sav", "folder of the runs")
     run_name: str | None = setting(None, "folder of this run below sav_dir; default: the time it started")
-    out_dir: str = setting("out", "folder of predictions, evaluations, reports and converted datasets")
+    out_dir: str = setting("out", "folder of predictions, evaluations, reports, converted datasets, exported weights")
     strict: bool = setting(False, "refuse a dataset with any defect, where else it is skipped and reported")
     resume: str | None = setting(
         None,
@@ -593,6 +602,7 @@ class Config:
     classes: ClassesConfig = section(ClassesConfig)
     check: CheckConfig = section(CheckConfig)
     convert: ConvertConfig = section(ConvertConfig)
+    export: ExportConfig = section(ExportConfig)
 
 
 # Where the small model's defaults differ. Its weights are no foundation that training should not touch.
@@ -607,6 +617,10 @@ TINY_DEFAULTS = {
     "sched.LambdaLR.decay_factor": 4.0,
     "losses.resolution": "low",
 }
+
+
+# Of models whose masks or pixels have classes.
+HEADS_STAY = "no export format has a place for its head; --task masks exports the SAM that is beneath it"
 
 
 def list_type_defaults(values: dict[str, Any]) -> dict[str, Any]:
@@ -678,6 +692,8 @@ def find_problems(mode: str, values: dict[str, Any]) -> list[str]:
         problems.append(f"--mode predict goes on in its --out_dir: --resume takes no value, got {values['resume']}")
     if mode == "predict" and not values["input"]:
         problems.append("--mode predict needs --input PICTURE, a folder or a pattern")
+    if mode == "export" and values["task"] in ("classes", "semantic"):
+        problems.append(f"task {values['task']}: {HEADS_STAY}")
     return problems
 
 

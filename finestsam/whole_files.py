@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -33,6 +34,34 @@ def replacing(path: Path, previous: Path | None = None, is_lasting: bool = True)
             partial.unlink()
 
 
+@contextmanager
+def replacing_set(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    """Give a folder to write files into that belong together; when all are whole, they take the places of an older set.
+
+    Where writing fails the older set stays as it is, and nothing stays beside it.
+
+    Args:
+        names: what the set may consist of. Those that are not written go. The last one is taken away first and put in
+            place last: where it is, the others are those that belong to it.
+    """
+    partial = folder / f".{names[-1]}.{os.getpid()}.tmp"
+    partial.mkdir()
+    try:
+        yield partial
+        written = {path.name for path in partial.iterdir()}
+        for name in written:
+            _sync(partial / name)
+        (folder / names[-1]).unlink(missing_ok=True)
+        for name in names:
+            if name in written:
+                os.replace(partial / name, folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+        _sync_folder(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a whole file, or leave the old one."""
     with replacing(path) as partial:
@@ -59,6 +88,9 @@ def remove_unfinished(folder: Path) -> None:
     for path in folder.glob(".*.tmp"):
         pid = path.name.split(".")[-2]
         if pid.isdecimal() and not _is_alive(int(pid)):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+                continue
             with suppress(OSError):  # Windows: refuses while another process writes it
                 path.unlink()
 

@@ -122,7 +122,7 @@ def test_a_file_that_is_no_settings_file_is_refused(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--mode", "fly"], "mode must be one of train, predict, evaluate, check, convert, got fly"),
+        (["--mode", "fly"], "mode must be one of train, predict, evaluate, check, convert, export, got fly"),
         ([], "--mode is missing"),
         (["--mode", "predict"], "--mode predict needs --input"),
         (["--mode", "evaluate"], "--mode evaluate needs --dataset"),

@@ -33,8 +33,11 @@ PLACES = {
         "fft_attention",
         "semantic_head",
         "tiny_vit",
+        "graphs",
+        "hugging_face",
     },
     "timm": {"tiny_vit"},
+    "onnxruntime": {"onnx_check"},
     "pycocotools": {"masks", "coco_scores"},
     "matplotlib": {"plots", "charts"},
 }

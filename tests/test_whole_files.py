@@ -10,7 +10,7 @@ import pytest
 from conftest import files_limited_to, list_names
 
 from finestsam.images import write_image
-from finestsam.whole_files import remove_unfinished, replacing, write_bytes, write_json, write_text
+from finestsam.whole_files import remove_unfinished, replacing, replacing_set, write_bytes, write_json, write_text
 
 PACKAGE = Path(__file__).parents[1] / "finestsam"
 
@@ -81,6 +81,49 @@ def test_the_old_file_gets_the_name_that_it_is_to_have(tmp_path):
     assert ((tmp_path / "a").read_text(), (tmp_path / "b").read_text()) == ("3", "2")
 
 
+def write_set(folder: Path, **texts: str) -> None:
+    with replacing_set(folder, ["a", "b", "c"]) as partial:
+        for name, text in texts.items():
+            (partial / name).write_text(text)
+
+
+def read_all(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def test_a_set_of_files_takes_the_place_of_an_older_one(tmp_path):
+    (tmp_path / "other").write_text("0")
+    write_set(tmp_path, a="1", b="1", c="1")
+    write_set(tmp_path, b="2", c="2")
+
+    assert read_all(tmp_path) == {"b": "2", "c": "2", "other": "0"}
+
+
+def test_an_error_while_a_set_is_written_leaves_the_older_one(tmp_path):
+    write_set(tmp_path, a="1", c="1")
+
+    with pytest.raises(ZeroDivisionError), replacing_set(tmp_path, ["a", "b", "c"]) as partial:
+        (partial / "a").write_text("2")
+        raise ZeroDivisionError
+
+    assert read_all(tmp_path) == {"a": "1", "c": "1"}
+
+
+def test_the_last_file_of_a_set_is_there_only_with_those_that_belong_to_it(tmp_path, monkeypatch):
+    write_set(tmp_path, a="1", b="1", c="1")
+    replace, seen = os.replace, []
+
+    def look_and_replace(source, target):
+        seen.append((tmp_path / "c").exists())
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", look_and_replace)
+    write_set(tmp_path, a="2", b="2", c="2")
+
+    assert seen == [False, False, False]
+    assert read_all(tmp_path) == {"a": "2", "b": "2", "c": "2"}
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), [{"a": -float("inf")}]])
 def test_json_says_no_number_that_it_has_no_word_for(tmp_path, value):
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -102,5 +145,7 @@ def test_only_the_unfinished_files_of_dead_processes_are_removed(tmp_path):
     kept = [f".last.ckpt.{os.getppid()}.tmp", ".notes.tmp", "a.tmp", "last.ckpt"]
     for name in [*kept, f".best.pth.{dead.pid}.tmp", f".last.ckpt.{os.getpid()}.tmp"]:
         (tmp_path / name).touch()
+    (tmp_path / f".export.json.{dead.pid}.tmp").mkdir()
+    (tmp_path / f".export.json.{dead.pid}.tmp" / "encoder.onnx").touch()
     remove_unfinished(tmp_path)
     assert list_names(tmp_path) == sorted(kept)

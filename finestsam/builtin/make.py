@@ -13,8 +13,9 @@ from pathlib import Path
 from finestsam.cli import main as run_command
 from finestsam.data.scenes import write_scenes
 from finestsam.model.card import read_card, write_card
+from finestsam.model.saving import save_file
 from finestsam.model.weights import load_state_dict
-from finestsam.training.checkpoint import LAST, save_file
+from finestsam.training.checkpoint import LAST
 
 NAME = "vit_tiny"
 SOURCE = "drawn scenes"  # what the card says that the weights were made from

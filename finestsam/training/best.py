@@ -15,7 +15,7 @@ from finestsam.model.card import Card, write_card
 from finestsam.model.fft_attention import list_blocks
 from finestsam.model.load import RANDOM_WEIGHTS
 from finestsam.model.lora import list_lora, plain_state_dict
-from finestsam.training.checkpoint import save_weights
+from finestsam.model.saving import save_weights
 from finestsam.training.run import Run
 
 ADAPTER_FOLDER = "adapter"

@@ -13,8 +13,8 @@ from finestsam.model.card import read_card
 from finestsam.model.classes import head_path
 from finestsam.model.lora import is_lora, list_lora, load_plain_
 from finestsam.model.sam import FinestSam
+from finestsam.model.saving import save_weights
 from finestsam.training.best import keep_if_best, rank
-from finestsam.training.checkpoint import save_weights
 from finestsam.training.run import Run
 
 START_NAME = "start.pth"

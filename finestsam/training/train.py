@@ -16,9 +16,9 @@ from finestsam.config import Config
 from finestsam.errors import UserError, printable
 from finestsam.interruption import Interrupted, watch_signals
 from finestsam.model.load import RANDOM_WEIGHTS, choose_device
+from finestsam.model.saving import CheckpointNotSaved
 from finestsam.training.best import choose_metric, keep_if_best, rank, refuse_lost_best, warn_if_not_saved
 from finestsam.training.blend import blend_best, keep_start, wants_blend
-from finestsam.training.checkpoint import CheckpointNotSaved
 from finestsam.training.classes import describe_categories
 from finestsam.training.crash import note_crash
 from finestsam.training.hints import describe_training, list_mismatches, warn_of_cpu, warn_of_schedule

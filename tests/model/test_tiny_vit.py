@@ -17,8 +17,8 @@ from finestsam.model.build import build_sam
 from finestsam.model.load import load_model
 from finestsam.model.lora import list_lora, plain_state_dict
 from finestsam.model.sam import FinestSam
+from finestsam.model.saving import save_weights
 from finestsam.model.weights import identify, image_size_of
-from finestsam.training.checkpoint import save_weights
 from finestsam.training.schedules import build_optimizer
 from finestsam.training.trainable import freeze_
 

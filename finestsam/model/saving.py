@@ -1,0 +1,102 @@
+"""Write what torch saves: a plain state dict of weights, or a checkpoint, whole and read back.
+
+Whatever happens while a file is written (a kill, a full disk), a whole one is there before and after.
+"""
+
+import errno
+import os
+import shutil
+import zipfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from finestsam.whole_files import replacing
+
+WRAPPERS = ("module", "_forward_module", "_orig_mod", "model", "sam")  # parts of names that are not SAM's
+
+
+class CheckpointNotSaved(OSError):
+    """The disk is full or fails; what was there before is untouched, and training can go on."""
+
+
+def save_weights(path: Path, state_dict: Mapping[str, Tensor]) -> None:
+    """Write a plain SAM state dict, which segment_anything's sam_model_registry loads on any machine."""
+    save_file(path, {_unwrap_name(name): _plain_tensor(tensor) for name, tensor in state_dict.items()})
+
+
+def _unwrap_name(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def _plain_tensor(tensor: Tensor) -> Tensor:
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    plain = tensor.detach().to("cpu", dtype).contiguous()
+    # torch.save writes all the memory that a view looks into.
+    return plain.clone() if plain.untyped_storage().nbytes() > plain.nbytes else plain
+
+
+def save_file(path: Path, content: object, previous: Path | None = None) -> None:
+    """Write a file with torch.save, beside the old one, which it replaces only when it is safe on the disk.
+
+    Args:
+        previous: the name that the old one gets; None: it goes.
+
+    Raises:
+        CheckpointNotSaved: the disk is full or fails.
+    """
+    needed = int(1.1 * _count_bytes(content))
+    try:
+        if shutil.disk_usage(path.parent).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with replacing(path, previous) as partial:
+            _write_verified(partial, content)
+    except (OSError, RuntimeError) as error:
+        # torch says "unexpected pos 768 vs 662" while it handles the error of the disk.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise CheckpointNotSaved(_describe_failure(cause, path.parent, needed)) from None
+
+
+def _count_bytes(content: object) -> int:
+    """Return how much the tensors take up in a file."""
+    if isinstance(content, Tensor):
+        return content.untyped_storage().nbytes()
+    if isinstance(content, Mapping):
+        return sum(_count_bytes(value) for value in content.values())
+    return sum(map(_count_bytes, content)) if isinstance(content, list | tuple) else 0
+
+
+def _write_verified(path: Path, content: object) -> None:
+    with path.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+        size = file.tell()
+    if path.stat().st_size != size or is_damaged(path):
+        raise OSError(errno.EIO, "the file does not read back as it was written")
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether the checksums of a file of torch.save are wrong, which torch.load does not look at."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is not None
+    except (zipfile.BadZipFile, EOFError, NotImplementedError):
+        return True
+
+
+def _describe_failure(error: OSError, folder: Path, needed: int) -> str:
+    free = "nothing"
+    with suppress(OSError):
+        free = _format_size(shutil.disk_usage(folder).free)
+    reason = error.strerror or error
+    return f"checkpoint not saved: {reason} (need {_format_size(needed)}, free {free} at {folder})"
+
+
+def _format_size(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
