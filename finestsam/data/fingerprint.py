@@ -35,7 +35,7 @@ def _describe(record: Record) -> dict[str, Any]:
 
 
 def hash_fingerprint(fingerprint: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def list_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
