@@ -31,14 +31,12 @@ COMMON = (
 
 # Crops of large pictures, seen small; and these pictures whole.
 DETAILS = (
-    "--model.image_size", "256", "--opt.learning_rate", "1e-3", "--sched.LambdaLR.warmup_steps", "100",
-    "--batch_size", "4", "--dataset.max_objects", "16", "--dataset.background_points", "4",
-    "--augment.crop_min", "0.2", "--precision", "bf16-mixed",
+    "--model.image_size", "256", "--opt.learning_rate", "1e-3", "--batch_size", "4", "--dataset.max_objects", "16",
+    "--dataset.background_points", "4", "--augment.crop_min", "0.2", "--precision", "bf16-mixed",
 )  # fmt: skip
 WHOLE = (
-    "--model.image_size", "512", "--opt.learning_rate", "4e-4", "--sched.LambdaLR.warmup_steps", "50",
-    "--batch_size", "2", "--dataset.max_objects", "24", "--dataset.background_points", "16",
-    "--precision", "bf16-mixed",
+    "--model.image_size", "512", "--opt.learning_rate", "4e-4", "--batch_size", "2", "--dataset.max_objects", "24",
+    "--dataset.background_points", "16", "--precision", "bf16-mixed",
 )  # fmt: skip
 
 
@@ -48,6 +46,7 @@ class Stage:
 
     name: str
     scenes: tuple[int, int, int]  # how many, their side in pixels, the seed
+    warmup_steps: int
     steps: int
     decays: tuple[int, ...]  # steps after which the learning rate falls to a third
     flags: tuple[str, ...]
@@ -57,14 +56,14 @@ class Stage:
 # rate starts high again.
 STAGES = (
     Stage(
-        "small", (6000, 256, 2026), 2721, (),
-        ("--model.image_size", "256", "--opt.learning_rate", "1e-3", "--sched.LambdaLR.warmup_steps", "100",
-         "--batch_size", "4", "--dataset.max_objects", "24"),
+        "small", (6000, 256, 2026), 100, 2721, (),
+        ("--model.image_size", "256", "--opt.learning_rate", "1e-3", "--batch_size", "4",
+         "--dataset.max_objects", "24"),
     ),
-    Stage("details", (5000, 512, 3), 2600, (1450, 2000, 2400), DETAILS),
-    Stage("whole", (5000, 512, 3), 950, (550, 800), WHOLE),
-    Stage("details_again", (5000, 512, 3), 5100, (3300, 4300, 4800), DETAILS),
-    Stage("whole_again", (5000, 512, 3), 1150, (600, 900, 1050), WHOLE),
+    Stage("details", (5000, 512, 3), 100, 2600, (1450, 2000, 2400), DETAILS),
+    Stage("whole", (5000, 512, 3), 50, 950, (550, 800), WHOLE),
+    Stage("details_again", (5000, 512, 3), 100, 5100, (3300, 4300, 4800), DETAILS),
+    Stage("whole_again", (5000, 512, 3), 50, 1150, (600, 900, 1050), WHOLE),
 )  # fmt: skip
 
 
@@ -89,9 +88,11 @@ def _train(folder: Path, stage: Stage, start: str, share: float) -> Path:
     scenes = folder / f"scenes_{side}"
     if not (scenes / "data" / "annotations.json").is_file():
         write_scenes(scenes, count=max(1, round(share * count)), seed=seed, size=(side, side))
-    steps = [max(1, round(share * step)) for step in (stage.steps, *stage.decays)]
+    steps, warmup, *decays = (max(1, round(share * step)) for step in (stage.steps, stage.warmup_steps, *stage.decays))
     run = folder / stage.name
-    command = ["--mode", "train", "--max_steps", str(steps[0]), "--sched.LambdaLR.steps", str(steps[1:])]
+    command = ["--mode", "train", "--max_steps", str(steps)]
+    command += ["--sched.LambdaLR.warmup_steps", str(warmup)]
+    command += ["--sched.LambdaLR.steps", str(sorted({step for step in decays if step > warmup}))]
     if (run / LAST).is_file():
         command += ["--resume", str(run)]
     else:
