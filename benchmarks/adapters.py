@@ -3,8 +3,8 @@
     python -m benchmarks.adapters DATASET [--epochs 12] [--only WORD ...] [-- SETTINGS OF ALL RUNS]
 
 Each training is the real command on the built-in weights of vit_tiny; figures are those of its last weights on val, IoU
-of one point for each object. Megabytes are the peak of the whole process, seconds the processor's of all epochs
-together.
+of one point for each object. Megabytes are the peak of the whole process, seconds the processor's, both validations
+included.
 """
 
 import argparse
@@ -52,8 +52,8 @@ def measure(name: str, flags: list[str], given: argparse.Namespace, folder: Path
     cost, figures = run_training([f"--dataset={given.dataset.resolve()}", *flags], folder)
     line = next(line for line in cost.output.splitlines() if "; trains " in line)
     trained = sum(float(count) for count in re.findall(r"(\d+\.\d+) M", line.partition("; trains ")[2]))
-    seconds = sum(row.get("seconds", 0.0) for row in figures)
-    rows = [[name, f"{trained:.1f} M", f"{cost.peak_megabytes:.0f}", f"{seconds:.0f}", *_format(figures[-1])]]
+    megabytes, seconds = f"{cost.peak_megabytes:.0f}", f"{cost.cpu_seconds:.0f}"
+    rows = [[name, f"{trained:.1f} M", megabytes, seconds, *_format(figures[-1])]]
     if folder.name == "0":
         rows.insert(0, ["untouched", "", "", "", *_format(figures[0])])
     print(rows, flush=True)
