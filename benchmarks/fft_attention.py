@@ -1,6 +1,6 @@
 """FFT attention against SAM's attention and torch's scaled_dot_product_attention, alone and in the whole encoder.
 
-    python -m benchmarks.fft_attention
+    python -m benchmarks.fft_attention [--part attention encoder]
 
 One attention of vit_b's width that sees the whole picture, projections included, at 1 024, 4 096 and 16 384 tokens,
 then vit_b's encoder with one picture of 1024 pixels. Every measurement is a process of its own, they take turns, and
@@ -42,6 +42,7 @@ COPIES = 4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", nargs="+", choices=["attention", "encoder"], default=["attention", "encoder"])
     parser.add_argument("--variant", choices=[*LAYERS, *ENCODERS], help=argparse.SUPPRESS)
     parser.add_argument("--side", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -49,11 +50,12 @@ def main() -> None:
         print(json.dumps(measure(given.variant, given.side)))
         return
     print(describe_machine())
-    for side, rounds in ROUNDS.items():
+    for side, rounds in ROUNDS.items() if "attention" in given.part else ():
         print(f"\n{side * side} tokens", flush=True)
         compare(LAYERS, side, rounds)
-    print("\nwhole encoder", flush=True)
-    compare(ENCODERS, 0, ENCODER_ROUNDS)
+    if "encoder" in given.part:
+        print("\nwhole encoder", flush=True)
+        compare(ENCODERS, 0, ENCODER_ROUNDS)
 
 
 def compare(variants: tuple[str, ...], side: int, rounds: int) -> None:
