@@ -416,6 +416,11 @@ class EvaluateConfig:
     clicks: int = setting(
         8, "corrective clicks on each object in --mode evaluate, as an annotator sets them; 0: none", "[0, 20]"
     )
+    battery: bool = setting(
+        False,
+        "in each validation of a training as well, ask for every object with a box, and correct the model on it with "
+        "so many clicks; takes as long as a dozen points for each object",
+    )
     background_points: int = setting(
         32,
         "points of the grid in each picture where no object is, asked for in --mode evaluate: where every object is "

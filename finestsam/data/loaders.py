@@ -2,9 +2,11 @@
 
 import atexit
 import dataclasses
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -130,5 +132,12 @@ def end_workers(loader: DataLoader) -> None:
 def start_worker(_: int) -> None:
     """Make a loader's process a quiet one."""
     leave_signals_to_parent()
+    sys.excepthook = _say_unless_left
     torch.set_num_threads(1)
     use_one_thread()
+
+
+def _say_unless_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Say what goes wrong on the thread that hands tensors over, but that a signal let nobody take them."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)

@@ -1,7 +1,7 @@
 """The fixed battery of questions: a point, a box and corrective clicks on every object, and points where none is."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from tqdm import tqdm
@@ -29,26 +29,26 @@ class Battery:
 
     Args:
         records: each with at least one object.
-        title: of the progress bars.
+        title: of the progress bars; None: no bars.
     """
 
     config: Config
     embedder: Embedder
     records: list[Record]
-    title: str
+    title: str | None
 
-    def score_prompts(self) -> dict[str, list[ObjectScore]]:
+    def score_prompts(self, kinds: Sequence[str] = tuple(PROMPT_KINDS)) -> dict[str, list[ObjectScore]]:
         """Ask for every object with one prompt of each kind."""
         return {
-            kind: score_batches(self.embedder, self._load(kind, prompts), self._chunk_objects)
-            for kind, prompts in PROMPT_KINDS.items()
+            kind: score_batches(self.embedder, self._load(kind, PROMPT_KINDS[kind]), self._chunk_objects)
+            for kind in kinds
         }
 
-    def measure_clicks(self) -> dict[int, float]:
+    def measure_clicks(self) -> list[list[float]]:
         """Correct the model on every object, click by click; nothing where the settings want none."""
         clicks = self.config.evaluate.clicks
         if clicks == 0:
-            return {}
+            return []
         batches = self._load("clicks", PROMPT_KINDS["point"])
         return measure_clicks(self.embedder, batches, self._chunk_objects, clicks)
 
@@ -80,4 +80,5 @@ class Battery:
         if self.embedder.store:
             fill_store(self.embedder, [dataset], config.num_workers)
         loader = build_validation_loader(dataset, config.num_workers)
-        return tqdm(loader, desc=f"{self.title}, {name}", disable=not sys.stderr.isatty(), leave=False)
+        is_quiet = self.title is None or not sys.stderr.isatty()
+        return tqdm(loader, desc=f"{self.title}, {name}", disable=is_quiet, leave=False)

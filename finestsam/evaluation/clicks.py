@@ -21,8 +21,8 @@ REPORTED = (1, 2, 3, 5, 8)
 @torch.no_grad()
 def measure_clicks(
     embedder: Embedder, batches: Iterable[tuple[Batch, list[str]]], chunk_objects: int, clicks: int = REPORTED[-1]
-) -> dict[int, float]:
-    """Return the mean IoU over objects after 1 to `clicks` clicks, those of `REPORTED`.
+) -> list[list[float]]:
+    """Return for each object the IoU after each of so many clicks.
 
     Args:
         batches: as `data.dataset.collate` makes them; their own prompts are not used.
@@ -35,8 +35,13 @@ def measure_clicks(
             for first in range(0, len(sample), chunk_objects):
                 masks = [decode_rle(rle) for rle in sample.rles[first : first + chunk_objects]]
                 ious += _correct(embedder, embedding, sample, masks, clicks)
-    wanted = [count for count in REPORTED if count <= clicks]
-    return {count: math.fsum(row[count - 1] for row in ious) / len(ious) for count in wanted} if ious else {}
+    return ious
+
+
+def average_clicks(ious: list[list[float]]) -> dict[int, float]:
+    """Return the mean IoU over objects after each number of clicks in `REPORTED`, as far as there were so many."""
+    wanted = [count for count in REPORTED if ious and count <= len(ious[0])]
+    return {count: math.fsum(row[count - 1] for row in ious) / len(ious) for count in wanted}
 
 
 def _correct(

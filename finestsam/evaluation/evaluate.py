@@ -18,6 +18,7 @@ from finestsam.evaluation.battery import Battery
 from finestsam.evaluation.candidates import find_candidates
 from finestsam.evaluation.class_matching import match_categories, refuse_strangers
 from finestsam.evaluation.class_scores import describe_categories
+from finestsam.evaluation.clicks import average_clicks
 from finestsam.evaluation.comparison import COMPARISON_NAME, draw_comparison
 from finestsam.evaluation.generator_scores import choose_grids, find_all, list_fixed, tune
 from finestsam.evaluation.history import read_history
@@ -149,7 +150,7 @@ def _measure_model(
 ) -> Measurement:
     embedder = Embedder(loaded.model, open_store(config.store, loaded.model))
     battery = Battery(config, embedder, [record for record in records if record.annotations], title)
-    prompted, clicks = battery.score_prompts(), battery.measure_clicks()
+    prompted, clicks = battery.score_prompts(), average_clicks(battery.measure_clicks())
     settings = resolve_generator(config.generator, loaded.card)
     measured = Measurement(records, None)
     if config.evaluate.generator and config.evaluate.search:

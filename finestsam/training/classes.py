@@ -15,7 +15,7 @@ from finestsam.data.categories import number_categories
 from finestsam.data.cells import CROWD
 from finestsam.data.index import Record
 from finestsam.data.semantic import IGNORED, ClassTable
-from finestsam.errors import UserError, printable
+from finestsam.errors import printable
 from finestsam.model.classes import NO_OBJECT, ClassHead, load_class_head
 from finestsam.model.load import LoadedModel
 from finestsam.training.log import CLASS_COLUMNS, CLASS_TRAINING_COLUMNS
@@ -139,16 +139,9 @@ def choose_categories(loaded: LoadedModel, categories: dict[int, str], names: Se
 
     Args:
         categories: of the dataset, names by id.
-        names: of the head's categories in a run that is continued; None: it begins.
-
-    Raises:
-        UserError: the dataset of a run that is continued has other categories.
+        names: of the head's categories in a run that is continued, which are the dataset's; None: it begins.
     """
     table = number_categories(categories, names)
-    strangers = [printable(name) for number, name in categories.items() if number not in table.by_category]
-    if strangers:
-        ours = ", ".join(map(printable, table.names[1:]))
-        raise UserError(f"--resume: the run has the categories {ours}, the dataset also {', '.join(strangers)}")
     card, model = loaded.card, loaded.model
     if card and card.task == "classes" and set(table.names[1:]) == set(card.categories):
         table = number_categories(categories, card.categories)

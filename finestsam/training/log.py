@@ -14,14 +14,17 @@ from finestsam.errors import UserError
 from finestsam.whole_files import write_text
 
 TRAINING_COLUMNS = ("total_loss", "focal_loss", "dice_loss", "iou_loss", "iou", "predicted_iou")
-PROMPT_COLUMNS = ("val_per_mask_iou", "val_per_mask_dice", "val_best_iou")
-GENERATOR_COLUMNS = (
-    "val_generator_ap",
-    "val_generator_ar_100",
-    "val_generator_ar_1000",
-    "val_generator_f1",
-    "val_generator_masks",
-)
+PROMPT_COLUMNS = ("val_per_mask_iou", "val_per_mask_dice", "val_best_iou", "val_boundary_iou")
+GENERATOR_FIGURES = (
+    "ap", "ap50", "ap75", "ar_10", "ar_100", "ar_1000", "ap_small", "ap_medium", "ap_large",
+    "ar_1000_small", "ar_1000_medium", "ar_1000_large", "f1", "masks",
+)  # fmt: skip
+GENERATOR_COLUMNS = tuple(f"val_generator_{name}" for name in GENERATOR_FIGURES)
+# With evaluate.battery.
+BATTERY_COLUMNS = (
+    "val_box_iou", "val_box_dice", "val_box_boundary_iou",
+    "val_clicks_iou_1", "val_clicks_iou_2", "val_clicks_iou_3", "val_clicks_iou_5", "val_clicks_iou_8",
+)  # fmt: skip
 VALIDATION_COLUMNS = (*PROMPT_COLUMNS, *GENERATOR_COLUMNS)
 COLUMNS = ("epoch", "step", "seconds", "validation_seconds", "learning_rate", *TRAINING_COLUMNS, *VALIDATION_COLUMNS)
 CLASS_TRAINING_COLUMNS = (*TRAINING_COLUMNS, "class_loss", "class_accuracy")

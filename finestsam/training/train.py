@@ -22,7 +22,7 @@ from finestsam.training.blend import blend_best, keep_start, wants_blend
 from finestsam.training.classes import describe_categories
 from finestsam.training.crash import note_crash
 from finestsam.training.hints import describe_training, list_mismatches, warn_of_cpu, warn_of_schedule
-from finestsam.training.log import RunLog, show_progress
+from finestsam.training.log import BATTERY_COLUMNS, RunLog, show_progress
 from finestsam.training.memory import OutOfMemory, list_savings
 from finestsam.training.numbers import explain_end, has_finite_weights, skips_for_good
 from finestsam.training.plots import draw_curves
@@ -83,7 +83,10 @@ def _open_log(run: Run) -> AbstractContextManager[RunLog | None]:
     if not run.is_first_rank:
         return nullcontext()
     resumed_epoch = run.progress.epoch if run.config.resume else None
-    return closing(RunLog(run.folder, resumed_epoch, run.config.num_epochs, run.stepper.columns))
+    columns = run.stepper.columns
+    if run.config.evaluate.battery and not run.is_semantic:
+        columns += BATTERY_COLUMNS
+    return closing(RunLog(run.folder, resumed_epoch, run.config.num_epochs, columns))
 
 
 def run_epochs(run: Run, log: RunLog | None) -> int:

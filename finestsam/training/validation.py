@@ -2,18 +2,21 @@
 
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 
 from finestsam.config import GENERATOR_DEFAULTS, GeneratorConfig
+from finestsam.evaluation.battery import Battery
 from finestsam.evaluation.candidates import find_candidates
 from finestsam.evaluation.class_scores import score_classes
+from finestsam.evaluation.clicks import average_clicks
 from finestsam.evaluation.generator_scores import Tuned, choose_grids, list_fixed, tune
 from finestsam.evaluation.prompt_scores import score_batches, summarize_scores
 from finestsam.evaluation.semantic_scores import count_pictures
 from finestsam.out_of_memory import naming_what_needs_less
 from finestsam.prediction.generator import resolve_generator
-from finestsam.training.log import show_progress
+from finestsam.training.log import GENERATOR_FIGURES, show_progress
 from finestsam.training.run import Run
 from finestsam.training.semantic import summarize_validation
 
@@ -35,6 +38,8 @@ def validate(run: Run) -> None:
         run.progress.metrics |= _validate_classes(run)
     else:
         run.progress.metrics |= _validate_prompts(run)
+        if run.config.evaluate.battery:
+            run.progress.metrics |= _validate_battery(run)
         if run.config.evaluate.generator:
             run.progress.metrics |= _validate_generator(run)
     # What is no number is nothing to be judged by, and nothing that json could say.
@@ -67,7 +72,25 @@ def _validate_prompts(run: Run) -> dict[str, float]:
         "val_per_mask_iou": scores["iou"],
         "val_per_mask_dice": scores["dice"],
         "val_best_iou": scores["best_iou"],
+        "val_boundary_iou": scores["boundary_iou"],
     }
+
+
+def _validate_battery(run: Run) -> dict[str, float]:
+    """Ask for every object with a box, and correct the model on it click by click."""
+    chunk, title = run.stepper.chunk_objects, "validation" if run.is_first_rank else None
+    records = [record for record in run.data.val if record.annotations][run.ranks.rank :: run.ranks.count]
+    battery = Battery(replace(run.config, chunk_objects=chunk), run.stepper.embedder, records, title)
+
+    def measure() -> tuple[list, list]:
+        with naming_what_needs_less("validation", f"--chunk_objects below {chunk}, or --evaluate.battery false"):
+            return battery.score_prompts(["box"])["box"], battery.measure_clicks()
+
+    shares = run.ranks.gather(measure)
+    boxes = summarize_scores([score for share, _ in shares for score in share])
+    clicks = average_clicks([row for _, share in shares for row in share])
+    figures = {f"val_box_{name}": boxes[name] for name in ("iou", "dice", "boundary_iou")}
+    return figures | {f"val_clicks_iou_{count}": iou for count, iou in clicks.items()}
 
 
 def _validate_generator(run: Run) -> dict[str, float]:
@@ -107,8 +130,8 @@ def _tune(
     """Choose the thresholds, and return with them the figures for metrics.csv."""
     tuned = tune(records, found, start, fixed, run.config.evaluate.goal)
     figures = tuned.measure(records)
-    names = {"ap": "ap", "ar_100": "ar_100", "ar_1000": "ar_1000", "f1": "f1", "masks": "masks_per_image"}
-    measured = {f"val_generator_{name}": figures[source] for name, source in names.items() if source in figures}
+    figures["masks"] = figures["masks_per_image"]
+    measured = {f"val_generator_{name}": figures[name] for name in GENERATOR_FIGURES if name in figures}
     if run.classes:
         by_class = score_classes(records, tuned.found, run.classes)
         measured |= {f"val_classes_{name}": by_class[name] for name in ("ap", "ap50", "ar_100") if name in by_class}

@@ -14,7 +14,7 @@ import torch
 
 from finestsam.config import build_config
 from finestsam.data.dataset import SampleDataset, SampleSettings
-from finestsam.data.loaders import Loader, build_validation_loader, end_workers
+from finestsam.data.loaders import Loader, _say_unless_left, build_validation_loader, end_workers
 from finestsam.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -111,6 +111,17 @@ def test_what_is_kept_of_a_loader_keeps_no_process_from_ending():
     )
 
     assert (result.returncode, result.stdout, result.stderr) == (0, "[1]\n", "")
+
+
+def test_tensors_that_nobody_takes_any_more_are_no_error_of_a_process(capsys):
+    for kind in (ConnectionResetError, BrokenPipeError, EOFError, ZeroDivisionError):
+        try:
+            raise kind("said")
+        except kind as error:
+            _say_unless_left(kind, error, error.__traceback__)
+
+    error = capsys.readouterr().err
+    assert error.count("Traceback") == 1 and error.endswith("ZeroDivisionError: said\n")
 
 
 def may_mount() -> bool:

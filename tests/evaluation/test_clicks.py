@@ -3,7 +3,7 @@ import torch
 
 from finestsam.config import build_config
 from finestsam.data.dataset import SampleDataset, SampleSettings, collate
-from finestsam.evaluation.clicks import measure_clicks
+from finestsam.evaluation.clicks import average_clicks, measure_clicks
 from finestsam.prediction.precompute import Embedder
 
 
@@ -17,8 +17,9 @@ def batches(records):
 def test_chunks_change_nothing_and_only_the_reported_counts_are_given(tiny_sam, batches):
     embedder = Embedder(tiny_sam)
 
-    one, all_together = (measure_clicks(embedder, batches, size, clicks=3) for size in (1, 1000))
+    one, all_together = (average_clicks(measure_clicks(embedder, batches, size, clicks=3)) for size in (1, 1000))
 
+    assert average_clicks([]) == {}
     assert set(one) == {1, 2, 3}
     for count, value in one.items():
         assert value == pytest.approx(all_together[count], abs=1e-6)
@@ -41,7 +42,7 @@ def test_a_model_that_answers_with_its_clicks_gets_better_with_each(tiny_sam, ba
 
     monkeypatch.setattr(type(tiny_sam), "forward", lambda self, *args: answer(*args))
 
-    found = measure_clicks(embedder, batches, 1000, clicks=8)
+    found = average_clicks(measure_clicks(embedder, batches, 1000, clicks=8))
 
     assert found[8] > found[1]
     assert [count for count, _ in seen[:8]] == list(range(1, 9))

@@ -33,10 +33,13 @@ def test_every_epoch_has_a_row_and_the_untouched_model_only_its_validation(tmp_p
         header, first, second = csv.reader(file)
     assert ",".join(header) == (
         "epoch,step,seconds,validation_seconds,learning_rate,total_loss,focal_loss,dice_loss,iou_loss,iou,predicted_iou,"
-        "val_per_mask_iou,val_per_mask_dice,val_best_iou,"
-        "val_generator_ap,val_generator_ar_100,val_generator_ar_1000,val_generator_f1,val_generator_masks"
+        "val_per_mask_iou,val_per_mask_dice,val_best_iou,val_boundary_iou,"
+        "val_generator_ap,val_generator_ap50,val_generator_ap75,val_generator_ar_10,val_generator_ar_100,"
+        "val_generator_ar_1000,val_generator_ap_small,val_generator_ap_medium,val_generator_ap_large,"
+        "val_generator_ar_1000_small,val_generator_ar_1000_medium,val_generator_ar_1000_large,val_generator_f1,"
+        "val_generator_masks"
     )
-    assert first == ["0", "0"] + [""] * 9 + ["0.21", "0.3", "0.4"] + [""] * 5
+    assert first == ["0", "0"] + [""] * 9 + ["0.21", "0.3", "0.4"] + [""] * 15
     assert second[:6] == ["1", "1234567", "1.125", "1.1875", "4e-05", "1.3125"]
 
 
@@ -140,7 +143,7 @@ def test_tensorboard_has_the_losses_of_steps_and_the_validation_of_epochs(tmp_pa
     assert scalars["train/total_loss"] == [(1, 1.0), (2, 0.5)]
     assert scalars["train/learning_rate"] == [(1, 0.5), (2, 0.5)]
     assert scalars["validation/val_per_mask_iou"] == [(2, make_row(1)["val_per_mask_iou"])]
-    assert len(scalars) == 10
+    assert len(scalars) == 20
 
 
 def test_tensorboard_shows_no_step_of_a_resumed_run_twice(tmp_path):
