@@ -16,6 +16,7 @@ from conftest import FROM_SCRATCH, run_training
 
 from finestsam.cli import main
 from finestsam.interruption import WATCHED
+from finestsam.model import saving
 from finestsam.training import checkpoint, numbers, pace, step, train, validation
 from finestsam.training import run as training_run
 from finestsam.training.run_folder import lock_run
@@ -155,9 +156,9 @@ def test_a_signal_while_original_weights_are_tried_loses_no_try(scenes, tmp_path
 class FullDisk:
     """Lets the system refuse to write files of more than some bytes from the n-th call of a function on."""
 
-    def __init__(self, monkeypatch, name: str, first: int, last: int, limit: int):
+    def __init__(self, monkeypatch, module, name: str, first: int, last: int, limit: int):
         self.calls = 0
-        function = getattr(checkpoint, name)
+        function = getattr(module, name)
 
         def limited(*arguments, **named):
             self.calls += 1
@@ -169,11 +170,11 @@ class FullDisk:
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-        monkeypatch.setattr(checkpoint, name, limited)
+        monkeypatch.setattr(module, name, limited)
 
 
 def test_a_disk_that_is_full_for_a_while_ends_no_run(scenes, whole, tmp_path, monkeypatch, capsys):
-    FullDisk(monkeypatch, "_write_verified", first=2, last=3, limit=100_000)
+    FullDisk(monkeypatch, saving, "_write_verified", first=2, last=3, limit=100_000)
 
     assert start(scenes, tmp_path) == 0
 
@@ -187,7 +188,7 @@ def test_a_last_checkpoint_that_cannot_be_saved_ends_with_one_message_and_the_ol
     assert start(scenes, tmp_path, "--max_steps=2") == 0
     before = {name: (tmp_path / "run" / name).read_bytes() for name in ("last.ckpt", "best.pth")}
     capsys.readouterr()
-    FullDisk(monkeypatch, "save_last", first=1, last=99, limit=100_000)
+    FullDisk(monkeypatch, checkpoint, "save_last", first=1, last=99, limit=100_000)
 
     assert resume(tmp_path, "--max_steps=0", "--num_epochs=1") == 2
 
@@ -202,7 +203,7 @@ def test_a_last_checkpoint_that_cannot_be_saved_ends_with_one_message_and_the_ol
 
 
 def test_best_weights_that_could_not_be_saved_are_told_at_the_end(scenes, tmp_path, monkeypatch, capsys):
-    FullDisk(monkeypatch, "save_weights", first=1, last=99, limit=100_000)
+    FullDisk(monkeypatch, checkpoint, "save_weights", first=1, last=99, limit=100_000)
     monkeypatch.setattr("finestsam.training.best.save_weights", checkpoint.save_weights)
 
     assert start(scenes, tmp_path) == 2
@@ -226,7 +227,7 @@ def test_an_error_of_our_own_is_written_down(scenes, tmp_path, monkeypatch, caps
 
 def test_a_mistake_of_the_user_is_no_crash(scenes, tmp_path, monkeypatch):
     assert start(scenes, tmp_path, "--max_steps=1") == 0
-    FullDisk(monkeypatch, "save_last", first=1, last=99, limit=1000)
+    FullDisk(monkeypatch, checkpoint, "save_last", first=1, last=99, limit=1000)
     assert resume(tmp_path, "--max_steps=2") == 2
     assert not (tmp_path / "run" / "crash.txt").exists()
 
