@@ -174,16 +174,17 @@ class Course:
     def kill(self, count: int) -> str:
         """Kill runs at `count` random moments, continue them each time, and compare those that come to their end."""
         moments, finished = Counter(), 0
-        for _ in range(count):
+        while moments.total() < count:
             end = run_apart(self.begin("killed"), number=signal.SIGKILL, delay=self.draw_moment())
             self.findings.expect(
                 end.code in (-signal.SIGKILL, 0), f"killed: ended with {end.code}: {end.output[-500:]}"
             )
             self.findings.expect(end.left == 0, f"killed: {end.left} processes were left")
-            moments[describe_moment(self.folder / "killed")] += end.code != 0
-            if end.code == 0:
+            if end.code == 0:  # before it was hit
                 self.finish("killed")
                 finished += 1
+            else:
+                moments[describe_moment(self.folder / "killed")] += 1
         self.finish("killed")
         told = ", ".join(f"{number} {name}" for name, number in sorted(moments.items()))
         return f"{moments.total()} kills in {finished + 1} runs: {told}"
@@ -191,19 +192,20 @@ class Course:
     def signal(self, count: int) -> str:
         """Send signals at random moments: the run must stop by itself, soon, and go on as if nothing had been."""
         codes, slowest, finished = Counter(), 0.0, 0
-        for _ in range(count):
+        while codes.total() < count:
             number = int(self.generator.choice([signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]))
             delay = self.draw_moment()
             end = run_apart(self.begin("signalled"), number=number, delay=delay)
+            if end.code == 0:  # before it was hit
+                self.finish("signalled")
+                finished += 1
+                continue
             codes[end.code] += 1
             slowest = max(slowest, end.seconds - delay)
-            self.findings.expect(end.code in (128 + number, 0), f"signal {number}: ended with {end.code}: {end.output}")
+            self.findings.expect(end.code == 128 + number, f"signal {number}: ended with {end.code}: {end.output}")
             self.findings.expect(end.seconds - delay < SECONDS_TO_STOP, f"signal {number}: {end.seconds - delay:.1f} s")
             self.findings.expect("Traceback" not in end.output, f"signal {number}: {end.output[-800:]}")
             self.findings.expect(end.left == 0, f"signal {number}: {end.left} processes were left")
-            if end.code == 0:
-                self.finish("signalled")
-                finished += 1
         self.finish("signalled")
         found = ", ".join(f"{number} x {code}" for code, number in sorted(codes.items()))
         return f"{count} signals in {finished + 1} runs; exit codes {found}; the slowest stop took {slowest:.1f} s"
