@@ -45,6 +45,14 @@ WAYS = {
         "task": "classes", "model_layer.lora.rank": 2, "model_layer.lora.decoder": "all",
         "model_layer.freeze.mask_decoder": True,
     },
+    "fft attention": FROZEN | {"model_layer.fft_attention.blocks": "all", "model_layer.fft_attention.distill_steps": 2},
+    "fft attention of some blocks, low ranks": FROZEN | {  # which no adapter's folder can hold
+        "model_layer.fft_attention.blocks": "global", "model_layer.fft_attention.distill_steps": 2,
+        "model_layer.lora.rank": 2,
+    },
+    "fft attention, classes, everything": {
+        "task": "classes", "model_layer.fft_attention.blocks": "windowed", "model_layer.freeze.image_encoder": False,
+    },
     "slower below": {
         "model_layer.freeze.image_encoder": False, "opt.layer_decay": 0.5, "opt.rates.image_encoder": 0.1,
     },
