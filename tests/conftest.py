@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conformance_zoo import Zoo
+from segment_anything.modeling import Sam
 
 from finestsam.cli import main
 from finestsam.config import DatasetConfig
@@ -66,6 +67,15 @@ def records(scenes) -> list[Record]:
 @pytest.fixture
 def zoo(tmp_path, capsys) -> Zoo:
     return Zoo(tmp_path, capsys)
+
+
+def build_vivid_sam() -> Sam:
+    """Return a model of 64 pixels with random weights whose masks are no noise, always the same."""
+    torch.manual_seed(0)
+    sam = build_sam("vit_tiny_test")
+    for head in sam.mask_decoder.output_hypernetworks_mlps:
+        head.layers[-1].weight.data *= 10
+    return sam
 
 
 @pytest.fixture

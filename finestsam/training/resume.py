@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finestsam.config import Config, flatten_config
-from finestsam.data.fingerprint import hash_fingerprint, list_changes, take_fingerprint
-from finestsam.data.read import LabelledSet
+from finestsam.data.fingerprint import hash_fingerprint, list_changes
 from finestsam.errors import UserError
 from finestsam.training import checkpoint
 
@@ -68,9 +67,12 @@ def check_settings(config: Config, state: dict[str, Any], pictures_per_batch: in
         _warn(f"{pictures_per_batch} pictures a step from here on, {known} before: not what an unbroken run learns")
 
 
-def refuse_other_dataset(folder: Path, state: dict[str, Any], data: LabelledSet) -> None:
-    """Raise unless the data are what the run was trained on, with what has changed."""
-    now = take_fingerprint(data)
+def refuse_other_dataset(folder: Path, state: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise unless the data are what the run was trained on, with what has changed.
+
+    Args:
+        now: their fingerprint.
+    """
     if state["dataset"] == hash_fingerprint(now):
         return
     try:

@@ -137,11 +137,14 @@ def build_run(fabric: Fabric, ranks: Ranks, config: Config) -> Run:
     state = ranks.join(lambda: _load_state(config, ranks))
     # The others find what the first one has kept, and what it has downloaded.
     data, loaded = ranks.join_after_first(lambda: _load_data_and_weights(fabric, config, state))
+    fingerprint = take_fingerprint(data)
+    if state is not None:
+        ranks.join(lambda: refuse_other_dataset(Path(config.resume), state, fingerprint))
     if not config.resume:
         folder, lock = ranks.join(lambda: _create_folder(config) if ranks.rank == 0 else (None, None))
     folder = Path(config.resume) if config.resume else fabric.broadcast(folder)
     if state is None and ranks.rank == 0:
-        _describe(folder, config, data)
+        _describe(folder, config, data, fingerprint)
     progress = _restore_progress(state, config, ranks) if state else _begin_progress(fabric, loaded)
     originals = SampleDataset(data.train, _choose_sample_settings(config, loaded.model))
     ranks.join(lambda: distill_(fabric, loaded, originals, config.model_layer.fft_attention.distill_steps))
@@ -161,8 +164,8 @@ def build_run(fabric: Fabric, ranks: Ranks, config: Config) -> Run:
     stepper.chunk_objects = progress.chunk_objects = chunk_objects
     val_loader = build_validation_loader(val_set, config.num_workers, fabric.global_rank, fabric.world_size)
     run = Run(
-        config, fabric, ranks, folder, lock, data, hash_fingerprint(take_fingerprint(data)), loaded, stepper, scheduler,
-        sampler, build_train_loader(train_set, sampler, config.num_workers),
+        config, fabric, ranks, folder, lock, data, hash_fingerprint(fingerprint), loaded, stepper, scheduler, sampler,
+        build_train_loader(train_set, sampler, config.num_workers),
         val_loader if len(val_set) else None,
         progress, checkpoint.TopWeights(folder, config.save_top_k), classes, cost,
     )  # fmt: skip
@@ -200,8 +203,6 @@ def _load_data_and_weights(fabric: Fabric, config: Config, state: dict | None) -
     data.drop_vanishing(loaded.model.image_size, config.dataset.min_area_pixels)
     if config.strict:
         data.refuse_defects()
-    if state is not None:
-        refuse_other_dataset(Path(config.resume), state, data)
     return data, loaded
 
 
@@ -224,7 +225,7 @@ def _create_folder(config: Config) -> tuple[Path, FileLock | None]:
     return folder, lock_run(folder)
 
 
-def _describe(folder: Path, config: Config, data: LabelledSet) -> None:
+def _describe(folder: Path, config: Config, data: LabelledSet, fingerprint: dict[str, Any]) -> None:
     """Write the settings of a run that begins, then the report and the split.
 
     A run that is killed meanwhile can be continued from the first on.
@@ -232,7 +233,7 @@ def _describe(folder: Path, config: Config, data: LabelledSet) -> None:
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "resume"}
     write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     write_report(folder / "dataset_report.json", describe_dataset(data.report, data.train + data.val))
-    write_json(folder / SPLIT, take_fingerprint(data), indent=1)
+    write_json(folder / SPLIT, fingerprint, indent=1)
 
 
 def _begin_progress(fabric: Fabric, loaded: LoadedModel) -> Progress:

@@ -7,6 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from conftest import build_vivid_sam
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -15,7 +16,6 @@ from finestsam.data.scenes import draw_scene
 from finestsam.errors import UserError
 from finestsam.images import read_image, write_image
 from finestsam.masks import decode_rle, distance_inside, rle_area, rle_box, rle_from_json
-from finestsam.model.build import build_sam
 from finestsam.model.card import Card, write_card
 from finestsam.prediction.generator import generate_masks
 from finestsam.prediction.predict import find_pictures, name_overlays
@@ -32,12 +32,8 @@ THRESHOLDS = {
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    torch.manual_seed(0)
-    sam = build_sam("vit_tiny_test")
-    for head in sam.mask_decoder.output_hypernetworks_mlps:
-        head.layers[-1].weight.data *= 10
     path = tmp_path_factory.mktemp("weights") / "tiny.pth"
-    torch.save(sam.state_dict(), path)
+    torch.save(build_vivid_sam().state_dict(), path)
     return path
 
 

@@ -19,7 +19,7 @@ def data(records) -> LabelledSet:
 
 
 def test_its_own_data_are_taken_without_the_file_that_describes_them(data, tmp_path):
-    refuse_other_dataset(tmp_path, {"dataset": hash_fingerprint(take_fingerprint(data))}, data)
+    refuse_other_dataset(tmp_path, {"dataset": hash_fingerprint(take_fingerprint(data))}, take_fingerprint(data))
 
 
 def test_changed_data_are_refused_with_the_difference(data, tmp_path):
@@ -28,11 +28,11 @@ def test_changed_data_are_refused_with_the_difference(data, tmp_path):
     data.train.reverse()
 
     with pytest.raises(UserError, match=rf"{REFUSED} \(the order of the pictures\); start a new run"):
-        refuse_other_dataset(tmp_path, {"dataset": hash_fingerprint(before)}, data)
+        refuse_other_dataset(tmp_path, {"dataset": hash_fingerprint(before)}, take_fingerprint(data))
 
     name = data.val.pop().file_name
     with pytest.raises(UserError, match=rf"{REFUSED} \(gone: {name}\); start a new run"):
-        refuse_other_dataset(tmp_path, {"dataset": hash_fingerprint(before)}, data)
+        refuse_other_dataset(tmp_path, {"dataset": hash_fingerprint(before)}, take_fingerprint(data))
 
 
 @pytest.mark.parametrize("content", [None, "", "[1]", '{"train": []}', "another run's"])
@@ -42,4 +42,4 @@ def test_without_the_run_s_own_description_the_difference_is_not_guessed(data, t
         (tmp_path / SPLIT).write_text(own if content == "another run's" else content)
 
     with pytest.raises(UserError, match=rf"{REFUSED}; start a new run"):
-        refuse_other_dataset(tmp_path, {"dataset": "of something else"}, data)
+        refuse_other_dataset(tmp_path, {"dataset": "of something else"}, take_fingerprint(data))
