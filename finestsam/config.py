@@ -419,7 +419,7 @@ class EvaluateConfig:
     battery: bool = setting(
         False,
         "in each validation of a training as well, ask for every object with a box, and correct the model on it with "
-        "so many clicks; takes as long as a dozen points for each object",
+        "so many clicks: an answer more for each object and click",
     )
     background_points: int = setting(
         32,
