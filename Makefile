@@ -19,8 +19,8 @@ $(VENV)/ready: requirements.txt pyproject.toml
 demo: setup
 	rm -rf $(DEMO)
 	$(RUN) -c "from pathlib import Path; from finestsam.data.scenes import write_scenes as write; \
-		write(Path('$(DEMO)/dataset'), 32, seed=0, kind='facades'); \
-		write(Path('$(DEMO)/unseen'), 6, seed=1, kind='facades')"
+		write(Path('$(DEMO)/dataset'), 32, seed=0, kinds=['facades']); \
+		write(Path('$(DEMO)/unseen'), 6, seed=1, kinds=['facades'])"
 	$(RUN) -m finestsam --mode train --dataset $(DEMO)/dataset --sav_dir $(DEMO) --run_name run --model.type vit_tiny \
 		--dataset.background_points 8 --dataset.val_size 0.2 --evaluate.goal f1 --best_metric val_generator_f1 \
 		--num_epochs 10 --eval_interval 0

@@ -1,4 +1,4 @@
-"""Draw the kinds of scenes: textured shapes, parcels and blocks of old plans, cells under a microscope, things.
+"""Draw the kinds of scenes: textured shapes, things with parts, cells under a microscope; and what all kinds draw with.
 
 Each kind draws a canvas (H x W x 3, float32, 0 to 255) and label maps (each H x W, int: 0 is background, k the k-th
 object), one for each level of detail.
@@ -14,9 +14,6 @@ from finestsam.images import blur
 from finestsam.masks import rasterize
 
 SQUARE = np.array([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])  # the order of the corners of a quad
-INWARDS = np.array([[1.0], [-1.0]])  # for the two opposite corners, XY, that make a rectangle
-PAPER = (232, 222, 196)
-WASHES = ((238, 200, 185), (226, 178, 158), (240, 226, 178), (205, 216, 178), (200, 212, 214), (206, 142, 126), PAPER)
 FLUORESCENT = [
     [[8, 12, 14], [90, 215, 120]],
     [[10, 8, 22], [100, 130, 245]],
@@ -86,69 +83,6 @@ def draw_pattern(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
             return draw_lines(along, period, period / 2) ^ draw_lines(across, period, period / 2)
 
 
-def draw_parcels(rng: np.random.Generator, size: tuple[int, int]) -> Drawn:
-    """Draw an old town plan: blocks between streets, cut into parcels, washed, inked and lettered."""
-    area, angle, reach = size[0] * size[1], rng.normal(0, 0.25), 0.65 * max(size)
-    labels, label = np.zeros(size, np.int32), 0
-    block_area, parcel_area = area * rng.uniform(0.15, 0.5), area * rng.uniform(0.06, 0.13)
-    for block in subdivide(rng, SQUARE[::2] * reach, block_area):
-        block = block + INWARDS * max(size) * rng.uniform(0.01, 0.03)  # half a street on each side
-        skew = rng.normal(0, 0.03, (4, 2)) * max(size)
-        for parcel in subdivide(rng, block, parcel_area):
-            yard = parcel + INWARDS * np.ptp(parcel, axis=0) * rng.uniform(0.15, 0.4, (2, 2))
-            for rectangle in (parcel, yard)[: 1 + (rng.random() < 0.2)]:
-                label += 1
-                box, inside = fill(turn(to_quad(rectangle, block, skew), angle) + np.array(size[::-1]) / 2, size)
-                labels[box][inside] = label
-    borders = find_borders(labels)
-    ink = rng.uniform(30, 90) * np.array([1, 0.85, 0.7])
-    canvas = wash(rng, labels, ink)
-    canvas[borders] = ink
-    write_names(rng, canvas, ink, angle)
-    return canvas, [np.where(borders, 0, labels)]
-
-
-def draw_plans(rng: np.random.Generator, size: tuple[int, int]) -> Drawn:
-    """Draw an engraved plan: on bare paper, blocks of houses in outline, and in them buildings that are hatched.
-
-    A block is what its buildings leave of it; a line of ink belongs to nothing.
-    """
-    area, angle, reach = size[0] * size[1], rng.normal(0, 0.4), 0.65 * max(size)
-    labels, is_hatched = np.zeros(size, np.int32), [False]
-    block_area, building_area = area * rng.uniform(0.05, 0.35), area * rng.uniform(0.008, 0.04)
-    for block in subdivide(rng, SQUARE[::2] * reach, block_area):
-        block = block + INWARDS * max(size) * rng.uniform(0.01, 0.04)
-        skew, middle = rng.normal(0, 0.03, (4, 2)) * max(size), np.array(size[::-1]) / 2
-        outlines = [(block, True)] + [(part, False) for part in choose_buildings(rng, block, building_area)]
-        for rectangle, starts in outlines:
-            if starts or rng.random() < 0.6:  # else another wing of the last building
-                is_hatched.append(not starts or rng.random() < 0.1)
-            box, inside = fill(turn(to_quad(rectangle, block, skew), angle) + middle, size)
-            labels[box][inside] = len(is_hatched) - 1
-    borders, ink = find_borders(labels), rng.uniform(20, 90) * np.array([1, 0.95, 0.85])
-    along, across = turn_grid(size, angle + rng.choice([-1, 1]) * np.pi / 4)
-    period = rng.uniform(2.5, 6)
-    strokes = draw_lines(along, period, rng.uniform(0.35, 0.6) * period)
-    strokes = (strokes & draw_lines(across, period, period / 2)) if rng.random() < 0.2 else strokes
-    paper = np.array(PAPER) + rng.normal(0, 12, 3)
-    stains = 6 * (draw_noise(rng, size, 0.8) + np.sin(along / 40) * np.sin(across / 50) / 2)
-    canvas = np.float32(paper) + np.float32(stains)[..., None]
-    hatching = (np.array(is_hatched)[labels] & strokes) * np.float32(rng.uniform(0.5, 0.9))
-    canvas += hatching[..., None] * np.float32(ink - paper)
-    canvas[borders] = ink
-    for _ in range(rng.integers(1, 4)):
-        write_names(rng, canvas, ink, angle + rng.choice([0, np.pi / 2]))
-    return canvas, [np.where(borders, 0, labels)]
-
-
-def choose_buildings(rng: np.random.Generator, block: np.ndarray, building_area: float) -> list[np.ndarray]:
-    """Return the rectangles (each 2 x 2: two opposite corners, XY) in a block that are built on; some have none."""
-    if rng.random() < 0.3:
-        return []
-    yard = block + INWARDS * np.ptp(block, axis=0) * rng.uniform(0.0, 0.15, (2, 2))
-    return [part for part in subdivide(rng, yard, building_area) if rng.random() < 0.5]
-
-
 def draw_things(rng: np.random.Generator, size: tuple[int, int]) -> Drawn:
     """Draw shaded things with parts, more alike than `draw_shapes` does: first the whole ones, then the parts."""
     weight, wholes, parts = np.float32(draw_pattern(rng, size)), np.zeros(size, np.int32), np.zeros(size, np.int32)
@@ -174,50 +108,6 @@ def draw_things(rng: np.random.Generator, size: tuple[int, int]) -> Drawn:
     colours = colours + rng.normal(0, 0.6 * spread, (2 * len(radii) + 1, 3))
     others = colours + rng.normal(0, 25, (len(colours), 1)) + rng.normal(0, 10, colours.shape)
     return mix(colours, others, paint, weight) * shade[..., None], [wholes, parts]
-
-
-def subdivide(rng: np.random.Generator, rectangle: np.ndarray, max_area: float) -> list[np.ndarray]:
-    """Cut a rectangle (2 x 2: its two opposite corners, XY) until every piece is below about `max_area`."""
-    sides = np.ptp(rectangle, axis=0)
-    if sides.prod() < max_area * rng.uniform(0.4, 1.4):
-        return [rectangle]
-    first, second = rectangle.copy(), rectangle.copy()
-    axis = int(np.argmax(sides * rng.uniform(0.7, 1.4, 2)))
-    first[1, axis] = second[0, axis] = rectangle[0, axis] + sides[axis] * rng.uniform(0.35, 0.65)
-    return subdivide(rng, first, max_area) + subdivide(rng, second, max_area)
-
-
-def to_quad(rectangle: np.ndarray, block: np.ndarray, skew: np.ndarray) -> np.ndarray:
-    """Return the corners (4 x 2, XY) of a rectangle, drawn along as the corners of its block move by `skew` (4 x 2)."""
-    corners = np.where(SQUARE < 0, rectangle[0], rectangle[1])
-    position = 2 * (corners - block[0]) / np.ptp(block, axis=0) - 1  # -1 to 1 across the block
-    # Bilinear, so straight lines along the block's sides stay straight and neighbours stay flush.
-    return corners + ((1 + position[:, None] * SQUARE) / 2).prod(axis=2) @ skew
-
-
-def wash(rng: np.random.Generator, labels: np.ndarray, ink: np.ndarray) -> np.ndarray:
-    """Return stained paper (H x W x 3, float32) with a tint for each label, and hatching or dots on some."""
-    count = labels.max() + 1
-    tints = rng.choice(WASHES, count) + rng.normal(0, 6, (count, 3))
-    has_rows, has_columns, has_dots = rng.integers(6, size=count) == [[0], [1], [2]]
-    tints[0], has_rows[0], has_columns[0], has_dots[0] = PAPER, False, False, False
-    along, across = turn_grid(labels.shape, rng.uniform(0, np.pi))
-    rows, columns = (draw_lines(axis, rng.uniform(4, 7), 1.3) for axis in (along, across))
-    drawn = (has_rows[labels] & rows) | (has_columns[labels] & columns) | (has_dots[labels] & rows & columns)
-    stains = 8 * (draw_noise(rng, labels.shape, 0.8) + np.sin(along / 40) * np.sin(across / 50) / 2)
-    return mix(tints, ink[None].repeat(count, 0), labels, 0.6 * drawn) + stains[..., None]
-
-
-def write_names(rng: np.random.Generator, canvas: np.ndarray, ink: np.ndarray, angle: float) -> None:
-    """Write words of made-up letters over the canvas, in place; they belong to no object and cut none."""
-    height, width = size = canvas.shape[:2]
-    nodes = np.array([[0, 0], [0.6, 0], [0, 0.5], [0.6, 0.5], [0, 1], [0.6, 1]])
-    for letter_count in rng.integers(1, 9, rng.integers(4, 9)):
-        letter_height, start = max(size) * rng.uniform(0.02, 0.06), rng.uniform(0, 0.9, 2) * (width, height)
-        for number in range(letter_count):
-            strokes = rng.permutation(nodes)[:4] + [0.9 * number, 0]
-            box, inside = fill(turn(widen(strokes, 0.06) * letter_height, angle) + start, size)
-            canvas[box][inside] = ink
 
 
 def draw_blobs(rng: np.random.Generator, size: tuple[int, int]) -> Drawn:

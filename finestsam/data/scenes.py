@@ -7,14 +7,16 @@ label maps: those of one level never overlap, and the blur and noise of the canv
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from finestsam.data.drawing import draw_blobs, draw_parcels, draw_plans, draw_shapes, draw_things, find_borders
+from finestsam.data.drawing import draw_blobs, draw_shapes, draw_things, find_borders
 from finestsam.data.facades import draw_facades
 from finestsam.data.processes import map_in_processes
+from finestsam.data.town_plans import draw_parcels, draw_plans
 from finestsam.images import blur, write_image
 from finestsam.masks import encode_mask, rle_area, rle_box, rle_to_json
 from finestsam.whole_files import write_json
@@ -45,23 +47,27 @@ class Scene:
 
 
 def write_scenes(
-    root: Path, count: int, seed: int = 0, size: tuple[int, int] = (256, 256), kind: str | None = None
+    root: Path, count: int, seed: int = 0, size: tuple[int, int] = (256, 256), kinds: Sequence[str] | None = None
 ) -> Path:
     """Write a COCO dataset of scenes, data/images/scene_0000.png, ... and data/annotations.json, into `root`.
 
-    Without a kind, the seed chooses one of KINDS for each scene.
+    `kinds` are drawn in turn; one that is named twice comes twice as often. Without them, the seed chooses one of KINDS
+    for each scene.
 
     The aspect ratio takes turns between that of `size`, a wider and a taller one, as real datasets mix them.
     """
     height, width = size
     sizes = (size, (height * 7 // 8, width * 9 // 8), (height * 9 // 8, width * 7 // 8))
-    kinds = KINDS if kind is None or kind in KINDS else (*KINDS, kind)
-    category_ids = {CATEGORIES[each]: number for number, each in enumerate(kinds, start=1)}
+    drawn = kinds or [None]
+    names = [*KINDS, *(kind for kind in dict.fromkeys(drawn) if kind not in (None, *KINDS))]
+    category_ids = {CATEGORIES[kind]: number for number, kind in enumerate(names, start=1)}
     images, annotations = [], []
     folder = root / "data" / "images"
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"scene_{index:04d}.png" for index in range(count)]
-    tasks = [(path, seed, index, sizes[index % len(sizes)], kind) for index, path in enumerate(paths)]
+    tasks = [
+        (path, seed, index, sizes[index % len(sizes)], drawn[index % len(drawn)]) for index, path in enumerate(paths)
+    ]
     for (path, _, index, (height, width), _), objects in zip(
         tasks, map_in_processes(_write_scene, tasks, "drawing"), strict=True
     ):

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from finestsam.model.head_file import load_head
 
-SUFFIX = ".classes.pth"
 # The class of what is not an object; those of categories follow.
 NO_OBJECT = 0
 
@@ -31,6 +30,8 @@ class ClassHead(nn.Module):
         width: channels of tokens and embedding.
         class_count: with `NO_OBJECT`.
     """
+
+    SUFFIX = ".classes.pth"  # of its file, beside that of SAM's weights
 
     def __init__(self, width: int, class_count: int):
         super().__init__()
@@ -65,11 +66,6 @@ def share_cells(logits: Tensor, side: int) -> Tensor:
     return (areas / areas.sum(dim=1, keepdim=True).clamp(min=1e-9)).view(*masks, side * side)
 
 
-def head_path(weights: Path) -> Path:
-    """Return where the head lies that belongs to a file of SAM's weights."""
-    return weights.with_suffix(SUFFIX)
-
-
 def load_class_head(weights: Path, names: Sequence[str]) -> ClassHead:
     """Return the head beside a file of SAM's weights.
 
@@ -83,4 +79,4 @@ def load_class_head(weights: Path, names: Sequence[str]) -> ClassHead:
     def build(state_dict: dict[str, Tensor]) -> ClassHead:
         return ClassHead(len(state_dict["token_norm.weight"]), 1 + len(names))
 
-    return load_head(weights, SUFFIX, build, f"the {len(names)} categories")
+    return load_head(weights, ClassHead, build, f"the {len(names)} categories")

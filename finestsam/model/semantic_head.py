@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from finestsam.model.head_file import load_head
 
-SUFFIX = ".semantic.pth"
-
 
 class SemanticHead(nn.Module):
     """From an embedding to logits of classes at a quarter of the input's side.
@@ -22,6 +20,8 @@ class SemanticHead(nn.Module):
         width: channels of the embedding.
         class_count: with the background.
     """
+
+    SUFFIX = ".semantic.pth"  # of its file, beside that of SAM's weights
 
     def __init__(self, width: int, class_count: int):
         super().__init__()
@@ -39,11 +39,6 @@ class SemanticHead(nn.Module):
         return self.classify(self.enlarge(self.look(embedding)))
 
 
-def head_path(weights: Path) -> Path:
-    """Return where the head lies that belongs to a file of SAM's weights: beside it, so that those stay a plain SAM."""
-    return weights.with_suffix(SUFFIX)
-
-
 def load_semantic_head(weights: Path, names: Sequence[str]) -> SemanticHead:
     """Return the head beside a file of SAM's weights.
 
@@ -57,4 +52,4 @@ def load_semantic_head(weights: Path, names: Sequence[str]) -> SemanticHead:
     def build(state_dict: dict[str, Tensor]) -> SemanticHead:
         return SemanticHead(state_dict["look.1.weight"].shape[0], len(names))
 
-    return load_head(weights, SUFFIX, build, f"the {len(names)} classes")
+    return load_head(weights, SemanticHead, build, f"the {len(names)} classes")

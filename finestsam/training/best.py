@@ -9,10 +9,10 @@ from pathlib import Path
 from finestsam import __version__
 from finestsam.data.categories import list_category_ids
 from finestsam.errors import UserError
-from finestsam.model import classes, semantic_head
 from finestsam.model.adapter_file import write_adapter
 from finestsam.model.card import Card, write_card
 from finestsam.model.fft_attention import list_blocks
+from finestsam.model.head_file import head_path
 from finestsam.model.load import RANDOM_WEIGHTS
 from finestsam.model.lora import list_lora, plain_state_dict
 from finestsam.model.saving import save_weights
@@ -92,9 +92,9 @@ def _save_adapter(run: Run, card: Card) -> None:
 
 def _save_beside(run: Run, path: Path, card: Card) -> None:
     model = run.loaded.model
-    for kind, head in ((semantic_head, model.semantic_head), (classes, model.class_head)):
+    for head in (model.semantic_head, model.class_head):
         if head is not None:
-            save_weights(kind.head_path(path), head.state_dict())
+            save_weights(head_path(path, type(head)), head.state_dict())
     write_card(path, card)
 
 

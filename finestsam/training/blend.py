@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from finestsam.model.card import read_card
-from finestsam.model.classes import head_path
+from finestsam.model.head_file import head_path
 from finestsam.model.lora import is_lora, list_lora, load_plain_
 from finestsam.model.sam import FinestSam
 from finestsam.model.saving import save_weights
@@ -82,7 +82,7 @@ def _load_best_head_(run: Run) -> None:
     """Take the class head that belongs to the best weights: the blends of those are judged and saved with it."""
     head = run.loaded.model.class_head
     if head is not None:
-        head.load_state_dict(torch.load(head_path(run.folder / "best.pth"), weights_only=True))
+        head.load_state_dict(torch.load(head_path(run.folder / "best.pth", type(head)), weights_only=True))
 
 
 def _list_shares(run: Run, start: dict[str, Tensor], best: dict[str, Tensor]) -> tuple[float, ...]:

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from finestsam.errors import UserError
-from finestsam.model import classes, semantic_head
+from finestsam.model.classes import ClassHead
 from finestsam.model.saving import is_damaged, save_file, save_weights
+from finestsam.model.semantic_head import SemanticHead
 
 LAST = "last.ckpt"  # everything needed to continue
 PREVIOUS = "last.prev.ckpt"  # the one before, for the day on which the last one is damaged
-BESIDE_WEIGHTS = (".json", semantic_head.SUFFIX, classes.SUFFIX)  # what lies beside a file of weights, under its name
+BESIDE_WEIGHTS = (".json", SemanticHead.SUFFIX, ClassHead.SUFFIX)  # what lies beside a file of weights, under its name
 
 
 def save_last(path: Path, state: dict) -> None:

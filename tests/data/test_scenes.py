@@ -121,6 +121,17 @@ def test_written_scenes_read_back_as_they_were_drawn(tmp_path):
     assert sizes == {(96, 96), (84, 108), (108, 84)}
 
 
+def test_kinds_are_drawn_in_turn(tmp_path):
+    root = write_scenes(tmp_path, count=4, size=(96, 96), kinds=("plans", "facades"))
+
+    coco = COCO(root / "data" / "annotations.json")
+    names = [
+        {coco.cats[annotation["category_id"]]["name"] for annotation in coco.imgToAnns[image]}
+        for image in sorted(coco.imgs)
+    ]
+    assert names == [{"block"}, {"window"}, {"block"}, {"window"}]
+
+
 def test_areas_and_boxes_are_those_of_pycocotools(tmp_path):
     write_scenes(tmp_path, count=3, size=(96, 96))
 

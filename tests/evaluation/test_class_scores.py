@@ -22,7 +22,8 @@ from finestsam.evaluation.evaluate import evaluate
 from finestsam.masks import encode_mask, rle_area, rle_box, rle_to_json
 from finestsam.model.build import build_sam
 from finestsam.model.card import Card, write_card
-from finestsam.model.classes import ClassHead, head_path
+from finestsam.model.classes import ClassHead
+from finestsam.model.head_file import head_path
 
 # Of the dataset; no picture has an object of the last, and the model lacks the third and knows another one.
 NAMES = {2: "ball", 5: "crate", 6: "wheel", 9: "bird"}
@@ -155,7 +156,7 @@ def weights(tmp_path_factory) -> Path:
         network.layers[-1].weight.data *= 10  # masks that differ
     torch.save(sam.state_dict(), path)
     names = ["crate", CATEGORIES[3], "fish"]
-    torch.save(ClassHead(32, 4).state_dict(), head_path(path))
+    torch.save(ClassHead(32, 4).state_dict(), head_path(path, ClassHead))
     settings = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "no_object_thresh": 1.0, "points_per_side": 4}
     settings["box_nms_thresh"] = 1.0
     write_card(path, Card("vit_tiny_test", 64, True, names, settings, task="classes", category_ids=[7, 3, 8]))

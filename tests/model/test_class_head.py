@@ -8,7 +8,8 @@ from finestsam.config import build_config
 from finestsam.errors import UserError
 from finestsam.model.build import build_sam
 from finestsam.model.card import Card, write_card
-from finestsam.model.classes import ClassHead, head_path, load_class_head, share_cells
+from finestsam.model.classes import ClassHead, load_class_head, share_cells
+from finestsam.model.head_file import head_path
 from finestsam.model.load import load_model
 from finestsam.model.sam import FinestSam
 
@@ -109,12 +110,12 @@ def test_a_head_is_loaded_with_its_weights_or_what_is_wrong_is_said(tmp_path):
     with pytest.raises(UserError, match=r"best.classes.pth is missing, the head that best.json speaks of"):
         load_model(config, prefer_runs=True)
 
-    torch.save(ClassHead(32, 9).state_dict(), head_path(tmp_path / "best.pth"))
+    torch.save(ClassHead(32, 9).state_dict(), head_path(tmp_path / "best.pth", ClassHead))
     with pytest.raises(UserError, match=r"best.classes.pth: not a head for the 2 categories of .*best.json"):
         load_model(config, prefer_runs=True)
 
     head = ClassHead(32, 3)
-    torch.save(head.state_dict(), head_path(tmp_path / "best.pth"))
+    torch.save(head.state_dict(), head_path(tmp_path / "best.pth", ClassHead))
     loaded = load_class_head(tmp_path / "best.pth", ["ball", "crate"])
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in head.state_dict().items())
     assert load_model(config, prefer_runs=True).model.class_head is not None

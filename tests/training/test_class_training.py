@@ -20,7 +20,8 @@ from finestsam.data.dataset import SampleDataset, SampleSettings
 from finestsam.data.index import Record
 from finestsam.data.read import read_training_set
 from finestsam.model.build import build_sam
-from finestsam.model.classes import ClassHead, head_path
+from finestsam.model.classes import ClassHead
+from finestsam.model.head_file import head_path
 from finestsam.model.load import load_model
 from finestsam.model.sam import FinestSam
 from finestsam.prediction.precompute import Embedder
@@ -160,7 +161,9 @@ def test_training_goes_on_from_a_head_for_the_same_categories(finished, shapes, 
 
     run = run_training(shapes, tmp_path, *flags, *BRIEF)
 
-    before, after = (torch.load(head_path(folder / "best.pth"), weights_only=True) for folder in (finished, run))
+    before, after = (
+        torch.load(head_path(folder / "best.pth", ClassHead), weights_only=True) for folder in (finished, run)
+    )
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, rtol=0, atol=1e-6)
 
@@ -195,7 +198,7 @@ def test_original_weights_come_back_with_the_best_head(shapes, tmp_path):
     run = run_training(shapes, tmp_path, TASK, *BRIEF, *flags)
 
     card = json.loads((run / "best.json").read_text())
-    head = torch.load(head_path(run / "best.pth"), weights_only=True)
+    head = torch.load(head_path(run / "best.pth", ClassHead), weights_only=True)
     assert card["kept_original"] in (0.0, 0.5)
     assert head["classify.2.weight"].shape == (3, 32)
 
@@ -343,7 +346,7 @@ def test_a_dataset_of_one_category_learns_whether_a_mask_is_an_object(coco_folde
 
     assert "object (" in (said := capsys.readouterr().out)
     assert "there is only one, so what is learnt is whether a mask is an object" in said
-    assert torch.load(head_path(run / "best.pth"), weights_only=True)["classify.2.weight"].shape[0] == 2
+    assert torch.load(head_path(run / "best.pth", ClassHead), weights_only=True)["classify.2.weight"].shape[0] == 2
 
 
 def test_settings_that_learn_no_classes_are_refused(shapes, capsys):

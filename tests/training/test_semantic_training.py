@@ -17,9 +17,10 @@ from finestsam.config import SemanticConfig, build_config
 from finestsam.data.semantic import IGNORED
 from finestsam.errors import UserError
 from finestsam.model.build import build_sam
+from finestsam.model.head_file import head_path
 from finestsam.model.load import load_model
 from finestsam.model.resample import upscale_logits
-from finestsam.model.semantic_head import SemanticHead, head_path, load_semantic_head
+from finestsam.model.semantic_head import SemanticHead, load_semantic_head
 from finestsam.prediction.semantic import classify
 from finestsam.training.semantic import class_dice_loss, measure_classes
 
@@ -110,7 +111,9 @@ def test_training_goes_on_from_a_head_for_the_same_classes(finished, scenes, tmp
 
     run = run_training(scenes, tmp_path, *flags)
 
-    before, after = (torch.load(head_path(folder / "best.pth"), weights_only=True) for folder in (finished, run))
+    before, after = (
+        torch.load(head_path(folder / "best.pth", SemanticHead), weights_only=True) for folder in (finished, run)
+    )
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, rtol=0, atol=1e-6)
 
