@@ -41,29 +41,44 @@ WHOLE = (
 
 
 @dataclass(frozen=True)
+class Drawings:
+    """A set of scenes."""
+
+    count: int
+    side: int  # in pixels
+    seed: int
+    kinds: tuple[str, ...] | None = None  # drawn in turn; None: as the seed chooses
+
+
+@dataclass(frozen=True)
 class Stage:
     """One run of training, from what the one before it has learnt."""
 
     name: str
-    scenes: tuple[int, int, int]  # how many, their side in pixels, the seed
+    scenes: Drawings
     warmup_steps: int
     steps: int
     decays: tuple[int, ...]  # steps after which the learning rate falls to a third
     flags: tuple[str, ...]
 
 
-# Small pictures first, where a step costs a fifth; then details of larger ones and these whole, twice: each time the
-# rate starts high again.
+SMALL, LARGE = Drawings(6000, 256, 2026), Drawings(5000, 512, 3)
+TOWNS = Drawings(4800, 512, 4, ("plans", "shapes", "blobs", "plans", "things", "parcels"))
+# Small pictures first, where a step costs a fifth; then details of larger ones and these whole, again and again: each
+# time the rate starts high.
 STAGES = (
     Stage(
-        "small", (6000, 256, 2026), 100, 2721, (),
+        "small", SMALL, 100, 2721, (),
         ("--model.image_size", "256", "--opt.learning_rate", "1e-3", "--batch_size", "4",
          "--dataset.max_objects", "24"),
     ),
-    Stage("details", (5000, 512, 3), 100, 2600, (1450, 2000, 2400), DETAILS),
-    Stage("whole", (5000, 512, 3), 50, 950, (550, 800), WHOLE),
-    Stage("details_again", (5000, 512, 3), 100, 5100, (3300, 4300, 4800), DETAILS),
-    Stage("whole_again", (5000, 512, 3), 50, 1150, (600, 900, 1050), WHOLE),
+    Stage("details", LARGE, 100, 2600, (1450, 2000, 2400), DETAILS),
+    Stage("whole", LARGE, 50, 950, (550, 800), WHOLE),
+    Stage("details_again", LARGE, 100, 5100, (3300, 4300, 4800), DETAILS),
+    Stage("whole_again", LARGE, 50, 1150, (600, 900, 1050), WHOLE),
+    Stage("details_third", LARGE, 100, 1425, (), DETAILS),
+    Stage("details_of_towns", TOWNS, 100, 2200, (1400, 1850, 2080), DETAILS),
+    Stage("whole_towns", TOWNS, 50, 1200, (650, 950, 1100), WHOLE),
 )  # fmt: skip
 
 
@@ -84,10 +99,11 @@ def make(folder: Path, share: float = 1.0) -> Path:
 
 
 def _train(folder: Path, stage: Stage, start: str, share: float) -> Path:
-    count, side, seed = stage.scenes
-    scenes = folder / f"scenes_{side}"
+    drawn = stage.scenes
+    scenes = folder / f"scenes_{drawn.side}_{drawn.seed}"
     if not (scenes / "data" / "annotations.json").is_file():
-        write_scenes(scenes, count=max(1, round(share * count)), seed=seed, size=(side, side))
+        count = max(1, round(share * drawn.count))
+        write_scenes(scenes, count, drawn.seed, (drawn.side, drawn.side), drawn.kinds)
     steps, warmup, *decays = (max(1, round(share * step)) for step in (stage.steps, stage.warmup_steps, *stage.decays))
     run = folder / stage.name
     command = ["--mode", "train", "--max_steps", str(steps)]

@@ -162,6 +162,7 @@ def _attend_in_pieces(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column
     """
     count, height, width, _ = q.shape
     length = height * width
+    k = k.transpose(1, 2).contiguous()  # once, where each piece's product would copy it
     some, rows = max(1, CHUNK_SCORES // length**2), max(1, CHUNK_SCORES // (length * width))
     pieces = []
     for i in range(0, count, some):
@@ -178,9 +179,10 @@ def _attend_in_pieces(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column
 
 
 def _attend_piece(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+    """Attend with some rows of queries; arguments as of `_attend_in_pieces`, but k is N x d x L."""
     bias = (by_row[..., :, None] + by_column[..., None, :]).flatten(3).flatten(1, 2)
     add = torch.baddbmm if torch.is_grad_enabled() else Tensor.baddbmm_
-    return add(bias, q.flatten(1, 2), k.transpose(1, 2)).softmax(dim=-1) @ v
+    return add(bias, q.flatten(1, 2), k).softmax(dim=-1) @ v
 
 
 def _attend_folded(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def test_weights_are_made_from_nothing_and_a_stopped_making_goes_on(tmp_path, mo
 
     weights = make(tmp_path, SHARE)
 
-    assert ["--resume" in command for command in commands] == [False, False, True, False, False, False, False]
+    assert ["--resume" in command for command in commands] == [False, False, True, *[False] * (len(STAGES) - 1)]
     assert sorted(path.name for path in tmp_path.iterdir() if path.name in {stage.name for stage in STAGES}) == sorted(
         stage.name for stage in STAGES
     )
