@@ -2,7 +2,7 @@
 
     python -m benchmarks.pictures DATASET [DATASET ...]
 
-The random model has no thresholds, so that something is left of what it finds. The classical one is Felzenszwalb and
+The generator's thresholds are searched on the same pictures, for either model. The classical one is Felzenszwalb and
 Huttenlocher's (Efficient graph-based image segmentation, 2004) of scikit-image at several scales, which a model without
 training has to beat: all its segments are its masks, the smaller scale first; a point is answered with the best of the
 three scales' segments it lies in, as SAM answers with the best of three masks.
@@ -10,6 +10,7 @@ three scales' segments it lies in, as SAM answers with the best of three masks.
 
 import argparse
 import json
+import re
 import tempfile
 from pathlib import Path
 from statistics import mean
@@ -26,11 +27,10 @@ from finestsam.masks import decode_rle, encode_mask, rle_to_json
 
 SCALES = (50, 200, 800)
 FIGURES = ("point/best_iou", "point/iou", "box/iou", "generator/ar_1000", "generator/ap")
+SEARCH = ["--evaluate.search", "true"]
 BUILTIN = ["--model.type", "vit_tiny"]
-RANDOM = [
-    *BUILTIN, "--model.checkpoint", "none",
-    "--generator.pred_iou_thresh", "0", "--generator.stability_score_thresh", "0",
-]  # fmt: skip
+RANDOM = [*BUILTIN, "--model.checkpoint", "none"]
+TIMED_PICTURES = 12  # at most, of each dataset
 
 
 def main() -> None:
@@ -45,13 +45,15 @@ def main() -> None:
         for dataset in given.datasets:
             ours = ["--model.checkpoint", given.weights] if given.weights else BUILTIN
             for name, figures in (
-                (given.weights or "built-in weights", evaluate(dataset, ours, Path(folder))),
-                ("random weights", evaluate(dataset, RANDOM, Path(folder))),
+                (given.weights or "built-in weights", evaluate(dataset, ours + SEARCH, Path(folder))),
+                ("random weights", evaluate(dataset, RANDOM + SEARCH, Path(folder))),
                 ("Felzenszwalb", evaluate_classical(dataset, Path(folder))),
             ):
-                rows.append([dataset.name, name, *(f"{figures[key]:.3f}" if key in figures else "" for key in FIGURES)])
+                shown = [f"{figures[key]:.3f}" if key in figures else "" for key in FIGURES]
+                rows.append([dataset.name, name, *shown, ""])
                 print(rows[-1], flush=True)
-    print_table(["pictures", "model", *FIGURES], rows)
+            rows[-3][-1] = time_prediction(dataset, ours, Path(folder))
+    print_table(["pictures", "model", *FIGURES, "s a picture"], rows)
 
 
 def evaluate(dataset: Path, flags: list[str], folder: Path) -> dict[str, float]:
@@ -60,6 +62,15 @@ def evaluate(dataset: Path, flags: list[str], folder: Path) -> dict[str, float]:
     command += ["--evaluate.clicks", "0", "--evaluate.against", "none", "--sav_dir", str(folder / "none"), *flags]
     run_process(command)
     return json.loads((folder / "out" / "evaluation.json").read_text())
+
+
+def time_prediction(dataset: Path, flags: list[str], folder: Path) -> str:
+    """Return the seconds that `--mode predict` takes for a picture, reading and overlay included, start excluded."""
+    records = read_evaluation_set(build_config({"dataset.path": str(dataset)}).dataset, "auto").val
+    paths = [str(record.path) for record in records[:TIMED_PICTURES]]
+    command = ["-m", "finestsam", "--mode", "predict", "--store.enabled", "false", *flags]
+    output = run_process([*command, "--input", *paths, "--out_dir", str(folder / "predicted")]).output
+    return re.search(r"([0-9.]+) s a picture", output)[1]
 
 
 def evaluate_classical(dataset: Path, folder: Path) -> dict[str, float]:
