@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from finestsam.data.processes import map_in_processes
+from finestsam.data.processes import count_cores, map_in_processes
 from finestsam.errors import UserError
 from finestsam.interruption import WATCHED, Interrupted, watch_signals
 
 ROOT = Path(__file__).parents[1]
+# On one the work is done in the process itself, which no test may then end.
+needs_two_cores = pytest.mark.skipif(count_cores() < 2, reason="no other process is started on one core")
 
 
 def send(number: int) -> None:
@@ -201,6 +203,7 @@ WORK = """
 """
 
 
+@needs_two_cores
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
 @pytest.mark.parametrize("to_group", [False, True], ids=["to the process", "to the whole group"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -217,6 +220,7 @@ def test_no_process_outlives_the_one_that_started_it(number, to_group):
     assert wait_for_end(process.pid) == []
 
 
+@needs_two_cores
 def test_a_pool_that_lost_a_process_is_told_and_does_not_hang():
     with pytest.raises(UserError, match="ended from outside"):
         list(map_in_processes(end_itself, range(100), ""))

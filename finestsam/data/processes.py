@@ -30,7 +30,7 @@ def map_in_processes(function: Callable[[Item], Result], items: Sequence[Item], 
     Args:
         function: of the top level of a module, so that another process can find it.
     """
-    count = min(_count_cores(), len(items) // ITEMS_WORTH_A_PROCESS, MAX_PROCESSES)
+    count = min(count_cores(), len(items) // ITEMS_WORTH_A_PROCESS, MAX_PROCESSES)
     results = map(function, items) if count < 2 else _map_beside(function, items, count)
     yield from tqdm(results, desc=title, total=len(items), disable=not sys.stderr.isatty(), leave=False)
 
@@ -64,6 +64,6 @@ def _start_process() -> None:
     use_one_thread()
 
 
-def _count_cores() -> int:
+def count_cores() -> int:
     """Return the cores that this process may use, which a container can limit."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -12,6 +12,7 @@ from finestsam.data.augment import show
 from finestsam.data.dataset import SampleDataset, SampleSettings, StepSampler, collate
 from finestsam.data.loaders import build_train_loader, build_validation_loader
 from finestsam.data.previous_logits import PreviousLogits
+from finestsam.data.prompts import build_image_grid
 from finestsam.images import compute_input_size, scale_points
 from finestsam.masks import decode_rle
 
@@ -232,12 +233,13 @@ def test_background_points_lie_on_the_grid_and_in_no_object(records):
 
     for position, record in enumerate(records):
         sample = dataset[(0, position)]
-        scale = 64 / max(record.size)
         taken = sum(decode_rle(record.rle(annotation)) for annotation in record.annotations)
         assert 1 <= len(sample.background) <= 5 and (sample.background.labels == 1).all()
+        grid = build_image_grid(16, record.size)
+        asked = torch.from_numpy(scale_points(grid, record.size, sample.input_size)).float()
         for (point,) in sample.background.points:
-            x, y = ((point + 0.5) / scale).int().tolist()
-            assert not taken[min(y, record.size[0] - 1), min(x, record.size[1] - 1)]
+            ((x, y),) = grid[(asked == point).all(dim=1)] + 0.5 * max(record.size) / 64
+            assert not taken[min(int(y), record.size[0] - 1), min(int(x), record.size[1] - 1)]
         assert torch.equal(sample.background.points, dataset[(0, position)].background.points)
     assert len(SampleDataset(records, make_settings())[(0, 0)].background) == 0
 
