@@ -78,7 +78,7 @@ STAGES = (
     Stage("whole_again", LARGE, 50, 1150, (600, 900, 1050), WHOLE),
     Stage("details_third", LARGE, 100, 1425, (), DETAILS),
     Stage("details_of_towns", TOWNS, 100, 2200, (1400, 1850, 2080), DETAILS),
-    Stage("whole_towns", TOWNS, 50, 1200, (650, 950, 1100), WHOLE),
+    Stage("whole_towns", TOWNS, 50, 1050, (550, 820, 950), WHOLE),
 )  # fmt: skip
 
 
