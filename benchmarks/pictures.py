@@ -44,15 +44,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for dataset in given.datasets:
             ours = ["--model.checkpoint", given.weights] if given.weights else BUILTIN
-            for name, figures in (
-                (given.weights or "built-in weights", evaluate(dataset, ours + SEARCH, Path(folder))),
-                ("random weights", evaluate(dataset, RANDOM + SEARCH, Path(folder))),
-                ("Felzenszwalb", evaluate_classical(dataset, Path(folder))),
+            for name, figures, seconds in (
+                (
+                    given.weights or "built-in weights",
+                    evaluate(dataset, ours + SEARCH, Path(folder)),
+                    time_prediction(dataset, ours, Path(folder)),
+                ),
+                ("random weights", evaluate(dataset, RANDOM + SEARCH, Path(folder)), ""),
+                ("Felzenszwalb", evaluate_classical(dataset, Path(folder)), ""),
             ):
                 shown = [f"{figures[key]:.3f}" if key in figures else "" for key in FIGURES]
-                rows.append([dataset.name, name, *shown, ""])
+                rows.append([dataset.name, name, *shown, seconds])
                 print(rows[-1], flush=True)
-            rows[-3][-1] = time_prediction(dataset, ours, Path(folder))
     print_table(["pictures", "model", *FIGURES, "s a picture"], rows)
 
 

@@ -60,8 +60,7 @@ def draw_plans(rng: np.random.Generator, size: tuple[int, int]) -> Drawn:
     strokes = draw_lines(along, period, rng.uniform(0.35, 0.6) * period)
     strokes = (strokes & draw_lines(across, period, period / 2)) if rng.random() < 0.2 else strokes
     paper = np.array(PAPER) + rng.normal(0, 12, 3)
-    stains = 6 * (draw_noise(rng, size, 0.8) + np.sin(along / 40) * np.sin(across / 50) / 2)
-    canvas = np.float32(paper) + np.float32(stains)[..., None]
+    canvas = np.float32(paper) + np.float32(6 * draw_stains(rng, along, across))[..., None]
     hatching = (is_hatched[labels] & strokes) * np.float32(rng.uniform(0.5, 0.9))
     canvas += hatching[..., None] * np.float32(ink - paper)
     canvas[borders] = ink
@@ -138,11 +137,12 @@ def draw_tracks(rng: np.random.Generator, canvas: np.ndarray, ink: np.ndarray) -
     for _ in range(rng.integers(0, 4)):
         x, (slope, curve) = np.linspace(-0.8, 0.8, 24), rng.normal(0, 0.2, 2)
         line = turn(np.stack([x, slope * x + curve * x**2 + rng.uniform(-0.5, 0.5)], axis=1), rng.uniform(0, np.pi))
-        along, _ = turn_grid(size, rng.uniform(0, np.pi))
-        gaps = draw_lines(along, rng.uniform(8, 20), 6) if rng.random() < 0.6 else np.zeros(size, bool)
+        angle, period = rng.uniform(0, np.pi), rng.uniform(8, 20) if rng.random() < 0.6 else None
         polygon = widen(line, rng.choice([0.0015, 0.0015, 0.008])) * max(size) + np.array(size[::-1]) / 2
         box, inside = fill(polygon, size)
-        canvas[box][inside & ~gaps[box]] = ink
+        if period is not None:
+            inside &= ~draw_lines(turn_grid(size, angle)[0][box], period, 6)
+        canvas[box][inside] = ink
 
 
 def choose_buildings(rng: np.random.Generator, block: np.ndarray, building_area: float) -> list[np.ndarray]:
@@ -181,8 +181,13 @@ def wash(rng: np.random.Generator, labels: np.ndarray, ink: np.ndarray) -> np.nd
     along, across = turn_grid(labels.shape, rng.uniform(0, np.pi))
     rows, columns = (draw_lines(axis, rng.uniform(4, 7), 1.3) for axis in (along, across))
     drawn = (has_rows[labels] & rows) | (has_columns[labels] & columns) | (has_dots[labels] & rows & columns)
-    stains = 8 * (draw_noise(rng, labels.shape, 0.8) + np.sin(along / 40) * np.sin(across / 50) / 2)
+    stains = 8 * draw_stains(rng, along, across)
     return mix(tints, ink[None].repeat(count, 0), labels, 0.6 * drawn) + stains[..., None]
+
+
+def draw_stains(rng: np.random.Generator, along: np.ndarray, across: np.ndarray) -> np.ndarray:
+    """Return how much lighter old paper is in each pixel (H x W), grains and waves along two coordinates together."""
+    return draw_noise(rng, along.shape, 0.8) + np.sin(along / 40) * np.sin(across / 50) / 2
 
 
 def write_names(rng: np.random.Generator, canvas: np.ndarray, ink: np.ndarray, angle: float) -> None:

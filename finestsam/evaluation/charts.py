@@ -86,13 +86,18 @@ def _finish_history(figure: Figure, history: History) -> str:
     """Mark the epoch that the weights are of, and return the figure as SVG."""
     (axes,) = figure.axes
     axes.set_ylim(bottom=0)
-    low, high = axes.get_xlim()
-    if high - low < 1:  # a single epoch
-        axes.set_xlim(low - 0.4, high + 1)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    count_epochs(axes)
     if history.kept_epoch is not None:
         axes.axvline(history.kept_epoch, color="#666666", linewidth=0.8, label="these weights")
     return _finish(figure)
+
+
+def count_epochs(axes: Axes) -> None:
+    """Let what is drawn have whole epochs from left to right, of a single one as well."""
+    low, high = axes.get_xlim()
+    if high - low < 1:
+        axes.set_xlim(low - 0.4, high + 1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
 def _make_axes(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:

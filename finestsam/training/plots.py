@@ -9,8 +9,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
+from finestsam.evaluation.charts import count_epochs
 from finestsam.whole_files import replacing
 
 Rows = Sequence[Mapping[str, float | None]]
@@ -165,9 +165,6 @@ def _finish(axes: Axes, title: str, y_label: str) -> None:
         axes.set(xticks=[], yticks=[])
         axes.text(0.5, 0.5, "nothing measured yet", ha="center", va="center", color="#888888", transform=axes.transAxes)
         return
-    low, high = axes.get_xlim()
-    if high - low < 1:  # a single epoch
-        axes.set_xlim(low - 0.4, high + 1)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    count_epochs(axes)
     axes.grid(color="#DDDDDD", linewidth=0.8)
     axes.set_axisbelow(True)
