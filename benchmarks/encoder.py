@@ -18,8 +18,8 @@ from torch import nn
 
 from benchmarks.generator import TUNED
 from benchmarks.measure import describe_machine, print_table, run_process
-from finestsam.allocator import keep_freed_memory
 from finestsam.model.build import build_sam
+from finestsam.processor import keep_freed_memory
 
 VARIANTS = {
     "segment_anything": ("stock", "float32", {}),

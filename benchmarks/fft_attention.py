@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.measure import describe_machine, print_table, run_process
-from finestsam.allocator import keep_freed_memory
 from finestsam.model.build import build_sam
 from finestsam.model.encoder import attend
 from finestsam.model.fft_attention import FftAttention, choose_blocks, mount_fft_attention_
+from finestsam.processor import keep_freed_memory
 
 WIDTH, HEADS = 768, 12
 ROUNDS = {32: 3, 64: 2, 128: 1}  # of processes, by the side of the grid in tokens

@@ -23,7 +23,6 @@ from segment_anything import SamAutomaticMaskGenerator
 
 from benchmarks.measure import describe_machine, print_table, run_process
 from benchmarks.synthetic import FoldedWithObjects, StockWithObjects, SyntheticObjects
-from finestsam.allocator import keep_freed_memory
 from finestsam.config import GENERATOR_DEFAULTS, GeneratorConfig
 from finestsam.data.scenes import draw_scene
 from finestsam.images import build_crop_boxes, build_point_grid, compute_input_size, scale_points
@@ -31,6 +30,7 @@ from finestsam.masks import decode_rle
 from finestsam.model.build import build_sam
 from finestsam.model.sam import FinestSam
 from finestsam.prediction.generator import generate_masks
+from finestsam.processor import keep_freed_memory
 
 SIZES = ((1200, 1800), (960, 640), (768, 768))
 TUNED = {"MALLOC_MMAP_THRESHOLD_": str(8 << 30), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}

@@ -24,13 +24,13 @@ from segment_anything.modeling import MaskDecoder
 from benchmarks.generator import TUNED
 from benchmarks.measure import describe_machine, print_table, run_process
 from benchmarks.training import lose
-from finestsam.allocator import keep_freed_memory
 from finestsam.batch import Batch, Prompts, Sample
 from finestsam.config import build_config
 from finestsam.images import compute_input_size, scale_points
 from finestsam.masks import encode_mask
 from finestsam.model.build import build_sam
 from finestsam.model.sam import FinestSam
+from finestsam.processor import keep_freed_memory
 from finestsam.training.schedules import build_optimizer
 from finestsam.training.step import Stepper
 from finestsam.training.trainable import freeze_

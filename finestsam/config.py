@@ -535,6 +535,11 @@ class Config:
         "on a CPU with glibc, keep freed memory for the next tensor instead of handing it back to the system and "
         "having it cleared again: faster, and the process holds its peak until it ends",
     )
+    flush_denormals: bool = setting(
+        True,
+        "on a CPU, take numbers below 1.2e-38 for zero: the attention of trained weights is full of them, and Intel's "
+        "processors are slow with each",
+    )
     sav_dir: str = setting("sav", "folder of the runs")
     run_name: str | None = setting(None, "folder of this run below sav_dir; default: the time it started")
     out_dir: str = setting("out", "folder of predictions, evaluations, reports, converted datasets, exported weights")

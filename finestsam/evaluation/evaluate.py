@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from finestsam.allocator import keep_freed_memory
 from finestsam.config import CHUNK_OBJECTS, Config, GeneratorConfig, ModelConfig
 from finestsam.data.index import Record
 from finestsam.data.read import describe_dataset, read_evaluation_set
@@ -33,6 +32,7 @@ from finestsam.out_of_memory import naming_what_needs_less
 from finestsam.output_folder import make_output_folder
 from finestsam.prediction.generator import resolve_generator
 from finestsam.prediction.precompute import Embedder, open_store
+from finestsam.processor import set_processor
 from finestsam.whole_files import write_json, write_text
 
 # On the screen, in this order.
@@ -49,8 +49,7 @@ def evaluate(config: Config) -> int:
     Writes `evaluation.json` (`generator/ap`, `point/iou`, ..., the same of the model compared with under `floor/`, and
     the differences with their intervals), `per_image.csv` and `report.html` into out_dir.
     """
-    if config.keep_memory:
-        keep_freed_memory()
+    set_processor(config)
     folder = make_output_folder(Path(config.out_dir), config.dataset.path)
     data = read_evaluation_set(config.dataset, config.evaluate.split)
     if config.strict:

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from finestsam.allocator import keep_freed_memory
 from finestsam.config import Config
 from finestsam.data.embeddings import picture_key
 from finestsam.errors import Defect, UserError, printable
@@ -30,6 +29,7 @@ from finestsam.prediction.overlay import draw_named_overlay, draw_overlay
 from finestsam.prediction.precompute import Embedder, hash_weights, open_store
 from finestsam.prediction.results import GeneratedMasks, Results
 from finestsam.prediction.semantic import predict_classes
+from finestsam.processor import set_processor
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".wmv", ".flv", ".mpg", ".mpeg"}
 RESULTS_NAME = "predictions.json"
@@ -44,8 +44,7 @@ def predict(config: Config) -> int:
     Raises:
         UserError: there is nothing to predict, or nowhere to write it.
     """
-    if config.keep_memory:
-        keep_freed_memory()
+    set_processor(config)
     paths = find_pictures(config.input)
     out_dir = make_output_folder(Path(config.out_dir), config.dataset.path)
     loaded = load_model(config, prefer_runs=True)

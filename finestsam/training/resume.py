@@ -22,8 +22,8 @@ KEPT = ("opt.learning_rate", "opt.weight_decay", "semantic.head_learning_rate", 
 # How long, where and with what a run computes changes nothing that it learns.
 FREE = (
     "num_epochs", "max_steps", "early_stop_evaluations", "num_workers", "device", "num_devices", "num_nodes", "sav_dir",
-    "run_name", "out_dir", "resume", "input", "strict", "keep_memory", "compile", "dataset.", "store.", "check.",
-    "convert.", "opacity", "model_layer.recompute_encoder",
+    "run_name", "out_dir", "resume", "input", "strict", "keep_memory", "flush_denormals", "compile", "dataset.",
+    "store.", "check.", "convert.", "opacity", "model_layer.recompute_encoder",
 )  # fmt: skip
 
 

@@ -10,13 +10,13 @@ from dataclasses import replace
 
 from lightning.fabric import Fabric
 
-from finestsam.allocator import keep_freed_memory
 from finestsam.batch import Batch
 from finestsam.config import Config
 from finestsam.errors import UserError, printable
 from finestsam.interruption import Interrupted, watch_signals
 from finestsam.model.load import RANDOM_WEIGHTS, choose_device
 from finestsam.model.saving import CheckpointNotSaved
+from finestsam.processor import set_processor
 from finestsam.training.best import choose_metric, keep_if_best, rank, refuse_lost_best, warn_if_not_saved
 from finestsam.training.blend import blend_best, keep_start, wants_blend
 from finestsam.training.classes import describe_categories
@@ -50,8 +50,7 @@ def train(config: Config) -> int:
 
 
 def _train(fabric: Fabric, config: Config) -> int:
-    if config.keep_memory:
-        keep_freed_memory()
+    set_processor(config)
     seed = fabric.broadcast(random.getrandbits(31) if config.seed_device is None else config.seed_device)
     fabric.seed_everything(seed, verbose=False)
     with watch_signals() as interruption, interruption.held():
