@@ -14,10 +14,10 @@ from statistics import median
 
 import torch
 from segment_anything.modeling import ImageEncoderViT
-from torch import nn
 
 from benchmarks.generator import TUNED
 from benchmarks.measure import describe_machine, print_table, run_process
+from benchmarks.synthetic import stir_
 from finestsam.model.build import build_sam
 from finestsam.processor import keep_freed_memory
 
@@ -68,9 +68,7 @@ def main() -> None:
 def _encode(given: argparse.Namespace) -> None:
     torch.manual_seed(0)
     encoder = build_sam(given.type).image_encoder
-    for name, weight in encoder.named_parameters():
-        if "rel_pos" in name:  # zero without a checkpoint
-            nn.init.normal_(weight, std=0.1)
+    stir_(encoder)
     if given.side == "ours":
         keep_freed_memory()
     else:

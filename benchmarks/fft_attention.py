@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.measure import describe_machine, print_table, run_process
+from benchmarks.synthetic import stir_
 from finestsam.model.build import build_sam
 from finestsam.model.encoder import attend
 from finestsam.model.fft_attention import FftAttention, choose_blocks, mount_fft_attention_
@@ -137,6 +138,7 @@ def build_encoder(name: str) -> tuple[nn.Module, Tensor]:
     """Return vit_b's encoder and a picture."""
     sam = build_sam("vit_b")
     encoder = sam.image_encoder
+    stir_(encoder)
     if name == ENCODERS[0]:
         encoder.__class__ = ImageEncoderViT
     which = {ENCODERS[2]: "global", ENCODERS[3]: "all"}.get(name, "none")

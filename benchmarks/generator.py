@@ -22,7 +22,7 @@ import torch
 from segment_anything import SamAutomaticMaskGenerator
 
 from benchmarks.measure import describe_machine, print_table, run_process
-from benchmarks.synthetic import FoldedWithObjects, StockWithObjects, SyntheticObjects
+from benchmarks.synthetic import FoldedWithObjects, StockWithObjects, SyntheticObjects, stir_
 from finestsam.config import GENERATOR_DEFAULTS, GeneratorConfig
 from finestsam.data.scenes import draw_scene
 from finestsam.images import build_crop_boxes, build_point_grid, compute_input_size, scale_points
@@ -98,6 +98,7 @@ def _run_one_side(given: argparse.Namespace) -> None:
         keep_freed_memory()
     torch.manual_seed(0)
     sam = build_sam(given.type)
+    stir_(sam.image_encoder)
     settings = GeneratorConfig(**GENERATOR_DEFAULTS | {"crop_n_layers": given.crop_layers})
     image = draw_scene(0, 0, tuple(given.size)).image
     sam.mask_decoder.__class__ = FoldedWithObjects if is_ours else StockWithObjects

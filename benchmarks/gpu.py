@@ -23,7 +23,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from benchmarks.generator import compare_masks, list_points
 from benchmarks.measure import describe_machine, print_table
-from benchmarks.synthetic import FoldedWithObjects, StockWithObjects, SyntheticObjects
+from benchmarks.synthetic import FoldedWithObjects, StockWithObjects, SyntheticObjects, stir_
 from finestsam.config import GENERATOR_DEFAULTS, GeneratorConfig
 from finestsam.data.scenes import draw_scene
 from finestsam.model import encoder as encoder_module
@@ -53,6 +53,7 @@ def main() -> None:
 def _compare_encoders(model_type: str, device: torch.device, batch: int, peak: float) -> None:
     torch.manual_seed(0)
     ours = build_sam(model_type).image_encoder.to(device)
+    stir_(ours)
     stock = copy.deepcopy(ours)
     stock.__class__ = ImageEncoderViT
     compiled, flexible = copy.deepcopy(ours), copy.deepcopy(ours)
@@ -90,6 +91,7 @@ def _compare_encoders(model_type: str, device: torch.device, batch: int, peak: f
 def _compare_generators(model_type: str, device: torch.device) -> None:
     torch.manual_seed(0)
     stock = build_sam(model_type)
+    stir_(stock.image_encoder)
     settings = GeneratorConfig(**GENERATOR_DEFAULTS)
     image = draw_scene(0, 0, (1200, 1800)).image
     size = stock.image_encoder.img_size

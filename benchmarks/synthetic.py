@@ -8,7 +8,7 @@ middle, each a little sharper or duller than its neighbours' and with a score of
 
 import torch
 from segment_anything.modeling import MaskDecoder, PromptEncoder
-from torch import Tensor
+from torch import Tensor, nn
 
 from finestsam.model.decoder import FoldedMaskDecoder, PictureView
 
@@ -85,3 +85,10 @@ class FoldedWithObjects(FoldedMaskDecoder):
         rows, masks = is_kept.nonzero(as_tuple=True)
         logits = super()._make_kept(picture, filters, is_kept)
         return [torch.cat(logits) + self.objects.get(self._asked[rows], masks)] if logits else []
+
+
+def stir_(encoder: nn.Module) -> None:
+    """Give random values to the weights that training starts from zero, without which no block adds anything."""
+    for weight in encoder.parameters():
+        if not weight.count_nonzero():
+            nn.init.normal_(weight, std=0.1 if weight.ndim > 1 else 0.02)

@@ -3,12 +3,15 @@
 Stock attention makes all heads' scores at once, 800 MB for each global block of vit_b, and goes over them five times.
 Here they are made, biased, normalised and used a piece at a time while the piece is in the processor's cache. On a GPU
 the relative positions become further channels of queries and keys, which fused attention takes without a bias:
-q k + h[row] + w[column] is the product of [q, h, w] with [k, one-hot row, one-hot column].
+q k + h[row] + w[column] is the product of [q, h, w] with [k, one-hot row, one-hot column]. Where a processor has units
+for products of bfloat16 matrices (AMX), the bias is made as such a product and fused attention takes it as its mask.
 
 Windows at the edge are filled up with zeros, and what the projection makes of zeros is known: it is computed on the
 picture's own tokens alone.
 """
 
+from collections.abc import Callable
+from functools import cache
 from itertools import product
 
 import torch
@@ -121,8 +124,21 @@ def _attend_with_positions(attention: Attention, q: Tensor, k: Tensor, v: Tensor
         by_row, by_column = _compare_rows(q, attention.rel_pos_h), _compare_columns(q, attention.rel_pos_w)
     else:
         by_row, by_column = (q.new_zeros(*q.shape[:3], side) for side in size)
-    attend = _attend_folded if q.is_cuda else _attend_in_pieces
-    return attend(q * attention.scale, k, v, by_row, by_column)
+    return _choose_attention(q)(q * attention.scale, k, v, by_row, by_column)
+
+
+def _choose_attention(q: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+    if q.is_cuda:
+        return _attend_folded
+    learns = torch.is_grad_enabled() and q.requires_grad
+    return _attend_masked if q.dtype == torch.bfloat16 and not learns and _has_matrix_units() else _attend_in_pieces
+
+
+@cache
+def _has_matrix_units() -> bool:
+    """Return whether this processor has units for products of bfloat16 matrices."""
+    list_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # not in every torch
+    return bool(list_capabilities().get("amx_bf16"))
 
 
 def _compare_rows(q: Tensor, table: Tensor) -> Tensor:
@@ -185,11 +201,30 @@ def _attend_piece(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Te
     return add(bias, q.flatten(1, 2), k).softmax(dim=-1) @ v
 
 
+def _attend_masked(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+    """Do the same with a fused kernel that adds a mask, about `CHUNK_SCORES` of it at once; without a gradient."""
+    count, height, width, _ = q.shape
+    marks = _mark_places(height, width, k).T.contiguous()
+    by_place = torch.cat([by_row, by_column], dim=-1).flatten(1, 2)
+    seen, some = torch.empty_like(v), max(1, CHUNK_SCORES // (height * width) ** 2)
+    for i in range(0, count, some):
+        here = slice(i, i + some)
+        bias = by_place[here] @ marks
+        inputs = (part[:, None] for part in (q[here].flatten(1, 2), k[here], v[here], bias))
+        seen[here] = F.scaled_dot_product_attention(*inputs, scale=1.0)[:, 0]
+    return seen
+
+
+def _mark_places(height: int, width: int, like: Tensor) -> Tensor:
+    """Return each place's row and column as ones among zeros, height * width x (height + width)."""
+    places = torch.tensor(list(product(range(height), range(width))), device=like.device)
+    return torch.cat([F.one_hot(places[:, 0], height), F.one_hot(places[:, 1], width)], dim=1).to(like.dtype)
+
+
 def _attend_folded(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
-    """Do the same with a fused kernel."""
+    """Do the same with a fused kernel that takes no mask."""
     height, width, channels = by_row.shape[-1], by_column.shape[-1], q.shape[-1]
-    places = torch.tensor(list(product(range(height), range(width))), device=q.device)
-    marks = torch.cat([F.one_hot(places[:, 0], height), F.one_hot(places[:, 1], width)], dim=1).to(k.dtype)
+    marks = _mark_places(height, width, k)
     q = torch.cat([q, by_row, by_column], dim=-1).flatten(1, 2)
     k = torch.cat([k, marks.expand(len(k), -1, -1)], dim=-1)
     more = -q.shape[-1] % 8  # fused kernels want a multiple of 8, and values as wide as keys

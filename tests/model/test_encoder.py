@@ -8,17 +8,20 @@ from torch import nn
 from finestsam.config import build_config
 from finestsam.model import encoder as encoder_module
 from finestsam.model.build import build_sam
-from finestsam.model.encoder import ChunkedImageEncoder, _attend_folded, _attend_in_pieces
+from finestsam.model.encoder import ChunkedImageEncoder, _attend_folded, _attend_in_pieces, _attend_masked
 from finestsam.model.load import load_model
 
 
 @pytest.fixture
 def encoder():
-    """Windows of 2 x 2 tokens that do not tile its 5 x 5, and relative positions that count."""
+    """Windows of 2 x 2 tokens that do not tile its 5 x 5; blocks and relative positions that count.
+
+    To learn from, each block would begin as one that adds nothing.
+    """
     torch.manual_seed(0)
     encoder = build_sam("vit_tiny_test", image_size=80).image_encoder
     for name, weight in encoder.named_parameters():
-        if weight.ndim == 1 or "rel_pos" in name:
+        if not weight.count_nonzero() or weight.ndim == 1 or "rel_pos" in name:
             nn.init.normal_(weight, std=0.5)
     return encoder
 
@@ -60,6 +63,17 @@ def test_gradients_are_those_of_segment_anything(encoder, monkeypatch, recompute
         torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-10, msg=name)
 
 
+def test_embeddings_depend_on_attention(encoder):
+    pictures = torch.randn(1, 3, 80, 80)
+    with torch.no_grad():
+        before = encoder(pictures)
+        for block in encoder.blocks:
+            block.attn.rel_pos_h.neg_()
+        after = encoder(pictures)
+
+    assert (after - before).norm() > 0.01 * before.norm()
+
+
 def test_recomputing_keeps_less_for_the_gradient(encoder):
     kept = []
     for encoder.recomputes in (False, True):
@@ -76,18 +90,23 @@ def test_recomputing_keeps_less_for_the_gradient(encoder):
     assert kept[1] < 0.5 * kept[0]
 
 
-def test_positions_as_further_channels_give_the_same(encoder):
+@pytest.mark.parametrize("attend", [_attend_folded, _attend_masked])
+def test_fused_kernels_give_the_same(monkeypatch, attend):
     draw = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 4, 12, 5, generator=draw)
     q = q.unflatten(1, (3, 4))
     by_row, by_column = torch.randn(4, 3, 4, 3, generator=draw), torch.randn(4, 3, 4, 4, generator=draw)
 
-    folded = _attend_folded(q, k, v, by_row, by_column)
+    expected = _attend_in_pieces(q, k, v, by_row, by_column)
 
-    torch.testing.assert_close(folded, _attend_in_pieces(q, k, v, by_row, by_column))
+    for scores in (1, 300, 10**6):
+        monkeypatch.setattr(encoder_module, "CHUNK_SCORES", scores)
+        torch.testing.assert_close(attend(q, k, v, by_row, by_column), expected)
 
 
-def test_half_precision_is_as_close_as_segment_anythings(encoder):
+@pytest.mark.parametrize("has_matrix_units", [False, True])
+def test_half_precision_is_as_close_as_segment_anythings(encoder, monkeypatch, has_matrix_units):
+    monkeypatch.setattr(encoder_module, "_has_matrix_units", lambda: has_matrix_units)
     pictures = torch.randn(1, 3, 80, 80)
     with torch.no_grad():
         exact = encode_like_meta(encoder, pictures)
