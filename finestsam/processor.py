@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from functools import cache
 
 import torch
 
@@ -68,3 +69,10 @@ def _share_floating_point_state() -> None:
     state = ctypes.create_string_buffer(FENV_BYTES)
     if read(state) == 0:
         run_in_pool(write, state, ctypes.c_uint(torch.get_num_threads()), ctypes.c_uint(0))
+
+
+@cache
+def has_feature(name: str) -> bool:
+    """Return whether the processor has what torch's list calls so: `avx512_bf16`, `amx_bf16`."""
+    list_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # not in every torch
+    return bool(list_capabilities().get(name))

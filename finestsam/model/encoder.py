@@ -11,7 +11,6 @@ picture's own tokens alone.
 """
 
 from collections.abc import Callable
-from functools import cache
 from itertools import product
 
 import torch
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from finestsam.model.fft_attention import FftAttention
+from finestsam.processor import has_feature
 
 # Of attention in one piece.
 CHUNK_SCORES = 2_000_000
@@ -131,14 +131,7 @@ def _choose_attention(q: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor, Te
     if q.is_cuda:
         return _attend_folded
     learns = torch.is_grad_enabled() and q.requires_grad
-    return _attend_masked if q.dtype == torch.bfloat16 and not learns and _has_matrix_units() else _attend_in_pieces
-
-
-@cache
-def _has_matrix_units() -> bool:
-    """Return whether this processor has units for products of bfloat16 matrices."""
-    list_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # not in every torch
-    return bool(list_capabilities().get("amx_bf16"))
+    return _attend_masked if q.dtype == torch.bfloat16 and not learns and has_feature("amx_bf16") else _attend_in_pieces
 
 
 def _compare_rows(q: Tensor, table: Tensor) -> Tensor:

@@ -347,7 +347,7 @@ def _say_start(run: Run) -> None:
         say(line)
     steps = count_steps(run.config, len(run.data.train), run.fabric.world_size)
     warnings = list_mismatches(run.config, run.progress.started_from == RANDOM_WEIGHTS)
-    warnings += warn_of_cpu(run.config.device, run.fabric.device.type, run.loaded.model, run.loaded.model_type)
+    warnings += warn_of_cpu(run.config, run.fabric.device.type, run.loaded.model, run.loaded.model_type)
     for warning in warnings + warn_of_schedule(run.config, steps):
         say(f"warning: {warning}")
     if run.val_loader is None:

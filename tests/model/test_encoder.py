@@ -106,7 +106,7 @@ def test_fused_kernels_give_the_same(monkeypatch, attend):
 
 @pytest.mark.parametrize("has_matrix_units", [False, True])
 def test_half_precision_is_as_close_as_segment_anythings(encoder, monkeypatch, has_matrix_units):
-    monkeypatch.setattr(encoder_module, "_has_matrix_units", lambda: has_matrix_units)
+    monkeypatch.setattr(encoder_module, "has_feature", lambda name: has_matrix_units)
     pictures = torch.randn(1, 3, 80, 80)
     with torch.no_grad():
         exact = encode_like_meta(encoder, pictures)

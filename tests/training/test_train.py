@@ -20,6 +20,7 @@ from finestsam.config import GENERATOR_DEFAULTS, build_config
 from finestsam.model.build import build_sam
 from finestsam.model.load import load_model
 from finestsam.model.sam import FinestSam
+from finestsam.training import hints
 from finestsam.training.hints import list_mismatches, warn_of_cpu, warn_of_schedule
 
 ROOT = Path(__file__).parents[2]
@@ -307,12 +308,20 @@ def test_settings_that_train_what_prediction_does_not_read_are_named():
     assert "never learns to see" in list_mismatches(build_config({}), starts_from_nothing=True)[0]
 
 
-def test_a_large_model_on_a_cpu_that_nobody_asked_for_is_told():
+def test_a_large_model_on_a_cpu_that_nobody_asked_for_is_told(monkeypatch):
     large, small = (FinestSam(build_sam("vit_tiny_test", size)) for size in (1024, 64))
 
-    assert "no GPU found" in warn_of_cpu("auto", "cpu", large, "vit_b")[0]
+    for computes_in_half, precision, is_named in (
+        (True, "auto", True),
+        (False, "auto", False),
+        (True, "bf16-mixed", False),
+    ):
+        monkeypatch.setattr(hints, "has_feature", lambda name, has=computes_in_half: has)
+        (warning,) = warn_of_cpu(build_config({"precision": precision}), "cpu", large, "vit_b")
+        assert "no GPU found" in warning
+        assert ("--precision bf16-mixed" in warning) == is_named
     for asked, device, model in (("cpu", "cpu", large), ("auto", "cuda", large), ("auto", "cpu", small)):
-        assert warn_of_cpu(asked, device, model, "vit_b") == []
+        assert warn_of_cpu(build_config({"device": asked}), device, model, "vit_b") == []
 
 
 def test_a_schedule_that_the_run_is_too_short_for_is_told(scenes, tmp_path, capsys):
