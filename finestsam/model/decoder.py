@@ -85,7 +85,8 @@ class FoldedMaskDecoder(MaskDecoder):
             places: 1 x C x g x g, the positional encoding.
             dense: S x C x g x g, or what broadcasts to it: the embeddings of mask prompts, or of none.
         """
-        tokens = (embedding + dense).flatten(2).transpose(1, 2)
+        # Token by token in memory, as every prompt will copy them.
+        tokens = (embedding + dense).flatten(2).transpose(1, 2).contiguous()
         places = places.flatten(2).transpose(1, 2)
         placed = tokens + places
         first, *later = self.transformer.layers
