@@ -64,7 +64,6 @@ class Stage:
 
 SMALL, LARGE = Drawings(6000, 256, 2026), Drawings(5000, 512, 3)
 TOWNS = Drawings(4800, 512, 4, ("plans", "shapes", "blobs", "plans", "things", "parcels"))
-CITIES = Drawings(4800, 512, 5, ("plans", "blobs", "plans", "things", "plans", "shapes", "blobs", "parcels"))
 # Small pictures first, where a step costs a fifth; then details of larger ones and these whole, again and again: each
 # time the rate starts high.
 STAGES = (
@@ -80,8 +79,6 @@ STAGES = (
     Stage("details_third", LARGE, 100, 1425, (), DETAILS),
     Stage("details_of_towns", TOWNS, 100, 2200, (1400, 1850, 2080), DETAILS),
     Stage("whole_towns", TOWNS, 50, 1050, (550, 820, 950), WHOLE),
-    Stage("details_of_cities", CITIES, 100, 2000, (1300, 1700, 1900), DETAILS),
-    Stage("whole_cities", CITIES, 50, 450, (230, 350, 410), WHOLE),
 )  # fmt: skip
 
 
