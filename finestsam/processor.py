@@ -46,8 +46,8 @@ def keep_freed_memory() -> bool:
 def flush_denormals() -> bool:
     """Let float32 numbers below 1.2e-38 be zero, in this thread, in torch's pool, and in threads made from now on.
 
-    The weights of a trained attention, and still more their gradients, hold millions of such numbers, and Intel's
-    processors take a hundred times as long for each as for any other.
+    What a trained attention takes of its tokens, and still more the gradients of that, hold many such numbers, and
+    Intel's processors take many times as long for each as for any other.
 
     Returns:
         Whether the processor can.

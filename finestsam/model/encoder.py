@@ -130,8 +130,9 @@ def _attend_with_positions(attention: Attention, q: Tensor, k: Tensor, v: Tensor
 def _choose_attention(q: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
     if q.is_cuda:
         return _attend_folded
-    learns = torch.is_grad_enabled() and q.requires_grad
-    return _attend_masked if q.dtype == torch.bfloat16 and not learns and has_feature("amx_bf16") else _attend_in_pieces
+    if q.dtype == torch.bfloat16 and not torch.is_grad_enabled() and has_feature("amx_bf16"):
+        return _attend_masked
+    return _attend_in_pieces
 
 
 def _compare_rows(q: Tensor, table: Tensor) -> Tensor:
