@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from benchmarks.generator import TUNED
 from benchmarks.measure import describe_machine, print_table, run_process
+from benchmarks.synthetic import stir_
 from finestsam.batch import Sample
 from finestsam.config import GENERATOR_DEFAULTS, Config, LossesConfig, build_config, flatten_config
 from finestsam.data.dataset import SampleDataset, SampleSettings, StepSampler
@@ -58,7 +59,9 @@ def _compare(given: argparse.Namespace, folder: Path) -> None:
     _draw_dataset(folder / "dataset", given.pictures)
     weights = folder / "random.pth"
     torch.manual_seed(0)
-    torch.save(build_sam(given.type).state_dict(), weights)
+    sam = build_sam(given.type)
+    stir_(sam.image_encoder)
+    torch.save(sam.state_dict(), weights)
     flags = {
         "dataset.path": str(folder / "dataset"), "dataset.val_size": 0.0, "model.checkpoint": str(weights),
         "model.type": given.type,
