@@ -1,7 +1,8 @@
 """segment_anything's image encoder with the same weights, names and answers, in less memory and time.
 
 Stock attention makes all heads' scores at once, 800 MB for each global block of vit_b, and goes over them five times.
-Here they are made, biased, normalised and used a piece at a time while the piece is in the processor's cache. On a GPU
+Here they are made, biased, normalised and used a piece at a time while the piece is in the processor's cache, and made
+again for their gradient unless they are few. On a GPU
 the relative positions become further channels of queries and keys, which fused attention takes without a bias:
 q k + h[row] + w[column] is the product of [q, h, w] with [k, one-hot row, one-hot column]. Where a processor has units
 for products of bfloat16 matrices (AMX), the bias is made as such a product and fused attention takes it as its mask.
@@ -25,6 +26,8 @@ from finestsam.processor import has_feature
 
 # Of attention in one piece.
 CHUNK_SCORES = 2_000_000
+# Of a picture in one attention, kept for their gradient: all of vit_tiny's (6 million at 512 pixels), none of vit_b's.
+KEPT_SCORES = 8_000_000
 # Tokens that go through the widest layer together where no gradient is kept.
 CHUNK_TOKENS = 1024
 
@@ -78,12 +81,14 @@ def attend(attention: Attention | FftAttention, x: Tensor, window_size: int) -> 
     """Let tokens, B x H x W x C, attend to each other in windows of `window_size`; 0: to all."""
     if isinstance(attention, FftAttention):
         return _transform(attention, x, window_size)
-    if window_size == 0:
-        return _attend_in_windows(attention, x, tuple(x.shape[1:3]))
+    height, width = x.shape[1:3]
+    window = (window_size, window_size) if window_size else (height, width)
+    scores = attention.num_heads * height * width * window[0] * window[1]
+    keeps_scores = torch.is_grad_enabled() and scores <= KEPT_SCORES
     # One row of windows after the other stays in a processor's cache; a GPU wants them all.
-    rows = x.shape[1] if x.is_cuda else window_size
-    window = (window_size, window_size)
-    return torch.cat([_attend_in_windows(attention, some, window) for some in x.split(rows, dim=1)], dim=1)
+    rows = height if x.is_cuda or keeps_scores else window[0]
+    seen = [_attend_in_windows(attention, some, window, keeps_scores) for some in x.split(rows, dim=1)]
+    return torch.cat(seen, dim=1) if len(seen) > 1 else seen[0]
 
 
 def _transform(attention: FftAttention, x: Tensor, window_size: int) -> Tensor:
@@ -93,7 +98,7 @@ def _transform(attention: FftAttention, x: Tensor, window_size: int) -> Tensor:
     return window_unpartition(attention(windows), window_size, padded_size, x.shape[1:3])
 
 
-def _attend_in_windows(attention: Attention, x: Tensor, window: tuple[int, int]) -> Tensor:
+def _attend_in_windows(attention: Attention, x: Tensor, window: tuple[int, int], keeps_scores: bool) -> Tensor:
     """Let tokens, B x H x W x C, attend to each other in windows of (height, width), filled up at the edges."""
     batch, height, width, channels = x.shape
     projected = attention.qkv(x)
@@ -107,13 +112,15 @@ def _attend_in_windows(attention: Attention, x: Tensor, window: tuple[int, int])
     parts = projected.view(batch, rows, window[0], columns, window[1], 3, heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
     q, k, v = parts.reshape(3, batch * rows * columns * heads, length, -1)
     with torch.autocast(x.device.type, enabled=False):  # which would compute a softmax of half precision in full
-        seen = _attend_with_positions(attention, q, k, v, window)
+        seen = _attend_with_positions(attention, q, k, v, window, keeps_scores)
     seen = seen.view(batch, rows, columns, heads, *window, -1).permute(0, 1, 4, 2, 5, 3, 6)
     seen = seen.reshape(batch, rows * window[0], columns * window[1], -1)[:, :height, :width]
     return attention.proj(seen)
 
 
-def _attend_with_positions(attention: Attention, q: Tensor, k: Tensor, v: Tensor, size: tuple[int, int]) -> Tensor:
+def _attend_with_positions(
+    attention: Attention, q: Tensor, k: Tensor, v: Tensor, size: tuple[int, int], keeps_scores: bool
+) -> Tensor:
     """Attend with relative positions.
 
     Args:
@@ -124,12 +131,14 @@ def _attend_with_positions(attention: Attention, q: Tensor, k: Tensor, v: Tensor
         by_row, by_column = _compare_rows(q, attention.rel_pos_h), _compare_columns(q, attention.rel_pos_w)
     else:
         by_row, by_column = (q.new_zeros(*q.shape[:3], side) for side in size)
-    return _choose_attention(q)(q * attention.scale, k, v, by_row, by_column)
+    return _choose_attention(q, keeps_scores)(q * attention.scale, k, v, by_row, by_column)
 
 
-def _choose_attention(q: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+def _choose_attention(q: Tensor, keeps_scores: bool) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
     if q.is_cuda:
         return _attend_folded
+    if keeps_scores:
+        return _attend_at_once
     if q.dtype == torch.bfloat16 and not torch.is_grad_enabled() and has_feature("amx_bf16"):
         return _attend_masked
     return _attend_in_pieces
@@ -193,6 +202,13 @@ def _attend_piece(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Te
     bias = (by_row[..., :, None] + by_column[..., None, :]).flatten(3).flatten(1, 2)
     add = torch.baddbmm if torch.is_grad_enabled() else Tensor.baddbmm_
     return add(bias, q.flatten(1, 2), k).softmax(dim=-1) @ v
+
+
+def _attend_at_once(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+    """Do the same with all scores at once, which are kept for the gradient."""
+    by_place = torch.cat([by_row, by_column], dim=-1).flatten(1, 2)
+    bias = by_place @ _mark_places(by_row.shape[-1], by_column.shape[-1], k).T
+    return torch.baddbmm(bias, q.flatten(1, 2), k.transpose(1, 2)).softmax(dim=-1) @ v
 
 
 def _attend_masked(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:

@@ -264,7 +264,8 @@ def _build_stepper(
     is_semantic = model.semantic_head is not None
     if config.losses.affinity_ratio > 0 and not is_semantic and trains_encoder(model):
         model.affinity_head = AffinityHead(model.sam.prompt_encoder.embed_dim).to(model.device)
-    optimizer = build_optimizer(model, _choose_rates(config))
+    # One pass over the weights in place of ten.
+    optimizer = build_optimizer(model, _choose_rates(config), fused=fabric.device.type in ("cpu", "cuda"))
     total_steps = count_steps(config, len(data.train), fabric.world_size)
     scheduler = build_scheduler(optimizer, config.sched, config.eval_interval, total_steps)
     # It brings the first rank's weights to the others. What it returns would also add up gradients while they are

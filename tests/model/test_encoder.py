@@ -8,7 +8,13 @@ from torch import nn
 from finestsam.config import build_config
 from finestsam.model import encoder as encoder_module
 from finestsam.model.build import build_sam
-from finestsam.model.encoder import ChunkedImageEncoder, _attend_folded, _attend_in_pieces, _attend_masked
+from finestsam.model.encoder import (
+    ChunkedImageEncoder,
+    _attend_at_once,
+    _attend_folded,
+    _attend_in_pieces,
+    _attend_masked,
+)
 from finestsam.model.load import load_model
 
 
@@ -50,9 +56,12 @@ def test_embeddings_are_those_of_segment_anything(encoder, monkeypatch, scores):
         assert (found - expected).norm() < tolerance * expected.norm()
 
 
+# Windows have 2 x 5 x 5 x 4 scores, all tokens together 2 x 25 x 25.
+@pytest.mark.parametrize("kept_scores", [0, 200, 1250])
 @pytest.mark.parametrize("recomputes", [False, True])
-def test_gradients_are_those_of_segment_anything(encoder, monkeypatch, recomputes):
+def test_gradients_are_those_of_segment_anything(encoder, monkeypatch, recomputes, kept_scores):
     monkeypatch.setattr(encoder_module, "CHUNK_SCORES", 40)
+    monkeypatch.setattr(encoder_module, "KEPT_SCORES", kept_scores)
     encoder.double().recomputes = recomputes
     pictures = torch.randn(2, 3, 80, 80, dtype=torch.float64)
 
@@ -74,24 +83,37 @@ def test_embeddings_depend_on_attention(encoder):
     assert (after - before).norm() > 0.01 * before.norm()
 
 
+def count_kept_for_the_gradient(encoder):
+    seen = {}
+
+    def note(tensor):
+        seen[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        encoder(torch.randn(1, 3, 80, 80))
+    return sum(seen.values()) - sum(weight.numel() for weight in encoder.parameters())
+
+
 def test_recomputing_keeps_less_for_the_gradient(encoder):
     kept = []
     for encoder.recomputes in (False, True):
-        seen = {}
-
-        def note(tensor, seen=seen):
-            seen[tensor.data_ptr()] = tensor.numel()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            encoder(torch.randn(1, 3, 80, 80))
-        kept.append(sum(seen.values()) - sum(weight.numel() for weight in encoder.parameters()))
+        kept.append(count_kept_for_the_gradient(encoder))
 
     assert kept[1] < 0.5 * kept[0]
 
 
-@pytest.mark.parametrize("attend", [_attend_folded, _attend_masked])
-def test_fused_kernels_give_the_same(monkeypatch, attend):
+def test_many_scores_are_not_kept_for_the_gradient(encoder, monkeypatch):
+    kept = []
+    for kept_scores in (1249, 1250):
+        monkeypatch.setattr(encoder_module, "KEPT_SCORES", kept_scores)
+        kept.append(count_kept_for_the_gradient(encoder))
+
+    assert kept[1] - kept[0] > 0.7 * 1250
+
+
+@pytest.mark.parametrize("attend", [_attend_at_once, _attend_folded, _attend_masked])
+def test_each_way_to_attend_gives_the_same(monkeypatch, attend):
     draw = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 4, 12, 5, generator=draw)
     q = q.unflatten(1, (3, 4))
