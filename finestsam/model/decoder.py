@@ -26,8 +26,8 @@ from torch.nn import functional as F
 
 from finestsam.model.lora import weight_of
 
-# Of the picture's tokens in one pass on the CPU, half as many with a gradient: 16 prompts of vit_b, 32 in bfloat16. More of
-# them share each reading of the weights, and take memory.
+# Of the picture's tokens in one pass on the CPU, half as many with a gradient: 16 prompts of vit_b, 32 in bfloat16. More
+# prompts share each reading of the weights, and take memory.
 CHUNK_BYTES = 70_000_000
 
 
