@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from finestsam.model.lora import weight_of
 
-# Of the picture's tokens in one pass on the CPU, half as many with a gradient: 16 prompts of vit_b, 32 in bfloat16. More
+# Of the picture's tokens in one pass on the CPU, half of it with a gradient: 16 prompts of vit_b, 32 in bfloat16. More
 # prompts share each reading of the weights, and take memory.
 CHUNK_BYTES = 70_000_000
 
