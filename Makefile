@@ -15,15 +15,16 @@ $(VENV)/ready: requirements.txt pyproject.toml
 	$(RUN) -m pip install --quiet -e ".[test]"
 	touch $@
 
-# From the built-in weights in a few minutes: the windows of house fronts, before and after.
+# From the built-in weights in a few minutes: the windows of house fronts, before and after. The pictures have 256 pixels;
+# seen at that size a step takes two fifths of the time it does at 512, and more of them find more windows.
 demo: setup
 	rm -rf $(DEMO)
 	$(RUN) -c "from pathlib import Path; from finestsam.data.scenes import write_scenes as write; \
-		write(Path('$(DEMO)/dataset'), 32, seed=0, kinds=['facades']); \
+		write(Path('$(DEMO)/dataset'), 64, seed=0, kinds=['facades']); \
 		write(Path('$(DEMO)/unseen'), 6, seed=1, kinds=['facades'])"
 	$(RUN) -m finestsam --mode train --dataset $(DEMO)/dataset --sav_dir $(DEMO) --run_name run --model.type vit_tiny \
-		--dataset.background_points 8 --dataset.val_size 0.2 --evaluate.goal f1 --best_metric val_generator_f1 \
-		--num_epochs 10 --eval_interval 0
+		--dataset.background_points 8 --evaluate.goal f1 --best_metric val_generator_f1 \
+		--model.image_size 256 --num_epochs 14 --eval_interval 0
 	$(RUN) -m finestsam --mode predict --input $(DEMO)/unseen/data/images --model.checkpoint $(DEMO)/run/best.pth \
 		--out_dir $(DEMO)/predictions
 	$(RUN) -m finestsam --mode evaluate --dataset $(DEMO)/unseen/data --model.checkpoint $(DEMO)/run/best.pth \

@@ -2,10 +2,10 @@
 
 Stock attention makes all heads' scores at once, 800 MB for each global block of vit_b, and goes over them five times.
 Here they are made, biased, normalised and used a piece at a time while the piece is in the processor's cache, and made
-again for their gradient unless they are few. On a GPU
-the relative positions become further channels of queries and keys, which fused attention takes without a bias:
-q k + h[row] + w[column] is the product of [q, h, w] with [k, one-hot row, one-hot column]. Where a processor has units
-for products of bfloat16 matrices (AMX), the bias is made as such a product and fused attention takes it as its mask.
+again for their gradient unless they are few. On a GPU the relative positions become further channels of queries and
+keys, which fused attention takes without a bias: q k + h[row] + w[column] is the product of [q, h, w] with [k, one-hot
+row, one-hot column]. Where a processor has units for products of bfloat16 matrices (AMX), the bias is made as such a
+product and fused attention takes it as its mask.
 
 Windows at the edge are filled up with zeros, and what the projection makes of zeros is known: it is computed on the
 picture's own tokens alone.
@@ -26,7 +26,7 @@ from finestsam.processor import has_feature
 
 # Of attention in one piece.
 CHUNK_SCORES = 2_000_000
-# Of a picture in one attention, kept for their gradient: all of vit_tiny's (6 million at 512 pixels), none of vit_b's.
+# Of a picture in one attention, kept for their gradient: vit_tiny's at 512 pixels (6 million), none of vit_b's at 1024.
 KEPT_SCORES = 8_000_000
 # Tokens that go through the widest layer together where no gradient is kept.
 CHUNK_TOKENS = 1024
