@@ -26,8 +26,8 @@ from torch.nn import functional as F
 
 from finestsam.model.lora import weight_of
 
-# Of the picture's tokens in one pass on the CPU, half of it with a gradient: 16 prompts of vit_b, 32 in bfloat16. More
-# prompts share each reading of the weights, and take memory.
+# Of the picture's tokens in one pass on the CPU: 16 prompts of vit_b, 32 in bfloat16, which share each reading of the
+# weights. With a gradient half of it: more takes memory there and is no faster.
 CHUNK_BYTES = 70_000_000
 
 
