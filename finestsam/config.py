@@ -170,7 +170,9 @@ class LossesConfig:
     affinity_ratio: float = setting(
         0.0,
         "weight of an auxiliary loss on the embedding, which places belong to the same object: 10 keeps an image "
-        "encoder that starts from nothing from going blind; without effect on a frozen one",
+        "encoder that starts from nothing from going blind; without effect on a frozen one. Where focal_ratio, "
+        "dice_ratio and iou_ratio are 0 the encoder learns this alone, and no mask is decoded: the way to begin from "
+        "nothing",
         "[0, inf)",
     )
     resolution: Literal["original", "input", "low"] = setting(
@@ -178,6 +180,10 @@ class LossesConfig:
         "frame of the loss: the file's pixels, the resized picture's, or the decoder's own (a quarter of the input's "
         "side: cheapest, but another gradient). vit_tiny: low",
     )
+
+    @property
+    def asks_for_masks(self) -> bool:
+        return self.focal_ratio > 0 or self.dice_ratio > 0 or self.iou_ratio > 0
 
 
 @dataclass(frozen=True)
@@ -194,6 +200,10 @@ class ThawConfig:
     blocks: int = setting(0, "train the last blocks of the frozen image encoder, and its neck", "[0, 64]")
     norms: bool = setting(False, "train the norms of the frozen image encoder")
     biases: bool = setting(False, "train the biases of the frozen image encoder")
+
+    @property
+    def thaws(self) -> bool:
+        return self.blocks > 0 or self.norms or self.biases
 
 
 @dataclass(frozen=True)
@@ -213,6 +223,14 @@ class LoraConfig:
     decoder: Literal["none", "attention", "all"] = setting(
         "none", "layers of the mask decoder's transformer that get one; with model_layer.freeze.mask_decoder true"
     )
+
+    @property
+    def adapts_encoder(self) -> bool:
+        return self.rank > 0 and self.encoder != "none"
+
+    @property
+    def adapts_decoder(self) -> bool:
+        return self.rank > 0 and self.decoder != "none"
 
 
 @dataclass(frozen=True)
@@ -242,6 +260,10 @@ class ModelLayerConfig:
         "where the image encoder trains, compute its blocks again for their gradients instead of keeping what they "
         "were made of: less memory for more time",
     )
+
+    @property
+    def trains_encoder(self) -> bool:
+        return not self.freeze.image_encoder or self.thaw.thaws or self.lora.adapts_encoder
 
 
 @dataclass(frozen=True)
@@ -729,8 +751,14 @@ def _find_training_problems(config: Config) -> list[str]:
     has_head = config.task == "classes"
     if has_head and losses.class_ratio == 0:
         problems.append("no classes are learnt: losses.class_ratio is 0; --task masks trains masks alone")
-    if losses.focal_ratio == losses.dice_ratio == losses.iou_ratio == 0 and not has_head:
-        problems.append("nothing is learnt: losses.focal_ratio, dice_ratio and iou_ratio are all 0")
+    if not (losses.asks_for_masks or has_head):
+        if losses.affinity_ratio == 0:
+            problems.append("nothing is learnt: losses.focal_ratio, dice_ratio, iou_ratio and affinity_ratio are all 0")
+        elif not config.model_layer.trains_encoder:
+            problems.append(
+                "nothing is learnt: the losses of masks are all 0, and losses.affinity_ratio has no effect on a frozen "
+                "image encoder (model_layer.freeze.image_encoder)"
+            )
     problems += _find_adapter_problems(config.model_layer, has_head)
     return problems + _find_schedule_problems(config)
 
@@ -760,24 +788,22 @@ def _find_schedule_problems(config: Config) -> list[str]:
 def _find_adapter_problems(layers: ModelLayerConfig, has_head: bool) -> list[str]:
     problems = []
     freeze, thaw, lora = layers.freeze, layers.thaw, layers.lora
-    thaws = thaw.blocks > 0 or thaw.norms or thaw.biases
-    adapts_encoder, adapts_decoder = (lora.rank > 0 and part != "none" for part in (lora.encoder, lora.decoder))
-    trains_nothing = freeze.image_encoder and freeze.prompt_encoder and freeze.mask_decoder
-    if trains_nothing and not (thaws or adapts_encoder or adapts_decoder or has_head):
+    trains = layers.trains_encoder or lora.adapts_decoder or has_head
+    if freeze.prompt_encoder and freeze.mask_decoder and not trains:
         problems.append("nothing trains: model_layer.freeze holds image_encoder, prompt_encoder and mask_decoder")
-    if thaws and not freeze.image_encoder:
+    if thaw.thaws and not freeze.image_encoder:
         problems.append(
             "model_layer.thaw is for a frozen image encoder: it needs model_layer.freeze.image_encoder true"
         )
-    if adapts_encoder and not freeze.image_encoder:
+    if lora.adapts_encoder and not freeze.image_encoder:
         problems.append(
             "model_layer.lora.encoder trains beside frozen layers: it needs model_layer.freeze.image_encoder true"
         )
-    if adapts_decoder and not freeze.mask_decoder:
+    if lora.adapts_decoder and not freeze.mask_decoder:
         problems.append(
             "model_layer.lora.decoder trains beside frozen layers: it needs model_layer.freeze.mask_decoder true"
         )
-    if lora.rank > 0 and not (adapts_encoder or adapts_decoder):
+    if lora.rank > 0 and not (lora.adapts_encoder or lora.adapts_decoder):
         problems.append("model_layer.lora.rank has no layer to adapt: encoder and decoder are both none")
     return problems
 

@@ -147,6 +147,13 @@ def test_a_file_that_is_no_settings_file_is_refused(tmp_path, content, message):
             ["--mode=train", "--dataset=d", "--losses.focal_ratio=0", "--losses.dice_ratio=0", "--losses.iou_ratio=0"],
             "nothing is learnt",
         ),
+        (
+            [
+                *("--mode=train", "--dataset=d", "--losses.focal_ratio=0", "--losses.dice_ratio=0"),
+                *("--losses.iou_ratio=0", "--losses.affinity_ratio=1", "--model_layer.freeze.image_encoder=true"),
+            ],
+            "no effect on a frozen image encoder",
+        ),
         (["--mode=train", "--resume=nowhere"], "--resume nowhere: no such folder"),
     ],
 )

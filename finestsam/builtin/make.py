@@ -19,24 +19,32 @@ from finestsam.training.checkpoint import LAST
 
 NAME = "vit_tiny"
 SOURCE = "drawn scenes"  # what the card says that the weights were made from
-# In every stage: all of it trains, from points of the grid or boxes, and the encoder learns what belongs together.
 COMMON = (
     "--model.type", "vit_tiny", "--num_workers", "1", "--num_epochs", "1000", "--eval_interval", "1000",
     "--model_layer.freeze.image_encoder", "false", "--model_layer.freeze.prompt_encoder", "false",
-    "--opt.weight_decay", "0.05", "--losses.resolution", "low", "--losses.affinity_ratio", "10",
-    "--prompts.use_boxes", "true", "--prompts.mix", "true", "--dataset.val_size", "0.01", "--evaluate.max_images", "8",
+    "--opt.weight_decay", "0.05", "--losses.resolution", "low", "--precision", "bf16-mixed",
+    "--dataset.val_size", "0.01", "--evaluate.max_images", "2",
     "--augment.flip_horizontal", "0.5", "--augment.turn", "0.75", "--augment.hue", "0.1", "--augment.saturation", "0.5",
 )  # fmt: skip
-
-
+# The image encoder alone learns which places belong together, of details seen small.
+AFFINITIES = (
+    "--losses.affinity_ratio", "1", "--losses.focal_ratio", "0", "--losses.dice_ratio", "0", "--losses.iou_ratio", "0",
+    "--model.image_size", "256", "--augment.crop_min", "0.2", "--opt.learning_rate", "1e-3", "--batch_size", "8",
+    "--dataset.max_objects", "1",
+)  # fmt: skip
+# All of it, from points of the grid or boxes, and it is not to forget what belongs together.
+MASKS = (
+    "--losses.affinity_ratio", "3", "--opt.rates.image_encoder", "0.4",
+    "--prompts.use_boxes", "true", "--prompts.mix", "true",
+)  # fmt: skip
 # Crops of large pictures, seen small; and these pictures whole.
 DETAILS = (
-    "--model.image_size", "256", "--opt.learning_rate", "1e-3", "--batch_size", "4", "--dataset.max_objects", "16",
-    "--dataset.background_points", "4", "--augment.crop_min", "0.2", "--precision", "bf16-mixed",
+    *MASKS, "--model.image_size", "256", "--augment.crop_min", "0.2", "--opt.learning_rate", "1.5e-3",
+    "--batch_size", "4", "--dataset.max_objects", "16", "--dataset.background_points", "4",
 )  # fmt: skip
 WHOLE = (
-    "--model.image_size", "512", "--opt.learning_rate", "4e-4", "--batch_size", "2", "--dataset.max_objects", "24",
-    "--dataset.background_points", "16", "--precision", "bf16-mixed",
+    *MASKS, "--model.image_size", "512", "--opt.learning_rate", "6e-4", "--batch_size", "2",
+    "--dataset.max_objects", "24", "--dataset.background_points", "16",
 )  # fmt: skip
 
 
@@ -62,24 +70,12 @@ class Stage:
     flags: tuple[str, ...]
 
 
-SMALL, LARGE = Drawings(6000, 256, 2026), Drawings(5000, 512, 3)
-TOWNS = Drawings(4800, 512, 4, ("plans", "shapes", "blobs", "plans", "things", "parcels"))
-# Small pictures first, where a step costs a fifth; then details of larger ones and these whole, again and again: each
-# time the rate starts high.
+SCENES = Drawings(3600, 512, 4, ("plans", "shapes", "blobs", "plans", "things", "parcels"))
 STAGES = (
-    Stage(
-        "small", SMALL, 100, 2721, (),
-        ("--model.image_size", "256", "--opt.learning_rate", "1e-3", "--batch_size", "4",
-         "--dataset.max_objects", "24"),
-    ),
-    Stage("details", LARGE, 100, 2600, (1450, 2000, 2400), DETAILS),
-    Stage("whole", LARGE, 50, 950, (550, 800), WHOLE),
-    Stage("details_again", LARGE, 100, 5100, (3300, 4300, 4800), DETAILS),
-    Stage("whole_again", LARGE, 50, 1150, (600, 900, 1050), WHOLE),
-    Stage("details_third", LARGE, 100, 1425, (), DETAILS),
-    Stage("details_of_towns", TOWNS, 100, 2200, (1400, 1850, 2080), DETAILS),
-    Stage("whole_towns", TOWNS, 50, 1050, (550, 820, 950), WHOLE),
-)  # fmt: skip
+    Stage("affinities", SCENES, 100, 1600, (1000, 1300, 1500), AFFINITIES),
+    Stage("details", SCENES, 100, 3000, (1800, 2400, 2800), DETAILS),
+    Stage("whole", SCENES, 50, 900, (500, 700, 820), WHOLE),
+)
 
 
 def make(folder: Path, share: float = 1.0) -> Path:

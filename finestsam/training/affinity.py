@@ -2,56 +2,73 @@
 
 A mask decoder that knows nothing yet teaches the encoder mainly to answer the same to every picture, which lowers its
 loss at once. Affinities are there to be seen in the picture from the first step on, and keep the encoder looking.
+
+Most neighbours are alike, and an encoder that answers so everywhere is nearly always right. So those that differ, the
+borders, weigh as much together as those that are alike.
 """
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from finestsam.data.cells import BACKGROUND, PADDING
+from finestsam.data.cells import BACKGROUND
 
 # Of the decoder's grid, in the embedding's token along each side.
 CELLS_PER_TOKEN = 4
 # Pairs of cells so far apart, along the columns and along the rows.
-DISTANCES = (1, 3, 8)
+DISTANCES = (1, 3, 8, 20)
 
 
 class AffinityHead(nn.Conv2d):
     """A linear read-out of the embedding, which is thrown away after training.
 
     For each cell it answers whether it lies in an object, and then for each of `DISTANCES` whether the cell so far
-    below, and so far to the right, lies in the same one: logits, B x 7 x 4g x 4g.
+    below, and so far to the right, lies in the same one: logits, B x 9 x 4g x 4g.
+    It begins with no opinion, so that a new one does not unsettle an encoder that has learnt already.
     """
 
     def __init__(self, channels: int):
         super().__init__(channels, (1 + 2 * len(DISTANCES)) * CELLS_PER_TOKEN**2, kernel_size=1)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
 
     def forward(self, embeddings: Tensor) -> Tensor:
         return F.pixel_shuffle(super().forward(embeddings), CELLS_PER_TOKEN)
 
 
 def affinity_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy of each picture, B: the mean over its cells, and over the questions asked of them.
+    """Return the cross-entropy of each picture, B: the mean over the questions.
+
+    Whether a cell lies in an object is asked of all cells; whether two lie in the same one, where one of them lies in
+    any, and there the pairs that do and the pairs that do not weigh as much, however many they are. Cells in the
+    padding or in a crowd are asked nothing.
 
     Long-range affinities as a task beside segmentation: arXiv 1706.00120.
 
     Args:
-        logits: B x 7 x 4g x 4g, as `AffinityHead` answers.
+        logits: B x 9 x 4g x 4g, as `AffinityHead` answers.
         labels: B x 4g x 4g, as `label_cells` numbers objects.
     """
-    losses = [_mean_where(logits[:, 0], labels > BACKGROUND, labels != PADDING)]
+    losses = [_mean_where(_cross_entropy(logits[:, 0], labels > BACKGROUND), labels >= BACKGROUND)]
     channel = 1
     for distance in DISTANCES:
         for here, there in (
             (labels[:, :-distance], labels[:, distance:]),
             (labels[:, :, :-distance], labels[:, :, distance:]),
         ):
-            answers = logits[:, channel, : here.shape[1], : here.shape[2]]
             is_same = (here == there) & (here > BACKGROUND)
-            losses.append(_mean_where(answers, is_same, (here != PADDING) & (there != PADDING)))
+            is_other = (here != there) & ((here > BACKGROUND) | (there > BACKGROUND))
+            is_other &= (here >= BACKGROUND) & (there >= BACKGROUND)
+            entropy = _cross_entropy(logits[:, channel, : here.shape[1], : here.shape[2]], is_same)
+            kinds = is_same.any(dim=(1, 2)).long() + is_other.any(dim=(1, 2))
+            losses.append((_mean_where(entropy, is_same) + _mean_where(entropy, is_other)) / kinds.clamp(min=1))
             channel += 1
     return sum(losses) / len(losses)
 
 
-def _mean_where(logits: Tensor, truth: Tensor, counts: Tensor) -> Tensor:
-    losses = F.binary_cross_entropy_with_logits(logits, truth.float(), reduction="none") * counts
-    return losses.sum(dim=(1, 2)) / counts.sum(dim=(1, 2)).clamp(min=1)
+def _cross_entropy(logits: Tensor, truth: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, truth.float(), reduction="none")
+
+
+def _mean_where(losses: Tensor, counts: Tensor) -> Tensor:
+    """Return each picture's mean over the places that count, B; 0 where there are none."""
+    return (losses * counts).sum(dim=(1, 2)) / counts.sum(dim=(1, 2)).clamp(min=1)

@@ -33,7 +33,7 @@ def describe_cost(stepper: Stepper, need: MemoryNeed | None, chunk_objects: int,
     decoder_bytes = need.decoder_bytes + min(chunk_objects, len(need.sample)) * need.object_bytes
     total = need.training_bytes + need.encoder_bytes + decoder_bytes
     parts = {"gradients and optimizer": need.training_bytes, "image encoder": need.encoder_bytes}
-    parts["head" if stepper.model.semantic_head is not None else "decoder and losses"] = decoder_bytes
+    parts["decoder and losses" if stepper.decodes else "head"] = decoder_bytes
     listed = ", ".join(f"{name} {_say(value)}" for name, value in parts.items() if value)
     free = "" if free_bytes is None else f"; {_say(free_bytes)} are free"
     lines = [

@@ -7,7 +7,7 @@ from finestsam.config import Config
 from finestsam.errors import printable
 from finestsam.model.lora import list_lora
 from finestsam.model.sam import FinestSam
-from finestsam.training.trainable import trains_encoder
+from finestsam.training.trainable import decodes_masks, trains_encoder
 
 
 class OutOfMemory(Exception):
@@ -32,6 +32,6 @@ def list_savings(config: Config, model: FinestSam) -> list[str]:
             savings.append("--model_layer.recompute_encoder")
     if config.batch_size > 1:
         savings.append(f"--batch_size below {config.batch_size}")
-    if config.losses.resolution != "low" and model.semantic_head is None:
+    if config.losses.resolution != "low" and decodes_masks(model, config):
         savings.append("--losses.resolution low")
     return [*savings, "a smaller --model.type"]

@@ -15,7 +15,6 @@ from finestsam.errors import Defect, UserError
 from finestsam.out_of_memory import is_out_of_memory, naming_what_needs_less
 from finestsam.training.losses import measure_piece_bytes
 from finestsam.training.memory import describe_samples, list_savings
-from finestsam.training.semantic import measure_classes
 from finestsam.training.step import Stepper
 
 # More at a time is no faster.
@@ -75,16 +74,15 @@ def measure_need(stepper: Stepper, dataset: SampleDataset) -> MemoryNeed | None:
     Raises:
         UserError: not even one object of it fits; with the settings that need less.
     """
-    has_objects = stepper.model.semantic_head is None
     sample = _find_heaviest(dataset)
-    if sample is None or (has_objects and len(sample) < 2):
+    if sample is None or (stepper.decodes and len(sample) < 2):
         return None
     sample = sample.to(stepper.model.device)
     with naming_what_needs_less(describe_samples([sample]), ", ".join(list_savings(stepper.config, stepper.model))):
-        return _measure(stepper, sample, has_objects)
+        return _measure(stepper, sample)
 
 
-def _measure(stepper: Stepper, sample: Sample, has_objects: bool) -> MemoryNeed:
+def _measure(stepper: Stepper, sample: Sample) -> MemoryNeed:
     batch_size = stepper.config.batch_size
     known = {weight.untyped_storage().data_ptr() for weight in stepper.model.parameters()}
     encoder_bytes, encoder_seconds, embedding = _try(lambda: stepper.encode([sample]), known)
@@ -94,8 +92,8 @@ def _measure(stepper: Stepper, sample: Sample, has_objects: bool) -> MemoryNeed:
     trained = sum(weight.numel() for weight in stepper.model.parameters() if weight.requires_grad)
     training_bytes = TRAINING_BYTES * trained
     encoder_seconds *= BACKWARD if embedding.requires_grad else 1
-    if not has_objects:
-        head_bytes, seconds, _ = _try(lambda: _classify(stepper, embedding, sample), known)
+    if not stepper.decodes:
+        head_bytes, seconds, _ = _try(lambda: stepper.judge_pictures(embedding, [sample]), known)
         seconds = batch_size * (encoder_seconds + BACKWARD * seconds)
         return MemoryNeed(sample, training_bytes, encoder_bytes * batch_size, head_bytes * batch_size, 0, seconds)
     one, seconds, _ = _try(lambda: _decode(stepper, embedding, sample, 1), known)
@@ -139,10 +137,6 @@ def _decode(stepper: Stepper, embedding: Tensor, sample: Sample, count: int) -> 
             prompts = stepper.correct(prompts, stepper.model(embedding, prompts), sample, 0)
     predictions = stepper.model(embedding, prompts)
     return stepper.take_losses(predictions, sample, 0).total
-
-
-def _classify(stepper: Stepper, embedding: Tensor, sample: Sample) -> Tensor:
-    return measure_classes(stepper.model(embedding, None), sample.classes[None], stepper.config.semantic)
 
 
 def _try(work: Callable[[], Tensor], known: set[int]) -> tuple[int, float, Tensor]:

@@ -52,6 +52,9 @@ def check_settings(config: Config, state: dict[str, Any], pictures_per_batch: in
     refused = [name for name in changed if name.startswith(FIXED)]
     if (now["losses.affinity_ratio"] > 0) != (before["losses.affinity_ratio"] > 0):
         refused.append("losses.affinity_ratio")
+    parts = ("losses.focal_ratio", "losses.dice_ratio", "losses.iou_ratio")
+    if any(now[name] for name in parts) != any(before[name] for name in parts):
+        refused += [name for name in parts if name in changed]
     if now["opt.keep_original"] != 0 and before.get("opt.keep_original") == 0:
         refused.append("opt.keep_original")  # a run keeps what it started from only where this is set from the first on
     if refused:

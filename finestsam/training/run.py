@@ -43,6 +43,7 @@ from finestsam.training.classes import ClassStepper, choose_categories, weigh_cl
 from finestsam.training.cost import describe_cost
 from finestsam.training.distill import distill_
 from finestsam.training.pace import Pace
+from finestsam.training.picture_step import AffinityStepper
 from finestsam.training.probe import choose_chunk_objects, find_free_bytes, measure_need
 from finestsam.training.random_state import random_state, restore_random_state
 from finestsam.training.ranks import Ranks
@@ -51,7 +52,7 @@ from finestsam.training.run_folder import create_run_folder, lock_run
 from finestsam.training.schedules import build_optimizer, build_scheduler
 from finestsam.training.semantic import SemanticStepper, choose_classes
 from finestsam.training.step import Stepper
-from finestsam.training.trainable import freeze_, trains_encoder
+from finestsam.training.trainable import decodes_masks, freeze_, trains_encoder
 from finestsam.whole_files import remove_unfinished, write_json, write_text
 
 
@@ -282,11 +283,16 @@ def _build_stepper(
         fabric.barrier()
     # What a training encoder answered is out of date with the next step.
     embedder = Embedder(model, None if trains_encoder(model) else open_store(config.store, model))
-    kind = SemanticStepper if is_semantic else ClassStepper if classes else Stepper
-    stepper = kind(fabric, config, model, optimizer, scaler, embedder, previous)
+    stepper = _choose_stepper(model, config, classes)(fabric, config, model, optimizer, scaler, embedder, previous)
     if isinstance(stepper, ClassStepper):
         stepper.class_weights = weigh_classes(data.train, classes, config.classes)
     return stepper, scheduler
+
+
+def _choose_stepper(model: FinestSam, config: Config, classes: ClassTable | None) -> type[Stepper]:
+    if not decodes_masks(model, config):
+        return SemanticStepper if model.semantic_head is not None else AffinityStepper
+    return ClassStepper if classes else Stepper
 
 
 def _choose_rates(config: Config) -> OptConfig:
@@ -318,8 +324,8 @@ def _probe(
         return config.chunk_objects or progress.chunk_objects, []
     need = measure_need(stepper, train_set)
     chunk_objects = config.chunk_objects
-    if stepper.model.semantic_head is not None:
-        chunk_objects = 1  # none is decoded
+    if not stepper.decodes:
+        chunk_objects = 1
     elif chunk_objects is None:
         chunk_objects = choose_chunk_objects(stepper, need)
     return chunk_objects, describe_cost(stepper, need, chunk_objects, find_free_bytes(stepper.model.device))

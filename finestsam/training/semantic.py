@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finestsam.batch import Batch
+from finestsam.batch import Sample
 from finestsam.config import Config, SemanticConfig
 from finestsam.data.semantic import BACKGROUND_NAME, IGNORED, ClassTable, match_classes, number_classes
 from finestsam.evaluation.semantic_scores import summarize_pixels
@@ -17,29 +17,20 @@ from finestsam.model.load import LoadedModel
 from finestsam.model.semantic_head import SemanticHead, load_semantic_head
 from finestsam.training.log import SEMANTIC_COLUMNS, SEMANTIC_TRAINING_COLUMNS, SEMANTIC_VALIDATION_COLUMNS
 from finestsam.training.losses import DICE_SMOOTH
-from finestsam.training.step import Stepper
+from finestsam.training.picture_step import PictureStepper
 
 
 @dataclass
-class SemanticStepper(Stepper):
-    """A step that learns classes; its loss is the mean over pictures."""
+class SemanticStepper(PictureStepper):
+    """A step that learns the classes of pixels."""
 
     measures: ClassVar[tuple[str, ...]] = SEMANTIC_TRAINING_COLUMNS
     columns: ClassVar[tuple[str, ...]] = SEMANTIC_COLUMNS
     metric: ClassVar[str] = "val_miou"
 
-    def count(self, batch: Batch) -> int:
-        return len(batch.samples)
-
-    def _add_gradients(self, batch: Batch, epoch: int, weight: float) -> Tensor:
-        if not batch.samples:
-            return torch.zeros(len(self.measures), dtype=torch.float64)
-        logits = self.model(self.encode(batch.samples), None)
-        labels = torch.stack([sample.classes for sample in batch.samples])
-        measures = measure_classes(logits, labels, self.config.semantic)  # B x 4
-        self.fabric.backward(self.scaler.scale(measures[:, 0].sum() * weight))
-        found = zip(measures.detach().cpu().double(), batch.samples, strict=True)
-        return sum(self._note(sums, sample) for sums, sample in found)
+    def judge_pictures(self, embeddings: Tensor, samples: list[Sample]) -> Tensor:
+        labels = torch.stack([sample.classes for sample in samples])
+        return measure_classes(self.model(embeddings, None), labels, self.config.semantic)
 
 
 def measure_classes(logits: Tensor, labels: Tensor, settings: SemanticConfig) -> Tensor:

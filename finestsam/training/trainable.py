@@ -24,9 +24,14 @@ def freeze_(model: FinestSam, config: Config) -> None:
         layer.lora_B.requires_grad_(True)
     _freeze_unused_mask_tokens_(sam, config.multimask_output)
     _freeze_unused_prompts_(sam, config)
-    if model.semantic_head is not None:  # which asks nothing
+    if not decodes_masks(model, config):
         sam.prompt_encoder.requires_grad_(False)
         sam.mask_decoder.requires_grad_(False)
+
+
+def decodes_masks(model: FinestSam, config: Config) -> bool:
+    """Whether a step asks for masks: neither for classes of pixels nor for affinities alone."""
+    return model.semantic_head is None and (config.losses.asks_for_masks or model.class_head is not None)
 
 
 def _thaw_encoder_(sam: Sam, thaw: ThawConfig) -> None:

@@ -1,21 +1,25 @@
 import math
 
+import pytest
 import torch
 from torch.nn import functional as F
 
+from finestsam.data.cells import CROWD, PADDING
 from finestsam.training.affinity import CELLS_PER_TOKEN, DISTANCES, AffinityHead, affinity_loss
 
-# Two objects of 6 x 12 cells, a column without one between them, and padding at the right.
-LABELS = torch.full((1, 16, 16), -1)
-LABELS[0, :12, :14] = 0
-LABELS[0, :12, :6] = 1
-LABELS[0, :12, 7:13] = 2
+SIDE = 32
+QUESTIONS = 1 + 2 * len(DISTANCES)
+# Two objects, 12 cells wide and 24 high, a column without one between them, and padding at the right and below.
+LABELS = torch.full((1, SIDE, SIDE), PADDING)
+LABELS[0, :24, :28] = 0
+LABELS[0, :24, :12] = 1
+LABELS[0, :24, 13:25] = 2
 
 
 def answer_truly(labels: torch.Tensor, confidence: float) -> torch.Tensor:
     """Return the logits of somebody who knows, from plain loops."""
     _, height, width = labels.shape
-    logits = torch.zeros(1, 1 + 2 * len(DISTANCES), height, width)
+    logits = torch.zeros(1, QUESTIONS, height, width)
     for y in range(height):
         for x in range(width):
             here = labels[0, y, x]
@@ -32,29 +36,59 @@ def answer_truly(labels: torch.Tensor, confidence: float) -> torch.Tensor:
 
 def test_who_knows_has_no_loss_and_who_knows_nothing_has_that_of_a_coin():
     assert affinity_loss(answer_truly(LABELS, 30.0), LABELS).item() < 1e-6
-    nothing = torch.zeros(1, 7, 16, 16)
+    nothing = torch.zeros(1, QUESTIONS, SIDE, SIDE)
     torch.testing.assert_close(affinity_loss(nothing, LABELS), torch.tensor([math.log(2)]))
     assert affinity_loss(answer_truly(LABELS, -5.0), LABELS).item() > 4.9
 
 
-def test_what_is_answered_in_the_padding_does_not_count():
-    logits = answer_truly(LABELS, 3.0)
-    changed = torch.where(LABELS[:, None] == -1, 100.0, logits)
+def test_borders_weigh_as_much_as_all_that_lies_within():
+    logits = answer_truly(LABELS, 30.0)
+    logits[:, 2] = 30.0  # right neighbours are alike everywhere: wrong along the borders alone
 
+    wrong = affinity_loss(logits, LABELS).item()
+
+    assert math.isclose(wrong, (30 / 2) / QUESTIONS, rel_tol=1e-5)
+
+
+def test_pairs_of_which_neither_is_in_an_object_do_not_count():
+    logits = answer_truly(LABELS, 3.0)
+    changed = logits.clone()
+    is_nothing = (LABELS[:, :, :-1] == 0) & (LABELS[:, :, 1:] == 0)
+    changed[:, 2, :, :-1] = torch.where(is_nothing, 100.0, logits[:, 2, :, :-1])
+
+    assert is_nothing.any()
     torch.testing.assert_close(affinity_loss(changed, LABELS), affinity_loss(logits, LABELS))
 
 
+def test_a_new_head_moves_no_embedding():
+    embeddings = torch.randn(1, 32, 8, 8, requires_grad=True)
+
+    affinity_loss(AffinityHead(32)(embeddings), LABELS).sum().backward()
+
+    assert embeddings.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("mark", [PADDING, CROWD])
+def test_what_is_answered_in_the_padding_or_in_a_crowd_does_not_count(mark):
+    labels = torch.where(LABELS == PADDING, mark, LABELS)
+    logits = answer_truly(labels, 3.0)
+    changed = torch.where(labels[:, None] == mark, 100.0, logits)
+
+    torch.testing.assert_close(affinity_loss(changed, labels), affinity_loss(logits, labels))
+
+
 def test_a_picture_that_is_all_padding_has_no_loss():
-    assert affinity_loss(torch.zeros(1, 7, 16, 16), torch.full((1, 16, 16), -1)).item() == 0
+    assert affinity_loss(torch.zeros(1, QUESTIONS, SIDE, SIDE), torch.full((1, SIDE, SIDE), PADDING)).item() == 0
 
 
 def test_each_token_answers_for_its_own_cells():
     head = AffinityHead(8)
+    torch.nn.init.normal_(head.weight)
     embeddings = torch.randn(2, 8, 4, 4)
 
     logits = head(embeddings)
 
-    assert logits.shape == (2, 7, 16, 16)
+    assert logits.shape == (2, QUESTIONS, 16, 16)
     changed = embeddings.clone()
     changed[0, :, 1, 2] += 1
     cells = (head(changed) != logits).any(dim=1)[0]
@@ -65,7 +99,7 @@ def test_each_token_answers_for_its_own_cells():
 
 def test_the_loss_can_be_learnt():
     torch.manual_seed(0)
-    head, embeddings = AffinityHead(16), torch.randn(1, 16, 4, 4)
+    head, embeddings = AffinityHead(32), torch.randn(1, 32, 8, 8)
     optimizer = torch.optim.Adam(head.parameters(), lr=0.1)
     for _ in range(60):
         loss = affinity_loss(head(embeddings), LABELS).sum()

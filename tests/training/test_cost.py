@@ -18,14 +18,21 @@ from finestsam.model.build import build_sam
 from finestsam.model.sam import FinestSam
 from finestsam.model.semantic_head import SemanticHead
 from finestsam.prediction.precompute import Embedder
+from finestsam.training.affinity import AffinityHead
 from finestsam.training.cost import describe_cost
+from finestsam.training.memory import list_savings
+from finestsam.training.picture_step import AffinityStepper
 from finestsam.training.probe import USABLE_SHARE, MemoryNeed, measure_need
 from finestsam.training.schedules import build_optimizer
+from finestsam.training.semantic import SemanticStepper
 from finestsam.training.step import Stepper
 from finestsam.training.trainable import freeze_
 
 ROOT = Path(__file__).parents[2]
 TRAINS_ENCODER = {"model_layer.freeze.image_encoder": False}
+AFFINITIES_ALONE = {
+    "losses.affinity_ratio": 1.0, "losses.focal_ratio": 0.0, "losses.dice_ratio": 0.0, "losses.iou_ratio": 0.0,
+}  # fmt: skip
 STEP = """
 import sys
 sys.path[:0] = {paths!r}
@@ -41,7 +48,7 @@ print(read_bytes("VmHWM") - before)
 """
 
 
-def build_stepper(model_type: str, values: dict | None = None) -> Stepper:
+def build_stepper(model_type: str, values: dict | None = None, kind: type[Stepper] = Stepper) -> Stepper:
     config = build_config(TRAINS_ENCODER if values is None else values)
     model = FinestSam(build_sam(model_type)).train()
     freeze_(model, config)
@@ -49,7 +56,7 @@ def build_stepper(model_type: str, values: dict | None = None) -> Stepper:
     fabric = Fabric(accelerator="cpu", devices=1)
     _, optimizer = fabric.setup(model, build_optimizer(model, config.opt))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return Stepper(fabric, config, model, optimizer, scaler, Embedder(model))
+    return kind(fabric, config, model, optimizer, scaler, Embedder(model))
 
 
 def read_dataset(scenes: str | Path, image_size: int) -> SampleDataset:
@@ -144,7 +151,7 @@ def test_without_a_picture_to_try_the_weights_are_counted(tiny_need):
 
 
 def test_the_semantic_task_counts_its_head(scenes):
-    stepper = build_stepper("vit_tiny_test")
+    stepper = build_stepper("vit_tiny_test", kind=SemanticStepper)
     stepper.model.semantic_head = SemanticHead(32, 2)
     dataset = read_dataset(scenes, 64)
     dataset.settings = dataclasses.replace(dataset.settings, classes=number_classes({1: "shape"}, False))
@@ -153,3 +160,16 @@ def test_the_semantic_task_counts_its_head(scenes):
 
     assert need.object_bytes == 0 and need.decoder_bytes > 16 * 16 * 4
     assert "head" in describe_cost(stepper, need, 16, None)[0]
+
+
+def test_an_encoder_that_learns_affinities_alone_counts_their_head_and_no_decoder(scenes):
+    stepper = build_stepper("vit_tiny_test", TRAINS_ENCODER | AFFINITIES_ALONE, kind=AffinityStepper)
+    stepper.model.affinity_head = AffinityHead(32)
+    dataset = read_dataset(scenes, 64)
+    dataset.settings = dataclasses.replace(dataset.settings, wants_cells=True)
+
+    need = measure_need(stepper, dataset)
+
+    assert need.object_bytes == 0 and 0 < need.decoder_bytes < need.encoder_bytes
+    assert "head" in describe_cost(stepper, need, 1, None)[0]
+    assert not any("losses.resolution" in name for name in list_savings(stepper.config, stepper.model))

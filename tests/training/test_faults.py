@@ -414,6 +414,14 @@ def test_a_setting_with_which_the_checkpoint_fits_no_more_is_refused_by_its_name
     assert message in capsys.readouterr().err
 
 
+def test_a_run_that_learns_masks_does_not_go_on_with_affinities_alone(stopped, capsys):
+    flags = ["--losses.focal_ratio=0", "--losses.dice_ratio=0", "--losses.iou_ratio=0", "--losses.affinity_ratio=1"]
+
+    assert resume(stopped, "--max_steps=2", *flags) == 2
+
+    assert "losses.focal_ratio is 0.0, the run has 20.0" in capsys.readouterr().err
+
+
 def test_a_changed_rate_or_batch_size_is_told_with_the_one_that_wins(stopped, capsys):
     flags = ["--opt.learning_rate=1e-5", "--batch_size=2", "--opt.clip_norm=2", "--num_workers=0"]
 
