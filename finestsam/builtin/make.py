@@ -73,8 +73,8 @@ class Stage:
 SCENES = Drawings(3600, 512, 4, ("plans", "shapes", "blobs", "plans", "things", "parcels"))
 STAGES = (
     Stage("affinities", SCENES, 100, 1600, (1000, 1300, 1500), AFFINITIES),
-    Stage("details", SCENES, 100, 3000, (1800, 2400, 2800), DETAILS),
-    Stage("whole", SCENES, 50, 900, (500, 700, 820), WHOLE),
+    Stage("details", SCENES, 100, 1950, (1500, 1750, 1880), DETAILS),
+    Stage("whole", SCENES, 50, 350, (180, 260, 310), WHOLE),
 )
 
 
