@@ -19,6 +19,7 @@ from finestsam.training.checkpoint import LAST
 
 NAME = "vit_tiny"
 SOURCE = "drawn scenes"  # what the card says that the weights were made from
+# In every stage.
 COMMON = (
     "--model.type", "vit_tiny", "--num_workers", "1", "--num_epochs", "1000", "--eval_interval", "1000",
     "--model_layer.freeze.image_encoder", "false", "--model_layer.freeze.prompt_encoder", "false",
