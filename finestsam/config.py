@@ -169,10 +169,10 @@ class LossesConfig:
     focal_gamma: float = setting(2.0, "how much easy pixels are played down", "[0, inf)")
     affinity_ratio: float = setting(
         0.0,
-        "weight of an auxiliary loss on the embedding, which places belong to the same object: 10 keeps an image "
-        "encoder that starts from nothing from going blind; without effect on a frozen one. Where focal_ratio, "
-        "dice_ratio and iou_ratio are 0 the encoder learns this alone, and no mask is decoded: the way to begin from "
-        "nothing",
+        "weight of an auxiliary loss on the embedding, which places belong to the same object; without effect on a "
+        "frozen image encoder. Where focal_ratio, dice_ratio and iou_ratio are 0 the encoder learns this alone, and no "
+        "mask is decoded: the way to begin from nothing. Beside the losses of masks, 3 is what the built-in weights "
+        "were then made with",
         "[0, inf)",
     )
     resolution: Literal["original", "input", "low"] = setting(

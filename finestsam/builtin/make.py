@@ -27,21 +27,22 @@ COMMON = (
     "--dataset.val_size", "0.01", "--evaluate.max_images", "2",
     "--augment.flip_horizontal", "0.5", "--augment.turn", "0.75", "--augment.hue", "0.1", "--augment.saturation", "0.5",
 )  # fmt: skip
-# The image encoder alone learns which places belong together, of details seen small.
+# Crops of large pictures, seen small.
+SMALL = ("--model.image_size", "256", "--augment.crop_min", "0.2")
+# The image encoder alone learns which places belong together.
 AFFINITIES = (
     "--losses.affinity_ratio", "1", "--losses.focal_ratio", "0", "--losses.dice_ratio", "0", "--losses.iou_ratio", "0",
-    "--model.image_size", "256", "--augment.crop_min", "0.2", "--opt.learning_rate", "1e-3", "--batch_size", "8",
-    "--dataset.max_objects", "1",
+    *SMALL, "--opt.learning_rate", "1e-3", "--batch_size", "8", "--dataset.max_objects", "1",
 )  # fmt: skip
 # All of it, from points of the grid or boxes, and it is not to forget what belongs together.
 MASKS = (
     "--losses.affinity_ratio", "3", "--opt.rates.image_encoder", "0.4",
     "--prompts.use_boxes", "true", "--prompts.mix", "true",
 )  # fmt: skip
-# Crops of large pictures, seen small; and these pictures whole.
+# Such crops; and the pictures whole.
 DETAILS = (
-    *MASKS, "--model.image_size", "256", "--augment.crop_min", "0.2", "--opt.learning_rate", "1.5e-3",
-    "--batch_size", "4", "--dataset.max_objects", "16", "--dataset.background_points", "4",
+    *MASKS, *SMALL, "--opt.learning_rate", "1.5e-3", "--batch_size", "4", "--dataset.max_objects", "16",
+    "--dataset.background_points", "4",
 )  # fmt: skip
 WHOLE = (
     *MASKS, "--model.image_size", "512", "--opt.learning_rate", "6e-4", "--batch_size", "2",

@@ -262,8 +262,7 @@ def _build_stepper(
     model = loaded.model.train()
     model.sam.image_encoder.recomputes = config.model_layer.recompute_encoder
     freeze_(model, config)
-    is_semantic = model.semantic_head is not None
-    if config.losses.affinity_ratio > 0 and not is_semantic and trains_encoder(model):
+    if config.losses.affinity_ratio > 0 and model.semantic_head is None and trains_encoder(model):
         model.affinity_head = AffinityHead(model.sam.prompt_encoder.embed_dim).to(model.device)
     # One pass over the weights in place of ten.
     optimizer = build_optimizer(model, _choose_rates(config), fused=fabric.device.type in ("cpu", "cuda"))
@@ -275,7 +274,7 @@ def _build_stepper(
     # float16 alone overflows; bfloat16 has float32's range.
     scaler = torch.amp.GradScaler(fabric.device.type, enabled=model.encoder_dtype == torch.float16)
     previous = None
-    if config.prompts.use_logits and not is_semantic:
+    if config.prompts.use_logits and decodes_masks(model, config):
         count = sum(len(record.annotations) for record in data.train)
         previous = PreviousLogits(folder / "previous_logits", count, model.image_size // 4)
         if fabric.global_rank == 0:
