@@ -102,13 +102,13 @@ def _draw_all(rows: Rows, titles: Mapping[str, str]) -> Figure:
         if name not in ("total_loss", "learning_rate"):
             _draw_line(left, rows, name, title)
     _draw_validation(left, rows)
-    _finish(left, "Training and validation", "Losses, IoU")
     if any(row.get("total_loss") is not None for row in rows):
         right = left.twinx()
         _draw_line(right, rows, "total_loss", "Total loss (right axis)", linestyle="--")
         right.set_ylabel("Total loss")
         right.spines["top"].set_visible(False)
-    if left.lines:
+    _finish(left, "Training and validation", "Losses, IoU")  # only now do both axes know their epochs
+    if any(axes.lines for axes in figure.axes):
         figure.legend(loc="upper left", bbox_to_anchor=(0.785, 0.91), frameon=False)
     return figure
 
@@ -161,7 +161,7 @@ def _finish(axes: Axes, title: str, y_label: str) -> None:
     axes.set_xlabel("Epoch")
     axes.set_ylabel(y_label)
     axes.spines["top"].set_visible(False)
-    if not axes.lines:
+    if not any(each.lines for each in axes.figure.axes):
         axes.set(xticks=[], yticks=[])
         axes.text(0.5, 0.5, "nothing measured yet", ha="center", va="center", color="#888888", transform=axes.transAxes)
         return

@@ -63,6 +63,15 @@ def test_the_untouched_model_is_a_line_through_the_whole_picture(images, tmp_pat
     assert count_columns(images["iou"]) > 200 > 60 > count_columns(without)
 
 
+@pytest.mark.parametrize("floor", [[FLOOR], []], ids=["beside a floor", "alone"])
+def test_the_total_loss_is_drawn_whole_where_nothing_else_was_measured(tmp_path, floor):
+    rows = [*floor, *({"epoch": epoch, "step": epoch, "total_loss": 1 / epoch} for epoch in range(1, 9))]
+    image = draw(rows, tmp_path)["all_metrics"]
+    height, width = image.shape[:2]
+    within = image[int(0.15 * height) : int(0.83 * height), int(0.1 * width) : int(0.7 * width)]  # no axes, no words
+    assert np.ptp((within < 60).all(axis=-1).any(axis=0).nonzero()[0]) > 0.4 * width
+
+
 @pytest.mark.parametrize(
     "rows",
     [
