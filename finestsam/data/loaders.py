@@ -56,6 +56,9 @@ class Loader(DataLoader):
             **arguments,
         )
 
+    def check_worker_number_rationality(self) -> None:
+        """Say nothing of more processes than cores: their number is the user's, and too many do no harm."""
+
     def __iter__(self) -> Iterator[Any]:
         iterator = super().__iter__()
         if self.num_workers > 0 and iterator not in _passes:

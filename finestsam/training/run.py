@@ -401,11 +401,11 @@ def _restore(run: Run, state: dict) -> None:
         run.loaded.model.semantic_head.load_state_dict(state["semantic_head"])
     if run.loaded.model.class_head:
         run.loaded.model.class_head.load_state_dict(state["class_head"])
-    if run.loaded.model.affinity_head:
-        run.loaded.model.affinity_head.load_state_dict(state["affinity_head"])
     try:
+        if run.loaded.model.affinity_head:
+            run.loaded.model.affinity_head.load_state_dict(state["affinity_head"])
         run.stepper.optimizer.load_state_dict(state["optimizer"])
-    except ValueError:
+    except (RuntimeError, ValueError):
         raise UserError(
             "--resume: the run was begun by a version of finestsam that divides the weights otherwise; go on with that "
             "version, or start a new run from best.pth"

@@ -35,6 +35,12 @@ def test_processes_hand_over_what_this_one_would_have_read(dataset):
         assert one.samples[0].rles == other.samples[0].rles
 
 
+@pytest.mark.filterwarnings("error:.*worker:UserWarning")
+def test_more_processes_than_cores_are_no_warning(dataset, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
+    assert len(list(build_validation_loader(dataset, 2))) == len(dataset)
+
+
 def test_a_full_shared_memory_is_an_error_in_one_line(dataset, monkeypatch):
     def refuse(tensor):
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")

@@ -482,3 +482,17 @@ def test_a_checkpoint_with_another_division_of_the_weights_is_refused_in_one_lin
     assert resume(stopped, "--max_steps=2") == 2
 
     assert "begun by a version of finestsam that divides the weights otherwise" in capsys.readouterr().err
+
+
+def test_a_checkpoint_whose_affinities_ask_other_distances_is_refused_in_one_line(scenes, tmp_path, capsys):
+    arguments = ("--losses.affinity_ratio=1", "--model_layer.freeze.image_encoder=false")
+    assert start(scenes, tmp_path, "--max_steps=1", *arguments) == 0
+    path = tmp_path / "run" / "last.ckpt"
+    state = torch.load(path, weights_only=True)
+    state["affinity_head"] = {name: value[:-16] for name, value in state["affinity_head"].items()}
+    torch.save(state, path)
+    capsys.readouterr()
+
+    assert resume(tmp_path, "--max_steps=2", *arguments) == 2
+
+    assert "begun by a version of finestsam that divides the weights otherwise" in capsys.readouterr().err
