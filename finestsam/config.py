@@ -102,7 +102,7 @@ class RatesConfig:
 @dataclass(frozen=True)
 class OptConfig:
     learning_rate: float = setting(
-        4e-5, "peak learning rate of AdamW; vit_tiny: 5e-4; from scratch 1e-3 is a good start", "(0, 1]"
+        4e-5, "peak learning rate of AdamW; vit_tiny: 2e-4; from scratch 1e-3 is a good start", "(0, 1]"
     )
     weight_decay: float = setting(1e-4, "AdamW's weight decay; norms, biases and embeddings have none", "[0, 1]")
     clip_norm: float = setting(1.0, "largest norm of the gradient, 0: no clipping", "[0, inf)")
@@ -588,7 +588,7 @@ class Config:
     num_workers: int = setting(2, "processes that read pictures ahead; 0: none", "[0, inf)")
     num_epochs: int = setting(30, "times that every picture is seen; vit_tiny: 24", "[1, inf)")
     max_steps: int = setting(0, "stop after this many optimizer steps even so; 0: never", "[0, inf)")
-    eval_interval: int = setting(1, "epochs between validations, vit_tiny: 4; 0: only before and after", "[0, inf)")
+    eval_interval: int = setting(1, "epochs between validations, vit_tiny: 6; 0: only before and after", "[0, inf)")
     early_stop_evaluations: int = setting(
         0, "stop after this many validations without a better one; 0: never", "[0, inf)"
     )
@@ -640,9 +640,9 @@ class Config:
 # Where the small model's defaults differ. Its weights are no foundation that training should not touch.
 TINY_DEFAULTS = {
     "model_layer.freeze.image_encoder": False,
-    "opt.learning_rate": 5e-4,
+    "opt.learning_rate": 2e-4,
     "num_epochs": 24,
-    "eval_interval": 4,
+    "eval_interval": 6,
     "dataset.max_objects": 16,
     "sched.LambdaLR.warmup_steps": 20,
     "sched.LambdaLR.steps": [0.6, 0.85],

@@ -60,7 +60,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
 def test_the_small_model_has_defaults_of_its_own(tmp_path, capsys):
     train = ["--mode=train", "--dataset=d", "--model.type=vit_tiny"]
     _, config = parse_command_line(train)
-    assert (config.model_layer.freeze.image_encoder, config.opt.learning_rate) == (False, 5e-4)
+    assert (config.model_layer.freeze.image_encoder, config.opt.learning_rate) == (False, 2e-4)
     assert parse_command_line(train[:2])[1].model_layer.freeze.image_encoder
 
     _, config = parse_command_line([*train, "--opt.learning_rate=1e-3"])
@@ -68,11 +68,11 @@ def test_the_small_model_has_defaults_of_its_own(tmp_path, capsys):
 
     (tmp_path / "c.yaml").write_text("model: {type: vit_tiny}\nmodel_layer: {freeze: {image_encoder: true}}\n")
     _, config = parse_command_line([*train[:2], f"--config={tmp_path / 'c.yaml'}"])
-    assert (config.model_layer.freeze.image_encoder, config.opt.learning_rate) == (True, 5e-4)
+    assert (config.model_layer.freeze.image_encoder, config.opt.learning_rate) == (True, 2e-4)
 
     with pytest.raises(SystemExit):
         parse_command_line([*train, "--print_config"])
-    assert "learning_rate: 0.0005" in capsys.readouterr().out
+    assert "learning_rate: 0.0002" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("adapted", ["lora.rank=4", "thaw.blocks=2", "thaw.norms=true", "thaw.biases=true"])
@@ -80,7 +80,7 @@ def test_the_small_models_encoder_is_frozen_where_parts_of_it_adapt(adapted):
     _, config = parse_command_line(["--mode=train", "--dataset=d", "--model.type=vit_tiny", f"--model_layer.{adapted}"])
 
     assert config.model_layer.freeze.image_encoder
-    assert config.opt.learning_rate == 5e-4
+    assert config.opt.learning_rate == 2e-4
 
 
 def test_every_problem_of_a_command_line_is_reported_at_once():
