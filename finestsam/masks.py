@@ -131,8 +131,18 @@ def _decode_counts(text: bytes) -> np.ndarray:
 
 
 def join_rles(rles: list[dict]) -> dict:
-    """Return the union of masks of one size."""
+    """Return the union of masks of one size, at least one."""
     return coco_mask.merge(rles)
+
+
+def box_to_rle(box: list[int], size: tuple[int, int]) -> dict:
+    """Return the rectangle of a box, XYWH, whole pixels, in a picture of a (height, width)."""
+    return coco_mask.frPyObjects(np.array([box], dtype=np.float64), *size)[0]
+
+
+def shared_area(rle: dict, other: dict) -> int:
+    """Return the number of pixels inside both masks, which are of one size; neither is decoded."""
+    return rle_area(coco_mask.merge([rle, other], intersect=True))
 
 
 def labels_to_rles(labels: np.ndarray) -> dict[int, dict]:

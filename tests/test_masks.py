@@ -8,6 +8,7 @@ from pycocotools import mask as coco_mask
 from finestsam.errors import Defect
 from finestsam.masks import (
     boundary_iou,
+    box_to_rle,
     decode_rle,
     decode_rles,
     distance_inside,
@@ -23,6 +24,7 @@ from finestsam.masks import (
     rle_to_json,
     rle_to_polygons,
     segmentation_to_rle,
+    shared_area,
 )
 
 SIZE = (10, 12)
@@ -230,3 +232,19 @@ def ndimage_fill(mask: np.ndarray) -> np.ndarray:
         if (grown == reached).all():
             return ~reached[1:-1, 1:-1]
         reached = grown
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rectangles_and_shared_areas_need_no_pixels(seed):
+    rng = np.random.default_rng(seed)
+    height, width = rng.integers(2, 40, 2).tolist()
+    x, y = int(rng.integers(width)), int(rng.integers(height))
+    box = [x, y, int(rng.integers(1, width - x + 1)), int(rng.integers(1, height - y + 1))]
+    rectangle = np.zeros((height, width), dtype=bool)
+    rectangle[y : y + box[3], x : x + box[2]] = True
+    mask = rng.random((height, width)) < 0.5
+
+    rle = box_to_rle(box, (height, width))
+
+    assert (decode_rle(rle) == rectangle).all()
+    assert shared_area(encode_mask(mask), rle) == (mask & rectangle).sum()

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 
 from finestsam.config import AugmentConfig
 from finestsam.data.index import Annotation, Record
-from finestsam.masks import decode_rle, encode_mask, rle_box
+from finestsam.masks import box_to_rle, decode_rle, encode_mask, rle_box, shared_area
 
 # A crop's width over its height is at most this much more, or less, than the picture's: shapes stay likely.
 MAX_ASPECT_CHANGE = 4 / 3
@@ -46,6 +46,12 @@ class View:
         """Tell whether every pixel of a picture of that (height, width) is shown where it lies."""
         window = (0, 0, picture_size[1], picture_size[0])
         return self.window == window and not (self.quarter_turns or self.flip_horizontal or self.flip_vertical)
+
+    def meets(self, box: list[int]) -> bool:
+        """Tell whether any pixel of a box, XYWH, of the plain picture lies in the window."""
+        x, y, width, height = self.window
+        left, top, box_width, box_height = box
+        return left < x + width and x < left + box_width and top < y + height and y < top + box_height
 
     def compute_input_side(self, image_size: int) -> int:
         """Return the longest side in the input frame, where the model sees `image_size` pixels."""
@@ -139,23 +145,12 @@ def find_shown(record: Record, view: View, image_size: int, min_area_pixels: flo
     pixel_scale = view.compute_input_side(image_size) / max(view.size)
     if min(view.size) * pixel_scale < 0.5:  # too thin: the shorter side would round to nothing
         return np.arange(0)
-    shown = []
+    shown, window = [], box_to_rle(list(view.window), record.size)
     for place, annotation in enumerate(record.annotations):
-        area = _measure_remaining(record, annotation, view.window)
+        area = shared_area(record.rle(annotation), window) if view.meets(annotation.box) else 0
         if area >= MIN_REMAINING_SHARE * annotation.area and area * pixel_scale**2 >= min_area_pixels:
             shown.append(place)
     return np.array(shown, dtype=np.int64)
-
-
-def _measure_remaining(record: Record, annotation: Annotation, window: tuple[int, int, int, int]) -> int:
-    """Return how many pixels of an object lie in the window; only masks that its edge may cut are decoded."""
-    x0, y0, x1, y1 = window[0], window[1], window[0] + window[2], window[1] + window[3]
-    left, top, width, height = annotation.box
-    if x0 <= left and y0 <= top and left + width <= x1 and top + height <= y1:
-        return annotation.area
-    if left >= x1 or top >= y1 or left + width <= x0 or top + height <= y0:
-        return 0
-    return int(decode_rle(record.rle(annotation))[y0:y1, x0:x1].sum())
 
 
 def show_image(image: np.ndarray, view: View) -> np.ndarray:

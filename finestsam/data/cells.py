@@ -27,7 +27,8 @@ def label_cells(record: Record, view: View, input_size: tuple[int, int], side: i
     inside = np.full((len(rows), len(columns)), BACKGROUND, dtype=np.int32)
     leaves_pixels = view.leaves_pixels(record.size)
     parts = [(CROWD, counts) for counts in record.crowds]
-    parts += [(number, one.counts) for number, one in enumerate(sort_by_area(record.annotations), start=1)]
+    objects = enumerate(sort_by_area(record.annotations), start=1)
+    parts += [(number, one.counts) for number, one in objects if view.meets(one.box)]
     for number, counts in parts:
         mask = decode_rle({"size": list(record.size), "counts": counts})
         if not leaves_pixels:

@@ -42,7 +42,7 @@ from finestsam.data.prompts import (
 from finestsam.data.semantic import ClassTable, draw_label_cells
 from finestsam.errors import Defect
 from finestsam.images import compute_input_size, read_image, resize_image, scale_boxes, scale_points
-from finestsam.masks import decode_rle
+from finestsam.masks import decode_rle, join_rles
 
 # What a random stream is for, the end of its seed: drawing one never changes another. None is 0, which at the end of a
 # seed counts for nothing in numpy.
@@ -200,9 +200,7 @@ class SampleDataset(Dataset):
         # All of them: of an object that the view cuts too short to be asked for, the rest is no background.
         rles = [record.rle(annotation) for annotation in record.annotations]
         rles += [{"size": list(record.size), "counts": counts} for counts in record.crowds]
-        is_taken = np.zeros(record.size, dtype=bool)
-        for rle in rles:
-            is_taken |= decode_rle(rle)
+        is_taken = decode_rle(join_rles(rles)) if rles else np.zeros(record.size, dtype=bool)
         is_free = show(torch.from_numpy(~is_taken), view).numpy()
         grid = build_image_grid(self.settings.points_per_side, view.size)
         free = find_grid_points_inside(

@@ -8,7 +8,7 @@ from finestsam.model.encoder import ChunkedImageEncoder
 from finestsam.training.memory import list_savings
 from finestsam.training.probe import GIGABYTE, TRAINING_BYTES, USABLE_SHARE, MemoryNeed
 from finestsam.training.step import Stepper
-from finestsam.training.trainable import trains_encoder
+from finestsam.training.trainable import decodes_masks, trains_encoder
 
 # Floats that a block of SAM's encoder keeps for its gradient, for each channel of a token: 18 to 23 were counted.
 KEPT_FLOATS = 23
@@ -33,7 +33,7 @@ def describe_cost(stepper: Stepper, need: MemoryNeed | None, chunk_objects: int,
     decoder_bytes = need.decoder_bytes + min(chunk_objects, len(need.sample)) * need.object_bytes
     total = need.training_bytes + need.encoder_bytes + decoder_bytes
     parts = {"gradients and optimizer": need.training_bytes, "image encoder": need.encoder_bytes}
-    parts["decoder and losses" if stepper.decodes else "head"] = decoder_bytes
+    parts["decoder and losses" if decodes_masks(stepper.model, stepper.config) else "head"] = decoder_bytes
     listed = ", ".join(f"{name} {_say(value)}" for name, value in parts.items() if value)
     free = "" if free_bytes is None else f"; {_say(free_bytes)} are free"
     lines = [

@@ -16,8 +16,6 @@ from finestsam.training.step import Stepper
 class PictureStepper(Stepper):
     """The base of those that judge embeddings."""
 
-    decodes: ClassVar[bool] = False
-
     def count(self, batch: Batch) -> int:
         return len(batch.samples)
 

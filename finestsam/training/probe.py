@@ -16,6 +16,7 @@ from finestsam.out_of_memory import is_out_of_memory, naming_what_needs_less
 from finestsam.training.losses import measure_piece_bytes
 from finestsam.training.memory import describe_samples, list_savings
 from finestsam.training.step import Stepper
+from finestsam.training.trainable import decodes_masks
 
 # More at a time is no faster.
 MOST_OBJECTS = {"cpu": CHUNK_OBJECTS, "cuda": 64}
@@ -75,7 +76,7 @@ def measure_need(stepper: Stepper, dataset: SampleDataset) -> MemoryNeed | None:
         UserError: not even one object of it fits; with the settings that need less.
     """
     sample = _find_heaviest(dataset)
-    if sample is None or (stepper.decodes and len(sample) < 2):
+    if sample is None or (decodes_masks(stepper.model, stepper.config) and len(sample) < 2):
         return None
     sample = sample.to(stepper.model.device)
     with naming_what_needs_less(describe_samples([sample]), ", ".join(list_savings(stepper.config, stepper.model))):
@@ -92,7 +93,7 @@ def _measure(stepper: Stepper, sample: Sample) -> MemoryNeed:
     trained = sum(weight.numel() for weight in stepper.model.parameters() if weight.requires_grad)
     training_bytes = TRAINING_BYTES * trained
     encoder_seconds *= BACKWARD if embedding.requires_grad else 1
-    if not stepper.decodes:
+    if not decodes_masks(stepper.model, stepper.config):
         head_bytes, seconds, _ = _try(lambda: stepper.judge_pictures(embedding, [sample]), known)
         seconds = batch_size * (encoder_seconds + BACKWARD * seconds)
         return MemoryNeed(sample, training_bytes, encoder_bytes * batch_size, head_bytes * batch_size, 0, seconds)

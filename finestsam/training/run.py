@@ -323,7 +323,7 @@ def _probe(
         return config.chunk_objects or progress.chunk_objects, []
     need = measure_need(stepper, train_set)
     chunk_objects = config.chunk_objects
-    if not stepper.decodes:
+    if not decodes_masks(stepper.model, config):
         chunk_objects = 1
     elif chunk_objects is None:
         chunk_objects = choose_chunk_objects(stepper, need)

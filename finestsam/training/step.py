@@ -44,14 +44,12 @@ class Stepper:
         columns: of metrics.csv.
         default_metric: what judges weights where the settings leave it open.
         metric: what judges them where that is not measured.
-        decodes: whether objects are asked for, some at a time; else a step answers for pictures.
     """
 
     measures: ClassVar[tuple[str, ...]] = TRAINING_COLUMNS
     columns: ClassVar[tuple[str, ...]] = COLUMNS
     default_metric: ClassVar[str] = "val_generator_ar_100"
     metric: ClassVar[str] = "val_per_mask_iou"
-    decodes: ClassVar[bool] = True
 
     fabric: Fabric
     config: Config

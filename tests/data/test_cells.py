@@ -1,10 +1,11 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 
 from finestsam.config import AugmentConfig, build_config
-from finestsam.data.augment import show_all
+from finestsam.data.augment import draw_view, show_all
 from finestsam.data.cells import label_cells
 from finestsam.data.dataset import SampleDataset, SampleSettings
 from finestsam.images import compute_input_size
@@ -46,6 +47,24 @@ def test_cells_are_turned_and_flipped_with_the_picture_and_hold_objects_that_are
     same = plain.cells.numpy() == flipped.cells.numpy()[:, ::-1]
     assert same.mean() > 0.9  # the middle of a cell of an even number of pixels lies on the other side of it
     assert np.unique(flipped.cells).size == np.unique(plain.cells).size
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_cells_of_a_part_of_the_picture_are_read_off_that_part(records, seed):
+    record = records[seed % len(records)]
+    view = draw_view(AugmentConfig(crop_min=0.1, turn=0.5), record.size, np.random.default_rng(seed))
+    labels = np.zeros(record.size, dtype=np.int32)
+    for number, annotation in enumerate(sorted(record.annotations, key=lambda one: -one.area), start=1):
+        labels[decode_rle(record.rle(annotation))] = number
+    x, y, width, height = view.window
+    shown = np.rot90(labels[y : y + height, x : x + width], view.quarter_turns)
+    # As many pixels in the input frame as there are: the middle of a cell is a pixel.
+    side = -(-max(view.size) // 4)
+
+    cells = label_cells(record, view, view.size, side)
+
+    rows, columns = (np.minimum(np.arange(0, length, 4) + 2, length - 1) for length in view.size)
+    assert (cells.numpy()[: len(rows), : len(columns)] == shown[np.ix_(rows, columns)]).all()
 
 
 def test_without_being_asked_for_there_are_none(records):
