@@ -24,7 +24,7 @@ demo: setup
 		write(Path('$(DEMO)/unseen'), 6, seed=1, kinds=['facades'])"
 	$(RUN) -m finestsam --mode train --dataset $(DEMO)/dataset --sav_dir $(DEMO) --run_name run --model.type vit_tiny \
 		--dataset.background_points 8 --evaluate.goal f1 --best_metric val_generator_f1 \
-		--model.image_size 256 --num_epochs 14 --eval_interval 0
+		--model.image_size 256 --num_epochs 8 --eval_interval 0
 	$(RUN) -m finestsam --mode predict --input $(DEMO)/unseen/data/images --model.checkpoint $(DEMO)/run/best.pth \
 		--out_dir $(DEMO)/predictions
 	$(RUN) -m finestsam --mode evaluate --dataset $(DEMO)/unseen/data --model.checkpoint $(DEMO)/run/best.pth \

@@ -39,14 +39,13 @@ MASKS = (
     "--losses.affinity_ratio", "3", "--opt.rates.image_encoder", "0.4",
     "--prompts.use_boxes", "true", "--prompts.mix", "true",
 )  # fmt: skip
-# Such crops; and the pictures whole.
-DETAILS = (
-    *MASKS, *SMALL, "--opt.learning_rate", "1.5e-3", "--batch_size", "4", "--dataset.max_objects", "16",
-    "--dataset.background_points", "4",
-)  # fmt: skip
-WHOLE = (
-    *MASKS, "--model.image_size", "512", "--opt.learning_rate", "6e-4", "--batch_size", "2",
-    "--dataset.max_objects", "24", "--dataset.background_points", "16",
+# Such crops, and again at a lower rate; and larger ones at the size that the model is for.
+CROPS = (*MASKS, *SMALL, "--batch_size", "4", "--dataset.max_objects", "16", "--dataset.background_points", "4")
+DETAILS = (*CROPS, "--opt.learning_rate", "1.5e-3")
+PRACTICE = (*CROPS, "--opt.learning_rate", "1.2e-3")
+LARGE = (
+    *MASKS, "--model.image_size", "512", "--augment.crop_min", "0.3", "--opt.learning_rate", "6e-4",
+    "--batch_size", "2", "--dataset.max_objects", "24", "--dataset.background_points", "16",
 )  # fmt: skip
 
 
@@ -76,7 +75,8 @@ SCENES = Drawings(3600, 512, 4, ("plans", "shapes", "blobs", "plans", "things", 
 STAGES = (
     Stage("affinities", SCENES, 100, 1600, (1000, 1300, 1500), AFFINITIES),
     Stage("details", SCENES, 100, 1950, (1500, 1750, 1880), DETAILS),
-    Stage("whole", SCENES, 50, 350, (180, 260, 310), WHOLE),
+    Stage("practice", SCENES, 100, 3600, (2700, 3200, 3450), PRACTICE),
+    Stage("large", SCENES, 50, 900, (450, 650, 800), LARGE),
 )
 
 
