@@ -37,7 +37,7 @@ demo: setup
 	@echo "curves:           $(DEMO)/run/plots/all_metrics.png"
 	@echo "weights:          $(DEMO)/run/best.pth, described by best.json beside it"
 
-# The built-in weights again, from nothing: many hours on two cores, goes on where it was stopped.
+# The built-in weights again, from nothing: some hours on two cores, goes on where it was stopped.
 weights: setup
 	$(RUN) -m finestsam.builtin.make --out_dir weights
 

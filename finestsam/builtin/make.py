@@ -39,14 +39,16 @@ MASKS = (
     "--losses.affinity_ratio", "3", "--opt.rates.image_encoder", "0.4",
     "--prompts.use_boxes", "true", "--prompts.mix", "true",
 )  # fmt: skip
-# Such crops, and again at a lower rate; and larger ones at the size that the model is for.
+# Such crops, and again at a lower rate; and at the size that the model is for, larger ones, then small ones too.
 CROPS = (*MASKS, *SMALL, "--batch_size", "4", "--dataset.max_objects", "16", "--dataset.background_points", "4")
 DETAILS = (*CROPS, "--opt.learning_rate", "1.5e-3")
 PRACTICE = (*CROPS, "--opt.learning_rate", "1.2e-3")
-LARGE = (
-    *MASKS, "--model.image_size", "512", "--augment.crop_min", "0.3", "--opt.learning_rate", "6e-4",
-    "--batch_size", "2", "--dataset.max_objects", "24", "--dataset.background_points", "16",
+WHOLE = (
+    *MASKS, "--model.image_size", "512", "--batch_size", "2", "--dataset.max_objects", "24",
+    "--dataset.background_points", "16",
 )  # fmt: skip
+LARGE = (*WHOLE, "--augment.crop_min", "0.3", "--opt.learning_rate", "6e-4")
+CLOSE = (*WHOLE, "--augment.crop_min", "0.12", "--opt.learning_rate", "8e-4")
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,17 @@ class Stage:
 
 
 SCENES = Drawings(3600, 512, 4, ("plans", "shapes", "blobs", "plans", "things", "parcels"))
+# Large blocks, rivers and gardens, and smaller things than those.
+MORE_SCENES = Drawings(
+    3000, 512, 5,
+    ("quarters", "shapes", "grains", "quarters", "things", "plans", "quarters", "blobs", "pebbles", "parcels"),
+)  # fmt: skip
 STAGES = (
     Stage("affinities", SCENES, 100, 1600, (1000, 1300, 1500), AFFINITIES),
     Stage("details", SCENES, 100, 1950, (1500, 1750, 1880), DETAILS),
     Stage("practice", SCENES, 100, 3600, (2700, 3200, 3450), PRACTICE),
     Stage("large", SCENES, 50, 900, (450, 650, 800), LARGE),
+    Stage("close", MORE_SCENES, 100, 3000, (1900, 2500, 2850), CLOSE),
 )
 
 

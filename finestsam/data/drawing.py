@@ -27,10 +27,11 @@ Box = tuple[slice, slice]  # rows and columns of a picture
 Drawn = tuple[np.ndarray, list[np.ndarray]]  # a canvas and its label maps
 
 
-def draw_shapes(rng: np.random.Generator, size: tuple[int, int]) -> Drawn:
-    """Draw dead leaves: textured shapes, the later ones over the earlier ones."""
+def draw_shapes(rng: np.random.Generator, size: tuple[int, int], scale: float = 1.0) -> Drawn:
+    """Draw dead leaves: textured shapes, the later ones over the earlier ones; smaller and more of them by `scale`."""
     weight, labels = np.float32(draw_pattern(rng, size)), np.zeros(size, np.int32)
-    radii = np.sqrt(np.prod(size)) * np.exp(rng.uniform(np.log(0.05), np.log(0.26), rng.integers(12, 36)))
+    side, count = scale * np.sqrt(np.prod(size)), round(rng.integers(12, 36) / scale)
+    radii = side * np.exp(rng.uniform(np.log(0.05), np.log(0.26), count))
     # Roughly the larger ones first: in a random order, the last few would hide most of the others.
     radii = radii[np.argsort(-radii * rng.uniform(0.4, 2.5, len(radii)))]
     for label, radius in enumerate(radii, start=1):
@@ -110,12 +111,12 @@ def draw_things(rng: np.random.Generator, size: tuple[int, int]) -> Drawn:
     return mix(colours, others, paint, weight) * shade[..., None], [wholes, parts]
 
 
-def draw_blobs(rng: np.random.Generator, size: tuple[int, int]) -> Drawn:
-    """Draw cells under a microscope: they touch, and an earlier one stops a later one."""
+def draw_blobs(rng: np.random.Generator, size: tuple[int, int], scale: float = 1.0) -> Drawn:
+    """Draw cells under a microscope, smaller and more by `scale`: they touch, and an earlier one stops a later one."""
     labels, depths = np.zeros(size, np.int32), np.zeros(size, np.float32)
-    mean_radius = np.sqrt(np.prod(size)) * np.exp(rng.uniform(np.log(0.035), np.log(0.1)))
+    mean_radius = scale * np.sqrt(np.prod(size)) * np.exp(rng.uniform(np.log(0.035), np.log(0.1)))
     centres = [rng.random(2) * size[::-1]]
-    for label in range(1, rng.integers(20, 80)):
+    for label in range(1, round(rng.integers(20, 80) / scale)):
         centre, radius = rng.random(2) * size[::-1], mean_radius * np.exp(rng.normal(0, 0.25))
         if rng.random() < 0.6:  # beside an earlier one, which makes clusters
             centre = centres[rng.integers(len(centres))] + 1.9 * mean_radius * point_at(rng.uniform(0, 2 * np.pi))

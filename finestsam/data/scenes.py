@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from finestsam.data.drawing import draw_blobs, draw_shapes, draw_things, find_borders
 from finestsam.data.facades import draw_facades
 from finestsam.data.processes import map_in_processes
+from finestsam.data.quarters import draw_quarters
 from finestsam.data.town_plans import draw_parcels, draw_plans
 from finestsam.images import blur, write_image
 from finestsam.masks import encode_mask, rle_area, rle_box, rle_to_json
@@ -27,13 +29,18 @@ DRAWINGS = {
     "blobs": draw_blobs,
     "plans": draw_plans,
     "things": draw_things,
+    "quarters": draw_quarters,
+    "pebbles": partial(draw_shapes, scale=0.4),
+    "grains": partial(draw_blobs, scale=0.4),
     "facades": draw_facades,
 }
-KINDS = ("shapes", "parcels", "blobs", "plans", "things")  # drawn where none is named: what the built-in weights know
+KINDS = ("shapes", "parcels", "blobs", "plans", "things")  # drawn where none is named
 CATEGORIES = {
-    "shapes": "shape", "parcels": "parcel", "blobs": "blob", "plans": "block", "things": "thing", "facades": "window",
+    "shapes": "shape", "parcels": "parcel", "blobs": "blob", "plans": "block", "things": "thing",
+    "quarters": "quarter", "pebbles": "pebble", "grains": "grain", "facades": "window",
 }  # fmt: skip
-MIN_AREA_FRACTION = 0.002  # of the picture; an object that shows less stays painted but gets no mask
+# An object that shows less stays painted but gets no mask: a share of the picture, in a larger one these pixels.
+MIN_AREA_FRACTION, MIN_AREA_PIXELS = 0.002, 132
 MIN_CORE_FRACTION = 0.3  # of an object's visible pixels, those not on its border; crumbs and slivers have less
 
 
@@ -109,7 +116,8 @@ def split_labels(labels: np.ndarray) -> list[np.ndarray]:
     """Return one mask (H x W, bool) for each label that shows enough of itself, in the order of the labels."""
     areas = np.bincount(labels.ravel())
     core_areas = np.bincount(labels[~find_borders(labels)], minlength=len(areas))
-    is_kept = (areas >= MIN_AREA_FRACTION * labels.size) & (core_areas >= MIN_CORE_FRACTION * areas)
+    min_area = min(MIN_AREA_FRACTION * labels.size, MIN_AREA_PIXELS)
+    is_kept = (areas >= min_area) & (core_areas >= MIN_CORE_FRACTION * areas)
     return [labels == label for label in range(1, len(areas)) if is_kept[label]]
 
 

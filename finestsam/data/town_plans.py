@@ -190,12 +190,22 @@ def draw_stains(rng: np.random.Generator, along: np.ndarray, across: np.ndarray)
     return draw_noise(rng, along.shape, 0.8) + np.sin(along / 40) * np.sin(across / 50) / 2
 
 
-def write_names(rng: np.random.Generator, canvas: np.ndarray, ink: np.ndarray, angle: float) -> None:
-    """Write words of made-up letters over the canvas, in place; they belong to no object and cut none."""
+def write_names(
+    rng: np.random.Generator,
+    canvas: np.ndarray,
+    ink: np.ndarray,
+    angle: float,
+    heights: tuple[float, float] = (0.02, 0.06),
+) -> None:
+    """Write words of made-up letters over the canvas, in place; they belong to no object and cut none.
+
+    Args:
+        heights: the least and the greatest of a letter, as shares of the longer side.
+    """
     height, width = size = canvas.shape[:2]
     nodes = np.array([[0, 0], [0.6, 0], [0, 0.5], [0.6, 0.5], [0, 1], [0.6, 1]])
     for letter_count in rng.integers(1, 9, rng.integers(4, 9)):
-        letter_height, start = max(size) * rng.uniform(0.02, 0.06), rng.uniform(0, 0.9, 2) * (width, height)
+        letter_height, start = max(size) * rng.uniform(*heights), rng.uniform(0, 0.9, 2) * (width, height)
         for number in range(letter_count):
             strokes = rng.permutation(nodes)[:4] + [0.9 * number, 0]
             box, inside = fill(turn(widen(strokes, 0.06) * letter_height, angle) + start, size)

@@ -5,10 +5,20 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from finestsam.data.scenes import CATEGORIES, DRAWINGS, KINDS, draw_scene, write_scenes
+from finestsam.data.scenes import (
+    CATEGORIES,
+    DRAWINGS,
+    KINDS,
+    MIN_AREA_FRACTION,
+    MIN_AREA_PIXELS,
+    draw_scene,
+    write_scenes,
+)
 from finestsam.images import read_image
+from finestsam.masks import find_components
 
 EVERY_KIND = pytest.mark.parametrize("kind", DRAWINGS)
+SMALL_KINDS = ("pebbles", "grains")
 
 
 @EVERY_KIND
@@ -34,7 +44,7 @@ def test_masks_are_bool_large_enough_to_see_and_disjoint_within_their_level(kind
         assert np.sum(scene.masks, axis=0).max() <= (2 if kind == "things" else 1)
 
 
-@EVERY_KIND
+@pytest.mark.parametrize("kind", [kind for kind in DRAWINGS if kind not in SMALL_KINDS])
 def test_every_kind_draws_objects_of_many_sizes(kind):
     scenes = [draw_scene(1, index, (128, 128), kind) for index in range(20)]
 
@@ -45,10 +55,37 @@ def test_every_kind_draws_objects_of_many_sizes(kind):
     assert max(fractions) > 20 * min(fractions)
 
 
-def test_without_a_kind_the_seed_draws_those_that_the_builtin_weights_know():
+def test_without_a_kind_the_seed_draws_all_but_those_that_are_asked_for_by_name():
     drawn = {draw_scene(0, index, (64, 64)).categories[0] for index in range(20)}
 
-    assert drawn == {CATEGORIES[kind] for kind in KINDS} == set(CATEGORIES.values()) - {"window"}
+    asked_for = {"window", "quarter", "pebble", "grain"}
+    assert drawn == {CATEGORIES[kind] for kind in KINDS} == set(CATEGORIES.values()) - asked_for
+
+
+@pytest.mark.parametrize(("kind", "larger"), [("pebbles", "shapes"), ("grains", "blobs")])
+def test_some_kinds_draw_the_same_smaller(kind, larger):
+    small, large = (
+        [mask.mean() for index in range(6) for mask in draw_scene(1, index, (256, 256), name).masks]
+        for name in (kind, larger)
+    )
+
+    assert np.median(small) < np.median(large) / 2
+
+
+@pytest.mark.parametrize("kind", SMALL_KINDS)
+def test_small_things_have_masks_where_the_picture_has_the_pixels(kind):
+    scenes = [draw_scene(1, index, (512, 512), kind) for index in range(12)]
+
+    assert all(len(scene.masks) >= 5 for scene in scenes)
+    smallest = min(mask.sum() for scene in scenes for mask in scene.masks)
+    assert MIN_AREA_PIXELS <= smallest < MIN_AREA_FRACTION * 512 * 512 / 2
+
+
+def test_quarters_are_areas_that_lines_enclose_some_with_holes():
+    masks = [mask for index in range(6) for mask in draw_scene(0, index, (256, 256), "quarters").masks]
+
+    assert all(find_components(mask)[0] == 1 for mask in masks)
+    assert any(find_components(~np.pad(mask, 1))[0] > 2 for mask in masks)
 
 
 def test_parcels_are_outlined_in_dark_ink():
