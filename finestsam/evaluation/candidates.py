@@ -28,7 +28,7 @@ from finestsam.prediction.results import FilterReport, GeneratedMasks
 # Candidates of a picture that are worth a mask, those with the best scores; objects are far fewer.
 MOST_CANDIDATES = 600
 # Points along each side of the grid whose scores tell where that many begin.
-PROBE_POINTS = 16
+PROBE_POINTS = 8
 
 
 @dataclass(frozen=True)
