@@ -28,8 +28,9 @@ from finestsam.processor import has_feature
 CHUNK_SCORES = 2_000_000
 # Of a picture in one attention, kept for their gradient: vit_tiny's at 512 pixels (6 million), none of vit_b's at 1024.
 KEPT_SCORES = 8_000_000
-# Tokens that go through the widest layer together where no gradient is kept.
-CHUNK_TOKENS = 1024
+# Tokens that go through the widest layer together, and through windows, where no gradient is kept: enough for products in
+# bfloat16, whose speed halves with fewer, and few enough for a processor's cache.
+CHUNK_TOKENS = 2048
 
 
 class ChunkedImageEncoder(ImageEncoderViT):
@@ -81,12 +82,13 @@ def attend(attention: Attention | FftAttention, x: Tensor, window_size: int) -> 
     """Let tokens, B x H x W x C, attend to each other in windows of `window_size`; 0: to all."""
     if isinstance(attention, FftAttention):
         return _transform(attention, x, window_size)
-    height, width = x.shape[1:3]
+    batch, height, width = x.shape[:3]
     window = (window_size, window_size) if window_size else (height, width)
     scores = attention.num_heads * height * width * window[0] * window[1]
     keeps_scores = torch.is_grad_enabled() and scores <= KEPT_SCORES
-    # One row of windows after the other stays in a processor's cache; a GPU wants them all.
-    rows = height if x.is_cuda or keeps_scores else window[0]
+    # Some rows of windows after the others stay in a processor's cache; a GPU wants them all.
+    some_windows = window[0] * max(1, CHUNK_TOKENS // (batch * window[0] * width))
+    rows = height if x.is_cuda or keeps_scores else some_windows
     seen = [_attend_in_windows(attention, some, window, keeps_scores) for some in x.split(rows, dim=1)]
     return torch.cat(seen, dim=1) if len(seen) > 1 else seen[0]
 
