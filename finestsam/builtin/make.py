@@ -49,6 +49,7 @@ WHOLE = (
 )  # fmt: skip
 LARGE = (*WHOLE, "--augment.crop_min", "0.3", "--opt.learning_rate", "6e-4")
 CLOSE = (*WHOLE, "--augment.crop_min", "0.12", "--opt.learning_rate", "8e-4")
+AFAR = (*WHOLE, "--augment.crop_min", "0.35", "--opt.learning_rate", "6e-4")
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,18 @@ MORE_SCENES = Drawings(
     3000, 512, 5,
     ("quarters", "shapes", "grains", "quarters", "things", "plans", "quarters", "blobs", "pebbles", "parcels"),
 )  # fmt: skip
+# Others of both, to be seen nearly whole, so that what is large stays in one piece.
+LAST_SCENES = Drawings(
+    2400, 512, 6,
+    ("quarters", "things", "quarters", "blobs", "plans", "quarters", "grains", "things", "quarters", "shapes"),
+)  # fmt: skip
 STAGES = (
     Stage("affinities", SCENES, 100, 1600, (1000, 1300, 1500), AFFINITIES),
     Stage("details", SCENES, 100, 1950, (1500, 1750, 1880), DETAILS),
     Stage("practice", SCENES, 100, 3600, (2700, 3200, 3450), PRACTICE),
     Stage("large", SCENES, 50, 900, (450, 650, 800), LARGE),
     Stage("close", MORE_SCENES, 100, 3000, (1900, 2500, 2850), CLOSE),
+    Stage("afar", LAST_SCENES, 100, 2000, (1000, 1500, 1850), AFAR),
 )
 
 

@@ -28,8 +28,8 @@ from finestsam.processor import has_feature
 CHUNK_SCORES = 2_000_000
 # Of a picture in one attention, kept for their gradient: vit_tiny's at 512 pixels (6 million), none of vit_b's at 1024.
 KEPT_SCORES = 8_000_000
-# Tokens that go through the widest layer together, and through windows, where no gradient is kept: enough for products in
-# bfloat16, whose speed halves with fewer, and few enough for a processor's cache.
+# Tokens that go through the widest layer together, and through windows, where no gradient is kept: enough for products
+# in bfloat16, whose speed halves with fewer, and few enough for a processor's cache.
 CHUNK_TOKENS = 2048
 
 
