@@ -49,7 +49,11 @@ WHOLE = (
 )  # fmt: skip
 LARGE = (*WHOLE, "--augment.crop_min", "0.3", "--opt.learning_rate", "6e-4")
 CLOSE = (*WHOLE, "--augment.crop_min", "0.12", "--opt.learning_rate", "8e-4")
-AFAR = (*WHOLE, "--augment.crop_min", "0.35", "--opt.learning_rate", "6e-4")
+AFAR = (
+    *WHOLE, "--augment.crop_min", "0.35", "--opt.learning_rate", "6e-4",
+    # What chooses the thresholds that go with the weights: more pictures than are needed to choose between epochs.
+    "--evaluate.max_images", "24", "--evaluate.goal", "f1", "--best_metric", "val_best_iou",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ STAGES = (
     Stage("practice", SCENES, 100, 3600, (2700, 3200, 3450), PRACTICE),
     Stage("large", SCENES, 50, 900, (450, 650, 800), LARGE),
     Stage("close", MORE_SCENES, 100, 3000, (1900, 2500, 2850), CLOSE),
-    Stage("afar", LAST_SCENES, 100, 2000, (1000, 1500, 1850), AFAR),
+    Stage("afar", LAST_SCENES, 100, 1600, (700, 1150, 1450), AFAR),
 )
 
 
