@@ -22,6 +22,7 @@ from finestsam.config import (
 )
 from finestsam.errors import UserError
 from finestsam.interruption import Interrupted, end_with_parent, watch_signals
+from finestsam.model.card import read_card
 
 SHORT_NAMES = {
     "--dataset": "--dataset.path",
@@ -52,7 +53,7 @@ def parse_command_line(arguments: list[str]) -> tuple[str, Config]:
         words = ["--mode=check", *words]  # to fetch is enough of an order; what came is looked at
     parser = _build_parser()
     try:
-        parsed = _parse(parser, _with_config_of_resumed_run(words))
+        parsed = _parse(parser, _with_files_as_flags(_with_config_of_resumed_run(words)))
     except (ArgumentError, TypeError, ValueError, RecursionError) as error:
         raise UserError("\n".join(_diagnose(parser, words) or [_first_line(error)])) from None
     values = _flatten_namespace(parsed)
@@ -60,14 +61,26 @@ def parse_command_line(arguments: list[str]) -> tuple[str, Config]:
     problems = _check_mode(mode) + find_problems(mode, values)
     if problems:
         raise UserError("\n".join(problems))
+    if mode == "train" and values["resume"]:  # which a file of settings may hold as well
+        values["resume"] = str(find_run(values["resume"], Path(values["sav_dir"])))
     return mode, build_config(values)
 
 
 def _parse(parser: ArgumentParser, words: list[str]) -> Namespace:
     """Parse, with the defaults of the model type that is asked for."""
     asked = parser.parse_args([word for word in words if word.partition("=")[0] not in ("--print_config", "--help")])
-    parser.set_defaults(list_type_defaults(_flatten_namespace(asked)))
+    values = _flatten_namespace(asked)
+    parser.set_defaults(list_type_defaults(values | {"model.type": _find_type(values)}))
     return parser.parse_args(words)
+
+
+def _find_type(values: dict[str, Any]) -> str:
+    """Return the model type; for `auto` that of the weights that are named, where a card beside them tells it."""
+    if values["model.type"] != "auto" or values["model.checkpoint"] in ("auto", "none"):
+        return values["model.type"]
+    weights = Path(values["model.checkpoint"])
+    card = read_card(weights / "best.pth" if weights.is_dir() else weights)
+    return card.model_type if card else "auto"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -157,7 +170,8 @@ def _lengthen(word: str) -> str:
 
 def _complete_switches(words: list[str]) -> list[str]:
     """Let a switch stand alone: `--strict` is `--strict=true`, and `--resume` is `--resume=auto`."""
-    switches = {f"--{name}": "true" for name, entry in list_settings() if entry.type is bool} | {"--resume": "auto"}
+    kinds = {f"--{name}": entry.type for name, entry in list_settings()}
+    switches = {name: "true" for name, kind in kinds.items() if kind in (bool, bool | None)} | {"--resume": "auto"}
     following = [*words, "--"][1:]
     return [
         f"{word}={switches[word]}" if word in switches and after.startswith("--") else word
@@ -170,10 +184,38 @@ def _with_config_of_resumed_run(words: list[str]) -> list[str]:
     if resumed is None or _find_value(words, "--config") is not None or _find_value(words, "--mode") == "predict":
         return words
     folder = find_run(resumed, Path(_find_value(words, "--sav_dir") or Config.sav_dir))
-    settings = folder / "config.yaml"
-    if not settings.is_file():
-        raise UserError(f"--resume {resumed}: {settings} is missing, so this is not the folder of a run")
-    return ["--config", str(settings), *words, "--resume", str(folder)]
+    return ["--config", str(folder / "config.yaml"), *words, "--resume", str(folder)]
+
+
+def _with_files_as_flags(words: list[str]) -> list[str]:
+    """Put what the files of --config say in their places.
+
+    Raises:
+        ValueError: one cannot be read.
+    """
+    given, remaining = [], iter(words)
+    for word in remaining:
+        name, equals, path = word.partition("=")
+        if name != "--config":
+            given.append(word)
+            continue
+        settings = _read_settings(Path(path if equals else next(remaining, "")))
+        given += [flag for setting, value in settings.items() for flag in _as_flag(setting, value)]
+    return given
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Return {dotted name: value} of a file of settings; the command line's short names may stand there too."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path}: not YAML: {_first_line(error)}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path}: expected names and values, got {type(content).__name__}")
+    settings = flatten_config({str(name): value for name, value in content.items()})
+    return {_lengthen(f"--{name}").removeprefix("--"): value for name, value in settings.items()}
 
 
 def find_run(name: str, sav_dir: Path) -> Path:
@@ -182,6 +224,9 @@ def find_run(name: str, sav_dir: Path) -> Path:
         folder = Path(name) if Path(name).is_dir() else sav_dir / name
         if not folder.is_dir():
             raise UserError(f"--resume {name}: no such folder, here or in {sav_dir}")
+        settings = folder / "config.yaml"
+        if not settings.is_file():
+            raise UserError(f"--resume {name}: {settings} is missing, so this is not the folder of a run")
         return folder
     # By when it was last worked on. One that was stopped before its first checkpoint is begun again: whoever goes on
     # with the newest run does not mean the one before it.
@@ -240,16 +285,12 @@ def _diagnose(parser: ArgumentParser, words: list[str]) -> list[str]:
 def _diagnose_file(parser: ArgumentParser, path: Path) -> tuple[list[str], list[str]]:
     """Return the problems of a settings file, and its sound settings as flags."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        return [f"--config {path}: {error.strerror}"], []
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        return [f"--config {path}: not YAML: {_first_line(error)}"], []
-    if not isinstance(content, dict):
-        return [f"--config {path}: expected names and values, got {type(content).__name__}"], []
+        settings = _read_settings(path)
+    except ValueError as error:
+        return [str(error)], []
     known = {name for name, _ in list_settings()} | {"mode"}
     problems, sound = [], []
-    for name, value in flatten_config(content).items():
+    for name, value in settings.items():
         if name not in known:
             problems.append(_unknown(f"{path}: unknown setting {name}", name))
             continue
@@ -262,7 +303,10 @@ def _diagnose_file(parser: ArgumentParser, path: Path) -> tuple[list[str], list[
 
 def _as_flag(name: str, value: Any) -> list[str]:
     if name == "input":
-        return [f"--{name}", *map(str, value)] if value else []
+        several = value if isinstance(value, list) else [value] if value else []
+        return [f"--{name}", *map(str, several)] if several else []
+    if isinstance(value, str):
+        return [f"--{name}={value}"]
     return [f"--{name}={yaml.safe_dump(value, default_flow_style=True).removesuffix('...' + chr(10)).strip()}"]
 
 

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -81,6 +82,45 @@ def test_the_small_models_encoder_is_frozen_where_parts_of_it_adapt(adapted):
 
     assert config.model_layer.freeze.image_encoder
     assert config.opt.learning_rate == 2e-4
+
+
+def test_defaults_are_those_of_the_type_that_the_named_weights_have(tmp_path):
+    (tmp_path / "best.json").write_text(
+        json.dumps({"model_type": "vit_tiny", "image_size": 512, "multimask_output": True, "categories": []})
+    )
+    for weights in (tmp_path, tmp_path / "best.pth"):
+        _, config = parse_command_line(["--mode=train", "--dataset=d", f"--model.checkpoint={weights}"])
+        assert (config.model.type, config.opt.learning_rate, config.losses.resolution) == ("auto", 2e-4, "low")
+
+
+def test_a_file_may_say_what_flags_say(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("dataset: plans\nrun_name: 7\nresume: null\nnum_devices: [0, 1]\nopt: {learning_rate: 1e-3}\n")
+    _, config = parse_command_line(["--mode=train", f"--config={path}"])
+    assert (config.dataset.path, config.run_name, config.resume, config.num_devices) == ("plans", "7", None, [0, 1])
+    assert config.opt.learning_rate == 1e-3
+
+    path.write_text("mode: predict\ninput: a picture.png\n")
+    mode, config = parse_command_line(["--config", str(path)])
+    assert (mode, config.input) == ("predict", ["a picture.png"])
+
+
+@pytest.mark.parametrize("source", ["flag", "file"])
+def test_a_run_is_resumed_with_a_file_of_settings_too(tmp_path, source):
+    run = tmp_path / "sav" / "r1"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("batch_size: 3\n")
+    path = tmp_path / "c.yaml"
+    path.write_text(f"sav_dir: {tmp_path / 'sav'}\nbatch_size: 5\n" + ("resume: auto\n" if source == "file" else ""))
+    flags = ["--resume", "r1"] if source == "flag" else []
+
+    _, config = parse_command_line(["--mode=train", "--dataset=d", "--config", str(path), *flags])
+
+    assert (Path(config.resume), config.batch_size) == (run, 5)
+    if source == "flag":
+        assert list_problems("--mode=train", "--dataset=d", "--config", str(path), "--resume", "r2") == [
+            f"--resume r2: no such folder, here or in {tmp_path / 'sav'}"
+        ]
 
 
 def test_every_problem_of_a_command_line_is_reported_at_once():
@@ -192,7 +232,10 @@ def test_a_mistake_prints_lines_and_exits_with_2(capsys):
 
 
 def test_a_flag_without_a_value_turns_a_switch_on():
-    _, config = parse_command_line(["--mode=train", "--dataset=d", "--prompts.use_boxes", "--strict"])
+    _, config = parse_command_line(
+        ["--mode=train", "--dataset=d", "--prompts.use_boxes", "--evaluate.search", "--strict"]
+    )
+    assert config.evaluate.search is True
 
     assert config.prompts.use_boxes
     assert config.strict
