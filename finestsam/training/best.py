@@ -19,13 +19,15 @@ from finestsam.model.saving import save_weights
 from finestsam.training.run import Run
 
 ADAPTER_FOLDER = "adapter"
+OF_THE_GENERATOR = ("val_generator_", "val_classes_")
 
 
 def choose_metric(run: Run) -> str:
     """Return the name of what weights are judged by."""
     name = run.config.best_metric
     name = run.stepper.default_metric if name == "auto" else name
-    return name if name in run.progress.floor else run.stepper.metric
+    is_measured = run.config.evaluate.generator or not name.startswith(OF_THE_GENERATOR)
+    return name if is_measured and name in run.progress.floor else run.stepper.metric
 
 
 def rank(run: Run, metrics: dict[str, float]) -> list[float]:
@@ -47,10 +49,12 @@ def keep_if_best(run: Run, kept_original: float = 0.0) -> bool:
     progress = run.progress
     ranked = None if run.val_loader is None else rank(run, progress.metrics)
     value = ranked[0] if ranked else None
-    is_better = ranked is None or progress.best is None or ranked > progress.best
+    # Both by the metric of now: a run may be continued with another one.
+    is_better = ranked is None or progress.best is None or ranked > rank(run, progress.best)
     progress.evaluations_without_better = 0 if is_better else progress.evaluations_without_better + 1
     if is_better:
-        progress.best, progress.is_blended = ranked, kept_original > 0
+        progress.best = None if ranked is None else dict(progress.metrics)
+        progress.is_blended = kept_original > 0
     if run.is_first_rank:
         problem = warn_if_not_saved(lambda: _save_best(run, value, is_better, kept_original))
         if is_better:

@@ -54,7 +54,8 @@ def blend_best(run: Run, validate: Callable[[Run], None]) -> None:
     last = _copy_state(run.loaded.model)
     _load_best_head_(run)
     found = progress.metrics, progress.generator, progress.validation_seconds
-    limit = rank(run, progress.floor) if wanted != "auto" and run.val_loader is not None else progress.best
+    to_beat = progress.floor if wanted != "auto" and run.val_loader is not None else progress.best
+    limit = None if to_beat is None else rank(run, to_beat)
     chosen = None
     for share in _list_shares(run, start, best):
         load_plain_(sam, blend(start, best, share))

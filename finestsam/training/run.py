@@ -69,7 +69,7 @@ class Progress:
     validation_seconds: float = 0.0  # of the newest validation
     skipped_steps: int = 0  # in a row, because loss or gradient was not finite
     all_skipped_steps: int = 0  # of the run
-    best: list[float] | None = None  # by the metric that was chosen, and of equals by val_per_mask_iou
+    best: dict[str, float] | None = None  # the figures of the best weights
     is_blended: bool = False  # whether putting original weights back into these best ones has been tried
     floor: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)  # of the newest validation

@@ -361,9 +361,9 @@ def _say_end(run: Run) -> None:
         run.fabric.print(f"{progress.all_skipped_steps} steps were skipped: loss or gradient was not finite")
     if progress.best is not None:
         name = choose_metric(run)
-        floor = progress.floor.get(name, math.nan)
-        if progress.best > rank(run, progress.floor):
-            run.fabric.print(f"best {name} {progress.best[0]:.4f}, untouched model {floor:.4f}")
+        floor, best = progress.floor.get(name, math.nan), rank(run, progress.best)
+        if best > rank(run, progress.floor):
+            run.fabric.print(f"best {name} {best[0]:.4f}, untouched model {floor:.4f}")
         else:
             run.fabric.print(f"no epoch beat the untouched model ({floor:.4f}): best.pth holds its weights")
     for title, name in (("weights", "best.pth"), ("curves", "plots"), ("figures", "metrics.csv")):
