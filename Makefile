@@ -56,4 +56,4 @@ lint: setup
 	$(RUN) -m ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(DEMO) sav out
+	rm -rf $(VENV) $(DEMO)

@@ -2,11 +2,13 @@
 
 import csv
 import io
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from finestsam.config import CHUNK_OBJECTS, Config, GeneratorConfig, ModelConfig
+from finestsam.data.fingerprint import count_learnt
 from finestsam.data.index import Record
 from finestsam.data.read import describe_dataset, read_evaluation_set
 from finestsam.data.report import write_report
@@ -67,6 +69,9 @@ def evaluate(config: Config) -> int:
     else:
         loaded = load_model(config, prefer_runs=True)
         print(f"weights: {printable(loaded.source)} ({loaded.model_type}); {len(data.val)} images")
+        learnt = count_learnt(data.val, loaded.path.parent) if loaded.path else 0
+        if learnt:
+            print(f"warning: {learnt} of these images were trained on: new ones will fare worse", file=sys.stderr)
         if loaded.model.semantic_head is not None:
             return evaluate_classes(config, loaded, data, folder)
         table = match_categories(loaded, data)

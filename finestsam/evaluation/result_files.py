@@ -2,8 +2,11 @@
 
 import math
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import numpy as np
 
 from finestsam.data.categories import number_categories
 from finestsam.data.coco import load_json
@@ -11,7 +14,7 @@ from finestsam.data.index import Record
 from finestsam.data.semantic import ClassTable
 from finestsam.errors import Defect, UserError, printable
 from finestsam.evaluation.coco_scores import Detections
-from finestsam.masks import segmentation_to_rle
+from finestsam.masks import encode_mask, segmentation_to_rle
 
 # The class of what is of no category of the dataset: it counts where categories do not.
 UNKNOWN = 0
@@ -54,7 +57,9 @@ def read_results(
                 raise Defect("score", f"its score is {score!r:.40}")
             rle = segmentation_to_rle(entry.get("segmentation"), records[place].size)
         except Defect as defect:
-            raise UserError(f"{printable(path)}: result {number}: {defect.message}") from None
+            if defect.code != "empty_mask":
+                raise UserError(f"{printable(path)}: result {number}: {defect.message}") from None
+            rle = encode_mask(np.zeros(records[place].size, dtype=bool))  # found, and wrong
         category_id = entry.get("category_id")
         is_known = table is not None and isinstance(category_id, int)
         number = table.by_category.get(category_id, UNKNOWN) if is_known else UNKNOWN
@@ -101,13 +106,27 @@ def _find_places(content: Any, records: Sequence[Record], path: Path) -> dict[An
     by_name: dict[str, list[int]] = {}
     for place, record in enumerate(records):
         by_name.setdefault(PurePosixPath(record.file_name).name, []).append(place)
-    places = {}
+    claims: dict[int, list[tuple[int, str, Any]]] = {}  # of a picture: the entries that may be it, by what they share
     for image in images:
-        name = image.get("file_name") if isinstance(image, dict) else None
-        candidates = by_name.get(PurePosixPath(str(name)).name, [])
-        whole = [place for place in candidates if records[place].file_name == name]
-        if len(whole or candidates) == 1:
-            places[image.get("id")] = (whole or candidates)[0]
-        elif candidates:
-            raise UserError(f"{printable(path)}: several pictures of this set are called {printable(str(name))}")
+        name = str(image.get("file_name")) if isinstance(image, dict) else ""
+        candidates = by_name.get(PurePosixPath(name).name, [])
+        common = [_count_common_parts(name, records[place].path) for place in candidates]
+        if common and common.count(max(common)) > 1:
+            raise UserError(f"{printable(path)}: several pictures of this set are called {printable(name)}")
+        if common:
+            claims.setdefault(candidates[common.index(max(common))], []).append((max(common), name, image.get("id")))
+    places = {}
+    for place, entries in claims.items():
+        most = max(common for common, _, _ in entries)
+        names = sorted({name for common, name, _ in entries if common == most})
+        if len(names) > 1:
+            told = printable(records[place].file_name)
+            raise UserError(f"{printable(path)}: {' and '.join(map(printable, names[:2]))} may both be {told}")
+        places |= {image_id: place for common, _, image_id in entries if common == most}
     return places
+
+
+def _count_common_parts(name: str, path: Path) -> int:
+    """Return how many parts of two paths are the same, from their ends."""
+    parts = zip(reversed(PurePosixPath(name).parts), reversed(path.parts), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], parts))

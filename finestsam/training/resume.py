@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from finestsam.config import Config, flatten_config
-from finestsam.data.fingerprint import hash_fingerprint, list_changes
+from finestsam.data.fingerprint import SPLIT, hash_fingerprint, list_changes
 from finestsam.errors import UserError
 from finestsam.training import checkpoint
 
-SPLIT = "split.json"  # of a run: what it learns from, and what it is validated on
 # Without these the weights, the optimizer or the schedule of the checkpoint fit no more.
 FIXED = (
     "model.", "model_layer.freeze.", "model_layer.thaw.", "model_layer.lora.",
@@ -19,6 +18,14 @@ FIXED = (
 )  # fmt: skip
 # The optimizer's own, which its checkpoint brings along.
 KEPT = ("opt.learning_rate", "opt.weight_decay", "semantic.head_learning_rate", "classes.head_learning_rate")
+# Of the dataset's settings those that a step depends on; the others make the dataset, which is compared by itself.
+SAMPLING = tuple(
+    f"dataset.{name}"
+    for name in (
+        "positive_points", "negative_points", "prompts_per_object", "background_points", "use_center", "snap_to_grid",
+        "min_area_pixels", "max_objects",
+    )
+)  # fmt: skip
 # How long, where and with what a run computes changes nothing that it learns.
 FREE = (
     "num_epochs", "max_steps", "early_stop_evaluations", "num_workers", "device", "num_devices", "num_nodes", "sav_dir",
@@ -63,7 +70,7 @@ def check_settings(config: Config, state: dict[str, Any], pictures_per_batch: in
     for name in changed:
         if name in KEPT:
             _warn(f"{name} {now[name]}: the run goes on with {before[name]}, which its optimizer holds")
-        elif not name.startswith(FREE):
+        elif name in SAMPLING or not name.startswith(FREE):
             _warn(f"{name}: {now[name]} from here on, {before[name]} before")
     known = state.get("pictures_per_batch", pictures_per_batch)
     if known != pictures_per_batch:

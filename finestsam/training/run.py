@@ -24,7 +24,7 @@ from finestsam.config import (
 )
 from finestsam.data.dataset import PROMPT_KINDS, SampleDataset, SampleSettings, StepSampler
 from finestsam.data.embeddings import EmbeddingStore
-from finestsam.data.fingerprint import hash_fingerprint, take_fingerprint
+from finestsam.data.fingerprint import SPLIT, hash_fingerprint, take_fingerprint
 from finestsam.data.loaders import build_train_loader, build_validation_loader, end_workers
 from finestsam.data.previous_logits import PreviousLogits
 from finestsam.data.read import LabelledSet, describe_dataset, read_training_set
@@ -47,7 +47,7 @@ from finestsam.training.picture_step import AffinityStepper
 from finestsam.training.probe import choose_chunk_objects, find_free_bytes, measure_need
 from finestsam.training.random_state import random_state, restore_random_state
 from finestsam.training.ranks import Ranks
-from finestsam.training.resume import SPLIT, check_settings, convert_batches, load_state, refuse_other_dataset
+from finestsam.training.resume import check_settings, convert_batches, load_state, refuse_other_dataset
 from finestsam.training.run_folder import create_run_folder, lock_run
 from finestsam.training.schedules import build_optimizer, build_scheduler
 from finestsam.training.semantic import SemanticStepper, choose_classes

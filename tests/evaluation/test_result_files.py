@@ -49,6 +49,38 @@ def test_pictures_of_a_file_that_lists_them_are_known_by_name(scenes, everything
     )
 
 
+def test_a_picture_of_the_same_name_in_another_folder_is_another(scenes, everything, tmp_path):
+    folder = everything[0].path.parent.name
+    images, results = [], []
+    for number, place in enumerate(("elsewhere", folder)):
+        ids = {record.image_id: 1000 * (number + 1) + record.image_id for record in everything}
+        images += [{"id": ids[one.image_id], "file_name": f"x/{place}/{one.path.name}"} for one in everything]
+        if place == folder:
+            results += [entry | {"image_id": ids[entry["image_id"]]} for entry in list_results(everything)]
+        else:
+            box = [[0, 0, 9, 0, 9, 9, 0, 9]]
+            results += [{"image_id": id_, "segmentation": box, "score": 1, "category_id": 7} for id_ in ids.values()]
+    path = tmp_path / "predictions.json"
+    path.write_text(json.dumps({"images": images, "annotations": results}))
+
+    assert run_evaluation(scenes, tmp_path / "out", f"--evaluate.predictions={path}")["generator/ap"] == pytest.approx(
+        1
+    )
+
+
+def test_an_empty_mask_is_one_that_is_wrong(scenes, everything, tmp_path):
+    height, width = everything[0].size
+    empty = {"size": [height, width], "counts": [height * width]}
+    results = list_results(everything)
+    results.append({"image_id": everything[0].image_id, "category_id": 7, "segmentation": empty, "score": 0.1})
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results))
+
+    figures = run_evaluation(scenes, tmp_path / "out", f"--evaluate.predictions={path}")
+
+    assert figures["generator/ar_1000"] == pytest.approx(1) and figures["generator/f1"] < 1
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -4,11 +4,12 @@ import json
 
 import pytest
 
-from finestsam.data.fingerprint import hash_fingerprint, take_fingerprint
+from finestsam.config import build_config, flatten_config
+from finestsam.data.fingerprint import SPLIT, count_learnt, hash_fingerprint, take_fingerprint
 from finestsam.data.read import LabelledSet
 from finestsam.data.report import DatasetReport
 from finestsam.errors import UserError
-from finestsam.training.resume import SPLIT, refuse_other_dataset
+from finestsam.training.resume import check_settings, refuse_other_dataset
 
 REFUSED = "the dataset is not the one that the run was trained on"
 
@@ -43,3 +44,20 @@ def test_without_the_run_s_own_description_the_difference_is_not_guessed(data, t
 
     with pytest.raises(UserError, match=rf"{REFUSED}; start a new run"):
         refuse_other_dataset(tmp_path, {"dataset": "of something else"}, take_fingerprint(data))
+
+
+def test_pictures_that_were_learnt_from_are_counted(data, tmp_path):
+    assert count_learnt(data.train, tmp_path) == 0  # not in the folder of a run
+    (tmp_path / SPLIT).write_text(json.dumps(take_fingerprint(data)))
+
+    assert count_learnt([*data.train[:3], *data.val], tmp_path) == 3
+
+
+@pytest.mark.parametrize(("name", "is_told"), [("max_objects", True), ("background_points", True), ("sav", False)])
+def test_a_change_of_what_a_step_asks_is_told(capsys, name, is_told):
+    config = build_config({"model.type": "vit_tiny_test"})
+    state = {"config": json.dumps(flatten_config(config) | {f"dataset.{name}": 7})}
+
+    check_settings(config, state, 1)
+
+    assert (f"dataset.{name}" in capsys.readouterr().err) is is_told
