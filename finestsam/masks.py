@@ -75,6 +75,8 @@ def _read_polygon(part: object, size: tuple[int, int], remarks: list[Remark]) ->
         numbers = [float(number) for number in part]
     except (TypeError, ValueError):
         raise Defect("not_a_number", f"a polygon holds something that is not a number: {str(part)[:60]}") from None
+    except OverflowError:  # an integer beyond 10^308
+        raise Defect("far_outside", f"a polygon has a coordinate beyond any picture: {str(part)[:60]}") from None
     if any(isinstance(number, str) for number in part):
         remarks.append(("text_coordinates", "coordinates written as text, read as numbers"))
     if len(numbers) % 2:
@@ -96,15 +98,19 @@ def _run_lengths_to_rle(segmentation: dict, size: tuple[int, int]) -> dict:
         raise Defect(
             "rle_size", f"run lengths of size {rle_size!s:.40} in a picture of height and width {list(size)}{hint}"
         )
+    pixel_count = size[0] * size[1]
     if isinstance(counts, str | bytes):
         counts = counts.encode("ascii", "replace") if isinstance(counts, str) else counts
         runs = _decode_counts(counts)
     elif isinstance(counts, list) and all(type(run) is int for run in counts):
-        runs = np.array(counts, dtype=np.int64)
+        runs = np.array([run if 0 <= run <= pixel_count else -1 for run in counts], dtype=np.int64)
     else:
         raise Defect("rle_counts", f"run lengths must be a string or a list of integers: {str(counts)[:60]}")
-    if (runs < 0).any() or int(runs.sum()) != size[0] * size[1]:
-        raise Defect("rle_counts", f"run lengths cover {int(runs.sum())} of {size[0] * size[1]} pixels")
+    # Before they are added: the sum of longer ones can wrap around to what fits.
+    if ((runs < 0) | (runs > pixel_count)).any():
+        raise Defect("rle_counts", f"run lengths below 0 or above the {pixel_count} pixels of the picture")
+    if int(runs.sum()) != pixel_count:
+        raise Defect("rle_counts", f"run lengths cover {int(runs.sum())} of {pixel_count} pixels")
     if isinstance(counts, bytes):
         return {"size": list(size), "counts": counts}
     return coco_mask.frPyObjects({"size": list(size), "counts": counts}, *size)

@@ -93,6 +93,7 @@ def test_a_polygon_far_larger_than_the_picture_is_clipped_to_it():
         ([[1, 1, 5, float("inf"), 7, 7]], "not_finite"),
         ([[1, 1, 5, 1e12, 7, 7]], "far_outside"),
         ([[1, 1, 5, 2e8, 7, 7]], "far_outside"),
+        ([[1, 1, 5, 10**400, 7, 7]], "far_outside"),
         ([["a", 1, 5, 5, 7, 7]], "not_a_number"),
         ([[1, 1, 5, 5, 9, 9]], "empty_mask"),
         ([[20, 20, 30, 20, 30, 30]], "empty_mask"),
@@ -102,6 +103,8 @@ def test_a_polygon_far_larger_than_the_picture_is_clipped_to_it():
         ({"size": [10, 12], "counts": [60, 50]}, "rle_counts"),
         ({"size": [10, 12], "counts": [60, 70]}, "rle_counts"),
         ({"size": [10, 12], "counts": [70, -10, 60]}, "rle_counts"),
+        ({"size": [10, 12], "counts": [10**20, 60, 60]}, "rle_counts"),
+        ({"size": [10, 12], "counts": [2**63 - 1, 2**63 - 1, 122]}, "rle_counts"),  # 120 as the sum of int64
         ({"size": [10, 12], "counts": [60.0, 60.0]}, "rle_counts"),
         ({"size": [10, 12], "counts": ""}, "rle_counts"),
         ({"size": [10, 12], "counts": "é~~"}, "rle_counts"),

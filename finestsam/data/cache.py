@@ -16,10 +16,11 @@ from finestsam.config import DatasetConfig
 from finestsam.data.index import Annotation, Index, Record
 from finestsam.data.layouts import Part
 from finestsam.data.report import DatasetReport, Finding
+from finestsam.data.yolo import read_names
 from finestsam.whole_files import write_text
 
 # Raised whenever reading gives another result for the same files.
-VERSION = 3
+VERSION = 4
 # What does not change how a picture and its labels are read.
 UNREAD_SETTINGS = {
     "path", "auto_split", "seed", "val_size", "use_cache", "sav", "positive_points", "negative_points", "use_center",
@@ -43,6 +44,8 @@ def compute_key(part: Part, settings: DatasetConfig, cache_file: Path) -> str:
     digest = hashlib.sha256(json.dumps([VERSION, part.kind, wanted], sort_keys=True, allow_nan=False).encode())
     if part.labels.is_file():
         digest.update(part.labels.read_bytes())
+    if part.kind == "yolo":  # in files outside of both folders
+        digest.update(json.dumps(sorted(read_names(part).items())).encode())
     for folder in dict.fromkeys([part.images_dir, part.labels]):
         for path, _, file_names in sorted(os.walk(folder)):
             for name in sorted(file_names):

@@ -172,6 +172,8 @@ def _read_points(shape: dict) -> np.ndarray:
         points = np.array(shape.get("points"), dtype=float).reshape(-1, 2)
     except (TypeError, ValueError):
         raise Defect("not_a_number", f"points are no pairs of numbers: {str(shape.get('points'))[:60]}") from None
+    except OverflowError:  # an integer beyond 10^308
+        raise Defect("far_outside", f"a point lies beyond any picture: {str(shape.get('points'))[:60]}") from None
     if len(points) == 0:
         raise Defect("empty_segmentation", "a shape without points")
     if not np.isfinite(points).all():

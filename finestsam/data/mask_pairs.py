@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from finestsam.config import DatasetConfig
 from finestsam.data.layouts import Part
@@ -16,7 +17,7 @@ from finestsam.masks import encode_mask, find_components, labels_to_rles, rle_ar
 
 # What tools add to a picture's name for its mask's.
 MASK_ENDING = re.compile(r"[-_. ]?(mask|masks|label|labels|seg|segmentation|gt|annotation)$", re.IGNORECASE)
-# PASCAL VOC's palette pictures have this number along borders that nobody decided.
+# PASCAL VOC's palette pictures have this number along borders that nobody decided, as have grey pictures of classes.
 VOID = 255
 # Of the pixels between darkest and brightest, those that begin 2 x 2 equal ones.
 MIN_FLAT_SHARE = 0.25
@@ -66,7 +67,11 @@ class MaskPairJob:
             instances = "components" if is_lossy or not _holds_numbers(labels) else "values"
         if instances == "components":
             _, labels = find_components(_find_foreground(labels))
-        elif (labels == VOID).any() and len(np.unique(labels[labels != VOID])) > 1:
+        elif (
+            (labels == VOID).any()
+            and len(np.unique(labels[labels != VOID])) > 1
+            and _has_void(self.masks[0], instances == "classes")
+        ):
             if instances == "classes":
                 picture.add_crowd(encode_mask(labels == VOID))
             labels = np.where(labels == VOID, 0, labels)
@@ -112,6 +117,21 @@ def _find_foreground(labels: np.ndarray) -> np.ndarray:
     """Return what is brighter than half of the brightest, H x W, bool; numbers up to 1 mean themselves."""
     brightest = int(labels.max(initial=0))
     return labels > (127 if 1 < brightest < 256 and brightest > 127 else brightest // 2)
+
+
+def _has_void(path: Path, are_classes: bool) -> bool:
+    """Whether `VOID` is no object in a mask that was read: in palette pictures, and in classes as 8-bit grey values."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # the size was checked when it was read
+    try:
+        with Image.open(path) as picture:
+            if picture.mode == "P" or not are_classes:
+                return picture.mode == "P"
+            if picture.mode not in ("L", "LA", "La", "RGB", "RGBA"):
+                return False
+            colours = np.asarray(picture.convert("RGB"))  # grey in three channels is grey
+            return bool((colours == colours[..., :1]).all())
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def _holds_numbers(labels: np.ndarray) -> bool:

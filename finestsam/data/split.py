@@ -9,8 +9,8 @@ from finestsam.errors import UserError
 def split_records(records: list[Record], val_size: float, seed: int) -> tuple[list[Record], list[Record]]:
     """Return the training and the validation pictures, each by image id.
 
-    Entries of one file, and files with the same bytes, stay on one side. At least one picture lies on each side, unless
-    `val_size` is 0.
+    Entries of one file, and files with the same bytes, stay on one side. At least one picture lies on each side, and of
+    pictures with objects, where there are two, unless `val_size` is 0.
     """
     groups = _group(sorted(records, key=lambda record: record.image_id))
     names = sorted(groups)
@@ -19,8 +19,19 @@ def split_records(records: list[Record], val_size: float, seed: int) -> tuple[li
     if len(names) < 2:
         raise UserError("need at least 2 images to split; --dataset.val_size 0 trains without validation")
     random.Random(seed).shuffle(names)
-    val_count = min(max(1, round(len(names) * val_size)), len(names) - 1)
-    return _collect(groups, names[val_count:]), _collect(groups, names[:val_count])
+    labelled, empty = [], []
+    for name in names:
+        (labelled if any(record.annotations for record in groups[name]) else empty).append(name)
+    val_count = _count_val(len(names), val_size)
+    val_labelled = _count_val(len(labelled), val_size)
+    val_empty = min(max(0, val_count - val_labelled), len(empty))
+    val = labelled[:val_labelled] + empty[:val_empty]
+    return _collect(groups, labelled[val_labelled:] + empty[val_empty:]), _collect(groups, val)
+
+
+def _count_val(count: int, val_size: float) -> int:
+    """Return how many of so many pictures are for validation: at least one, and not all; one alone is for training."""
+    return min(max(1, round(count * val_size)), max(0, count - 1))
 
 
 def _group(records: list[Record]) -> dict[str, list[Record]]:

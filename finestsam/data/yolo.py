@@ -85,10 +85,10 @@ def list_jobs(
             relative = path.relative_to(part.images_dir)
             labels = part.labels / relative.with_suffix(".txt")
             jobs.append(YoloJob(relative.as_posix(), path, labels if labels.exists() else None, settings))
-    return jobs, _read_names(part)
+    return jobs, read_names(part)
 
 
-def _read_names(part: Part) -> dict[int, str]:
+def read_names(part: Part) -> dict[int, str]:
     """Return the classes' names from data.yaml or classes.txt, in the dataset's folder or beside the labels."""
     for folder in dict.fromkeys((part.root, part.labels.parent, part.labels)):
         for path in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):

@@ -1,10 +1,12 @@
 """Score the masks that prompts on known objects give: IoU, Dice and boundary IoU per object, in the original frame."""
 
 import math
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from tqdm import tqdm
 
 from finestsam.batch import Batch, Predictions, Sample
 from finestsam.masks import boundary_iou, count_overlap, decode_rles
@@ -39,13 +41,21 @@ def score_batches(
         chunk_objects: decoded at a time.
     """
     model, scores = embedder.model, []
-    for batch, _ in batches:
+    for batch, _ in say_skipped(batches):
         for sample in batch.to(model.device).samples:
             embedding = embedder.embed([sample])
             for first in range(0, len(sample), chunk_objects):
                 predictions = model(embedding, sample.prompts[first : first + chunk_objects])
                 scores += _score_objects(predictions, sample, first, model.image_size)
     return scores
+
+
+def say_skipped(batches: Iterable[tuple[Batch, list[str]]]) -> Iterator[tuple[Batch, list[str]]]:
+    """Hand batches on, and say which pictures could not be read."""
+    for batch, messages in batches:
+        for message in messages:
+            tqdm.write(f"skipped: {message}", file=sys.stderr)
+        yield batch, messages
 
 
 def _score_objects(predictions: Predictions, sample: Sample, first: int, image_size: int) -> list[ObjectScore]:

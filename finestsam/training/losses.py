@@ -7,6 +7,7 @@ of the whole step.
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -165,27 +166,37 @@ def _mask_losses(large: Tensor, targets: Tensor, settings: LossesConfig) -> tupl
 
 def _to_frame(logits: Tensor, sample: Sample, resolution: str, image_size: int) -> Tensor:
     if resolution == "low":
-        height, width = _find_target_size(sample, resolution)
+        height, width = _find_target_size(sample.original_size, sample.input_size, resolution)
         return logits[..., :height, :width]
     original_size = sample.original_size if resolution == "original" else None
     return upscale_logits(logits, image_size, sample.input_size, original_size)
 
 
-def _find_target_size(sample: Sample, resolution: str) -> tuple[int, int]:
+def _find_target_size(original_size: tuple[int, int], input_size: tuple[int, int], resolution: str) -> tuple[int, int]:
     if resolution == "low":
         # The decoder's grid has 4 input pixels to a cell; a cell that is partly picture counts.
-        height, width = (math.ceil(side / 4) for side in sample.input_size)
+        height, width = (math.ceil(side / 4) for side in input_size)
         return height, width
-    return sample.original_size if resolution == "original" else sample.input_size
+    return original_size if resolution == "original" else input_size
 
 
 def _render_targets(rles: list[dict], sample: Sample, resolution: str) -> Tensor:
     """Return n x H x W, float32, 0 or 1, in the frame of the loss."""
-    size = _find_target_size(sample, resolution)
+    size = _find_target_size(sample.original_size, sample.input_size, resolution)
     masks = [decode_rle(rle) for rle in rles]
     if size != sample.original_size:
-        masks = [shrink_mask(mask, size) > 0.5 for mask in masks]
+        masks = [_resize_target(mask, size) for mask in masks]
     return torch.stack([torch.from_numpy(mask) for mask in masks]).float()
+
+
+def _resize_target(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return the pixels that a mask (H x W, bool) covers by more than half, bool, at (height, width) `size`.
+
+    Where a small or thin object covers none so far, those that it covers most: it must not teach that nothing is there.
+    """
+    cover = shrink_mask(mask, size)
+    inside = cover > 0.5
+    return inside if inside.any() else (cover > 0) & (cover >= cover.max() / 2)
 
 
 def _choose_piece_size(sample: Sample, resolution: str, image_size: int, mask_count: int) -> int:
@@ -194,8 +205,15 @@ def _choose_piece_size(sample: Sample, resolution: str, image_size: int, mask_co
 
 def _count_pixels(sample: Sample, resolution: str, image_size: int, mask_count: int) -> int:
     """Return the pixels of one object's masks where they are largest."""
-    height, width = _find_target_size(sample, resolution)
-    return max(height * width, image_size**2 if resolution != "low" else 0) * mask_count
+    return count_frame_pixels(sample.original_size, sample.input_size, resolution, image_size) * mask_count
+
+
+def count_frame_pixels(
+    original_size: tuple[int, int], input_size: tuple[int, int], resolution: str, image_size: int
+) -> int:
+    """Return the pixels of one mask where it is largest on its way to the frame of the loss."""
+    height, width = _find_target_size(original_size, input_size, resolution)
+    return max(height * width, image_size**2 if resolution != "low" else 0)
 
 
 def measure_piece_bytes(sample: Sample, settings: LossesConfig, model: FinestSam) -> int:

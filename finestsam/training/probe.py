@@ -12,8 +12,9 @@ from finestsam.batch import Sample
 from finestsam.config import CHUNK_OBJECTS
 from finestsam.data.dataset import SampleDataset
 from finestsam.errors import Defect, UserError
+from finestsam.images import compute_input_size
 from finestsam.out_of_memory import is_out_of_memory, naming_what_needs_less
-from finestsam.training.losses import measure_piece_bytes
+from finestsam.training.losses import count_frame_pixels, measure_piece_bytes
 from finestsam.training.memory import describe_samples, list_savings
 from finestsam.training.step import Stepper
 from finestsam.training.trainable import decodes_masks
@@ -27,6 +28,7 @@ TRAINING_BYTES = 3 * 4
 # Times that a pass forward takes, forward and backward.
 BACKWARD = 3
 GIGABYTE = 1e9
+CGROUP = Path("/sys/fs/cgroup")  # of version 2, the limits of a container
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def measure_need(stepper: Stepper, dataset: SampleDataset) -> MemoryNeed | None:
     Raises:
         UserError: not even one object of it fits; with the settings that need less.
     """
-    sample = _find_heaviest(dataset)
+    sample = _find_heaviest(dataset, stepper.config.losses.resolution)
     if sample is None or (decodes_masks(stepper.model, stepper.config) and len(sample) < 2):
         return None
     sample = sample.to(stepper.model.device)
@@ -121,13 +123,20 @@ def find_free_bytes(device: torch.device) -> int | None:
     return min((value for value in found if value is not None), default=None)
 
 
-def _find_heaviest(dataset: SampleDataset) -> Sample | None:
-    """Return the sample with the most objects, of those the one with the most pixels."""
-    records = dataset.records
-    order = sorted(
-        range(len(records)), key=lambda place: (len(records[place].annotations), records[place].size), reverse=True
-    )
-    samples = (dataset[(0, place)] for place in order)
+def _find_heaviest(dataset: SampleDataset, resolution: str) -> Sample | None:
+    """Return the sample with the most pixels of masks in the frame of the loss, if possible one of several objects."""
+
+    def weigh(place: int) -> tuple[bool, int]:
+        record, settings = dataset.records[place], dataset.settings
+        count = len(record.annotations)
+        try:
+            input_size = compute_input_size(record.size, settings.image_size)
+        except Defect:  # no sample
+            return False, 0
+        pixels = count_frame_pixels(record.size, input_size, resolution, settings.image_size)
+        return count > 1, pixels * min(count, settings.max_objects or count)
+
+    samples = (dataset[(0, place)] for place in sorted(range(len(dataset)), key=weigh, reverse=True))
     return next((sample for sample in samples if not isinstance(sample, Defect)), None)
 
 
@@ -177,8 +186,11 @@ def _read_meminfo() -> int | None:
 
 
 def _read_container_limit() -> int | None:
-    folder = Path("/sys/fs/cgroup")
     try:
-        return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        rows = (line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        # Files that the kernel keeps in memory count as used, and are given up where memory is needed.
+        kept_files = sum(int(value) for name, value in rows if name in ("active_file", "inactive_file"))
+        return limit - used + kept_files
     except (OSError, ValueError):  # no such files, or `max`: no limit
         return None

@@ -12,7 +12,7 @@ from finestsam.evaluation.candidates import find_candidates
 from finestsam.evaluation.class_scores import score_classes
 from finestsam.evaluation.clicks import average_clicks
 from finestsam.evaluation.generator_scores import Tuned, choose_grids, list_fixed, tune
-from finestsam.evaluation.prompt_scores import score_batches, summarize_scores
+from finestsam.evaluation.prompt_scores import say_skipped, score_batches, summarize_scores
 from finestsam.evaluation.semantic_scores import count_pictures
 from finestsam.out_of_memory import naming_what_needs_less
 from finestsam.prediction.generator import resolve_generator
@@ -52,7 +52,7 @@ def _validate_classes(run: Run) -> dict[str, float]:
     batches = show_progress(run.val_loader, "validation", len(run.val_loader), run.is_first_rank)
 
     def count() -> np.ndarray:
-        found = count_pictures(run.stepper.embedder, batches, run.data.val, run.classes)
+        found = count_pictures(run.stepper.embedder, say_skipped(batches), run.data.val, run.classes)
         return sum((counts for _, counts in found), np.zeros((len(run.classes.names),) * 2, dtype=np.int64))
 
     return summarize_validation(sum(run.ranks.gather(count)), run.classes.names)
@@ -68,12 +68,8 @@ def _validate_prompts(run: Run) -> dict[str, float]:
 
     shares = run.ranks.gather(score)
     scores = summarize_scores([score for share in shares for score in share])
-    return {
-        "val_per_mask_iou": scores["iou"],
-        "val_per_mask_dice": scores["dice"],
-        "val_best_iou": scores["best_iou"],
-        "val_boundary_iou": scores["boundary_iou"],
-    }
+    names = {"per_mask_iou": "iou", "per_mask_dice": "dice", "best_iou": "best_iou", "boundary_iou": "boundary_iou"}
+    return {f"val_{column}": scores[name] for column, name in names.items() if name in scores}
 
 
 def _validate_battery(run: Run) -> dict[str, float]:
@@ -89,7 +85,7 @@ def _validate_battery(run: Run) -> dict[str, float]:
     shares = run.ranks.gather(measure)
     boxes = summarize_scores([score for share, _ in shares for score in share])
     clicks = average_clicks([row for _, share in shares for row in share])
-    figures = {f"val_box_{name}": boxes[name] for name in ("iou", "dice", "boundary_iou")}
+    figures = {f"val_box_{name}": boxes[name] for name in ("iou", "dice", "boundary_iou") if name in boxes}
     return figures | {f"val_clicks_iou_{count}": iou for count, iou in clicks.items()}
 
 

@@ -186,6 +186,7 @@ def test_case_90_a_file_that_is_no_sound_labelme_file_is_skipped(read, tmp_path,
         ([[1, 2], [3, 4]], "too_few_points"),
         ([[1, 1], [float("nan"), 2], [5, 5]], "not_finite"),
         ([[1, 1], [1e12, 2], [5, 5]], "far_outside"),
+        ([[1, 1], [10**400, 2], [5, 5]], "far_outside"),
         ([[100, 100], [120, 100], [120, 120]], "empty_mask"),
     ],
 )

@@ -1,7 +1,7 @@
 import pytest
 
 from finestsam.config import build_config
-from finestsam.data.index import Record
+from finestsam.data.index import Annotation, Record
 from finestsam.data.layouts import find_layout
 from finestsam.data.read import read_evaluation_set, read_training_set
 from finestsam.data.split import split_records
@@ -67,6 +67,39 @@ def test_at_least_one_picture_lies_on_each_side(count, val_size, val_count):
 
     assert len(val) == val_count
     assert len(train) == count - val_count
+
+
+@pytest.mark.parametrize("val_size", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize(("labelled", "empty"), [(2, 30), (5, 95), (30, 2), (3, 3)])
+def test_pictures_with_objects_lie_on_both_sides(labelled, empty, val_size):
+    records = make_records(labelled + empty)
+    for record in records[:labelled]:
+        record.annotations.append(Annotation(record.image_id, 1, b"", 1, [0, 0, 1, 1], 1))
+
+    for seed in range(10):
+        train, val = split_records(records, val_size, seed)
+
+        assert sorted(record.image_id for record in train + val) == list(range(len(records)))
+        assert any(record.annotations for record in train) and any(record.annotations for record in val)
+        assert abs(len(val) - round(len(records) * val_size)) <= 1
+
+
+def test_the_only_picture_with_objects_is_for_training():
+    records = make_records(6)
+    records[3].annotations.append(Annotation(1, 1, b"", 1, [0, 0, 1, 1], 1))
+
+    for seed in range(10):
+        train, val = split_records(records, 0.9, seed)
+
+        assert records[3] in train and len(val) == 5
+
+
+def test_a_split_of_pictures_that_all_have_objects_stays_as_it_was():
+    records = make_records(12)
+    for record in records:
+        record.annotations.append(Annotation(record.image_id, 1, b"", 1, [0, 0, 1, 1], 1))
+
+    assert [record.image_id for record in split_records(records, 0.3, seed=5)[1]] == [5, 8, 9, 10]
 
 
 def test_entries_of_one_file_stay_together():

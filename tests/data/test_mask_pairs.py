@@ -88,9 +88,39 @@ def test_smoothed_edges_are_no_objects(folder, numbers):
 
 def test_the_undecided_border_of_palette_masks_is_no_object(folder, numbers):
     numbers[0:2, :] = 255
-    Image.fromarray(numbers).save(folder / "masks" / "a.png")
+    picture = Image.fromarray(numbers)
+    picture.putpalette(bytes(range(256)) * 3)
+    picture.save(folder / "masks" / "a.png")
 
     assert len(list_masks(read_folder(folder))) == 3
+    assert len(list_masks(read_folder(folder, mask_instances="values"))) == 3
+    assert len(list_masks(read_folder(folder, mask_instances="classes"))) == 3
+
+
+@pytest.mark.parametrize("instances", ["auto", "values"])
+@pytest.mark.parametrize("kind", ["grey", "deep", "colours"])
+def test_the_number_255_is_an_object_where_it_is_no_palettes(folder, numbers, kind, instances):
+    picture = Image.fromarray(np.array([0, 85, 170, 255], dtype=np.uint16 if kind == "deep" else np.uint8)[numbers])
+    if kind == "colours":
+        colours = [[0, 0, 0], [0, 255, 0], [255, 0, 0], [0, 0, 255]]
+        picture = Image.fromarray(np.array(colours, dtype=np.uint8)[numbers])
+    picture.save(folder / "masks" / "a.png")
+
+    masks = list_masks(read_folder(folder, mask_instances=instances))
+
+    assert {mask.tobytes() for mask in masks} == {(numbers == number).tobytes() for number in (1, 2, 3)}
+
+
+@pytest.mark.parametrize(("kind", "count"), [("grey", 2), ("grey in colours", 2), ("deep", 3), ("colours", 3)])
+def test_of_classes_the_number_255_is_undecided_in_grey_pictures_of_8_bits(folder, numbers, kind, count):
+    numbers = np.array([0, 85, 170, 255], dtype=np.uint16 if kind == "deep" else np.uint8)[numbers]
+    if "colours" in kind:
+        numbers = numbers[..., None] * np.array([0, 0, 1] if kind == "colours" else [1, 1, 1], dtype=np.uint8)
+    Image.fromarray(numbers).save(folder / "masks" / "a.png")
+
+    (record,) = read_folder(folder, mask_instances="classes").records
+
+    assert (len(record.annotations), len(record.crowds)) == (count, 3 - count)
 
 
 def test_settings_decide_between_regions_and_numbers(folder, numbers):

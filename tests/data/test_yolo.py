@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 
@@ -78,6 +80,21 @@ def test_classes_have_the_names_that_a_file_gives_them(read, tmp_path, name, tex
     (tmp_path / name).write_text(text)
 
     assert read(SQUARE).categories == {0: "nut", 1: "fig"}
+
+
+@pytest.mark.parametrize(("name", "text"), [("data.yaml", "names: [{}]"), ("classes.txt", "{}")])
+def test_a_name_that_was_corrected_is_read_anew(read, tmp_path, name, text):
+    found = []
+    for category in ("nut", "fig"):  # of one length
+        (tmp_path / name).write_text(text.format(category))
+        read(SQUARE)
+        part = find_layout(tmp_path)
+        os.utime(tmp_path / "labels" / "a.txt", (1, 1))
+        for file in (tmp_path / "images").iterdir():
+            os.utime(file, (1, 1))
+        found.append(read_parts(part, DatasetConfig(), ["all"])["all"].categories)
+
+    assert found == [{0: "nut"}, {0: "fig"}]
 
 
 def test_code_in_a_yaml_file_is_not_run(read, tmp_path):

@@ -324,6 +324,30 @@ def test_figures_that_are_no_numbers_make_no_best_weights(scenes, tmp_path, monk
     assert not list((tmp_path / "run").glob("*inf*"))
 
 
+@pytest.mark.parametrize("task", ["masks", "semantic"])
+def test_pictures_that_break_in_the_middle_of_a_run_are_named_and_leave_no_figures(
+    scenes, tmp_path, monkeypatch, capsys, task
+):
+    shutil.copytree(scenes, tmp_path / "scenes")
+    count_step, broken = train._count_step, []
+
+    def break_pictures(run, *arguments):
+        count_step(run, *arguments)
+        for record in run.data.val:
+            record.path.write_bytes(b"")
+            broken.append(record.file_name)
+
+    monkeypatch.setattr(train, "_count_step", break_pictures)
+
+    assert start(tmp_path / "scenes", tmp_path, f"--task={task}", "--evaluate.battery=true") == 0
+
+    error = capsys.readouterr().err
+    assert broken and all(f"skipped: {name}: not an image but an empty file" in error for name in broken)
+    rows = read_rows(tmp_path / "run")
+    names = [name for name in rows[0] if name.startswith("val_")]
+    assert any(rows[0][name] for name in names) and not any(row[name] for row in rows[1:] for name in names)
+
+
 def test_a_step_that_does_not_fit_into_the_memory_saves_and_says_what_needs_less(
     scenes, whole, tmp_path, monkeypatch, capsys
 ):

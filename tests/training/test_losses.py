@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -123,6 +125,22 @@ def test_the_loss_in_pieces_is_the_loss_and_the_gradient_of_the_whole(sample, pr
     torch.testing.assert_close(found.total, expected.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(predictions.logits.grad, gradients[0], rtol=1e-4, atol=1e-8)
     torch.testing.assert_close(predictions.scores.grad, gradients[1])
+
+
+@pytest.mark.parametrize("resolution", ["input", "low"])
+@pytest.mark.parametrize("part", [np.s_[40:41, 10:110], np.s_[41:43, 10:110], np.s_[30:33, 50:53], np.s_[7:8, 9:10]])
+def test_a_small_or_thin_object_keeps_a_target_where_it_is(sample, predictions, resolution, part):
+    mask = np.zeros((360, 480), dtype=bool)
+    mask[part] = True
+    sample = replace(sample, original_size=mask.shape, rles=[encode_mask(mask)])
+    empty = Predictions(torch.full((1, 3, 16, 16), -9.0), torch.ones(1, 3))
+
+    target = module._render_targets(sample.rles, sample, resolution)[0].bool().numpy()
+    losses = object_losses(empty, sample, 0, LossesConfig(resolution=resolution), IMAGE_SIZE)
+
+    assert target.any()
+    assert not (target & ~(shrink_mask(mask, target.shape) > 0)).any()
+    assert float(losses.iou) == 0
 
 
 def test_only_the_best_mask_of_an_object_is_trained_and_all_its_scores(sample, predictions):

@@ -1,11 +1,15 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from lightning.fabric import Fabric
 
-from finestsam.config import build_config
+from finestsam.config import DatasetConfig, build_config
 from finestsam.data.dataset import SampleDataset, SampleSettings
+from finestsam.data.index import Record
+from finestsam.data.read import read_training_set
+from finestsam.data.scenes import write_scenes
 from finestsam.errors import UserError
 from finestsam.prediction.precompute import Embedder
 from finestsam.training import probe
@@ -39,6 +43,28 @@ def test_the_heaviest_picture_is_tried(make_stepper, dataset):
     need = measure_need(make_stepper(), dataset)
 
     assert len(need.sample) == max(len(record.annotations) for record in dataset.records)
+
+
+@pytest.mark.parametrize(
+    ("resolution", "max_objects", "side"), [("original", 0, 400), ("low", 0, 96), ("low", 4, 400), ("input", 0, 96)]
+)
+def test_the_heaviest_picture_has_the_most_pixels_of_masks(make_stepper, tmp_path, resolution, max_objects, side):
+    small, large = (read_scene(tmp_path / str(size), size) for size in (96, 400))
+    small, large = (
+        replace(record, annotations=record.annotations[:1] * count) for record, count in ((small, 12), (large, 5))
+    )
+    lone = replace(large, image_id=9, annotations=large.annotations[:1], size=(9000, 9000))  # nothing to tell two by
+    config = build_config({"losses.resolution": resolution})
+    settings = SampleSettings(64, 16, 0, config.prompts, config.dataset, max_objects=max_objects)
+
+    need = measure_need(make_stepper(losses__resolution=resolution), SampleDataset([lone, large, small], settings))
+
+    assert need.sample.original_size == (side, side)
+
+
+def read_scene(folder, side: int) -> Record:
+    write_scenes(folder, count=1, size=(side, side))
+    return read_training_set(DatasetConfig(path=str(folder), val_size=0.0, use_cache=False)).train[0]
 
 
 def test_the_need_of_many_objects_is_told_from_two(make_stepper, dataset):
@@ -149,6 +175,17 @@ def test_a_system_that_does_not_tell_its_memory_gets_the_usual_chunk(make_steppe
     stepper = make_stepper()
 
     assert choose_chunk_objects(stepper, measure_need(stepper, dataset)) == probe.MOST_OBJECTS["cpu"]
+
+
+def test_files_that_a_container_keeps_in_memory_count_as_free(monkeypatch, tmp_path):
+    monkeypatch.setattr(probe, "CGROUP", tmp_path)
+    assert probe._read_container_limit() is None
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 200\nfile 700\ninactive_file 500\nactive_file 150\nshmem 50\n")
+    assert probe._read_container_limit() == 750
+    (tmp_path / "memory.max").write_text("max\n")
+    assert probe._read_container_limit() is None
 
 
 def test_the_free_memory_is_that_of_the_system_or_the_container(monkeypatch):
