@@ -17,7 +17,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH
 
 from finestsam.config import ImagesConfig
 from finestsam.errors import Defect
@@ -26,6 +27,17 @@ from finestsam.whole_files import replacing
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 JPEG_QUALITY = 85
 ORIENTATION_TAG = 0x0112  # of EXIF; from 5 on width and height are exchanged
+# What brings a stored picture upright, by its EXIF orientation.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+TURNS_BACK = TURNS | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
 
 
 @dataclass
@@ -33,7 +45,7 @@ class ImageFacts:
     """What is known of a picture once its file was read to the end."""
 
     size: tuple[int, int]  # of the picture as `read_image` returns it
-    digest: str  # of the file's bytes
+    digest: str  # of the file's bytes; of deep pixels also of how they are brought to 8 bits
     remarks: list[tuple[str, str]] = field(default_factory=list)  # code and message of what is used all the same
 
 
@@ -62,10 +74,12 @@ def decode_image(
     """Return a picture from the bytes of its file, as `read_image` does."""
     settings = settings or ImagesConfig()
     with _open_picture(data, settings) as picture:
-        if _has_deep_colours(picture):
-            picture = _read_deep_colours(data, picture, settings)
+        has_deep_colours = _has_deep_colours(picture)
+        frame = _read_frame(picture)
+        if has_deep_colours:
+            picture = _read_deep_colours(data, settings)
         picture.load()
-        return _to_rgb(_turn_upright(picture, expected_size), settings)
+        return _to_rgb(_turn(picture, frame, expected_size), settings)
 
 
 def read_labels(path: Path, settings: ImagesConfig | None = None) -> tuple[np.ndarray, bool]:
@@ -98,37 +112,47 @@ def inspect_image(
 ) -> ImageFacts:
     """Decode a picture to see that all of it can be read; cheaper than `read_image`, with the same defects."""
     data = _read_bytes(path)
-    with _open_picture(data, settings or ImagesConfig()) as picture:
-        stored = (picture.height, picture.width)
-        is_deep = picture.mode.startswith(("I", "F")) or _has_deep_colours(picture)
-        orientation = picture.getexif().get(ORIENTATION_TAG, 1)  # loads a PNG
-        upright = stored[::-1] if orientation >= 5 else stored
-        size = _choose_size(stored, upright, expected_size)
+    settings = settings or ImagesConfig()
+    with _open_picture(data, settings) as picture:
+        is_deep = _is_deep(picture)
+        frame = _read_frame(picture)
+        height, width = frame.stored
+        size = _choose_size(frame, expected_size)
         # A JPEG is read to its end at an eighth of its size too, in half the time.
-        picture.draft(None, (stored[1] // 8 or 1, stored[0] // 8 or 1))
+        picture.draft(None, (width // 8 or 1, height // 8 or 1))
         picture.load()
         remarks = _list_remarks(picture, is_deep)
-        if orientation != 1 and stored[0] == stored[1]:
+        if frame.orientation != 1 and height == width:
             remarks.append(
                 ("ambiguous_turn", "a square picture with an EXIF orientation: taken as annotated upright, check it")
             )
-    return ImageFacts(size, _hash(data), remarks)
+    return ImageFacts(size, _hash(data, is_deep, settings), remarks)
 
 
-def hash_picture(path: Path) -> str:
-    """Return the hash of a picture's bytes, as `ImageFacts.digest` has it."""
-    return _hash(_read_bytes(path))
+def hash_picture(path: Path, settings: ImagesConfig | None = None) -> str:
+    """Return the hash of a picture, as `ImageFacts.digest` has it.
+
+    Raises:
+        Defect: the file is missing or no picture.
+    """
+    data = _read_bytes(path)
+    settings = settings or ImagesConfig()
+    with _open_picture(data, settings) as picture:
+        return _hash(data, _is_deep(picture), settings)
 
 
-def _hash(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+def _hash(data: bytes, is_deep: bool, settings: ImagesConfig) -> str:
+    """Return a hash of what the pixels depend on."""
+    digest = hashlib.blake2b(data, digest_size=16)
+    if is_deep:
+        digest.update(settings.deep_range.encode())
+    return digest.hexdigest()
 
 
 def read_image_size(path: Path, settings: ImagesConfig | None = None) -> tuple[int, int]:
     """Return the upright (height, width) from the file's head, without decoding the picture."""
     with _open_picture(_read_bytes(path), settings or ImagesConfig()) as picture:
-        stored = (picture.height, picture.width)
-        return stored[::-1] if picture.getexif().get(ORIENTATION_TAG, 1) >= 5 else stored
+        return _read_frame(picture).upright
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -179,26 +203,53 @@ def _open_checked(data: bytes, settings: ImagesConfig) -> Iterator[Image.Image]:
         raise Defect("broken_image", f"truncated or broken image ({error})") from None
 
 
-def _choose_size(
-    stored: tuple[int, int], upright: tuple[int, int], expected_size: tuple[int, int] | None
-) -> tuple[int, int]:
+@dataclass
+class _Frame:
+    """How a picture lies in its file."""
+
+    stored: tuple[int, int]
+    orientation: int  # of EXIF, 1 to 8
+    is_turned_on_load: bool  # Pillow and OpenCV bring a TIFF upright, and leave all others as they are stored
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        return self.stored[::-1] if self.orientation >= 5 else self.stored
+
+
+def _read_frame(picture: Image.Image) -> _Frame:
+    """Return how a picture lies in its file. Before it is loaded: then a TIFF forgets its orientation."""
+    orientation = picture.getexif().get(ORIENTATION_TAG, 1)  # loads a PNG
+    orientation = int(orientation) if orientation in TURNS else 1  # damaged files have text or bytes there
+    if picture.format == "TIFF":
+        # Its own size is already that of the upright picture.
+        return _Frame((picture.tag_v2[IMAGELENGTH], picture.tag_v2[IMAGEWIDTH]), orientation, True)
+    return _Frame((picture.height, picture.width), orientation, False)
+
+
+def _choose_size(frame: _Frame, expected_size: tuple[int, int] | None) -> tuple[int, int]:
     """Return which of the two the annotations were drawn on; upright where both or no expectation fits."""
-    if expected_size is None or upright == expected_size:
-        return upright
-    if stored == expected_size:
-        return stored
+    if expected_size is None or frame.upright == expected_size:
+        return frame.upright
+    if frame.stored == expected_size:
+        return frame.stored
     raise Defect(
         "size_mismatch",
         f"size mismatch: the annotations say {expected_size[1]} x {expected_size[0]}, "
-        f"the file has {upright[1]} x {upright[0]}",
+        f"the file has {frame.upright[1]} x {frame.upright[0]}",
     )
 
 
-def _turn_upright(picture: Image.Image, expected_size: tuple[int, int] | None) -> Image.Image:
-    upright = ImageOps.exif_transpose(picture)
-    stored = (picture.height, picture.width)
-    size = _choose_size(stored, (upright.height, upright.width), expected_size)
-    return picture if size == stored != (upright.height, upright.width) else upright
+def _turn(picture: Image.Image, frame: _Frame, expected_size: tuple[int, int] | None) -> Image.Image:
+    """Return a loaded picture upright, or as it is stored where the annotations were drawn on that."""
+    is_wanted_upright = _choose_size(frame, expected_size) == frame.upright
+    if frame.orientation == 1 or is_wanted_upright == frame.is_turned_on_load:
+        return picture
+    return picture.transpose((TURNS if is_wanted_upright else TURNS_BACK)[frame.orientation])
+
+
+def _is_deep(picture: Image.Image) -> bool:
+    """Tell pixels of more than 8 bits, which `dataset.images.deep_range` brings to 8. Before they are loaded."""
+    return picture.mode.startswith(("I", "F")) or _has_deep_colours(picture)
 
 
 def _has_deep_colours(picture: Image.Image) -> bool:
@@ -206,15 +257,14 @@ def _has_deep_colours(picture: Image.Image) -> bool:
     return len(picture.getbands()) > 1 and any(";16" in str(tile[3]) for tile in picture.tile)
 
 
-def _read_deep_colours(data: bytes, picture: Image.Image, settings: ImagesConfig) -> Image.Image:
+def _read_deep_colours(data: bytes, settings: ImagesConfig) -> Image.Image:
+    # Not IMREAD_COLOR_RGB: of a TIFF of 16 bits OpenCV then returns memory that it has not written.
     values = cv2.imdecode(
-        np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
+        np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
     )
     if values is None:
         raise Defect("broken_image", "truncated or broken image (16 bits a channel)")
-    converted = Image.fromarray(_stretch_to_uint8(values, settings))
-    converted.info["exif"] = picture.getexif().tobytes()
-    return converted
+    return Image.fromarray(_stretch_to_uint8(values[:, :, ::-1], settings))
 
 
 def _to_rgb(picture: Image.Image, settings: ImagesConfig) -> np.ndarray:

@@ -1,5 +1,7 @@
 import io
+import struct
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -7,10 +9,13 @@ from PIL import Image
 from segment_anything.utils.amg import build_point_grid as reference_grid
 from segment_anything.utils.transforms import ResizeLongestSide
 
+from finestsam.config import ImagesConfig
 from finestsam.errors import Defect
 from finestsam.images import (
     build_point_grid,
     compute_input_size,
+    hash_picture,
+    inspect_image,
     read_image,
     read_image_size,
     resize_image,
@@ -77,6 +82,68 @@ def test_a_picture_annotated_as_it_is_stored_is_not_turned(tmp_path, quadrants):
     assert read_image(tmp_path / "a.png", expected_size=(60, 40)).shape == (60, 40, 3)
     with pytest.raises(Defect, match="size mismatch: the annotations say 50 x 50, the file has 40 x 60"):
         read_image(tmp_path / "a.png", expected_size=(50, 50))
+
+
+def encode_tiff(image: np.ndarray, orientation: int) -> bytes:
+    """Return a plain TIFF with an orientation in place of its planar configuration, whose default it has."""
+    data = cv2.imencode(".tif", image[..., ::-1] if image.ndim == 3 else image, [cv2.IMWRITE_TIFF_COMPRESSION, 1])[1]
+    data = bytearray(data.tobytes())
+    first = struct.unpack_from("<I", data, 4)[0] + 2
+    last = first + 12 * struct.unpack_from("<H", data, first - 2)[0]
+    entries = [bytes(data[place : place + 12]) for place in range(first, last, 12)]
+    kept = [entry for entry in entries if struct.unpack_from("<H", entry)[0] != 284]
+    kept.append(struct.pack("<HHIHH", 274, 3, 1, orientation, 0))
+    assert len(kept) == len(entries)
+    data[first:last] = b"".join(sorted(kept, key=lambda entry: struct.unpack_from("<H", entry)))
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["8 bits", "16 bits", "16 bits grey"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiff_is_checked_and_read_in_the_same_frame(tmp_path, quadrants, orientation, kind):
+    path = tmp_path / "a.tif"
+    pixels = quadrants if kind == "8 bits" else quadrants.astype(np.uint16) * 257
+    path.write_bytes(encode_tiff(pixels[..., 0] if "grey" in kind else pixels, orientation))
+    stored = np.repeat(quadrants[..., :1], 3, axis=2) if "grey" in kind else quadrants
+    turn = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}[orientation]
+    upright = stored if turn is None else np.asarray(Image.fromarray(stored).transpose(Image.Transpose(turn)))
+
+    assert (read_image(path) == upright).all()
+    assert read_image_size(path) == inspect_image(path).size == upright.shape[:2]
+    for size in ((40, 60), (60, 40)):
+        if size not in (stored.shape[:2], upright.shape[:2]):
+            continue
+        assert inspect_image(path, size).size == size
+        assert (read_image(path, size) == (upright if size == upright.shape[:2] else stored)).all()
+    for look in (inspect_image, read_image):
+        with pytest.raises(Defect, match=f"the file has {upright.shape[1]} x {upright.shape[0]}"):
+            look(path, (50, 50))
+
+
+@pytest.mark.parametrize("kind", [2, 7])  # text, bytes
+def test_an_orientation_that_is_no_number_is_none(tmp_path, quadrants, kind):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    number, other = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0), struct.pack(">HHI", 0x0112, kind, 2) + b"6\0\0\0"
+    data = exif.tobytes().replace(number, other)
+    Image.fromarray(quadrants).save(tmp_path / "a.png", exif=data)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.getexif()[0x0112] in ("6", b"6\0")
+
+    assert inspect_image(tmp_path / "a.png").size == read_image_size(tmp_path / "a.png") == (40, 60)
+    assert (read_image(tmp_path / "a.png") == quadrants).all()
+
+
+def test_the_hash_of_deep_pixels_tells_how_they_are_read_and_others_keep_theirs(tmp_path, quadrants):
+    full, stretched = ImagesConfig(deep_range="full"), ImagesConfig()
+    write_image(tmp_path / "a.png", quadrants)
+    Image.fromarray(quadrants[..., 0].astype(np.uint16) * 9).save(tmp_path / "grey.png")
+    (tmp_path / "colours.tif").write_bytes(encode_tiff(quadrants.astype(np.uint16) * 9, 1))
+
+    for name, is_deep in (("a.png", False), ("grey.png", True), ("colours.tif", True)):
+        digests = {hash_picture(tmp_path / name, settings) for settings in (full, stretched)}
+        assert len(digests) == 1 + is_deep
+        assert digests == {inspect_image(tmp_path / name, settings=s).digest for s in (full, stretched)}
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "RGBA", "P", "CMYK"])

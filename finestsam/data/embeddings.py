@@ -5,15 +5,19 @@ interrupted filling goes on where it stopped, and half a file is never seen. flo
 relative and the decoder's gradient by 8e-6, less than another order of summation does.
 """
 
+import errno
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from finestsam.errors import printable
 from finestsam.whole_files import remove_unfinished, replacing
 
 GIGABYTE = 1_000_000_000
@@ -21,9 +25,9 @@ GIGABYTE = 1_000_000_000
 SPARED_BYTES = 2 * GIGABYTE
 
 
-@dataclass(frozen=True)
+@dataclass
 class EmbeddingStore:
-    """Embeddings of one encoder.
+    """Embeddings of one encoder. It only saves time: where the disk refuses to keep them, that is said once.
 
     Args:
         folder: of all encoders; made when the first embedding is written.
@@ -36,6 +40,7 @@ class EmbeddingStore:
     encoder_key: str
     shape: tuple[int, int, int]
     max_bytes: int
+    is_writable: bool = field(default=True, init=False)  # until the disk has refused
 
     @property
     def entry_bytes(self) -> int:
@@ -59,23 +64,40 @@ class EmbeddingStore:
             return False
 
     def write(self, key: str, embedding: np.ndarray) -> None:
-        """Keep the embedding of a picture, C x g x g."""
+        """Keep the embedding of a picture, C x g x g, where the disk takes it."""
+        if not self.is_writable:
+            return
         path = self._find(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, is_lasting=False) as partial:
-            embedding.astype(np.float16).tofile(partial)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path, is_lasting=False) as partial:
+                partial.write_bytes(embedding.astype(np.float16).tobytes())
+        except OSError as error:
+            self._give_up(error)
 
     def make_room(self, wanted: Iterable[str]) -> int:
         """Free what is needed for the pictures wanted, and return for how many of those that lack there is room.
 
-        What was used longest ago goes first; what is wanted stays.
+        What was used longest ago goes first; what is wanted stays. Where the folder cannot be written there is none.
         """
+        if not self.is_writable:
+            return 0
+        try:
+            room = self._make_room(set(map(self._find, wanted)))
+            if room:
+                self._check_writable()
+            return room
+        except OSError as error:
+            self._give_up(error)
+            return 0
+
+    def _make_room(self, wanted_paths: set[Path]) -> int:
         for folder in self.folder.glob("*/*"):
             remove_unfinished(folder)
-        wanted_paths = {self._find(key) for key in wanted}
         held = {path for path in wanted_paths if path.exists()}
         for path in held:
-            os.utime(path)
+            with suppress(OSError):  # another user's, which can be read all the same
+                os.utime(path)
         entries = sorted((status.st_mtime, status.st_size, path) for path, status in self._list_entries())
         used = sum(size for _, size, _ in entries)
         needed = (len(wanted_paths) - len(held)) * self.entry_bytes
@@ -88,6 +110,18 @@ class EmbeddingStore:
                 used, excess = used - size, excess - size
         room = min(self.max_bytes - used, self._count_free_bytes())
         return max(0, min(len(wanted_paths) - len(held), room // self.entry_bytes))
+
+    def _check_writable(self) -> None:
+        folder = self.folder / self.encoder_key
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+    def _give_up(self, error: OSError) -> None:
+        """Keep nothing from now on; what is there is still read."""
+        self.is_writable = False
+        reason = f"{printable(self.folder)} cannot be written: {error.strerror or error}"
+        print(f"finestsam: embeddings are not kept, {reason} (store.folder)", file=sys.stderr)
 
     def _find(self, key: str) -> Path:
         return self.folder / self.encoder_key / key[:2] / f"{key}.f16"
@@ -110,7 +144,7 @@ def picture_key(digest: str, size: tuple[int, int], variant: str = "") -> str:
     """Return the name of a picture's embedding.
 
     Args:
-        digest: of the file's bytes.
+        digest: as `ImageFacts.digest` has it.
         size: (height, width) as it was read: one file can be read upright and as it is stored.
         variant: of a fixed augmentation, empty for the plain picture.
     """

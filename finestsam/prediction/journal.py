@@ -33,14 +33,14 @@ class Journal:
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
 
-    def read(self) -> list[dict]:
-        """Return the entries that were written before this process.
+    def read(self) -> list[dict] | None:
+        """Return the entries that were written before this process, None where there is no journal.
 
         Raises:
             UserError: they are of other weights or settings.
         """
         if not self.path.is_file():
-            return []
+            return None
         first, *lines = self.path.read_text(encoding="utf-8").split("\n")
         if first != self._first_line:
             raise UserError(f"--resume: {printable(self.path.parent)} was predicted with other weights or settings")

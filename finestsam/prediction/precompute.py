@@ -133,7 +133,7 @@ def find_missing(store: EmbeddingStore, datasets: Sequence[SampleDataset]) -> li
     wanted = _list_wanted(datasets)
     room = store.make_room(wanted)
     missing = [key for key in wanted if not store.holds(key)]
-    if len(missing) > room:
+    if len(missing) > room and store.is_writable:
         left_out = len(missing) - room
         print(f"embeddings: no room for {left_out} of {len(wanted)} pictures (store.max_gigabytes, or the disk)")
     return missing[:room]

@@ -28,13 +28,14 @@ from finestsam.prediction.journal import Journal, read_finished
 from finestsam.prediction.overlay import draw_named_overlay, draw_overlay
 from finestsam.prediction.precompute import Embedder, hash_weights, open_store
 from finestsam.prediction.results import GeneratedMasks, Results
-from finestsam.prediction.semantic import predict_classes
+from finestsam.prediction.semantic import LABELS_SUFFIX, predict_classes
 from finestsam.processor import set_processor
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".wmv", ".flv", ".mpg", ".mpeg"}
 RESULTS_NAME = "predictions.json"
-# Overlays that lie beside their pictures end so: they overwrite none, and are not taken for pictures the next time.
-BESIDE_SUFFIX = ".finestsam.png"
+# What lies beside the pictures is marked: it overwrites none, and is not taken for a picture the next time.
+BESIDE_MARK = ".finestsam"
+OVERLAY_SUFFIX = ".png"
 MAX_STEM_BYTES = 200  # of the 255 that file systems allow a name; a number and the suffix follow
 
 
@@ -51,13 +52,16 @@ def predict(config: Config) -> int:
     print(f"model: {loaded.model_type}, {printable(loaded.source)}")
     embedder = Embedder(loaded.model, open_store(config.store, loaded.model))
     if loaded.model.semantic_head is not None:
-        return predict_classes(paths, name_overlays(paths, out_dir), embedder, loaded.card.classes, config)
+        outputs = name_outputs(paths, out_dir, (OVERLAY_SUFFIX, LABELS_SUFFIX))
+        return predict_classes(paths, outputs, embedder, loaded.card.classes, config)
     settings = resolve_generator(config.generator, loaded.card)
     score_map = _find_score_map(config, loaded.card)
-    results = Results(_number_categories(loaded), settings, score_map, hash_weights(embedder), config.polygons)
+    how_read = config.dataset.images.deep_range
+    categories, weights = _number_categories(loaded), hash_weights(embedder)
+    results = Results(categories, settings, score_map, weights, config.polygons, how_read)
     journal = Journal(out_dir, results.origin)
     jobs = _list_jobs(paths, name_overlays(paths, out_dir))
-    left = _take_up(jobs, results, journal, out_dir) if config.resume else jobs
+    left = _take_up(jobs, results, journal, out_dir, config) if config.resume else jobs
     with _writing(journal.path):
         journal.begin(list(results.entries.values()))
     if len(left) < len(jobs):
@@ -123,23 +127,33 @@ def _list_folder(folder: Path) -> list[Path]:
 
 
 def _is_picture(path: Path) -> bool:
-    is_ours = path.name.endswith(BESIDE_SUFFIX)
+    is_ours = path.name.endswith((BESIDE_MARK + OVERLAY_SUFFIX, BESIDE_MARK + LABELS_SUFFIX))
     return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and not path.name.startswith(".") and not is_ours
 
 
 def name_overlays(paths: list[Path], out_dir: Path) -> list[Path]:
-    """Return where each picture's overlay goes: named after it, no two alike, and none over an input."""
+    """Return where each picture's overlay goes, as `name_outputs` has it."""
+    return [overlay for (overlay,) in name_outputs(paths, out_dir, (OVERLAY_SUFFIX,))]
+
+
+def name_outputs(paths: list[Path], out_dir: Path, suffixes: tuple[str, ...]) -> list[tuple[Path, ...]]:
+    """Return where the files of each picture go: named after it, no two alike, and none over an input.
+
+    Args:
+        suffixes: of the files that each picture gets.
+    """
     # Without regard to case, as on Windows and macOS, where a.png is A.png.
     taken = {path.name.casefold() for path in paths if path.parent.samefile(out_dir)}
-    suffix = BESIDE_SUFFIX if taken else ".png"
-    overlays = []
+    mark = BESIDE_MARK if taken else ""
+    outputs = []
     for path in paths:
         stem = _sanitize(path.stem)
         tails = itertools.chain([""], (f"_{number}" for number in itertools.count(2)))
-        names = (f"{stem}{tail}{suffix}" for tail in tails)
-        overlays.append(out_dir / next(name for name in names if name.casefold() not in taken))
-        taken.add(overlays[-1].name.casefold())
-    return overlays
+        choices = ([f"{stem}{tail}{mark}{suffix}" for suffix in suffixes] for tail in tails)
+        names = next(names for names in choices if taken.isdisjoint(map(str.casefold, names)))
+        outputs.append(tuple(out_dir / name for name in names))
+        taken.update(map(str.casefold, names))
+    return outputs
 
 
 def _sanitize(stem: str) -> str:
@@ -162,18 +176,35 @@ def _list_jobs(paths: list[Path], overlays: list[Path]) -> list[_Job]:
     return [_Job(*job) for job in zip(paths, names, overlays, strict=True)]
 
 
-def _take_up(jobs: list[_Job], results: Results, journal: Journal, out_dir: Path) -> list[_Job]:
+def _take_up(jobs: list[_Job], results: Results, journal: Journal, out_dir: Path, config: Config) -> list[_Job]:
     """Put into `results` what an earlier call has done, and return the jobs that are left."""
-    done = {entry["image"]["file_name"]: entry for entry in read_finished(out_dir / RESULTS_NAME, results.origin)}
-    done |= {entry["image"]["file_name"]: entry for entry in journal.read()}
+    # A journal has what its call took over from a finished file, which no longer tells what the overlays are of.
+    entries = journal.read()
+    if entries is None:
+        entries = read_finished(out_dir / RESULTS_NAME, results.origin)
+    done = {entry["image"]["file_name"]: entry for entry in entries}
     left = []
     for job in jobs:
         entry = done.get(job.name)
-        if entry and job.overlay.is_file() and entry["image"]["digest"] == hash_picture(job.path):
+        if entry and _is_done(job, entry["image"], config):
             results.entries[job.name] = entry
         else:
             left.append(job)
     return left
+
+
+def _is_done(job: _Job, image: dict, config: Config) -> bool:
+    """Tell whether an earlier call has predicted this very picture, and drawn the overlay that is asked for."""
+    try:
+        made = _describe_made(job, hash_picture(job.path, config.dataset.images), config)
+    except Defect:
+        return False  # broken since
+    return job.overlay.is_file() and made.items() <= image.items()
+
+
+def _describe_made(job: _Job, digest: str, config: Config) -> dict:
+    """Return what a picture's entry holds to tell a later call what is done."""
+    return {"digest": digest, "overlay": job.overlay.name, "opacity": config.opacity}
 
 
 @dataclass
@@ -210,7 +241,8 @@ def _predict_all(jobs: list[_Job], embedder: Embedder, config: Config, results: 
                 continue
             if written:
                 written.result()
-            entry = results.add(job.name, image.pixels.shape[:2], masks, image.digest)
+            made = _describe_made(job, image.digest, config)
+            entry = results.add(job.name, image.pixels.shape[:2], masks, made)
             drawn = functools.partial(_draw, image.pixels, masks, results, config.opacity)
             written = writer.submit(_write, job.overlay, drawn, journal, entry)
             done += 1
@@ -231,7 +263,8 @@ def _read_ahead(reader: Executor, jobs: list[_Job], config: Config) -> Iterator[
 
 
 def _read(path: Path, config: Config) -> _Picture:
-    return _Picture(read_image(path, settings=config.dataset.images), hash_picture(path))
+    images = config.dataset.images
+    return _Picture(read_image(path, settings=images), hash_picture(path, images))
 
 
 def _find_masks(embedder: Embedder, picture: _Picture, path: Path, results: Results) -> GeneratedMasks:

@@ -140,6 +140,7 @@ class Results:
         score_map: what corrects the scores; None or empty: they are the predicted IoUs.
         weights: a hash of the model's.
         polygons: describe masks by their outlines instead of run lengths.
+        deep_range: how deep pixels are brought to 8 bits.
     """
 
     def __init__(
@@ -149,31 +150,38 @@ class Results:
         score_map: list[list[float]] | None = None,
         weights: str = "",
         polygons: bool = False,
+        deep_range: str = "percentile",
     ):
         self.categories = categories
         self.settings = settings
         self.score_map = score_map or []
         self.weights = weights
         self.polygons = polygons
+        self.deep_range = deep_range
         self.entries: dict[str, dict] = {}  # by file name
 
     @property
     def origin(self) -> dict:
         """What the masks depend on beside the pictures."""
-        settings = {"generator": dataclasses.asdict(self.settings), "score_map": self.score_map}
-        return {"weights": self.weights, "polygons": self.polygons} | settings
+        return {
+            "weights": self.weights,
+            "polygons": self.polygons,
+            "deep_range": self.deep_range,
+            "generator": dataclasses.asdict(self.settings),
+            "score_map": self.score_map,
+        }
 
     @property
     def mask_count(self) -> int:
         return sum(len(entry["annotations"]) for entry in self.entries.values())
 
-    def add(self, file_name: str, size: tuple[int, int], masks: GeneratedMasks, digest: str = "") -> dict:
+    def add(self, file_name: str, size: tuple[int, int], masks: GeneratedMasks, made: dict | None = None) -> dict:
         """Add a picture and return its entry, which is numbered when it is written.
 
         Args:
-            digest: the hash of the picture's bytes.
+            made: what was predicted and drawn, by which a later call knows what is done.
         """
-        image = {"file_name": file_name, "width": size[1], "height": size[0], "digest": digest}
+        image = {"file_name": file_name, "width": size[1], "height": size[0]} | (made or {})
         scores = correct_scores(masks.scores, self.score_map)
         annotations = [self._describe(masks, index, scores[index]) for index in range(len(masks))]
         self.entries[file_name] = {"image": image, "annotations": annotations}

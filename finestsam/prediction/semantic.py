@@ -49,18 +49,27 @@ def classify(
 
 
 def predict_classes(
-    paths: list[Path], overlays: list[Path], embedder: Embedder, names: list[str], config: Config
+    paths: list[Path], outputs: list[tuple[Path, Path]], embedder: Embedder, names: list[str], config: Config
 ) -> int:
     """Write an overlay and a label map of each picture, and the legend of both, beside the overlays.
 
+    Args:
+        outputs: where the overlay and the label map of each picture go.
+
+    Returns:
+        The exit code: 2 where `strict` is set and a picture cannot be predicted, else 0.
+
     Raises:
-        UserError: none of the pictures can be read, or the results cannot be written.
+        UserError: none of the pictures can be read, the results cannot be written, or `resume` is asked for.
     """
+    if config.resume:
+        raise UserError("--resume: weights with classes for pixels predict every picture anew; leave it out")
     start, written = time.perf_counter(), 0
     shares = np.zeros(len(names), dtype=np.int64)
-    for path, overlay in zip(tqdm(paths, unit="picture", disable=len(paths) == 1 or None), overlays, strict=True):
+    progress = tqdm(paths, unit="picture", disable=len(paths) == 1 or None)
+    for path, (overlay, labels) in zip(progress, outputs, strict=True):
         try:
-            classes = _predict_one(path, overlay, embedder, config)
+            classes = _predict_one(path, overlay, labels, embedder, config)
         except Defect as defect:
             if len(paths) == 1:
                 raise UserError(f"{printable(path)}: {defect.message}") from None
@@ -72,22 +81,22 @@ def predict_classes(
         written += 1
     if not written:
         raise UserError(f"none of the {len(paths)} pictures can be predicted")
-    folder = overlays[0].parent
+    folder = outputs[0][0].parent
     _write_legend(folder / LEGEND_NAME, names)
     seconds = (time.perf_counter() - start) / written
     print(f"overlays and label maps (*{LABELS_SUFFIX}): {printable(folder)}, their classes: {folder / LEGEND_NAME}")
     print(f"{written} pictures, {seconds:.2f} s a picture; {_describe_shares(names, shares)}")
-    return 0
+    return 2 if config.strict and written < len(paths) else 0
 
 
-def _predict_one(path: Path, overlay: Path, embedder: Embedder, config: Config) -> np.ndarray:
+def _predict_one(path: Path, overlay: Path, labels: Path, embedder: Embedder, config: Config) -> np.ndarray:
     pixels = read_image(path, settings=config.dataset.images)
     size = pixels.shape[:2]
-    embedding = embedder.embed_image(picture_key(hash_picture(path), size), pixels)
+    embedding = embedder.embed_image(picture_key(hash_picture(path, config.dataset.images), size), pixels)
     model = embedder.model
     classes = classify(model, embedding, compute_input_size(size, model.image_size), size)
     write_image(overlay, draw_classes(pixels, classes, config.opacity))
-    write_image(overlay.with_suffix(LABELS_SUFFIX), classes)
+    write_image(labels, classes)
     return classes
 
 

@@ -1,7 +1,9 @@
+import errno
 import os
 
 import numpy as np
 import pytest
+from conftest import files_limited_to
 
 from finestsam.data.embeddings import EmbeddingStore, picture_key
 
@@ -58,6 +60,43 @@ def test_what_was_used_longest_ago_makes_room_and_what_is_wanted_stays(store):
 def test_there_is_room_for_no_more_than_the_limit(store):
     assert store.make_room([str(number) * 2 for number in range(9)]) == 3
     assert EmbeddingStore(store.folder, "encoder", SHAPE, max_bytes=0).make_room(["aa"]) == 0
+
+
+def test_a_folder_that_cannot_be_written_is_said_once_and_nothing_is_kept(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    store = EmbeddingStore(tmp_path / "file" / "embeddings", "encoder", SHAPE, max_bytes=9 * ENTRY_BYTES)
+
+    for key in ("aa", "bb"):
+        assert store.make_room([key]) == 0
+        store.write(key, make_embedding(1))
+
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "embeddings are not kept" in err and "file/embeddings cannot be written: Not a directory" in err
+    assert store.read("aa") is None and not store.holds("bb")
+
+
+def test_a_disk_that_refuses_a_write_is_said_once_and_what_is_there_is_read(store, monkeypatch, capsys):
+    store.write("aa", make_embedding(1))
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    for key in ("bb", "cc"):
+        store.write(key, make_embedding(2))
+
+    assert capsys.readouterr().err.count("Permission denied") == 1
+    assert store.holds("aa") and not store.holds("bb")
+
+
+def test_a_disk_that_is_full_all_of_a_sudden_is_said_once(store, capsys):
+    with files_limited_to(ENTRY_BYTES // 2):
+        for key in ("aa", "bb"):
+            store.write(key, make_embedding(1))
+
+    assert capsys.readouterr().err.count("cannot be written: File too large") == 1
+    assert not store.holds("aa") and not list(store.folder.glob("*/*/*"))
 
 
 def test_a_key_tells_pictures_sizes_and_variants_apart():

@@ -82,6 +82,18 @@ def test_pictures_without_room_are_encoded_each_time(records, embedder, tmp_path
     assert torch.equal(small.embed(samples), small.encode([sample.image for sample in plain]))
 
 
+def test_without_a_folder_to_write_pictures_are_encoded_each_time(records, embedder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    blocked = Embedder(embedder.model, open_store(StoreConfig(folder=str(tmp_path / "file" / "in")), embedder.model))
+    dataset = make_dataset(records, blocked)
+
+    assert fill_store(blocked, [dataset], num_workers=0) == (0, len(records))
+
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1) and "embeddings are not kept" in err
+    assert blocked.embed([dataset[(0, 0)]]).shape[0] == 1
+
+
 def test_the_key_of_an_encoder_changes_with_weights_and_precision_and_not_with_the_decoder(tiny_sam):
     before = hash_encoder(tiny_sam)
     with torch.no_grad():

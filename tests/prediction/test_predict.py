@@ -457,3 +457,98 @@ def test_other_settings_are_not_mixed_with_what_is_done(predict, folder):
     (folder / "out/predictions.json").write_text("[]")
     assert "is not as finestsam wrote it" in predict("pictures", resume="auto")[2]
     assert "--resume takes no value, got sav/x" in predict("pictures", resume="sav/x")[2]
+
+
+def end_after(count, monkeypatch):
+    """Let the process be ended before the picture of this number, counted from 0, and return what was asked for."""
+    asked = []
+
+    def find(model, image, *others):
+        asked.append(image.shape[:2])
+        if len(asked) == count + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return generate_masks(model, image, *others)
+
+    monkeypatch.setattr("finestsam.prediction.predict.generate_masks", find)
+    return asked
+
+
+def test_an_interrupted_prediction_goes_on_over_a_finished_one_of_other_settings(predict, folder, monkeypatch):
+    other = {"generator.points_per_side": 3}
+    predict("pictures", **other, out_dir="unbroken")
+    predict("pictures")
+    asked = end_after(1, monkeypatch)
+    assert predict("pictures", **other)[0] == 143
+    assert load(folder / "out/predictions.json")["info"]["generator"]["points_per_side"] == 4
+
+    code, out, err = predict("pictures", **other, resume="auto")
+
+    assert (code, err) == (0, "")
+    assert "1 of 3 pictures are done already" in out and len(asked) == 2 + 2
+    for path in (folder / "unbroken").iterdir():
+        assert path.read_bytes() == (folder / "out" / path.name).read_bytes()
+
+
+def test_overlays_that_another_prediction_has_overwritten_are_drawn_again(predict, folder, monkeypatch):
+    predict("pictures")
+    whole = (folder / "out/scene_0.png").read_bytes()
+    end_after(1, monkeypatch)
+    predict("pictures", opacity=1, **{"generator.points_per_side": 3})
+    end_after(0, monkeypatch)
+    predict("pictures")
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    assert (folder / "out/scene_0.png").read_bytes() != whole
+
+    predict("pictures", resume="auto")
+
+    assert (folder / "out/scene_0.png").read_bytes() == whole
+
+
+def test_overlays_follow_the_order_of_the_pictures_and_the_opacity(predict, folder):
+    (folder / "more").mkdir()
+    write_image(folder / "more/scene_0.png", draw_scene(5, 5, (50, 40)).image)
+    first, second = "pictures/scene_0.png", "more/scene_0.png"
+    predict(second, first, out_dir="turned", opacity=0.9)
+    predict(first, second)
+
+    code, out, _ = predict(second, first, resume="auto")
+    assert code == 0 and "done already" not in out
+    assert read_image(folder / "out/scene_0.png").shape == (50, 40, 3)
+    _, out, _ = predict(second, first, resume="auto", opacity=0.9)
+    assert "done already" not in out
+    _, out, _ = predict(second, first, resume="auto", opacity=0.9)
+    assert "2 of 2 pictures are done already" in out
+
+    for path in (folder / "turned").iterdir():
+        assert path.read_bytes() == (folder / "out" / path.name).read_bytes()
+
+
+def test_deep_pictures_are_encoded_and_predicted_anew_in_another_range(predict, folder):
+    values = draw_scene(0, 0, (64, 96)).image[..., 0].astype(np.uint16) * 20
+    Image.fromarray(values).save("deep.png")
+    full = {"dataset.images.deep_range": "full"}
+    predict("deep.png", **full, **{"store.enabled": "false"}, out_dir="expected")
+    predict("deep.png")
+
+    code, _, err = predict("deep.png", **full, resume="auto")
+    assert (code, "was predicted with other weights or settings" in err) == (2, True)
+    predict("deep.png", **full)
+
+    # Those of the store are rounded: less than the next brightness of a picture would change.
+    scores, expected = (
+        [a["predicted_iou"] for a in load(folder / name / "predictions.json")["annotations"]]
+        for name in ("out", "expected")
+    )
+    assert len(scores) == len(expected) > 0
+    np.testing.assert_allclose(scores, expected, atol=2e-3)
+
+
+def test_a_cache_folder_that_is_a_file_costs_a_line(predict, folder, monkeypatch):
+    monkeypatch.delenv("FINESTSAM_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "pictures/scene_0.png"))
+
+    code, out, err = predict("pictures")
+
+    assert code == 0 and " in 3 pictures" in out
+    assert err.count("\n") == 1 and "embeddings are not kept" in err and "Not a directory" in err
