@@ -84,6 +84,8 @@ def evaluate(config: Config) -> int:
         print(f"compared with: {printable(rival.source)} ({rival.model_type})")
         theirs = measure_model(config, rival, data.val, "compared with", match_categories(rival, data))
     differences = compare(ours, theirs, config.seed_device or 0) if theirs else {}
+    if not ours.records:
+        raise UserError(f"dataset {config.dataset.path}: none of its pictures can be read")
     rows, their_rows = ours.list_pictures(), theirs.list_pictures() if theirs else None
     print("\n".join([*_list_headlines(ours, theirs, differences), *describe_categories(ours.by_class)]))
     worse = _list_worse(rows, their_rows) if their_rows else []

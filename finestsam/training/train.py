@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, closing, contextmanager, nullcont
 from dataclasses import replace
 
 from lightning.fabric import Fabric
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from finestsam.batch import Batch
 from finestsam.config import Config
@@ -40,12 +41,16 @@ def train(config: Config) -> int:
     """Fine-tune as the settings say, and return the exit code."""
     if config.device != "tpu":
         choose_device(config.device)  # so that a device that is not there is told in our words
-    fabric = Fabric(
-        accelerator=config.device,
-        devices=config.num_devices,
-        num_nodes=config.num_nodes,
-        precision="32-true",  # the model itself autocasts its encoder; Fabric would round coordinates as well
-    )
+    try:
+        fabric = Fabric(
+            accelerator=config.device,
+            devices=config.num_devices,
+            num_nodes=config.num_nodes,
+            precision="32-true",  # the model itself autocasts its encoder; Fabric would round coordinates as well
+        )
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        told = " ".join(str(error).split())
+        raise UserError(f"--num_devices {config.num_devices} of device {config.device}: {told}") from None
     return fabric.launch(_train, config)
 
 

@@ -520,3 +520,9 @@ def test_a_checkpoint_whose_affinities_ask_other_distances_is_refused_in_one_lin
     assert resume(tmp_path, "--max_steps=2", *arguments) == 2
 
     assert "begun by a version of finestsam that divides the weights otherwise" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("devices", ["0", "[0, 2]"])
+def test_devices_that_cannot_be_are_refused_in_a_line(capsys, devices):
+    assert main(["--mode=train", "--dataset=d", "--device=cpu", f"--num_devices={devices}"]) == 2
+    assert f"--num_devices {devices} of device cpu: " in capsys.readouterr().err
