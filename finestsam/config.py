@@ -569,7 +569,7 @@ class Config:
     resume: str | None = setting(
         None,
         "continue a run: its folder, or auto for the newest of sav_dir; in predict, auto: leave out the pictures that "
-        "out_dir has the results of. auto is also what the flag alone means",
+        "out_dir has the results of (not with weights for classes of pixels). auto is also what the flag alone means",
     )
     input: list[str] = setting([], "pictures to predict: files, folders, patterns")
     polygons: bool = setting(

@@ -106,10 +106,10 @@ def read_embedded(embedder: Embedder, record: Record, images: ImagesConfig) -> t
     """Return a picture (H x W x 3, uint8) and its embedding (1 x C x g x g); None, and a word, where it broke."""
     try:
         pixels = read_image(record.path, record.size, images)
+        return pixels, embedder.embed_image(picture_key(record.digest, record.size), pixels)
     except Defect as defect:
         tqdm.write(f"skipped {record.file_name}: {defect.message}", file=sys.stderr)
         return None
-    return pixels, embedder.embed_image(picture_key(record.digest, record.size), pixels)
 
 
 @torch.no_grad()

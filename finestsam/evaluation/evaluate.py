@@ -23,7 +23,7 @@ from finestsam.evaluation.clicks import average_clicks
 from finestsam.evaluation.comparison import COMPARISON_NAME, draw_comparison
 from finestsam.evaluation.generator_scores import choose_grids, find_all, list_fixed, tune
 from finestsam.evaluation.history import read_history
-from finestsam.evaluation.measurement import Difference, Measurement, compare
+from finestsam.evaluation.measurement import Difference, Measurement, compare, keep_common
 from finestsam.evaluation.report import REPORT_NAME, write_report_page
 from finestsam.evaluation.result_files import read_results
 from finestsam.evaluation.semantic import evaluate_classes
@@ -83,9 +83,10 @@ def evaluate(config: Config) -> int:
     if rival:
         print(f"compared with: {printable(rival.source)} ({rival.model_type})")
         theirs = measure_model(config, rival, data.val, "compared with", match_categories(rival, data))
-    differences = compare(ours, theirs, config.seed_device or 0) if theirs else {}
+        ours, theirs = keep_common(ours, theirs)
     if not ours.records:
         raise UserError(f"dataset {config.dataset.path}: none of its pictures can be read")
+    differences = compare(ours, theirs, config.seed_device or 0) if theirs else {}
     rows, their_rows = ours.list_pictures(), theirs.list_pictures() if theirs else None
     print("\n".join([*_list_headlines(ours, theirs, differences), *describe_categories(ours.by_class)]))
     worse = _list_worse(rows, their_rows) if their_rows else []

@@ -1,8 +1,8 @@
 """What one model does on labelled pictures, and how it differs from another: figures, intervals, picture by picture."""
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -35,6 +35,20 @@ class Measurement:
     extra: dict[str, float] = field(default_factory=dict)  # further figures, by their whole names
     calibration: Calibration | None = None  # of the scores of candidates, where thresholds were searched
     table: ClassTable | None = None  # of the classes in `found`; None: it has none
+
+    def keep(self, image_ids: Collection[int]) -> "Measurement":
+        """Return the same of fewer pictures; means over clicks and further figures stay those of all."""
+        places = [place for place, record in enumerate(self.records) if record.image_id in image_ids]
+        return replace(
+            self,
+            records=[self.records[place] for place in places],
+            found=None if self.found is None else [self.found[place] for place in places],
+            prompted={
+                kind: [score for score in scores if score.image_id in image_ids]
+                for kind, scores in self.prompted.items()
+            },
+            background=[one for one in self.background if one.image_id in image_ids],
+        )
 
     @cached_property
     def scorer(self) -> CocoScorer | None:
@@ -121,6 +135,14 @@ class Difference:
     value: float
     low: float
     high: float
+
+
+def keep_common(ours: Measurement, theirs: Measurement) -> tuple[Measurement, Measurement]:
+    """Return both on the pictures that both could be measured on: one may break between, or be too thin for one."""
+    known, their_known = ({record.image_id for record in one.records} for one in (ours, theirs))
+    if known == their_known:
+        return ours, theirs
+    return ours.keep(known & their_known), theirs.keep(known & their_known)
 
 
 def compare(ours: Measurement, theirs: Measurement, seed: int = 0) -> dict[str, Difference]:

@@ -13,7 +13,9 @@ from finestsam.data.dataset import SampleDataset, SampleSettings
 from finestsam.data.loaders import build_validation_loader
 from finestsam.data.read import LabelledSet
 from finestsam.data.semantic import ClassTable, match_classes
+from finestsam.errors import UserError
 from finestsam.evaluation.class_matching import refuse_strangers
+from finestsam.evaluation.prompt_scores import say_skipped
 from finestsam.evaluation.semantic_scores import count_pictures, describe_classes, summarize_pixels
 from finestsam.model.load import LoadedModel
 from finestsam.prediction.precompute import Embedder, fill_store, open_store
@@ -36,10 +38,12 @@ def evaluate_classes(config: Config, loaded: LoadedModel, data: LabelledSet, fol
     loader = build_validation_loader(dataset, config.num_workers)
     batches = tqdm(loader, desc="classes", disable=not sys.stderr.isatty(), leave=False)
     total, rows = np.zeros((len(table.names),) * 2, dtype=np.int64), []
-    for sample, counts in count_pictures(embedder, batches, data.val, table):
+    for sample, counts in count_pictures(embedder, say_skipped(batches), data.val, table):
         total += counts
         found = summarize_pixels(counts, table.names)
         rows.append([sample.file_name, *(found.get(name) for name in ("miou", "mdice", "pixel_accuracy"))])
+    if not rows:
+        raise UserError(f"dataset {config.dataset.path}: none of its pictures can be read")
     figures = summarize_pixels(total, table.names)
     for name in ("miou", "mdice", "pixel_accuracy"):
         if name in figures:

@@ -72,6 +72,12 @@ def check_settings(config: Config, state: dict[str, Any], pictures_per_batch: in
             _warn(f"{name} {now[name]}: the run goes on with {before[name]}, which its optimizer holds")
         elif name in SAMPLING or not name.startswith(FREE):
             _warn(f"{name}: {now[name]} from here on, {before[name]} before")
+    steps = config.sched.LambdaLR.steps
+    if config.sched.type == "LambdaLR" and any(step < 1 for step in steps) and {"num_epochs", "max_steps"} & {*changed}:
+        _warn(
+            f"sched.LambdaLR.steps {steps} are shares of a run that is of another length now: the learning rate may "
+            "rise or fall from here on"
+        )
     known = state.get("pictures_per_batch", pictures_per_batch)
     if known != pictures_per_batch:
         _warn(f"{pictures_per_batch} pictures a step from here on, {known} before: not what an unbroken run learns")

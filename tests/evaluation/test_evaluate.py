@@ -6,6 +6,7 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from conftest import run_training
@@ -16,7 +17,7 @@ from finestsam.config import GENERATOR_DEFAULTS, GeneratorConfig, ImagesConfig, 
 from finestsam.data.dataset import SampleDataset, SampleSettings, collate
 from finestsam.evaluation.generator_scores import find_all
 from finestsam.evaluation.prompt_scores import score_batches, summarize_scores
-from finestsam.images import read_image
+from finestsam.images import read_image, write_image
 from finestsam.masks import decode_rle
 from finestsam.model.build import build_sam
 from finestsam.model.resample import upscale_logits
@@ -123,6 +124,23 @@ def test_the_generator_is_scored_on_every_picture_that_can_be_read(tiny_sam, rec
     for record, one in zip(shown[:2], found[:2], strict=True):
         masks = generate_masks(tiny_sam, read_image(record.path), SETTINGS)
         assert (one.rles, one.scores) == (masks.rles, masks.scores.tolist())
+
+
+def test_a_picture_too_thin_for_the_model_is_skipped(coco_folder, tmp_path, capsys):
+    square = {"category_id": 1, "segmentation": [[1, 1, 9, 1, 9, 9, 1, 9]]}
+    line = {"category_id": 1, "segmentation": [[1, 0, 90, 0, 90, 2, 1, 2]]}
+    images = [
+        {"id": 1, "file_name": "a.png", "width": 12, "height": 10},
+        {"id": 2, "file_name": "line.png", "width": 300, "height": 2},
+    ]
+    folder = coco_folder([{"id": 1, "image_id": 1} | square, {"id": 2, "image_id": 2} | line], images=images)
+    write_image(folder / "images" / "line.png", np.full((2, 300, 3), 128, dtype=np.uint8))
+
+    figures = run_evaluation(folder, tmp_path / "out")
+
+    assert figures["point/objects"] == 1 and "generator/ap" in figures
+    error = capsys.readouterr().err
+    assert "line.png: 300 x 2 pixels shrink to nothing at 64" in error and "Traceback" not in error
 
 
 @pytest.fixture(scope="module")

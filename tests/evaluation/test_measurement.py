@@ -5,7 +5,7 @@ import pytest
 
 from finestsam.data.index import Annotation, Record
 from finestsam.evaluation.coco_scores import Detections
-from finestsam.evaluation.measurement import Measurement, compare
+from finestsam.evaluation.measurement import Measurement, compare, keep_common
 from finestsam.evaluation.prompt_scores import ObjectScore
 from finestsam.masks import encode_mask, rle_area, rle_box
 
@@ -30,6 +30,18 @@ def make_measurement(shift: int, iou: float, spread: float = 0.05, has_generator
         scores.append(ObjectScore(100 + number, number, value, value, value, value, 0.5))
         found.append(Detections([make_rle(10 + shift)], [0.9]))
     return Measurement(records, found if has_generator else None, {"point": scores})
+
+
+def test_two_models_are_compared_on_the_pictures_that_both_could_be_measured_on():
+    ours, theirs = make_measurement(0, 0.7), make_measurement(3, 0.6)
+    known = {record.image_id for record in ours.records}
+
+    ours, theirs = keep_common(ours.keep(known - {103}), theirs.keep(known - {100, 110}))
+
+    for one in (ours, theirs):
+        assert {record.image_id for record in one.records} == known - {100, 103, 110}
+        assert len(one.found) == one.figures["point/objects"] == COUNT - 3
+    assert [row["file_name"] for row in ours.list_pictures()] == [row["file_name"] for row in theirs.list_pictures()]
 
 
 def test_figures_have_flat_names():

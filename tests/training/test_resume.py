@@ -61,3 +61,13 @@ def test_a_change_of_what_a_step_asks_is_told(capsys, name, is_told):
     check_settings(config, state, 1)
 
     assert (f"dataset.{name}" in capsys.readouterr().err) is is_told
+
+
+@pytest.mark.parametrize(("steps", "is_told"), [((0.6, 0.85), True), ((100, 200), False), ((), False)])
+def test_more_epochs_move_what_is_a_share_of_them(capsys, steps, is_told):
+    config = build_config({"model.type": "vit_tiny_test", "sched.LambdaLR.steps": list(steps), "num_epochs": 20})
+    state = {"config": json.dumps(flatten_config(config) | {"num_epochs": 10})}
+
+    check_settings(config, state, 1)
+
+    assert ("of another length" in capsys.readouterr().err) is is_told
