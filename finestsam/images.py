@@ -68,6 +68,12 @@ def read_image(
     return decode_image(_read_bytes(path), expected_size, settings)
 
 
+def read_hashed_image(path: Path, settings: ImagesConfig | None = None) -> tuple[np.ndarray, str]:
+    """Return a picture, as `read_image` reads it, and its hash, as `hash_picture` makes it, from the same bytes."""
+    data = _read_bytes(path)
+    return decode_image(data, settings=settings), _hash_picture(data, settings)
+
+
 def decode_image(
     data: bytes, expected_size: tuple[int, int] | None = None, settings: ImagesConfig | None = None
 ) -> np.ndarray:
@@ -135,7 +141,10 @@ def hash_picture(path: Path, settings: ImagesConfig | None = None) -> str:
     Raises:
         Defect: the file is missing or no picture.
     """
-    data = _read_bytes(path)
+    return _hash_picture(_read_bytes(path), settings)
+
+
+def _hash_picture(data: bytes, settings: ImagesConfig | None) -> str:
     settings = settings or ImagesConfig()
     with _open_picture(data, settings) as picture:
         return _hash(data, _is_deep(picture), settings)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from finestsam.config import Config
 from finestsam.data.embeddings import picture_key
 from finestsam.errors import Defect, UserError, printable
-from finestsam.images import IMAGE_SUFFIXES, hash_picture, read_image, write_image
+from finestsam.images import IMAGE_SUFFIXES, hash_picture, read_hashed_image, write_image
 from finestsam.model.card import Card
 from finestsam.model.load import LoadedModel, load_model
 from finestsam.out_of_memory import naming_what_needs_less
@@ -263,8 +263,7 @@ def _read_ahead(reader: Executor, jobs: list[_Job], config: Config) -> Iterator[
 
 
 def _read(path: Path, config: Config) -> _Picture:
-    images = config.dataset.images
-    return _Picture(read_image(path, settings=images), hash_picture(path, images))
+    return _Picture(*read_hashed_image(path, config.dataset.images))
 
 
 def _find_masks(embedder: Embedder, picture: _Picture, path: Path, results: Results) -> GeneratedMasks:

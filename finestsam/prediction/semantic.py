@@ -11,7 +11,7 @@ from tqdm import tqdm
 from finestsam.config import Config
 from finestsam.data.embeddings import picture_key
 from finestsam.errors import Defect, UserError, printable
-from finestsam.images import compute_input_size, hash_picture, read_image, write_image
+from finestsam.images import compute_input_size, read_hashed_image, write_image
 from finestsam.model.resample import build_axis
 from finestsam.model.sam import FinestSam
 from finestsam.prediction.overlay import colour_classes, draw_classes
@@ -90,9 +90,9 @@ def predict_classes(
 
 
 def _predict_one(path: Path, overlay: Path, labels: Path, embedder: Embedder, config: Config) -> np.ndarray:
-    pixels = read_image(path, settings=config.dataset.images)
+    pixels, digest = read_hashed_image(path, config.dataset.images)
     size = pixels.shape[:2]
-    embedding = embedder.embed_image(picture_key(hash_picture(path, config.dataset.images), size), pixels)
+    embedding = embedder.embed_image(picture_key(digest, size), pixels)
     model = embedder.model
     classes = classify(model, embedding, compute_input_size(size, model.image_size), size)
     write_image(overlay, draw_classes(pixels, classes, config.opacity))
