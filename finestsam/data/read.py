@@ -116,6 +116,12 @@ def refuse_empty(settings: DatasetConfig, index: Index, report: DatasetReport) -
     raise UserError("\n".join(lines))
 
 
+def refuse_unread(settings: DatasetConfig, count: int) -> None:
+    """Raise a UserError if none of a dataset's pictures, which were whole when they were checked, could be read."""
+    if count == 0:
+        raise UserError(f"dataset {settings.path}: none of its pictures can be read")
+
+
 def report_vanishing(
     records: list[Record], image_size: int, min_area_pixels: float, report: DatasetReport
 ) -> list[tuple[Record, Annotation]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from finestsam.config import CHUNK_OBJECTS, Config, GeneratorConfig, ModelConfig
 from finestsam.data.fingerprint import count_learnt
 from finestsam.data.index import Record
-from finestsam.data.read import describe_dataset, read_evaluation_set
+from finestsam.data.read import describe_dataset, read_evaluation_set, refuse_unread
 from finestsam.data.report import write_report
 from finestsam.data.semantic import ClassTable
 from finestsam.download import hash_file
@@ -84,8 +84,7 @@ def evaluate(config: Config) -> int:
         print(f"compared with: {printable(rival.source)} ({rival.model_type})")
         theirs = measure_model(config, rival, data.val, "compared with", match_categories(rival, data))
         ours, theirs = keep_common(ours, theirs)
-    if not ours.records:
-        raise UserError(f"dataset {config.dataset.path}: none of its pictures can be read")
+    refuse_unread(config.dataset, len(ours.records))
     differences = compare(ours, theirs, config.seed_device or 0) if theirs else {}
     rows, their_rows = ours.list_pictures(), theirs.list_pictures() if theirs else None
     print("\n".join([*_list_headlines(ours, theirs, differences), *describe_categories(ours.by_class)]))

@@ -11,9 +11,8 @@ from tqdm import tqdm
 from finestsam.config import Config
 from finestsam.data.dataset import SampleDataset, SampleSettings
 from finestsam.data.loaders import build_validation_loader
-from finestsam.data.read import LabelledSet
+from finestsam.data.read import LabelledSet, refuse_unread
 from finestsam.data.semantic import ClassTable, match_classes
-from finestsam.errors import UserError
 from finestsam.evaluation.class_matching import refuse_strangers
 from finestsam.evaluation.prompt_scores import say_skipped
 from finestsam.evaluation.semantic_scores import count_pictures, describe_classes, summarize_pixels
@@ -42,8 +41,7 @@ def evaluate_classes(config: Config, loaded: LoadedModel, data: LabelledSet, fol
         total += counts
         found = summarize_pixels(counts, table.names)
         rows.append([sample.file_name, *(found.get(name) for name in ("miou", "mdice", "pixel_accuracy"))])
-    if not rows:
-        raise UserError(f"dataset {config.dataset.path}: none of its pictures can be read")
+    refuse_unread(config.dataset, len(rows))
     figures = summarize_pixels(total, table.names)
     for name in ("miou", "mdice", "pixel_accuracy"):
         if name in figures:
