@@ -158,10 +158,13 @@ def _measure_model(
     battery = Battery(config, embedder, [record for record in records if record.annotations], title)
     prompted, clicks = battery.score_prompts(), average_clicks(battery.measure_clicks())
     settings = resolve_generator(config.generator, loaded.card)
-    measured = Measurement(records, None)
-    if config.evaluate.generator and config.evaluate.search:
+    if not config.evaluate.generator:
+        answered = {score.image_id for scores in prompted.values() for score in scores}
+        known = [record for record in records if record.image_id in answered or not record.annotations]
+        measured = Measurement(known, None)
+    elif config.evaluate.search:
         measured, settings = _tune_generator(config, embedder, records, settings, f"{title}, generator")
-    elif config.evaluate.generator:
+    else:
         measured = _run_generator(config, embedder, records, settings, f"{title}, generator")
     background = battery.measure_background(settings.pred_iou_thresh)
     return replace(measured, prompted=prompted, clicks=clicks, background=background, table=table)
