@@ -46,7 +46,7 @@ def predict(config: Config) -> int:
         UserError: there is nothing to predict, or nowhere to write it.
     """
     set_processor(config)
-    paths = find_pictures(config.input)
+    paths = find_pictures(config.input, Path(config.out_dir))
     out_dir = make_output_folder(Path(config.out_dir), config.dataset.path)
     loaded = load_model(config, prefer_runs=True)
     print(f"model: {loaded.model_type}, {printable(loaded.source)}")
@@ -83,8 +83,11 @@ def predict(config: Config) -> int:
     return 2 if config.strict and len(overlays) < len(jobs) else 0
 
 
-def find_pictures(inputs: list[str]) -> list[Path]:
+def find_pictures(inputs: list[str], out_dir: Path | None = None) -> list[Path]:
     """Return the pictures that files, folders and patterns name, each once, in the order given.
+
+    Args:
+        out_dir: what a pattern with `**` finds there from outside is left out, and said: overlays of an earlier run.
 
     Raises:
         UserError: with a line for each input that names no picture.
@@ -92,7 +95,7 @@ def find_pictures(inputs: list[str]) -> list[Path]:
     found, problems = {}, []
     for text in inputs:
         try:
-            found |= {path.resolve(): path for path in _expand(text) if path.resolve() not in found}
+            found |= {path.resolve(): path for path in _expand(text, out_dir) if path.resolve() not in found}
         except UserError as error:
             problems.append(f"--input {printable(text)}: {error}")
     if problems:
@@ -100,7 +103,7 @@ def find_pictures(inputs: list[str]) -> list[Path]:
     return list(found.values())
 
 
-def _expand(text: str) -> list[Path]:
+def _expand(text: str, out_dir: Path | None) -> list[Path]:
     path = Path(text)
     if os.path.isdir(text):
         return _list_folder(path)
@@ -111,9 +114,22 @@ def _expand(text: str) -> list[Path]:
     if not glob.has_magic(text):
         raise UserError("no such file or folder")
     pictures = [Path(name) for name in sorted(glob.glob(text, recursive=True)) if _is_picture(Path(name))]
+    if out_dir and "**" in text:
+        pictures = _leave_out(pictures, Path(text), out_dir)
     if not pictures:
         raise UserError("no picture matches this pattern")
     return pictures
+
+
+def _leave_out(pictures: list[Path], pattern: Path, out_dir: Path) -> list[Path]:
+    """Return those that do not lie in `out_dir`; all of them where the pattern itself starts there."""
+    root, start = out_dir.resolve(), Path(*itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts))
+    if start.resolve().is_relative_to(root):
+        return pictures
+    left = [path for path in pictures if not path.resolve().is_relative_to(root)]
+    if len(left) < len(pictures):
+        print(f"{printable(out_dir)}: {_count(len(pictures) - len(left), 'picture')} left out: there the results go")
+    return left
 
 
 def _list_folder(folder: Path) -> list[Path]:

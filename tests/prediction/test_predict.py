@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -311,6 +312,22 @@ def test_folders_and_patterns_are_expanded_in_order_without_repeats(folder):
     assert list_names("scene[1].png") == ["scene[1].png"]  # a file of that name comes before the pattern
     with pytest.raises(UserError, match="no such file or folder"):
         find_pictures(["x" * 5000])
+
+
+def test_overlays_of_an_earlier_run_are_no_pictures_of_a_pattern_that_reaches_them(folder, capsys):
+    shutil.copytree("pictures", "out/sub")
+
+    def list_parents(pattern, out_dir):
+        return {path.parent.as_posix() for path in find_pictures([pattern], Path(out_dir))}
+
+    assert list_parents("**/*", "out") == {"pictures"}
+    assert "out: 3 pictures left out: there the results go" in capsys.readouterr().out
+    assert list_parents("out/**/*", "out") == list_parents("out/s*/**/*", "out") == {"out/sub"}
+    assert list_parents("*/*/*", "out") == {"out/sub"}
+    assert list_parents("**/*", "elsewhere") == {"pictures", "out/sub"}
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match="no picture matches"):
+        find_pictures(["**/sub/*"], Path("out"))
 
 
 def test_overlays_have_different_safe_names_that_are_no_input_s(tmp_path):
