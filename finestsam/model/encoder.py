@@ -26,8 +26,9 @@ from finestsam.processor import has_feature
 
 # Of attention in one piece.
 CHUNK_SCORES = 2_000_000
-# Of a picture in one attention, kept for their gradient: vit_tiny's at 512 pixels (6 million), none of vit_b's at 1024.
-KEPT_SCORES = 8_000_000
+# Of a picture in one attention, kept for their gradient: in windows, which most blocks have, and among all tokens. They
+# are vit_tiny's at 768 pixels (32 million among all) and vit_b's at 512, and none of vit_b's at 1024 (12 and 201).
+KEPT_WINDOW_SCORES, KEPT_GLOBAL_SCORES = 8_000_000, 40_000_000
 # Tokens that go through the widest layer together, and through windows, where no gradient is kept: enough for products
 # in bfloat16, whose speed halves with fewer, and few enough for a processor's cache.
 CHUNK_TOKENS = 2048
@@ -85,7 +86,7 @@ def attend(attention: Attention | FftAttention, x: Tensor, window_size: int) -> 
     batch, height, width = x.shape[:3]
     window = (window_size, window_size) if window_size else (height, width)
     scores = attention.num_heads * height * width * window[0] * window[1]
-    keeps_scores = torch.is_grad_enabled() and scores <= KEPT_SCORES
+    keeps_scores = torch.is_grad_enabled() and scores <= (KEPT_WINDOW_SCORES if window_size else KEPT_GLOBAL_SCORES)
     # Some rows of windows after the others stay in a processor's cache; a GPU wants them all.
     some_windows = window[0] * max(1, CHUNK_TOKENS // (batch * window[0] * width))
     rows = height if x.is_cuda or keeps_scores else some_windows

@@ -57,11 +57,12 @@ def test_embeddings_are_those_of_segment_anything(encoder, monkeypatch, scores):
 
 
 # Windows have 2 x 5 x 5 x 4 scores, all tokens together 2 x 25 x 25.
-@pytest.mark.parametrize("kept_scores", [0, 200, 1250])
+@pytest.mark.parametrize(("in_windows", "among_all"), [(0, 0), (200, 0), (0, 1250), (200, 1250)])
 @pytest.mark.parametrize("recomputes", [False, True])
-def test_gradients_are_those_of_segment_anything(encoder, monkeypatch, recomputes, kept_scores):
+def test_gradients_are_those_of_segment_anything(encoder, monkeypatch, recomputes, in_windows, among_all):
     monkeypatch.setattr(encoder_module, "CHUNK_SCORES", 40)
-    monkeypatch.setattr(encoder_module, "KEPT_SCORES", kept_scores)
+    monkeypatch.setattr(encoder_module, "KEPT_WINDOW_SCORES", in_windows)
+    monkeypatch.setattr(encoder_module, "KEPT_GLOBAL_SCORES", among_all)
     encoder.double().recomputes = recomputes
     pictures = torch.randn(2, 3, 80, 80, dtype=torch.float64)
 
@@ -103,13 +104,15 @@ def test_recomputing_keeps_less_for_the_gradient(encoder):
     assert kept[1] < 0.5 * kept[0]
 
 
-def test_many_scores_are_not_kept_for_the_gradient(encoder, monkeypatch):
+# Few scores of a window are hardly more than what is kept to make them again.
+@pytest.mark.parametrize(("limit", "scores", "more"), [("WINDOW", 200, 0), ("GLOBAL", 1250, 0.7 * 1250)])
+def test_many_scores_are_not_kept_for_the_gradient(encoder, monkeypatch, limit, scores, more):
     kept = []
-    for kept_scores in (1249, 1250):
-        monkeypatch.setattr(encoder_module, "KEPT_SCORES", kept_scores)
+    for kept_scores in (scores - 1, scores):
+        monkeypatch.setattr(encoder_module, f"KEPT_{limit}_SCORES", kept_scores)
         kept.append(count_kept_for_the_gradient(encoder))
 
-    assert kept[1] - kept[0] > 0.7 * 1250
+    assert kept[1] - kept[0] > more
 
 
 @pytest.mark.parametrize("attend", [_attend_at_once, _attend_folded, _attend_masked])
