@@ -26,7 +26,7 @@ from benchmarks.measure import describe_machine, print_table
 from benchmarks.synthetic import FoldedWithObjects, StockWithObjects, SyntheticObjects, stir_
 from finestsam.config import GENERATOR_DEFAULTS, GeneratorConfig
 from finestsam.data.scenes import draw_scene
-from finestsam.model import encoder as encoder_module
+from finestsam.model import attention
 from finestsam.model.build import ARCHITECTURES, build_sam
 from finestsam.model.sam import FinestSam
 from finestsam.prediction.generator import generate_masks
@@ -135,6 +135,7 @@ def _with_flex(encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
 
     def attend(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
         width = by_column.shape[-1]
+        q, by_row, by_column = q.flatten(1, 2), by_row.flatten(1, 2), by_column.flatten(1, 2)
 
         def add_positions(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return score + by_row[batch, query, key // width] + by_column[batch, query, key % width]
@@ -142,12 +143,12 @@ def _with_flex(encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
         return flex_attention(q[:, None], k[:, None], v[:, None], score_mod=add_positions, scale=1.0)[:, 0]
 
     def run(pictures: Tensor) -> Tensor:
-        usual = encoder_module._attend_folded, encoder_module._attend_in_pieces
-        encoder_module._attend_folded = encoder_module._attend_in_pieces = attend
+        usual = attention.attend_folded, attention.attend_in_pieces
+        attention.attend_folded = attention.attend_in_pieces = attend
         try:
             return encode(pictures)
         finally:
-            encoder_module._attend_folded, encoder_module._attend_in_pieces = usual
+            attention.attend_folded, attention.attend_in_pieces = usual
 
     return run
 

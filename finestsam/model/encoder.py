@@ -1,34 +1,21 @@
 """segment_anything's image encoder with the same weights, names and answers, in less memory and time.
 
-Stock attention makes all heads' scores at once, 800 MB for each global block of vit_b, and goes over them five times.
-Here they are made, biased, normalised and used a piece at a time while the piece is in the processor's cache, and made
-again for their gradient unless they are few. On a GPU the relative positions become further channels of queries and
-keys, which fused attention takes without a bias: q k + h[row] + w[column] is the product of [q, h, w] with [k, one-hot
-row, one-hot column]. Where a processor has units for products of bfloat16 matrices (AMX), the bias is made as such a
-product and fused attention takes it as its mask.
+Stock attention makes all heads' scores at once, 800 MB for each global block of vit_b, and goes over them five times;
+here it is `attention.py`'s, which makes them a piece at a time, and again for their gradient.
 
 Windows at the edge are filled up with zeros, and what the projection makes of zeros is known: it is computed on the
 picture's own tokens alone.
 """
 
-from collections.abc import Callable
-from itertools import product
-
 import torch
 from segment_anything.modeling import ImageEncoderViT
 from segment_anything.modeling.image_encoder import Attention, Block, window_partition, window_unpartition
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from finestsam.model.attention import attend_with_positions
 from finestsam.model.fft_attention import FftAttention
-from finestsam.processor import has_feature
 
-# Of attention in one piece.
-CHUNK_SCORES = 2_000_000
-# Of a picture in one attention, kept for their gradient: in windows, which most blocks have, and among all tokens. They
-# are vit_tiny's at 768 pixels (32 million among all) and vit_b's at 512, and none of vit_b's at 1024 (12 and 201).
-KEPT_WINDOW_SCORES, KEPT_GLOBAL_SCORES = 8_000_000, 40_000_000
 # Tokens that go through the widest layer together, and through windows, where no gradient is kept: enough for products
 # in bfloat16, whose speed halves with fewer, and few enough for a processor's cache.
 CHUNK_TOKENS = 2048
@@ -85,12 +72,10 @@ def attend(attention: Attention | FftAttention, x: Tensor, window_size: int) -> 
         return _transform(attention, x, window_size)
     batch, height, width = x.shape[:3]
     window = (window_size, window_size) if window_size else (height, width)
-    scores = attention.num_heads * height * width * window[0] * window[1]
-    keeps_scores = torch.is_grad_enabled() and scores <= (KEPT_WINDOW_SCORES if window_size else KEPT_GLOBAL_SCORES)
     # Some rows of windows after the others stay in a processor's cache; a GPU wants them all.
     some_windows = window[0] * max(1, CHUNK_TOKENS // (batch * window[0] * width))
-    rows = height if x.is_cuda or keeps_scores else some_windows
-    seen = [_attend_in_windows(attention, some, window, keeps_scores) for some in x.split(rows, dim=1)]
+    rows = height if x.is_cuda else some_windows
+    seen = [_attend_in_windows(attention, some, window) for some in x.split(rows, dim=1)]
     return torch.cat(seen, dim=1) if len(seen) > 1 else seen[0]
 
 
@@ -101,7 +86,7 @@ def _transform(attention: FftAttention, x: Tensor, window_size: int) -> Tensor:
     return window_unpartition(attention(windows), window_size, padded_size, x.shape[1:3])
 
 
-def _attend_in_windows(attention: Attention, x: Tensor, window: tuple[int, int], keeps_scores: bool) -> Tensor:
+def _attend_in_windows(attention: Attention, x: Tensor, window: tuple[int, int]) -> Tensor:
     """Let tokens, B x H x W x C, attend to each other in windows of (height, width), filled up at the edges."""
     batch, height, width, channels = x.shape
     projected = attention.qkv(x)
@@ -115,15 +100,13 @@ def _attend_in_windows(attention: Attention, x: Tensor, window: tuple[int, int],
     parts = projected.view(batch, rows, window[0], columns, window[1], 3, heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
     q, k, v = parts.reshape(3, batch * rows * columns * heads, length, -1)
     with torch.autocast(x.device.type, enabled=False):  # which would compute a softmax of half precision in full
-        seen = _attend_with_positions(attention, q, k, v, window, keeps_scores)
+        seen = _attend_with_positions(attention, q, k, v, window)
     seen = seen.view(batch, rows, columns, heads, *window, -1).permute(0, 1, 4, 2, 5, 3, 6)
     seen = seen.reshape(batch, rows * window[0], columns * window[1], -1)[:, :height, :width]
     return attention.proj(seen)
 
 
-def _attend_with_positions(
-    attention: Attention, q: Tensor, k: Tensor, v: Tensor, size: tuple[int, int], keeps_scores: bool
-) -> Tensor:
+def _attend_with_positions(attention: Attention, q: Tensor, k: Tensor, v: Tensor, size: tuple[int, int]) -> Tensor:
     """Attend with relative positions.
 
     Args:
@@ -134,17 +117,7 @@ def _attend_with_positions(
         by_row, by_column = _compare_rows(q, attention.rel_pos_h), _compare_columns(q, attention.rel_pos_w)
     else:
         by_row, by_column = (q.new_zeros(*q.shape[:3], side) for side in size)
-    return _choose_attention(q, keeps_scores)(q * attention.scale, k, v, by_row, by_column)
-
-
-def _choose_attention(q: Tensor, keeps_scores: bool) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
-    if q.is_cuda:
-        return _attend_folded
-    if keeps_scores:
-        return _attend_at_once
-    if q.dtype == torch.bfloat16 and not torch.is_grad_enabled() and has_feature("amx_bf16"):
-        return _attend_masked
-    return _attend_in_pieces
+    return attend_with_positions(q * attention.scale, k, v, by_row, by_column)
 
 
 def _compare_rows(q: Tensor, table: Tensor) -> Tensor:
@@ -169,78 +142,3 @@ def _compare_columns(q: Tensor, table: Tensor) -> Tensor:
     length = 2 * width - 1
     strides = (height * width * length, width * length, length - 1, 1)
     return products.as_strided((count, height, width, width), strides, width - 1)
-
-
-def _attend_in_pieces(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
-    """Attend, with about `CHUNK_SCORES` at once and none kept for the gradient.
-
-    Args:
-        q: N x h x w x d, scaled.
-        k, v: N x L x d.
-        by_row, by_column: N x h x w x h and N x h x w x w, what a query's score gets by the row and column of the key.
-
-    Returns:
-        N x L x d.
-    """
-    count, height, width, _ = q.shape
-    length = height * width
-    k = k.transpose(1, 2).contiguous()  # once, where each piece's product would copy it
-    some, rows = max(1, CHUNK_SCORES // length**2), max(1, CHUNK_SCORES // (length * width))
-    pieces = []
-    for i in range(0, count, some):
-        parts = []
-        for j in range(0, height, rows):
-            here = (slice(i, i + some), slice(j, j + rows))
-            inputs = (q[here], k[here[0]], v[here[0]], by_row[here], by_column[here])
-            if torch.is_grad_enabled() and q.requires_grad:
-                parts.append(checkpoint(_attend_piece, *inputs, use_reentrant=False))
-            else:
-                parts.append(_attend_piece(*inputs))
-        pieces.append(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])
-    return torch.cat(pieces)
-
-
-def _attend_piece(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
-    """Attend with some rows of queries; arguments as of `_attend_in_pieces`, but k is N x d x L."""
-    bias = (by_row[..., :, None] + by_column[..., None, :]).flatten(3).flatten(1, 2)
-    add = torch.baddbmm if torch.is_grad_enabled() else Tensor.baddbmm_
-    return add(bias, q.flatten(1, 2), k).softmax(dim=-1) @ v
-
-
-def _attend_at_once(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
-    """Do the same with all scores at once, which are kept for the gradient."""
-    by_place = torch.cat([by_row, by_column], dim=-1).flatten(1, 2)
-    bias = by_place @ _mark_places(by_row.shape[-1], by_column.shape[-1], k).T
-    return torch.baddbmm(bias, q.flatten(1, 2), k.transpose(1, 2)).softmax(dim=-1) @ v
-
-
-def _attend_masked(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
-    """Do the same with a fused kernel that adds a mask, about `CHUNK_SCORES` of it at once; without a gradient."""
-    count, height, width, _ = q.shape
-    marks = _mark_places(height, width, k).T.contiguous()
-    by_place = torch.cat([by_row, by_column], dim=-1).flatten(1, 2)
-    seen, some = torch.empty_like(v), max(1, CHUNK_SCORES // (height * width) ** 2)
-    for i in range(0, count, some):
-        here = slice(i, i + some)
-        bias = by_place[here] @ marks
-        inputs = (part[:, None] for part in (q[here].flatten(1, 2), k[here], v[here], bias))
-        seen[here] = F.scaled_dot_product_attention(*inputs, scale=1.0)[:, 0]
-    return seen
-
-
-def _mark_places(height: int, width: int, like: Tensor) -> Tensor:
-    """Return each place's row and column as ones among zeros, height * width x (height + width)."""
-    places = torch.tensor(list(product(range(height), range(width))), device=like.device)
-    return torch.cat([F.one_hot(places[:, 0], height), F.one_hot(places[:, 1], width)], dim=1).to(like.dtype)
-
-
-def _attend_folded(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
-    """Do the same with a fused kernel that takes no mask."""
-    height, width, channels = by_row.shape[-1], by_column.shape[-1], q.shape[-1]
-    marks = _mark_places(height, width, k)
-    q = torch.cat([q, by_row, by_column], dim=-1).flatten(1, 2)
-    k = torch.cat([k, marks.expand(len(k), -1, -1)], dim=-1)
-    more = -q.shape[-1] % 8  # fused kernels want a multiple of 8, and values as wide as keys
-    q, k = F.pad(q, (0, more)), F.pad(k, (0, more))
-    v = F.pad(v, (0, q.shape[-1] - channels))
-    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], scale=1.0)[:, 0, :, :channels]

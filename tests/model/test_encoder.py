@@ -6,15 +6,10 @@ from segment_anything.modeling import ImageEncoderViT
 from torch import nn
 
 from finestsam.config import build_config
+from finestsam.model import attention
 from finestsam.model import encoder as encoder_module
 from finestsam.model.build import build_sam
-from finestsam.model.encoder import (
-    ChunkedImageEncoder,
-    _attend_at_once,
-    _attend_folded,
-    _attend_in_pieces,
-    _attend_masked,
-)
+from finestsam.model.encoder import ChunkedImageEncoder
 from finestsam.model.load import load_model
 
 
@@ -44,7 +39,7 @@ def compute_gradients(encoder, pictures, forward):
 
 @pytest.mark.parametrize("scores", [1, 30, 300, 10**6])
 def test_embeddings_are_those_of_segment_anything(encoder, monkeypatch, scores):
-    monkeypatch.setattr(encoder_module, "CHUNK_SCORES", scores)
+    monkeypatch.setattr(attention, "CHUNK_SCORES", scores)
     monkeypatch.setattr(encoder_module, "CHUNK_TOKENS", 7)
     pictures = torch.randn(2, 3, 80, 80)
 
@@ -56,13 +51,11 @@ def test_embeddings_are_those_of_segment_anything(encoder, monkeypatch, scores):
         assert (found - expected).norm() < tolerance * expected.norm()
 
 
-# Windows have 2 x 5 x 5 x 4 scores, all tokens together 2 x 25 x 25.
-@pytest.mark.parametrize(("in_windows", "among_all"), [(0, 0), (200, 0), (0, 1250), (200, 1250)])
+@pytest.mark.parametrize("scores", [1, 40, 300, 10**6])
 @pytest.mark.parametrize("recomputes", [False, True])
-def test_gradients_are_those_of_segment_anything(encoder, monkeypatch, recomputes, in_windows, among_all):
-    monkeypatch.setattr(encoder_module, "CHUNK_SCORES", 40)
-    monkeypatch.setattr(encoder_module, "KEPT_WINDOW_SCORES", in_windows)
-    monkeypatch.setattr(encoder_module, "KEPT_GLOBAL_SCORES", among_all)
+def test_gradients_are_those_of_segment_anything(encoder, monkeypatch, recomputes, scores):
+    monkeypatch.setattr(attention, "CHUNK_SCORES", scores)
+    monkeypatch.setattr(encoder_module, "CHUNK_TOKENS", 7)
     encoder.double().recomputes = recomputes
     pictures = torch.randn(2, 3, 80, 80, dtype=torch.float64)
 
@@ -104,34 +97,37 @@ def test_recomputing_keeps_less_for_the_gradient(encoder):
     assert kept[1] < 0.5 * kept[0]
 
 
-# Few scores of a window are hardly more than what is kept to make them again.
-@pytest.mark.parametrize(("limit", "scores", "more"), [("WINDOW", 200, 0), ("GLOBAL", 1250, 0.7 * 1250)])
-def test_many_scores_are_not_kept_for_the_gradient(encoder, monkeypatch, limit, scores, more):
+def test_no_scores_are_kept_for_the_gradient():
+    q, k, v = torch.randn(3, 2, 400, 8)
+    by_row, by_column = torch.randn(2, 2, 20, 20, 20)
+    inputs = [each.requires_grad_() for each in (q.unflatten(1, (20, 20)), k, v, by_row, by_column)]
     kept = []
-    for kept_scores in (scores - 1, scores):
-        monkeypatch.setattr(encoder_module, f"KEPT_{limit}_SCORES", kept_scores)
-        kept.append(count_kept_for_the_gradient(encoder))
 
-    assert kept[1] - kept[0] > more
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.numel()) or tensor, lambda one: one
+    ):
+        seen = attention.attend_with_positions(*inputs)
+
+    assert sum(kept) == sum(each.numel() for each in (*inputs, seen)) < 400 * 400
 
 
-@pytest.mark.parametrize("attend", [_attend_at_once, _attend_folded, _attend_masked])
+@pytest.mark.parametrize("attend", [attention.attend_folded, attention.attend_masked])
 def test_each_way_to_attend_gives_the_same(monkeypatch, attend):
     draw = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 4, 12, 5, generator=draw)
     q = q.unflatten(1, (3, 4))
     by_row, by_column = torch.randn(4, 3, 4, 3, generator=draw), torch.randn(4, 3, 4, 4, generator=draw)
 
-    expected = _attend_in_pieces(q, k, v, by_row, by_column)
+    expected = attention.attend_in_pieces(q, k, v, by_row, by_column)
 
     for scores in (1, 300, 10**6):
-        monkeypatch.setattr(encoder_module, "CHUNK_SCORES", scores)
+        monkeypatch.setattr(attention, "CHUNK_SCORES", scores)
         torch.testing.assert_close(attend(q, k, v, by_row, by_column), expected)
 
 
 @pytest.mark.parametrize("has_matrix_units", [False, True])
 def test_half_precision_is_as_close_as_segment_anythings(encoder, monkeypatch, has_matrix_units):
-    monkeypatch.setattr(encoder_module, "has_feature", lambda name: has_matrix_units)
+    monkeypatch.setattr(attention, "has_feature", lambda name: has_matrix_units)
     pictures = torch.randn(1, 3, 80, 80)
     with torch.no_grad():
         exact = encode_like_meta(encoder, pictures)

@@ -1,0 +1,133 @@
+"""Attention with relative positions by row and column, as an encoder's blocks want it, for each kind of machine.
+
+On a processor all scores are never there at once: they are made, biased, normalised and used a piece at a time while
+the piece is in the cache, and made again for their gradient, which takes no longer than to keep them. On a GPU the
+relative positions become further channels of queries and keys, which fused attention takes without a bias: q k +
+h[row] + w[column] is the product of [q, h, w] with [k, one-hot row, one-hot column]. Where a processor has units for
+products of bfloat16 matrices (AMX), the bias is made as such a product and fused attention takes it as its mask.
+
+All of these take q, N x h x w x d, scaled; k and v, N x L x d with L = h w; and by_row and by_column, N x h x w x h and
+N x h x w x w, what a query's score gets by the row and by the column of the key. N is pictures or windows times heads.
+They return N x L x d.
+"""
+
+from collections.abc import Iterator
+from itertools import product
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn import functional as F
+
+from finestsam.processor import has_feature
+
+# In one piece.
+CHUNK_SCORES = 2_000_000
+
+
+def attend_with_positions(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+    """Attend in the way that suits the machine."""
+    inputs = (q, k, v, by_row, by_column)
+    if q.is_cuda:
+        return attend_folded(*inputs)
+    if torch.is_grad_enabled() and any(each.requires_grad for each in inputs):
+        return _AttentionInPieces.apply(*inputs)
+    if q.dtype == torch.bfloat16 and has_feature("amx_bf16"):
+        return attend_masked(*inputs)
+    return attend_in_pieces(*inputs)
+
+
+def attend_in_pieces(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+    """Attend with about `CHUNK_SCORES` at once."""
+    columns, seen = k.transpose(1, 2).contiguous(), torch.empty_like(v)  # once, where each product would copy it
+    for some, rows, tokens in _list_pieces(q, CHUNK_SCORES):
+        weights = _weigh(q[some, rows], columns[some], by_row[some, rows], by_column[some, rows])
+        torch.bmm(weights, v[some], out=seen[some, tokens])
+    return seen
+
+
+def _list_pieces(q: Tensor, scores: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Return pieces of about so many scores: which of N, of their rows, and the tokens of these."""
+    count, height, width = q.shape[:3]
+    length = height * width
+    some, rows = max(1, scores // length**2), min(height, max(1, scores // (length * width)))
+    for i in range(0, count, some):
+        for j in range(0, height, rows):
+            yield slice(i, i + some), slice(j, j + rows), slice(j * width, (j + rows) * width)
+
+
+def _weigh(q: Tensor, columns: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+    """Return the weights of all values for some rows of queries, n x l x L; `columns` is k, n x d x L."""
+    scores = (by_row[..., :, None] + by_column[..., None, :]).flatten(3).flatten(1, 2)
+    return scores.baddbmm_(q.flatten(1, 2), columns).softmax(dim=-1)
+
+
+class _AttentionInPieces(torch.autograd.Function):
+    """`attend_in_pieces` with a gradient in pieces as well.
+
+    With weights P = softmax(S) of values V, the answer O = P V and its gradient G, that of the scores S is
+    P (G V' - the sum over channels of G O), row by row: FlashAttention, arXiv 2205.14135, appendix B.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+        seen = attend_in_pieces(q, k, v, by_row, by_column)
+        ctx.save_for_backward(q, k, v, by_row, by_column, seen)
+        return seen
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, by_row, by_column, seen = ctx.saved_tensors
+        columns, values = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
+        drift = torch.linalg.vecdot(gradient, seen)[..., None]
+        for_q, height, width = torch.empty_like(q), q.shape[1], q.shape[2]
+        # Sums over pieces, in full precision, and turned: half precision is several times slower with turned weights.
+        precision = torch.promote_types(k.dtype, torch.float32)
+        for_k, for_v = torch.zeros_like(columns, dtype=precision), torch.zeros_like(values, dtype=precision)
+        for_rows, for_columns = q.new_empty(*q.shape[:3], height), q.new_empty(*q.shape[:3], width)
+        # Half as many, for there are weights and their gradient.
+        for some, rows, tokens in _list_pieces(q, CHUNK_SCORES // 2):
+            queries, here = q[some, rows], gradient[some, tokens]
+            weights = _weigh(queries, columns[some], by_row[some, rows], by_column[some, rows])
+            for_v[some] += here.transpose(1, 2).contiguous() @ weights
+            of_scores = (here @ values[some]).sub_(drift[some, tokens]).mul_(weights)
+            for_q[some, rows] = (of_scores @ k[some]).view_as(queries)
+            for_k[some] += queries.flatten(1, 2).transpose(1, 2).contiguous() @ of_scores
+            by_place = of_scores.view(*queries.shape[:3], height, width)
+            torch.sum(by_place, dim=-1, out=for_rows[some, rows])
+            torch.sum(by_place, dim=-2, out=for_columns[some, rows])
+        for_k, for_v = (each.transpose(1, 2).to(k.dtype) for each in (for_k, for_v))
+        return for_q, for_k, for_v, for_rows, for_columns
+
+
+def attend_masked(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+    """Do the same with a fused kernel that adds a mask, about `CHUNK_SCORES` of it at once; without a gradient."""
+    count, height, width, _ = q.shape
+    marks = _mark_places(height, width, k).T.contiguous()
+    by_place = torch.cat([by_row, by_column], dim=-1).flatten(1, 2)
+    seen, some = torch.empty_like(v), max(1, CHUNK_SCORES // (height * width) ** 2)
+    for i in range(0, count, some):
+        here = slice(i, i + some)
+        bias = by_place[here] @ marks
+        inputs = (part[:, None] for part in (q[here].flatten(1, 2), k[here], v[here], bias))
+        seen[here] = F.scaled_dot_product_attention(*inputs, scale=1.0)[:, 0]
+    return seen
+
+
+def attend_folded(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+    """Do the same with a fused kernel that takes no mask."""
+    height, width, channels = by_row.shape[-1], by_column.shape[-1], q.shape[-1]
+    marks = _mark_places(height, width, k)
+    q = torch.cat([q, by_row, by_column], dim=-1).flatten(1, 2)
+    k = torch.cat([k, marks.expand(len(k), -1, -1)], dim=-1)
+    more = -q.shape[-1] % 8  # fused kernels want a multiple of 8, and values as wide as keys
+    q, k = F.pad(q, (0, more)), F.pad(k, (0, more))
+    v = F.pad(v, (0, q.shape[-1] - channels))
+    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], scale=1.0)[:, 0, :, :channels]
+
+
+def _mark_places(height: int, width: int, like: Tensor) -> Tensor:
+    """Return each place's row and column as ones among zeros, height * width x (height + width)."""
+    places = torch.tensor(list(product(range(height), range(width))), device=like.device)
+    return torch.cat([F.one_hot(places[:, 0], height), F.one_hot(places[:, 1], width)], dim=1).to(like.dtype)
