@@ -49,12 +49,15 @@ WHOLE = (
 )  # fmt: skip
 LARGE = (*WHOLE, "--augment.crop_min", "0.3", "--opt.learning_rate", "6e-4")
 CLOSE = (*WHOLE, "--augment.crop_min", "0.12", "--opt.learning_rate", "8e-4")
-AFAR = (
-    *WHOLE, "--augment.crop_min", "0.35", "--opt.learning_rate", "6e-4",
+AFAR = (*WHOLE, "--augment.crop_min", "0.35", "--opt.learning_rate", "6e-4")
+# As large as the model is to see its pictures.
+FINE = (
+    *MASKS, "--model.image_size", "768", "--batch_size", "2", "--dataset.max_objects", "20",
+    "--dataset.background_points", "12", "--augment.crop_min", "0.35", "--opt.learning_rate", "5e-4",
     # The thresholds that go with the weights. On drawings hardly any is best; on photographs that takes twice the time.
     "--generator.pred_iou_thresh", "0.4", "--generator.stability_score_thresh", "0.8",
     "--generator.box_nms_thresh", "0.7", "--generator.min_mask_region_area", "256", "--generator.points_per_side", "32",
-    "--evaluate.max_images", "24", "--best_metric", "val_best_iou",
+    "--evaluate.max_images", "20", "--best_metric", "val_best_iou",
 )  # fmt: skip
 
 
@@ -87,9 +90,13 @@ MORE_SCENES = Drawings(
     ("quarters", "shapes", "grains", "quarters", "things", "plans", "quarters", "blobs", "pebbles", "parcels"),
 )  # fmt: skip
 # Others of both, to be seen nearly whole, so that what is large stays in one piece.
-LAST_SCENES = Drawings(
+FAR_SCENES = Drawings(
     2400, 512, 6,
     ("quarters", "things", "quarters", "blobs", "plans", "quarters", "grains", "things", "quarters", "shapes"),
+)  # fmt: skip
+FINE_SCENES = Drawings(
+    2000, 512, 7,
+    ("quarters", "things", "plans", "blobs", "quarters", "shapes", "grains", "quarters", "parcels", "pebbles"),
 )  # fmt: skip
 STAGES = (
     Stage("affinities", SCENES, 100, 1600, (1000, 1300, 1500), AFFINITIES),
@@ -97,7 +104,8 @@ STAGES = (
     Stage("practice", SCENES, 100, 3600, (2700, 3200, 3450), PRACTICE),
     Stage("large", SCENES, 50, 900, (450, 650, 800), LARGE),
     Stage("close", MORE_SCENES, 100, 3000, (1900, 2500, 2850), CLOSE),
-    Stage("afar", LAST_SCENES, 100, 1600, (700, 1150, 1450), AFAR),
+    Stage("afar", FAR_SCENES, 100, 1600, (700, 1150, 1450), AFAR),
+    Stage("fine", FINE_SCENES, 50, 920, (450, 740, 870), FINE),
 )
 
 

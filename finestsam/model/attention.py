@@ -1,10 +1,11 @@
 """Attention with relative positions by row and column, as an encoder's blocks want it, for each kind of machine.
 
 On a processor all scores are never there at once: they are made, biased, normalised and used a piece at a time while
-the piece is in the cache, and made again for their gradient, which takes no longer than to keep them. On a GPU the
-relative positions become further channels of queries and keys, which fused attention takes without a bias: q k +
-h[row] + w[column] is the product of [q, h, w] with [k, one-hot row, one-hot column]. Where a processor has units for
-products of bfloat16 matrices (AMX), the bias is made as such a product and fused attention takes it as its mask.
+the piece is in the cache, and made again for their gradient, which takes no longer than to keep them. (In half
+precision it does, and they are kept unless they are many.) On a GPU the relative positions become further channels of
+queries and keys, which fused attention takes without a bias: q k + h[row] + w[column] is the product of [q, h, w] with
+[k, one-hot row, one-hot column]. Where a processor has units for products of bfloat16 matrices (AMX), the bias is made
+as such a product and fused attention takes it as its mask.
 
 All of these take q, N x h x w x d, scaled; k and v, N x L x d with L = h w; and by_row and by_column, N x h x w x h and
 N x h x w x w, what a query's score gets by the row and by the column of the key. N is pictures or windows times heads.
@@ -23,6 +24,8 @@ from finestsam.processor import has_feature
 
 # In one piece.
 CHUNK_SCORES = 2_000_000
+# Of all pictures, kept in half precision: those of one that vit_tiny sees at 768 pixels (32 million).
+KEPT_SCORES = 40_000_000
 
 
 def attend_with_positions(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
@@ -37,11 +40,18 @@ def attend_with_positions(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_co
     return attend_in_pieces(*inputs)
 
 
-def attend_in_pieces(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
-    """Attend with about `CHUNK_SCORES` at once."""
+def attend_in_pieces(
+    q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor, kept: Tensor | None = None
+) -> Tensor:
+    """Attend with about `CHUNK_SCORES` at once.
+
+    Args:
+        kept: N x L x L, to be filled with the weights of all values.
+    """
     columns, seen = k.transpose(1, 2).contiguous(), torch.empty_like(v)  # once, where each product would copy it
     for some, rows, tokens in _list_pieces(q, CHUNK_SCORES):
-        weights = _weigh(q[some, rows], columns[some], by_row[some, rows], by_column[some, rows])
+        out = None if kept is None else kept[some, tokens]
+        weights = _weigh(q[some, rows], columns[some], by_row[some, rows], by_column[some, rows], out)
         torch.bmm(weights, v[some], out=seen[some, tokens])
     return seen
 
@@ -56,10 +66,10 @@ def _list_pieces(q: Tensor, scores: int) -> Iterator[tuple[slice, slice, slice]]
             yield slice(i, i + some), slice(j, j + rows), slice(j * width, (j + rows) * width)
 
 
-def _weigh(q: Tensor, columns: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+def _weigh(q: Tensor, columns: Tensor, by_row: Tensor, by_column: Tensor, out: Tensor | None = None) -> Tensor:
     """Return the weights of all values for some rows of queries, n x l x L; `columns` is k, n x d x L."""
     scores = (by_row[..., :, None] + by_column[..., None, :]).flatten(3).flatten(1, 2)
-    return scores.baddbmm_(q.flatten(1, 2), columns).softmax(dim=-1)
+    return torch.softmax(scores.baddbmm_(q.flatten(1, 2), columns), dim=-1, out=out)
 
 
 class _AttentionInPieces(torch.autograd.Function):
@@ -71,14 +81,17 @@ class _AttentionInPieces(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
-        seen = attend_in_pieces(q, k, v, by_row, by_column)
-        ctx.save_for_backward(q, k, v, by_row, by_column, seen)
+        count, length, _ = k.shape
+        keeps = q.dtype == torch.bfloat16 and count * length**2 <= KEPT_SCORES
+        kept = q.new_empty(count, length, length) if keeps else None
+        seen = attend_in_pieces(q, k, v, by_row, by_column, kept)
+        ctx.save_for_backward(q, k, v, by_row, by_column, seen, kept)
         return seen
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, by_row, by_column, seen = ctx.saved_tensors
+        q, k, v, by_row, by_column, seen, kept = ctx.saved_tensors
         columns, values = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
         drift = torch.linalg.vecdot(gradient, seen)[..., None]
         for_q, height, width = torch.empty_like(q), q.shape[1], q.shape[2]
@@ -86,10 +99,12 @@ class _AttentionInPieces(torch.autograd.Function):
         precision = torch.promote_types(k.dtype, torch.float32)
         for_k, for_v = torch.zeros_like(columns, dtype=precision), torch.zeros_like(values, dtype=precision)
         for_rows, for_columns = q.new_empty(*q.shape[:3], height), q.new_empty(*q.shape[:3], width)
-        # Half as many, for there are weights and their gradient.
-        for some, rows, tokens in _list_pieces(q, CHUNK_SCORES // 2):
+        for some, rows, tokens in _list_pieces(q, CHUNK_SCORES):
             queries, here = q[some, rows], gradient[some, tokens]
-            weights = _weigh(queries, columns[some], by_row[some, rows], by_column[some, rows])
+            if kept is None:
+                weights = _weigh(queries, columns[some], by_row[some, rows], by_column[some, rows])
+            else:
+                weights = kept[some, tokens]
             for_v[some] += here.transpose(1, 2).contiguous() @ weights
             of_scores = (here @ values[some]).sub_(drift[some, tokens]).mul_(weights)
             for_q[some, rows] = (of_scores @ k[some]).view_as(queries)

@@ -97,10 +97,10 @@ def test_recomputing_keeps_less_for_the_gradient(encoder):
     assert kept[1] < 0.5 * kept[0]
 
 
-def test_no_scores_are_kept_for_the_gradient():
-    q, k, v = torch.randn(3, 2, 400, 8)
-    by_row, by_column = torch.randn(2, 2, 20, 20, 20)
-    inputs = [each.requires_grad_() for each in (q.unflatten(1, (20, 20)), k, v, by_row, by_column)]
+@pytest.mark.parametrize(("dtype", "kept_scores"), [(torch.float32, 10**6), (torch.bfloat16, 319_999)])
+def test_many_scores_are_not_kept_for_the_gradient(monkeypatch, dtype, kept_scores):
+    monkeypatch.setattr(attention, "KEPT_SCORES", kept_scores)
+    inputs = make_attention(20, dtype)
     kept = []
 
     with torch.autograd.graph.saved_tensors_hooks(
@@ -109,6 +109,37 @@ def test_no_scores_are_kept_for_the_gradient():
         seen = attention.attend_with_positions(*inputs)
 
     assert sum(kept) == sum(each.numel() for each in (*inputs, seen)) < 400 * 400
+
+
+def make_attention(side, dtype):
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, side**2, 8, generator=draw)
+    by_row, by_column = torch.randn(2, 2, side, side, side, generator=draw)
+    return [each.to(dtype).requires_grad_() for each in (q.unflatten(1, (side, side)), k, v, by_row, by_column)]
+
+
+@pytest.mark.parametrize("kept_scores", [0, 10**6])
+@pytest.mark.parametrize("chunk_scores", [100, 3000, 10**6])
+def test_gradients_in_half_precision_are_as_close_as_autograds(monkeypatch, kept_scores, chunk_scores):
+    monkeypatch.setattr(attention, "CHUNK_SCORES", chunk_scores)
+    monkeypatch.setattr(attention, "KEPT_SCORES", kept_scores)
+
+    def find_gradients(attend, dtype):
+        inputs = make_attention(6, dtype)
+        attend(*inputs).square().sum().backward()
+        return [each.grad.double() for each in inputs]
+
+    def attend_plainly(q, k, v, by_row, by_column):
+        bias = (by_row[..., :, None] + by_column[..., None, :]).flatten(3).flatten(1, 2)
+        return (bias + q.flatten(1, 2) @ k.transpose(1, 2)).softmax(dim=-1) @ v
+
+    exact = find_gradients(attend_plainly, torch.float64)
+    ours, plain = (
+        find_gradients(attend, torch.bfloat16) for attend in (attention.attend_with_positions, attend_plainly)
+    )
+
+    for expected, found, theirs in zip(exact, ours, plain, strict=True):
+        assert (found - expected).norm() < 1.5 * (theirs - expected).norm()
 
 
 @pytest.mark.parametrize("attend", [attention.attend_folded, attention.attend_masked])
