@@ -32,7 +32,7 @@ def section(kind: type) -> Any:
 CHUNK_OBJECTS = 16
 
 # Pixels of the longest side that each type of model is made for.
-IMAGE_SIZES = {"vit_h": 1024, "vit_l": 1024, "vit_b": 1024, "vit_t": 1024, "vit_tiny": 512, "vit_tiny_test": 64}
+IMAGE_SIZES = {"vit_h": 1024, "vit_l": 1024, "vit_b": 1024, "vit_t": 1024, "vit_tiny": 768, "vit_tiny_test": 64}
 
 
 @dataclass(frozen=True)
@@ -586,9 +586,9 @@ class Config:
     seed_dataloader: int | None = setting(None, "seed of order and prompts; default: seed_device", "[0, inf)")
     batch_size: int = setting(1, "pictures per step and device", "[1, inf)")
     num_workers: int = setting(2, "processes that read pictures ahead; 0: none", "[0, inf)")
-    num_epochs: int = setting(30, "times that every picture is seen; vit_tiny: 24", "[1, inf)")
+    num_epochs: int = setting(30, "times that every picture is seen; vit_tiny: 12", "[1, inf)")
     max_steps: int = setting(0, "stop after this many optimizer steps even so; 0: never", "[0, inf)")
-    eval_interval: int = setting(1, "epochs between validations, vit_tiny: 8; 0: only before and after", "[0, inf)")
+    eval_interval: int = setting(1, "epochs between validations, vit_tiny: 6; 0: only before and after", "[0, inf)")
     early_stop_evaluations: int = setting(
         0, "stop after this many validations without a better one; 0: never", "[0, inf)"
     )
@@ -641,8 +641,8 @@ class Config:
 TINY_DEFAULTS = {
     "model_layer.freeze.image_encoder": False,
     "opt.learning_rate": 2e-4,
-    "num_epochs": 24,
-    "eval_interval": 8,
+    "num_epochs": 12,
+    "eval_interval": 6,
     "dataset.max_objects": 16,
     "sched.LambdaLR.warmup_steps": 20,
     "sched.LambdaLR.steps": [0.6, 0.85],

@@ -34,4 +34,4 @@ def test_weights_are_made_from_nothing_and_a_stopped_making_goes_on(tmp_path, mo
     assert {value.dtype for value in content.values()} == {torch.float16}
     assert weights.stat().st_size < 12e6
     assert (card.started_from, card.started_from_sha256) == (SOURCE, None)
-    assert card.image_size == 512 and card.multimask_output
+    assert card.image_size == 768 and card.multimask_output
