@@ -39,7 +39,7 @@ ARCHITECTURES = {
     "vit_h": Architecture(width=1280, depth=32, heads=16, global_blocks=(7, 15, 23, 31)),
     # MobileSAM's.
     "vit_t": Architecture(width=320, depth=12, heads=10, global_blocks=(), window_size=7, is_tiny_vit=True),
-    # For laptops: 5 M weights. Windows of 8 tokens tile its 32 x 32 without padding.
+    # For laptops: 5 M weights. Windows of 8 tokens tile its 48 x 48 without padding.
     "vit_tiny": Architecture(
         width=192, depth=8, heads=6, global_blocks=(1, 3, 5, 7), window_size=8, decoder_width=128,
         decoder_mlp_width=1024,

@@ -40,7 +40,7 @@ from finestsam.data.dataset import collate
 from test_cost import build_stepper, read_bytes, read_dataset
 
 stepper = build_stepper("vit_tiny")
-dataset = read_dataset({scenes!r}, 512)
+dataset = read_dataset({scenes!r}, 768)
 batch, _ = collate([dataset[(0, 0)]])
 before = read_bytes("VmRSS")
 stepper.step([batch], 0, False)
@@ -76,7 +76,7 @@ def test_the_estimate_is_within_a_factor_of_two_of_what_a_step_takes(scenes):
     script = STEP.format(paths=[str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)], scenes=str(scenes))
     taken = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=250, check=True)
     measured = int(taken.stdout.split()[-1])
-    stepper, dataset = build_stepper("vit_tiny"), read_dataset(scenes, 512)
+    stepper, dataset = build_stepper("vit_tiny"), read_dataset(scenes, 768)
 
     need = measure_need(stepper, dataset)
 

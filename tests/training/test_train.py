@@ -326,8 +326,23 @@ def test_a_large_model_on_a_cpu_that_nobody_asked_for_is_told(monkeypatch):
         (warning,) = warn_of_cpu(build_config({"precision": precision}), "cpu", large, "vit_b")
         assert "no GPU found" in warning
         assert ("--precision bf16-mixed" in warning) == is_named
-    for asked, device, model in (("cpu", "cpu", large), ("auto", "cuda", large), ("auto", "cpu", small)):
+    for asked, device, model in (("cpu", "cpu", large), ("auto", "cuda", large), ("cpu", "cpu", small)):
         assert warn_of_cpu(build_config({"device": asked}), device, model, "vit_b") == []
+
+
+def test_training_an_encoder_on_a_cpu_that_computes_in_half_precision_is_told(monkeypatch):
+    model = FinestSam(build_sam("vit_tiny_test", 64))
+
+    for computes_in_half, precision, trains, is_told in (
+        (True, "auto", True, True),
+        (True, "32-true", True, False),
+        (True, "auto", False, False),
+        (False, "auto", True, False),
+    ):
+        monkeypatch.setattr(hints, "has_feature", lambda name, has=computes_in_half: has)
+        model.sam.image_encoder.requires_grad_(trains)
+        warnings = warn_of_cpu(build_config({"precision": precision}), "cpu", model, "vit_tiny")
+        assert ["--precision bf16-mixed" in warning for warning in warnings] == [True] * is_told
 
 
 def test_a_schedule_that_the_run_is_too_short_for_is_told(scenes, tmp_path, capsys):
