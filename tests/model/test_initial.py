@@ -51,7 +51,7 @@ def test_blocks_and_neck_begin_by_passing_on_what_they_get(model_type):
 def test_an_encoder_from_nothing_tells_pictures_apart():
     torch.manual_seed(0)
     encoder = build_sam("vit_tiny").image_encoder
-    pictures = F.interpolate(torch.rand(2, 3, 32, 32), size=512)
+    pictures = F.interpolate(torch.rand(2, 3, 32, 32), size=encoder.img_size)
 
     with torch.no_grad():
         first, second = encoder(pictures)
