@@ -588,7 +588,7 @@ class Config:
     num_workers: int = setting(2, "processes that read pictures ahead; 0: none", "[0, inf)")
     num_epochs: int = setting(30, "times that every picture is seen; vit_tiny: 12", "[1, inf)")
     max_steps: int = setting(0, "stop after this many optimizer steps even so; 0: never", "[0, inf)")
-    eval_interval: int = setting(1, "epochs between validations, vit_tiny: 6; 0: only before and after", "[0, inf)")
+    eval_interval: int = setting(1, "epochs between validations, vit_tiny: 12; 0: only before and after", "[0, inf)")
     early_stop_evaluations: int = setting(
         0, "stop after this many validations without a better one; 0: never", "[0, inf)"
     )
@@ -642,7 +642,7 @@ TINY_DEFAULTS = {
     "model_layer.freeze.image_encoder": False,
     "opt.learning_rate": 2e-4,
     "num_epochs": 12,
-    "eval_interval": 6,
+    "eval_interval": 12,
     "dataset.max_objects": 16,
     "sched.LambdaLR.warmup_steps": 20,
     "sched.LambdaLR.steps": [0.6, 0.85],
