@@ -64,7 +64,7 @@ def _compare(given: argparse.Namespace, folder: Path) -> None:
     torch.save(sam.state_dict(), weights)
     flags = {
         "dataset.path": str(folder / "dataset"), "dataset.val_size": 0.0, "model.checkpoint": str(weights),
-        "model.type": given.type,
+        "model.type": given.type, "precision": "32-true",
         "sav_dir": str(folder), "run_name": "run", "eval_interval": 0, "num_epochs": OUR_EPOCHS,
         "store.folder": str(folder / "store"),
     }  # fmt: skip

@@ -542,7 +542,8 @@ class Config:
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = setting(
         "auto",
         "of the image encoder, and of the pictures that the mask generator's decoder looks at; points, boxes, scores, "
-        "training's decoder and losses are always float32. auto: bf16-mixed on GPUs that compute in it, else 32-true",
+        "training's decoder and losses are always float32. auto: bf16-mixed on GPUs and CPUs that compute in it, "
+        "else 32-true",
     )
     seed_device: int | None = setting(
         1337, "seed of everything drawn by chance; null: another one each time", "[0, inf)"

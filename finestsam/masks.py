@@ -327,9 +327,22 @@ def remove_small_regions(mask: np.ndarray, min_area_pixels: int) -> np.ndarray:
     Args:
         mask: H x W, bool.
     """
+    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    if len(rows) == 0:
+        return mask.copy()
+    # What surrounds the mask is large where it goes on beyond the part that is looked at, and shall look so.
+    margins = -(-min_area_pixels // np.array([np.ptp(columns) + 1, np.ptp(rows) + 1]))
+    top, left = np.maximum([rows[0], columns[0]] - margins, 0)
+    bottom, right = [rows[-1], columns[-1]] + margins + 1
+    cleaned = mask.copy()
+    cleaned[top:bottom, left:right] = _remove_small_regions(mask[top:bottom, left:right], min_area_pixels)
+    return cleaned
+
+
+def _remove_small_regions(mask: np.ndarray, min_area_pixels: int) -> np.ndarray:
     filled = mask | _small_regions(~mask, min_area_pixels)
     islands = _small_regions(filled, min_area_pixels)
-    if filled.any() and (islands == filled).all():
+    if (islands == filled).all():
         _, regions, stats, _ = cv2.connectedComponentsWithStats(filled.astype(np.uint8), connectivity=8)
         return regions == 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))
     return filled & ~islands

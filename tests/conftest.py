@@ -29,6 +29,7 @@ FROM_SCRATCH = [
     "--model_layer.freeze.image_encoder=false",
     "--model_layer.freeze.prompt_encoder=false",
     "--opt.learning_rate=1e-3",
+    "--precision=32-true",  # what should be the same is, on every processor, but for rounding
 ]
 
 

@@ -153,12 +153,17 @@ def test_a_rasterized_square_covers_its_pixels():
 def test_small_holes_are_filled_and_small_islands_dropped_as_segment_anything_does():
     from segment_anything.utils.amg import remove_small_regions as reference
 
-    for seed in range(10):
-        mask = np.random.default_rng(seed).random((30, 30)) > 0.45
-        expected, _ = reference(mask, 12, mode="holes")
-        expected, _ = reference(expected, 12, mode="islands")
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        mask = np.zeros((30, 40), dtype=bool)
+        # In the middle, or up to the edges: what surrounds it may then be a small hole itself.
+        top, left, bottom, right = rng.integers([0, 0, 14, 14], [14, 14, 31, 41])
+        mask[top:bottom, left:right] = rng.random((bottom - top, right - left)) > rng.choice([0.1, 0.45])
+        min_area = int(rng.choice([2, 12, 100]))
+        expected, _ = reference(mask, min_area, mode="holes")
+        expected, _ = reference(expected, min_area, mode="islands")
 
-        assert (remove_small_regions(mask, 12) == expected).all()
+        assert (remove_small_regions(mask, min_area) == expected).all(), seed
 
 
 def test_the_largest_island_stays_however_small():

@@ -26,6 +26,7 @@ from finestsam.model.weights import (
     load_state_dict,
     resize_positions,
 )
+from finestsam.processor import has_feature
 
 RANDOM_WEIGHTS = "random weights"
 
@@ -163,7 +164,12 @@ def choose_device(name: str) -> torch.device:
 def choose_encoder_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """Return what the image encoder computes in; None: float32."""
     if precision == "auto":
-        # Before Ampere bfloat16 is emulated, slower than float32.
-        native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if native else None
+        return torch.bfloat16 if _computes_in_bfloat16(device) else None
     return {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[precision]
+
+
+def _computes_in_bfloat16(device: torch.device) -> bool:
+    """Return whether the device has bfloat16 itself; elsewhere it is emulated, slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and has_feature("avx512_bf16")

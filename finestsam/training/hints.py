@@ -4,13 +4,12 @@ from finestsam.config import Config
 from finestsam.model.fft_attention import list_blocks
 from finestsam.model.lora import list_lora
 from finestsam.model.sam import FinestSam
-from finestsam.processor import has_feature
 
 LARGE_IMAGE_SIZE = 1024
 
 
 def describe_training(model: FinestSam, model_type: str) -> str:
-    """Return one line: what trains, and how many weights of how many."""
+    """Return one line: what trains, how many weights of how many, and what it computes in unless that is float32."""
     parts = []
     for name, part in model.sam.named_children():
         count = sum(weight.numel() for weight in part.parameters() if weight.requires_grad)
@@ -23,7 +22,9 @@ def describe_training(model: FinestSam, model_type: str) -> str:
     blocks = list_blocks(model.sam.state_dict())
     fft = f"; FFT attention in blocks {', '.join(map(str, blocks))}" if blocks else ""
     total = sum(weight.numel() for weight in model.sam.parameters())
-    return f"{model_type} at {model.image_size} pixels, {_in_millions(total)} weights; trains {', '.join(parts)}{fft}"
+    half = "" if model.encoder_dtype is None else f"; encodes in {str(model.encoder_dtype).removeprefix('torch.')}"
+    size = f"{model_type} at {model.image_size} pixels, {_in_millions(total)} weights"
+    return f"{size}; trains {', '.join(parts)}{fft}{half}"
 
 
 def list_mismatches(config: Config, starts_from_nothing: bool) -> list[str]:
@@ -45,24 +46,16 @@ def list_mismatches(config: Config, starts_from_nothing: bool) -> list[str]:
 
 
 def warn_of_cpu(config: Config, device: str, model: FinestSam, model_type: str) -> list[str]:
-    """Return a warning where nobody asked for the CPU, and training takes its time there or could take less.
+    """Return a warning where nobody asked for the CPU and a large model will take its time there.
 
     Args:
         device: the type of the one that was found.
     """
-    if config.device != "auto" or device != "cpu":
+    if config.device != "auto" or device != "cpu" or model.image_size < LARGE_IMAGE_SIZE:
         return []
-    is_slower = config.precision != "bf16-mixed" and has_feature("avx512_bf16")
-    if model.image_size < LARGE_IMAGE_SIZE:
-        is_encoder_trained = any(weight.requires_grad for weight in model.sam.image_encoder.parameters())
-        if not (is_slower and is_encoder_trained and config.precision == "auto"):
-            return []
-        return ["no GPU found; --precision bf16-mixed, which this processor computes in, takes less time for a step"]
-    faster = "; --precision bf16-mixed looks nearly twice as fast" if is_slower else ""
     return [
         f"no GPU found, so all runs on the CPU, where {model_type} at {model.image_size} pixels takes seconds to look "
-        f"at a picture and minutes to find its objects; --model.type vit_tiny suits it{faster}; --device cpu if that "
-        "is meant"
+        "at a picture and minutes to find its objects; --model.type vit_tiny suits it; --device cpu if that is meant"
     ]
 
 

@@ -5,6 +5,7 @@ import torch
 
 from finestsam.config import build_config
 from finestsam.errors import UserError
+from finestsam.model import load
 from finestsam.model.build import build_sam
 from finestsam.model.card import Card, read_card, write_card
 from finestsam.model.load import choose_device, choose_encoder_dtype, load_model
@@ -86,8 +87,11 @@ def test_a_device_that_is_not_there_is_not_replaced_in_silence():
     assert choose_device("cpu").type == "cpu"
 
 
-def test_precision_is_what_was_asked_for():
+def test_precision_is_what_was_asked_for_and_else_what_the_processor_computes_in(monkeypatch):
     cpu = torch.device("cpu")
-    names = ("auto", "32-true", "bf16-mixed", "16-mixed")
 
-    assert [choose_encoder_dtype(name, cpu) for name in names] == [None, None, torch.bfloat16, torch.float16]
+    asked = [choose_encoder_dtype(name, cpu) for name in ("32-true", "bf16-mixed", "16-mixed")]
+    assert asked == [None, torch.bfloat16, torch.float16]
+    for features, expected in (({"avx2"}, None), ({"avx2", "avx512_bf16"}, torch.bfloat16)):
+        monkeypatch.setattr(load, "has_feature", features.__contains__)
+        assert choose_encoder_dtype("auto", cpu) == expected

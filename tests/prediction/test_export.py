@@ -184,9 +184,8 @@ def test_transformers_answers_as_we_do(weights, tmp_path, image_size):
     processor = transformers.SamProcessor.from_pretrained(folder)
 
     assert not any(report.values()), report
-    ours = load_model(
-        build_config({"model.checkpoint": str(weights), "device": "cpu", "model.image_size": image_size})
-    ).model
+    flags = {"model.checkpoint": str(weights), "model.image_size": image_size, "precision": "32-true", "device": "cpu"}
+    ours = load_model(build_config(flags)).model
     for size in SIZES:
         picture, image = draw(size, image_size)
         points, box = np.array([[[9.0, 20.0], [30.0, 5.0]]]), np.array([[5.0, 4.0, 33.0, 25.0]])

@@ -544,9 +544,9 @@ def test_overlays_follow_the_order_of_the_pictures_and_the_opacity(predict, fold
 def test_deep_pictures_are_encoded_and_predicted_anew_in_another_range(predict, folder):
     values = draw_scene(0, 0, (64, 96)).image[..., 0].astype(np.uint16) * 20
     Image.fromarray(values).save("deep.png")
-    full = {"dataset.images.deep_range": "full"}
+    full = {"dataset.images.deep_range": "full", "precision": "32-true"}
     predict("deep.png", **full, **{"store.enabled": "false"}, out_dir="expected")
-    predict("deep.png")
+    predict("deep.png", precision="32-true")
 
     code, _, err = predict("deep.png", **full, resume="auto")
     assert (code, "was predicted with other weights or settings" in err) == (2, True)

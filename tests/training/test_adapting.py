@@ -92,7 +92,8 @@ def test_what_is_trained_is_what_its_files_answer(scenes, tmp_path, base, way, m
 
     run = run_training(scenes, tmp_path / "sav", *flags)
 
-    config = build_config(values | {"model.checkpoint": str(base), "model.image_size": image_size})
+    exact = {"precision": "32-true"}
+    config = build_config(values | exact | {"model.checkpoint": str(base), "model.image_size": image_size})
     trained = load_model(config).model
     untouched = answer(trained)
     adapt_(trained.sam, config.model_layer)
@@ -106,7 +107,7 @@ def test_what_is_trained_is_what_its_files_answer(scenes, tmp_path, base, way, m
     files = [run / "best.pth"] + ([run / "adapter"] if "lora" in way else [])
     assert (run / "adapter").exists() == ("lora" in way)
     for path in files:
-        loaded = load_model(build_config({"model.checkpoint": str(path)}), prefer_runs=True)
+        loaded = load_model(build_config(exact | {"model.checkpoint": str(path)}), prefer_runs=True)
         assert loaded.model.image_size == image_size
         torch.testing.assert_close(answer(loaded.model), expected, rtol=1e-5, atol=1e-5)
 

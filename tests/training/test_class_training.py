@@ -120,7 +120,8 @@ def test_the_saved_model_answers_what_the_trained_one_did(shapes, tmp_path):
     trained.sam.load_state_dict(state["model"])
     trained.class_head = ClassHead(32, 3)
     trained.class_head.load_state_dict(state["class_head"])
-    loaded = load_model(build_config({"model.checkpoint": str(run), "device": "cpu"}), prefer_runs=True).model
+    config = build_config({"model.checkpoint": str(run), "device": "cpu", "precision": "32-true"})
+    loaded = load_model(config, prefer_runs=True).model
     image = torch.randint(0, 255, (3, 64, 48), dtype=torch.uint8)
     prompts = Prompts(points=torch.rand(4, 1, 2) * 48, labels=torch.ones(4, 1))
 

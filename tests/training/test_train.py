@@ -20,7 +20,6 @@ from finestsam.config import GENERATOR_DEFAULTS, build_config
 from finestsam.model.build import build_sam
 from finestsam.model.load import load_model
 from finestsam.model.sam import FinestSam
-from finestsam.training import hints
 from finestsam.training.hints import list_mismatches, warn_of_cpu, warn_of_schedule
 
 ROOT = Path(__file__).parents[2]
@@ -220,7 +219,8 @@ def test_a_mistyped_folder_is_told_before_anything_is_downloaded(tmp_path, capsy
 
 def test_evaluation_gives_the_figures_of_validation(scenes, finished, tmp_path, capsys):
     flags = ["--mode=evaluate", f"--dataset={scenes}", f"--model.checkpoint={finished}", "--device=cpu"]
-    assert main([*flags, f"--out_dir={tmp_path}", "--num_workers=0", "--seed_device=1337"]) == 0
+    flags += [f"--out_dir={tmp_path}", "--num_workers=0", "--seed_device=1337", "--precision=32-true"]
+    assert main(flags) == 0
 
     figures = json.loads((tmp_path / "evaluation.json").read_text())
     card = json.loads((finished / "best.json").read_text())
@@ -228,7 +228,8 @@ def test_evaluation_gives_the_figures_of_validation(scenes, finished, tmp_path, 
     pairs |= {"box/boundary_iou": "box_boundary_iou", "clicks/iou_1": "clicks_iou_1", "clicks/iou_8": "clicks_iou_8"}
     for name, validated in pairs.items():
         # Other chunks round otherwise, and a click more or less at a border moves the next one.
-        assert figures[name] == pytest.approx(card["metrics"][f"val_{validated}"], abs=1e-5), name
+        tolerance = 1e-4 if "clicks" in name else 1e-5
+        assert figures[name] == pytest.approx(card["metrics"][f"val_{validated}"], abs=tolerance), name
     assert 0 <= figures["box/iou"] <= figures["box/best_iou"] <= 1
 
 
@@ -314,35 +315,13 @@ def test_settings_that_train_what_prediction_does_not_read_are_named():
     assert "never learns to see" in list_mismatches(build_config({}), starts_from_nothing=True)[0]
 
 
-def test_a_large_model_on_a_cpu_that_nobody_asked_for_is_told(monkeypatch):
+def test_a_large_model_on_a_cpu_that_nobody_asked_for_is_told():
     large, small = (FinestSam(build_sam("vit_tiny_test", size)) for size in (1024, 64))
 
-    for computes_in_half, precision, is_named in (
-        (True, "auto", True),
-        (False, "auto", False),
-        (True, "bf16-mixed", False),
-    ):
-        monkeypatch.setattr(hints, "has_feature", lambda name, has=computes_in_half: has)
-        (warning,) = warn_of_cpu(build_config({"precision": precision}), "cpu", large, "vit_b")
-        assert "no GPU found" in warning
-        assert ("--precision bf16-mixed" in warning) == is_named
-    for asked, device, model in (("cpu", "cpu", large), ("auto", "cuda", large), ("cpu", "cpu", small)):
+    (warning,) = warn_of_cpu(build_config({}), "cpu", large, "vit_b")
+    assert "no GPU found" in warning
+    for asked, device, model in (("cpu", "cpu", large), ("auto", "cuda", large), ("auto", "cpu", small)):
         assert warn_of_cpu(build_config({"device": asked}), device, model, "vit_b") == []
-
-
-def test_training_an_encoder_on_a_cpu_that_computes_in_half_precision_is_told(monkeypatch):
-    model = FinestSam(build_sam("vit_tiny_test", 64))
-
-    for computes_in_half, precision, trains, is_told in (
-        (True, "auto", True, True),
-        (True, "32-true", True, False),
-        (True, "auto", False, False),
-        (False, "auto", True, False),
-    ):
-        monkeypatch.setattr(hints, "has_feature", lambda name, has=computes_in_half: has)
-        model.sam.image_encoder.requires_grad_(trains)
-        warnings = warn_of_cpu(build_config({"precision": precision}), "cpu", model, "vit_tiny")
-        assert ["--precision bf16-mixed" in warning for warning in warnings] == [True] * is_told
 
 
 def test_a_schedule_that_the_run_is_too_short_for_is_told(scenes, tmp_path, capsys):
