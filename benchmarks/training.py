@@ -44,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--type", default="vit_b")
     parser.add_argument("--pictures", type=int, default=4)
+    parser.add_argument("--precision", default="32-true", help="of finestsam's side; auto: its default")
     parser.add_argument("--plain", help=argparse.SUPPRESS)  # the settings, in the process of the plain loop
     parser.add_argument("--result", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -64,7 +65,7 @@ def _compare(given: argparse.Namespace, folder: Path) -> None:
     torch.save(sam.state_dict(), weights)
     flags = {
         "dataset.path": str(folder / "dataset"), "dataset.val_size": 0.0, "model.checkpoint": str(weights),
-        "model.type": given.type, "precision": "32-true",
+        "model.type": given.type, "precision": given.precision,
         "sav_dir": str(folder), "run_name": "run", "eval_interval": 0, "num_epochs": OUR_EPOCHS,
         "store.folder": str(folder / "store"),
     }  # fmt: skip
