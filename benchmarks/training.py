@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--type", default="vit_b")
     parser.add_argument("--pictures", type=int, default=4)
-    parser.add_argument("--precision", default="32-true", help="of finestsam's side; auto: its default")
+    parser.add_argument("--precision", default="auto", help="of finestsam's side")
     parser.add_argument("--plain", help=argparse.SUPPRESS)  # the settings, in the process of the plain loop
     parser.add_argument("--result", help=argparse.SUPPRESS)
     given = parser.parse_args()
