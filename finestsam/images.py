@@ -341,6 +341,11 @@ def shrink_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(mask.astype(np.float32), size[::-1], interpolation=interpolation)
 
 
+def enlarge(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return a picture or a map at a larger (height, width), smooth (bicubic) between its pixels."""
+    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_CUBIC)
+
+
 def blur(image: np.ndarray, sigma: float) -> np.ndarray:
     """Blur with a Gaussian of `sigma` pixels."""
     return cv2.GaussianBlur(image, (0, 0), sigma)

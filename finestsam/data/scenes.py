@@ -18,6 +18,7 @@ from finestsam.data.drawing import draw_blobs, draw_shapes, draw_things, find_bo
 from finestsam.data.facades import draw_facades
 from finestsam.data.processes import map_in_processes
 from finestsam.data.quarters import draw_quarters
+from finestsam.data.scenery import draw_scenery
 from finestsam.data.town_plans import draw_parcels, draw_plans
 from finestsam.images import blur, write_image
 from finestsam.masks import encode_mask, rle_area, rle_box, rle_to_json
@@ -32,12 +33,13 @@ DRAWINGS = {
     "quarters": draw_quarters,
     "pebbles": partial(draw_shapes, scale=0.4),
     "grains": partial(draw_blobs, scale=0.4),
+    "scenery": draw_scenery,
     "facades": draw_facades,
 }
 KINDS = ("shapes", "parcels", "blobs", "plans", "things")  # drawn where none is named
 CATEGORIES = {
     "shapes": "shape", "parcels": "parcel", "blobs": "blob", "plans": "block", "things": "thing",
-    "quarters": "quarter", "pebbles": "pebble", "grains": "grain", "facades": "window",
+    "quarters": "quarter", "pebbles": "pebble", "grains": "grain", "scenery": "body", "facades": "window",
 }  # fmt: skip
 # An object that shows less stays painted but gets no mask: a share of the picture, in a larger one these pixels.
 MIN_AREA_FRACTION, MIN_AREA_PIXELS = 0.002, 132

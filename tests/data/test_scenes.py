@@ -19,6 +19,7 @@ from finestsam.masks import find_components
 
 EVERY_KIND = pytest.mark.parametrize("kind", DRAWINGS)
 SMALL_KINDS = ("pebbles", "grains")
+KINDS_WITH_PARTS = ("things", "scenery")
 
 
 @EVERY_KIND
@@ -41,10 +42,10 @@ def test_masks_are_bool_large_enough_to_see_and_disjoint_within_their_level(kind
         assert scene.image.shape == (*size, 3) and scene.image.dtype == np.uint8
         assert all(mask.shape == size and mask.dtype == bool for mask in scene.masks)
         assert min(mask.mean() for mask in scene.masks) >= 0.002
-        assert np.sum(scene.masks, axis=0).max() <= (2 if kind == "things" else 1)
+        assert np.sum(scene.masks, axis=0).max() <= (2 if kind in KINDS_WITH_PARTS else 1)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in DRAWINGS if kind not in SMALL_KINDS])
+@pytest.mark.parametrize("kind", [kind for kind in DRAWINGS if kind not in (*SMALL_KINDS, "scenery")])
 def test_every_kind_draws_objects_of_many_sizes(kind):
     scenes = [draw_scene(1, index, (128, 128), kind) for index in range(20)]
 
@@ -58,7 +59,7 @@ def test_every_kind_draws_objects_of_many_sizes(kind):
 def test_without_a_kind_the_seed_draws_all_but_those_that_are_asked_for_by_name():
     drawn = {draw_scene(0, index, (64, 64)).categories[0] for index in range(20)}
 
-    asked_for = {"window", "quarter", "pebble", "grain"}
+    asked_for = {"window", "body", "quarter", "pebble", "grain"}
     assert drawn == {CATEGORIES[kind] for kind in KINDS} == set(CATEGORIES.values()) - asked_for
 
 
@@ -108,13 +109,33 @@ def test_neighbouring_parcels_are_never_joined():
     assert not ((left != right) & (left > 0) & (right > 0)).any()
 
 
-def test_parts_of_things_lie_inside_whole_ones():
-    masks = np.stack(draw_scene(0, 2, kind="things").masks)
+@pytest.mark.parametrize("kind", KINDS_WITH_PARTS)
+def test_parts_lie_inside_whole_ones(kind):
+    masks = np.stack(draw_scene(0, 2, kind=kind).masks)
     is_shared = masks.sum(axis=0) == 2
 
     assert is_shared.any()
     parts = [mask for mask in masks if is_shared[mask].all()]
     assert parts and all(any((whole | part == whole).all() for whole in masks if whole is not part) for part in parts)
+
+
+def test_scenery_has_few_bodies_that_fill_much_of_the_picture_or_many_small_ones():
+    counts, largest = [], []
+    for index in range(30):
+        masks = draw_scene(1, index, (128, 128), "scenery").masks
+        counts.append(len(masks))
+        largest.append(max(mask.mean() for mask in masks))
+
+    assert min(counts) <= 3 and max(counts) >= 20
+    assert min(largest) < 0.05 and 0.15 < max(largest) < 0.7
+
+
+def test_the_ground_of_scenery_has_no_mask():
+    """A body is told from what it stands on, however much that is like a thing."""
+    covered = [np.any(draw_scene(1, index, (128, 128), "scenery").masks, axis=0) for index in range(30)]
+
+    assert 0.05 < np.mean(covered) < 0.5
+    assert all(not mask[0].all() for mask in covered)
 
 
 def test_blobs_touch_each_other():
