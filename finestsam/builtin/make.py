@@ -50,6 +50,7 @@ WHOLE = (
 LARGE = (*WHOLE, "--augment.crop_min", "0.3", "--opt.learning_rate", "6e-4")
 CLOSE = (*WHOLE, "--augment.crop_min", "0.12", "--opt.learning_rate", "8e-4")
 AFAR = (*WHOLE, "--augment.crop_min", "0.35", "--opt.learning_rate", "6e-4")
+NATURAL = (*WHOLE, "--augment.crop_min", "0.25", "--opt.learning_rate", "8e-4")
 # As large as the model is to see its pictures.
 FINE = (
     *MASKS, "--model.image_size", "768", "--batch_size", "2", "--dataset.max_objects", "20",
@@ -98,6 +99,14 @@ FINE_SCENES = Drawings(
     2000, 512, 7,
     ("quarters", "things", "plans", "blobs", "quarters", "shapes", "grains", "quarters", "parcels", "pebbles"),
 )  # fmt: skip
+# What photographs show, beside the others.
+NATURAL_SCENES = Drawings(
+    3000, 640, 8,
+    (
+        "scenery", "quarters", "scenery", "blobs", "scenery", "things",
+        "scenery", "plans", "scenery", "grains", "quarters", "shapes",
+    ),
+)  # fmt: skip
 STAGES = (
     Stage("affinities", SCENES, 100, 1600, (1000, 1300, 1500), AFFINITIES),
     Stage("details", SCENES, 100, 1950, (1500, 1750, 1880), DETAILS),
@@ -106,6 +115,8 @@ STAGES = (
     Stage("close", MORE_SCENES, 100, 3000, (1900, 2500, 2850), CLOSE),
     Stage("afar", FAR_SCENES, 100, 1600, (700, 1150, 1450), AFAR),
     Stage("fine", FINE_SCENES, 50, 920, (450, 740, 870), FINE),
+    Stage("natural", NATURAL_SCENES, 100, 1800, (1000, 1450, 1700), NATURAL),
+    Stage("last", NATURAL_SCENES, 50, 1150, (550, 900, 1080), FINE),
 )
 
 
