@@ -27,7 +27,7 @@ VARIANTS = {
     "finestsam": ("ours", "float32", {}),
     "finestsam, bfloat16": ("ours", "bfloat16", {}),
 }
-ROUNDS = 3  # of processes, in turn; each encodes once before it is timed
+ROUNDS = 5  # of processes, in turn; each encodes once before it is timed
 
 
 def main() -> None:

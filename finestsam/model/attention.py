@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from finestsam.processor import has_feature
 
-# In one piece.
-CHUNK_SCORES = 2_000_000
+# Of the scores in one piece.
+CHUNK_BYTES = 8_000_000
 # Of all pictures, kept in half precision: those of one that vit_tiny sees at 768 pixels (32 million).
 KEPT_SCORES = 40_000_000
 
@@ -43,23 +43,23 @@ def attend_with_positions(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_co
 def attend_in_pieces(
     q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor, kept: Tensor | None = None
 ) -> Tensor:
-    """Attend with about `CHUNK_SCORES` at once.
+    """Attend with about `CHUNK_BYTES` of scores at once.
 
     Args:
         kept: N x L x L, to be filled with the weights of all values.
     """
     columns, seen = k.transpose(1, 2).contiguous(), torch.empty_like(v)  # once, where each product would copy it
-    for some, rows, tokens in _list_pieces(q, CHUNK_SCORES):
+    for some, rows, tokens in _list_pieces(q):
         out = None if kept is None else kept[some, tokens]
         weights = _weigh(q[some, rows], columns[some], by_row[some, rows], by_column[some, rows], out)
         torch.bmm(weights, v[some], out=seen[some, tokens])
     return seen
 
 
-def _list_pieces(q: Tensor, scores: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Return pieces of about so many scores: which of N, of their rows, and the tokens of these."""
+def _list_pieces(q: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """Yield pieces of about `CHUNK_BYTES` of scores: which of N, of their rows, and the tokens of these."""
     count, height, width = q.shape[:3]
-    length = height * width
+    length, scores = height * width, CHUNK_BYTES // q.element_size()
     some, rows = max(1, scores // length**2), min(height, max(1, scores // (length * width)))
     for i in range(0, count, some):
         for j in range(0, height, rows):
@@ -99,7 +99,7 @@ class _AttentionInPieces(torch.autograd.Function):
         precision = torch.promote_types(k.dtype, torch.float32)
         for_k, for_v = torch.zeros_like(columns, dtype=precision), torch.zeros_like(values, dtype=precision)
         for_rows, for_columns = q.new_empty(*q.shape[:3], height), q.new_empty(*q.shape[:3], width)
-        for some, rows, tokens in _list_pieces(q, CHUNK_SCORES):
+        for some, rows, tokens in _list_pieces(q):
             queries, here = q[some, rows], gradient[some, tokens]
             if kept is None:
                 weights = _weigh(queries, columns[some], by_row[some, rows], by_column[some, rows])
@@ -117,11 +117,11 @@ class _AttentionInPieces(torch.autograd.Function):
 
 
 def attend_masked(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
-    """Do the same with a fused kernel that adds a mask, about `CHUNK_SCORES` of it at once; without a gradient."""
+    """Do the same with a fused kernel that adds a mask, about `CHUNK_BYTES` of it at once; without a gradient."""
     count, height, width, _ = q.shape
     marks = _mark_places(height, width, k).T.contiguous()
     by_place = torch.cat([by_row, by_column], dim=-1).flatten(1, 2)
-    seen, some = torch.empty_like(v), max(1, CHUNK_SCORES // (height * width) ** 2)
+    seen, some = torch.empty_like(v), max(1, CHUNK_BYTES // q.element_size() // (height * width) ** 2)
     for i in range(0, count, some):
         here = slice(i, i + some)
         bias = by_place[here] @ marks

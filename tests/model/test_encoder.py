@@ -39,7 +39,7 @@ def compute_gradients(encoder, pictures, forward):
 
 @pytest.mark.parametrize("scores", [1, 30, 300, 10**6])
 def test_embeddings_are_those_of_segment_anything(encoder, monkeypatch, scores):
-    monkeypatch.setattr(attention, "CHUNK_SCORES", scores)
+    monkeypatch.setattr(attention, "CHUNK_BYTES", 4 * scores)
     monkeypatch.setattr(encoder_module, "CHUNK_TOKENS", 7)
     pictures = torch.randn(2, 3, 80, 80)
 
@@ -54,7 +54,7 @@ def test_embeddings_are_those_of_segment_anything(encoder, monkeypatch, scores):
 @pytest.mark.parametrize("scores", [1, 40, 300, 10**6])
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_gradients_are_those_of_segment_anything(encoder, monkeypatch, recomputes, scores):
-    monkeypatch.setattr(attention, "CHUNK_SCORES", scores)
+    monkeypatch.setattr(attention, "CHUNK_BYTES", 4 * scores)
     monkeypatch.setattr(encoder_module, "CHUNK_TOKENS", 7)
     encoder.double().recomputes = recomputes
     pictures = torch.randn(2, 3, 80, 80, dtype=torch.float64)
@@ -121,7 +121,7 @@ def make_attention(side, dtype):
 @pytest.mark.parametrize("kept_scores", [0, 10**6])
 @pytest.mark.parametrize("chunk_scores", [100, 3000, 10**6])
 def test_gradients_in_half_precision_are_as_close_as_autograds(monkeypatch, kept_scores, chunk_scores):
-    monkeypatch.setattr(attention, "CHUNK_SCORES", chunk_scores)
+    monkeypatch.setattr(attention, "CHUNK_BYTES", 2 * chunk_scores)
     monkeypatch.setattr(attention, "KEPT_SCORES", kept_scores)
 
     def find_gradients(attend, dtype):
@@ -152,7 +152,7 @@ def test_each_way_to_attend_gives_the_same(monkeypatch, attend):
     expected = attention.attend_in_pieces(q, k, v, by_row, by_column)
 
     for scores in (1, 300, 10**6):
-        monkeypatch.setattr(attention, "CHUNK_SCORES", scores)
+        monkeypatch.setattr(attention, "CHUNK_BYTES", 4 * scores)
         torch.testing.assert_close(attend(q, k, v, by_row, by_column), expected)
 
 
