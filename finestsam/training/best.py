@@ -48,7 +48,6 @@ def keep_if_best(run: Run, kept_original: float = 0.0) -> bool:
     """
     progress = run.progress
     ranked = None if run.val_loader is None else rank(run, progress.metrics)
-    value = ranked[0] if ranked else None
     # Both by the metric of now: a run may be continued with another one.
     is_better = ranked is None or progress.best is None or ranked > rank(run, progress.best)
     progress.evaluations_without_better = 0 if is_better else progress.evaluations_without_better + 1
@@ -56,7 +55,7 @@ def keep_if_best(run: Run, kept_original: float = 0.0) -> bool:
         progress.best = None if ranked is None else dict(progress.metrics)
         progress.is_blended = kept_original > 0
     if run.is_first_rank:
-        problem = warn_if_not_saved(lambda: _save_best(run, value, is_better, kept_original))
+        problem = warn_if_not_saved(lambda: _save_best(run, is_better, kept_original))
         if is_better:
             progress.lost_best = problem
     return is_better
@@ -68,10 +67,10 @@ def refuse_lost_best(run: Run) -> None:
         raise UserError(f"best.pth does not hold the best weights of the run: {run.progress.lost_best}")
 
 
-def _save_best(run: Run, value: float | None, is_better: bool, kept_original: float) -> None:
+def _save_best(run: Run, is_better: bool, kept_original: float) -> None:
     weights, card = plain_state_dict(run.loaded.model.sam), _make_card(run, kept_original)
-    if value is not None and run.progress.step > 0:
-        path = run.top.save(weights, run.progress.step, value)
+    if run.progress.step > 0:
+        path = run.top.save(weights, run.progress.step, run.progress.metrics, choose_metric(run))
         if path:
             _save_beside(run, path, card)
     if is_better:

@@ -79,34 +79,64 @@ class TopWeights:
     def __init__(self, folder: Path, count: int):
         self.folder = folder
         self.count = count
-        self._metrics: dict[str, float] = {}  # by file name
+        self._metrics: dict[str, dict[str, float]] = {}  # by file name, all that was measured
 
-    def save(self, state_dict: Mapping[str, Tensor], step: int, metric: float) -> Path | None:
-        """Write the weights if they are among the best, drop what no longer is, and return the path or None."""
-        if not math.isfinite(metric):
+    def save(
+        self, state_dict: Mapping[str, Tensor], step: int, metrics: Mapping[str, float], best_metric: str
+    ) -> Path | None:
+        """Write the weights if they are among the best, drop what no longer is, and return the path or None.
+
+        A run may be continued with another metric: what there is already gets its rank and its name by this one.
+        """
+        self._metrics = {self._rename(name, found, best_metric): found for name, found in self._metrics.items()}
+        if best_metric not in metrics:
             return None
-        name = f"{step}-{metric:.2f}.pth"
-        others = {other: value for other, value in self._metrics.items() if _step_of(other) != step}
+        name = _name_weights(step, metrics[best_metric])
+        others = {other: found for other, found in self._metrics.items() if _step_of(other) != step}
         # Of equals the earlier one: it was good first.
-        ranked = sorted((others | {name: metric}).items(), key=lambda item: (-item[1], _step_of(item[0])))
+        ranked = sorted(
+            (others | {name: dict(metrics)}).items(),
+            key=lambda item: (-_judge(*item, best_metric), _step_of(item[0])),
+        )
         kept = dict(ranked[: self.count])
         if name not in kept:
             return None
         save_weights(self.folder / name, state_dict)
         for dropped in self._metrics.keys() - kept.keys():
-            (self.folder / dropped).unlink(missing_ok=True)
-            for suffix in BESIDE_WEIGHTS:
-                (self.folder / dropped).with_suffix(suffix).unlink(missing_ok=True)
+            for path in self._list_files(dropped):
+                path.unlink(missing_ok=True)
         self._metrics = kept
         return self.folder / name
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, dict[str, float]]:
         return dict(self._metrics)
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Take up the files that are there; the state knows their metric to more digits than their names."""
+    def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
+        """Take up the files that are there; of one that was written after the state its name alone tells."""
         names = {path.name for path in self.folder.glob("*.pth") if re.fullmatch(r"\d+-\d+\.\d\d\.pth", path.name)}
-        self._metrics = {name: state.get(name, float(Path(name).stem.split("-")[1])) for name in sorted(names)}
+        self._metrics = {name: state.get(name, {}) for name in sorted(names)}
+
+    def _rename(self, name: str, metrics: Mapping[str, float], best_metric: str) -> str:
+        """Name weights by a metric, if it was measured of them, and return the name of their file."""
+        new = _name_weights(_step_of(name), metrics[best_metric]) if best_metric in metrics else name
+        if new != name:
+            for path, renamed in zip(self._list_files(name), self._list_files(new), strict=True):
+                if path.exists():
+                    path.replace(renamed)
+        return new
+
+    def _list_files(self, name: str) -> list[Path]:
+        """Return the file of weights, and after it what may lie beside it."""
+        return [self.folder / name, *((self.folder / name).with_suffix(suffix) for suffix in BESIDE_WEIGHTS)]
+
+
+def _judge(name: str, metrics: Mapping[str, float], best_metric: str) -> float:
+    """Return what weights are ranked by."""
+    return metrics.get(best_metric, -math.inf) if metrics else float(Path(name).stem.split("-")[1])
+
+
+def _name_weights(step: int, metric: float) -> str:
+    return f"{step}-{metric:.2f}.pth"
 
 
 def _step_of(name: str) -> int:

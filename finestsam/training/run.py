@@ -387,7 +387,7 @@ def save_last(run: Run) -> None:
         "scheduler": run.scheduler.state_dict(),
         "scaler": run.stepper.scaler.state_dict(),
         "progress": dataclasses.asdict(run.progress),
-        "top": run.top.state_dict(),
+        "top_weights": run.top.state_dict(),
         "random": random_state(),
         "config": json.dumps(flatten_config(run.config), allow_nan=False),
         "dataset": run.fingerprint,
@@ -413,5 +413,5 @@ def _restore(run: Run, state: dict) -> None:
     run.scheduler.load_state_dict(state["scheduler"])
     if run.stepper.scaler.is_enabled():
         run.stepper.scaler.load_state_dict(state["scaler"])
-    run.top.load_state_dict(state["top"])
+    run.top.load_state_dict(state.get("top_weights", {}))
     restore_random_state(state["random"])

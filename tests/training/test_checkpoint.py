@@ -145,8 +145,8 @@ def test_the_best_weights_stay_and_best_and_last_are_left_alone(tmp_path):
         (tmp_path / name).touch()
     top = TopWeights(tmp_path, 2)
     written = []
-    for step, metric in [(10, 0.5), (20, 0.7), (30, 0.4), (40, 0.6), (50, float("nan")), (60, 0.704)]:
-        path = top.save(WEIGHTS, step, metric)
+    for step, metric in [(10, 0.5), (20, 0.7), (30, 0.4), (40, 0.6), (50, None), (60, 0.704)]:
+        path = top.save(WEIGHTS, step, {} if metric is None else {"iou": metric}, "iou")
         if path:
             path.with_suffix(".json").touch()
             written.append(path.name)
@@ -164,14 +164,14 @@ def test_the_best_weights_stay_and_best_and_last_are_left_alone(tmp_path):
 
 
 def test_no_best_weights_are_kept_when_none_are_asked_for(tmp_path):
-    assert TopWeights(tmp_path, 0).save(WEIGHTS, 1, 0.9) is None
+    assert TopWeights(tmp_path, 0).save(WEIGHTS, 1, {"iou": 0.9}, "iou") is None
     assert list_names(tmp_path) == []
 
 
 def test_of_equal_weights_the_earlier_stay(tmp_path):
     top = TopWeights(tmp_path, 1)
-    assert top.save(WEIGHTS, 9, 0.5)
-    assert top.save(WEIGHTS, 10, 0.5) is None
+    assert top.save(WEIGHTS, 9, {"iou": 0.5}, "iou")
+    assert top.save(WEIGHTS, 10, {"iou": 0.5}, "iou") is None
     assert list_names(tmp_path) == ["9-0.50.pth"]
 
 
@@ -182,26 +182,49 @@ def test_the_best_weights_of_a_resumed_run_are_those_of_an_unbroken_one(tmp_path
         folder.mkdir()
     top = TopWeights(unbroken, 2)
     for step, metric in metrics.items():
-        top.save(WEIGHTS, step, metric)
+        top.save(WEIGHTS, step, {"iou": metric}, "iou")
 
     first, resumed = TopWeights(broken, 2), TopWeights(broken, 2)
-    first.save(WEIGHTS, 1, metrics[1])
-    first.save(WEIGHTS, 2, metrics[2])
+    first.save(WEIGHTS, 1, {"iou": metrics[1]}, "iou")
+    first.save(WEIGHTS, 2, {"iou": metrics[2]}, "iou")
     state = first.state_dict()
-    first.save(WEIGHTS, 3, metrics[3])  # after the last checkpoint: the resumed run comes here again
+    first.save(WEIGHTS, 3, {"iou": metrics[3]}, "iou")  # after the last checkpoint: the resumed run comes here again
     resumed.load_state_dict(state)
     for step in (3, 4, 5):
-        resumed.save(WEIGHTS, step, metrics[step])
+        resumed.save(WEIGHTS, step, {"iou": metrics[step]}, "iou")
 
     assert list_names(broken) == list_names(unbroken) == ["2-0.50.pth", "3-0.50.pth"]
     assert resumed.state_dict() == top.state_dict()
 
 
+def test_a_run_continued_with_another_metric_ranks_and_names_its_weights_by_that(tmp_path):
+    first, resumed = TopWeights(tmp_path, 2), TopWeights(tmp_path, 2)
+    first.save(WEIGHTS, 1, {"iou": 0.9, "recall": 0.1}, "iou").with_suffix(".json").touch()
+    first.save(WEIGHTS, 2, {"iou": 0.8, "recall": 0.3}, "iou").with_suffix(".json").touch()
+    resumed.load_state_dict(first.state_dict())
+
+    assert resumed.save(WEIGHTS, 3, {"iou": 0.1, "recall": 0.05}, "recall") is None
+    assert list_names(tmp_path) == ["1-0.10.json", "1-0.10.pth", "2-0.30.json", "2-0.30.pth"]
+    assert resumed.save(WEIGHTS, 4, {"iou": 0.1, "recall": 0.2}, "recall")
+    assert list_names(tmp_path) == ["2-0.30.json", "2-0.30.pth", "4-0.20.pth"]
+
+
+def test_weights_written_after_the_checkpoint_are_ranked_by_their_name(tmp_path):
+    first, resumed = TopWeights(tmp_path, 2), TopWeights(tmp_path, 2)
+    first.save(WEIGHTS, 1, {"iou": 0.5}, "iou")
+    state = first.state_dict()
+    first.save(WEIGHTS, 2, {"iou": 0.9}, "iou")  # and never again: the resumed run validates elsewhere
+    resumed.load_state_dict(state)
+    resumed.save(WEIGHTS, 3, {"iou": 0.6}, "iou")
+
+    assert list_names(tmp_path) == ["2-0.90.pth", "3-0.60.pth"]
+
+
 def test_the_worst_weights_go_only_when_the_new_ones_are_written(tmp_path):
     top = TopWeights(tmp_path, 1)
-    top.save(WEIGHTS, 1, 0.1)
+    top.save(WEIGHTS, 1, {"iou": 0.1}, "iou")
     with files_limited_to(100), pytest.raises(CheckpointNotSaved):
-        top.save(WEIGHTS, 2, 0.2)
+        top.save(WEIGHTS, 2, {"iou": 0.2}, "iou")
     assert list_names(tmp_path) == ["1-0.10.pth"]
 
 
