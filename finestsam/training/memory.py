@@ -17,7 +17,8 @@ class OutOfMemory(Exception):
 def describe_samples(samples: Iterable[Sample]) -> str:
     """Return `a.png (640 x 480, 12 objects), ...`."""
     return ", ".join(
-        f"{printable(sample.file_name)} ({sample.original_size[1]} x {sample.original_size[0]}, {len(sample)} objects)"
+        f"{printable(sample.file_name)} ({sample.original_size[1]} x {sample.original_size[0]}, "
+        f"{len(sample)} {'object' if len(sample) == 1 else 'objects'})"
         for sample in samples
     )
 

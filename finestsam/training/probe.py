@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class MemoryNeed:
     """What a step on the heaviest picture keeps at the same time."""
 
     sample: Sample
+    largest: Sample  # that, or one whose masks are larger, for whose loss there has to be room as well
     training_bytes: int  # gradients and the optimizer's means
     encoder_bytes: int  # what the image encoder keeps for its gradient, all pictures of a batch
     decoder_bytes: int  # for any number of objects; in the semantic task all that the head keeps
@@ -72,20 +74,24 @@ def measure_need(stepper: Stepper, dataset: SampleDataset) -> MemoryNeed | None:
     """Encode the heaviest picture, decode one of its objects and then two, and count what autograd keeps.
 
     Returns:
-        None where no picture has two.
+        None where no picture can be read.
 
     Raises:
         UserError: not even one object of it fits; with the settings that need less.
     """
-    sample = _find_heaviest(dataset, stepper.config.losses.resolution)
-    if sample is None or (decodes_masks(stepper.model, stepper.config) and len(sample) < 2):
+    resolution = stepper.config.losses.resolution
+    largest = _find_first(dataset, lambda place: _count_pixels(dataset, place, resolution))
+    sample = largest
+    if decodes_masks(stepper.model, stepper.config):
+        sample = _find_first(dataset, lambda place: _weigh(dataset, place, resolution))
+    if sample is None or largest is None:
         return None
     sample = sample.to(stepper.model.device)
     with naming_what_needs_less(describe_samples([sample]), ", ".join(list_savings(stepper.config, stepper.model))):
-        return _measure(stepper, sample)
+        return _measure(stepper, sample, largest)
 
 
-def _measure(stepper: Stepper, sample: Sample) -> MemoryNeed:
+def _measure(stepper: Stepper, sample: Sample, largest: Sample) -> MemoryNeed:
     batch_size = stepper.config.batch_size
     known = {weight.untyped_storage().data_ptr() for weight in stepper.model.parameters()}
     encoder_bytes, encoder_seconds, embedding = _try(lambda: stepper.encode([sample]), known)
@@ -93,23 +99,26 @@ def _measure(stepper: Stepper, sample: Sample) -> MemoryNeed:
         encoder_seconds = 0.0  # it is there
     embedding = embedding.detach().requires_grad_(embedding.requires_grad)
     trained = sum(weight.numel() for weight in stepper.model.parameters() if weight.requires_grad)
-    training_bytes = TRAINING_BYTES * trained
+    fixed = (TRAINING_BYTES * trained, encoder_bytes * batch_size)
     encoder_seconds *= BACKWARD if embedding.requires_grad else 1
     if not decodes_masks(stepper.model, stepper.config):
         head_bytes, seconds, _ = _try(lambda: stepper.judge_pictures(embedding, [sample]), known)
         seconds = batch_size * (encoder_seconds + BACKWARD * seconds)
-        return MemoryNeed(sample, training_bytes, encoder_bytes * batch_size, head_bytes * batch_size, 0, seconds)
+        return MemoryNeed(sample, sample, *fixed, head_bytes * batch_size, 0, seconds)
     one, seconds, _ = _try(lambda: _decode(stepper, embedding, sample, 1), known)
     object_bytes = one  # all of it, unless a second one tells
     try:
-        two, two_seconds, _ = _try(lambda: _decode(stepper, embedding, sample, 2), known)
-        object_bytes, seconds = two - one, two_seconds / 2
+        if len(sample) > 1:
+            two, two_seconds, _ = _try(lambda: _decode(stepper, embedding, sample, 2), known)
+            object_bytes, seconds = two - one, two_seconds / 2
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-    decoder_bytes = one - object_bytes + measure_piece_bytes(sample, stepper.config.losses, stepper.model)
+    pieces = [measure_piece_bytes(each, stepper.config.losses, stepper.model) for each in (sample, largest)]
+    decoder_bytes = one - object_bytes + max(pieces)
     seconds = batch_size * (encoder_seconds + BACKWARD * seconds * len(sample))
-    return MemoryNeed(sample, training_bytes, encoder_bytes * batch_size, decoder_bytes, object_bytes, seconds)
+    largest = largest if pieces[1] > pieces[0] else sample
+    return MemoryNeed(sample, largest, *fixed, decoder_bytes, object_bytes, seconds)
 
 
 def find_free_bytes(device: torch.device) -> int | None:
@@ -123,21 +132,25 @@ def find_free_bytes(device: torch.device) -> int | None:
     return min((value for value in found if value is not None), default=None)
 
 
-def _find_heaviest(dataset: SampleDataset, resolution: str) -> Sample | None:
-    """Return the sample with the most pixels of masks in the frame of the loss, if possible one of several objects."""
-
-    def weigh(place: int) -> tuple[bool, int]:
-        record, settings = dataset.records[place], dataset.settings
-        count = len(record.annotations)
-        try:
-            input_size = compute_input_size(record.size, settings.image_size)
-        except Defect:  # no sample
-            return False, 0
-        pixels = count_frame_pixels(record.size, input_size, resolution, settings.image_size)
-        return count > 1, pixels * min(count, settings.max_objects or count)
-
+def _find_first(dataset: SampleDataset, weigh: Callable[[int], tuple | int]) -> Sample | None:
+    """Return the sample of the largest weight among those that can be read."""
     samples = (dataset[(0, place)] for place in sorted(range(len(dataset)), key=weigh, reverse=True))
     return next((sample for sample in samples if not isinstance(sample, Defect)), None)
+
+
+def _weigh(dataset: SampleDataset, place: int, resolution: str) -> tuple[bool, int]:
+    """Return the pixels of all masks of a picture, after whether it has several, which tell what each one needs."""
+    count, most = len(dataset.records[place].annotations), dataset.settings.max_objects
+    return count > 1, _count_pixels(dataset, place, resolution) * min(count, most or count)
+
+
+def _count_pixels(dataset: SampleDataset, place: int, resolution: str) -> int:
+    """Return the pixels of one of a picture's masks in the frame of the loss, 0 where it is no sample."""
+    size, image_size = dataset.records[place].size, dataset.settings.image_size
+    try:
+        return count_frame_pixels(size, compute_input_size(size, image_size), resolution, image_size)
+    except Defect:
+        return 0
 
 
 def _decode(stepper: Stepper, embedding: Tensor, sample: Sample, count: int) -> Tensor:
@@ -149,29 +162,42 @@ def _decode(stepper: Stepper, embedding: Tensor, sample: Sample, count: int) -> 
     return stepper.take_losses(predictions, sample, 0).total
 
 
-def _try(work: Callable[[], Tensor], known: set[int]) -> tuple[int, float, Tensor]:
-    """Return the bytes that a computation keeps for its gradient beside what is known, its seconds and its result."""
-    kept: dict[int, int] = {}
+class _Saved:
+    """A tensor that autograd saves, as long as it does."""
 
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+
+def _try(work: Callable[[], Tensor], known: set[int]) -> tuple[int, float, Tensor]:
+    """Return the bytes that a computation keeps for its gradient beside what is known, its seconds and its result.
+
+    What is saved and freed again on the way, as a piece of the loss is, does not count.
+    """
+    saved: WeakSet[_Saved] = WeakSet()
+
+    def save(tensor: Tensor) -> _Saved:
+        entry = _Saved(tensor)
+        saved.add(entry)
+        return entry
 
     start = time.perf_counter()
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda entry: entry.tensor):
         result = work()
     if result.is_cuda:
         torch.cuda.synchronize(result.device)
-    return sum(kept.values()), time.perf_counter() - start, result
+    seconds = time.perf_counter() - start
+    storages = (entry.tensor.untyped_storage() for entry in saved)
+    kept = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(size for place, size in kept.items() if place not in known), seconds, result
 
 
 def _explain(stepper: Stepper, need: MemoryNeed, free_bytes: int) -> str:
     needed = (need.fixed_bytes + need.object_bytes) / GIGABYTE
     savings = ", ".join(list_savings(stepper.config, stepper.model))
+    samples = [need.sample] if need.largest is need.sample else [need.sample, need.largest]
     return (
-        f"{describe_samples([need.sample])} needs about {needed:.1f} GB of memory even one object at a time, "
+        f"{describe_samples(samples)} needs about {needed:.1f} GB of memory even one object at a time, "
         f"{free_bytes / GIGABYTE:.1f} GB are free; less is needed with {savings}"
     )
 
