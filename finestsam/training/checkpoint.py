@@ -89,7 +89,7 @@ class TopWeights:
         A run may be continued with another metric: what there is already gets its rank and its name by this one.
         """
         self._metrics = {self._rename(name, found, best_metric): found for name, found in self._metrics.items()}
-        if best_metric not in metrics:
+        if not math.isfinite(metrics.get(best_metric, math.nan)):
             return None
         name = _name_weights(step, metrics[best_metric])
         others = {other: found for other, found in self._metrics.items() if _step_of(other) != step}

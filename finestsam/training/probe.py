@@ -24,6 +24,8 @@ from finestsam.training.trainable import decodes_masks
 MOST_OBJECTS = {"cpu": CHUNK_OBJECTS, "cuda": 64}
 # Of the free memory: the rest is for what allocators waste, and for what runs beside.
 USABLE_SHARE = 0.7
+# Decoded to tell what each one needs: a first one shares what several cannot.
+TRIED_OBJECTS = 3
 # For a weight that trains: its gradient and AdamW's two means, float32.
 TRAINING_BYTES = 3 * 4
 # Times that a pass forward takes, forward and backward.
@@ -71,7 +73,7 @@ def choose_chunk_objects(stepper: Stepper, need: MemoryNeed | None) -> int:
 
 
 def measure_need(stepper: Stepper, dataset: SampleDataset) -> MemoryNeed | None:
-    """Encode the heaviest picture, decode one of its objects and then two, and count what autograd keeps.
+    """Encode the heaviest picture, decode one of its objects and then several, and count what autograd keeps.
 
     Returns:
         None where no picture can be read.
@@ -80,12 +82,11 @@ def measure_need(stepper: Stepper, dataset: SampleDataset) -> MemoryNeed | None:
         UserError: not even one object of it fits; with the settings that need less.
     """
     resolution = stepper.config.losses.resolution
-    largest = _find_first(dataset, lambda place: _count_pixels(dataset, place, resolution))
-    sample = largest
+    largest = sample = _find_first(dataset, lambda place: _count_pixels(dataset, place, resolution))
+    if sample is None:
+        return None
     if decodes_masks(stepper.model, stepper.config):
         sample = _find_first(dataset, lambda place: _weigh(dataset, place, resolution))
-    if sample is None or largest is None:
-        return None
     sample = sample.to(stepper.model.device)
     with naming_what_needs_less(describe_samples([sample]), ", ".join(list_savings(stepper.config, stepper.model))):
         return _measure(stepper, sample, largest)
@@ -99,18 +100,19 @@ def _measure(stepper: Stepper, sample: Sample, largest: Sample) -> MemoryNeed:
         encoder_seconds = 0.0  # it is there
     embedding = embedding.detach().requires_grad_(embedding.requires_grad)
     trained = sum(weight.numel() for weight in stepper.model.parameters() if weight.requires_grad)
-    fixed = (TRAINING_BYTES * trained, encoder_bytes * batch_size)
+    training_bytes, encoder_bytes = TRAINING_BYTES * trained, encoder_bytes * batch_size
     encoder_seconds *= BACKWARD if embedding.requires_grad else 1
     if not decodes_masks(stepper.model, stepper.config):
         head_bytes, seconds, _ = _try(lambda: stepper.judge_pictures(embedding, [sample]), known)
         seconds = batch_size * (encoder_seconds + BACKWARD * seconds)
-        return MemoryNeed(sample, sample, *fixed, head_bytes * batch_size, 0, seconds)
+        return MemoryNeed(sample, sample, training_bytes, encoder_bytes, head_bytes * batch_size, 0, seconds)
     one, seconds, _ = _try(lambda: _decode(stepper, embedding, sample, 1), known)
-    object_bytes = one  # all of it, unless a second one tells
+    object_bytes = one  # all of it, unless several tell
+    count = min(len(sample), TRIED_OBJECTS)
     try:
-        if len(sample) > 1:
-            two, two_seconds, _ = _try(lambda: _decode(stepper, embedding, sample, 2), known)
-            object_bytes, seconds = two - one, two_seconds / 2
+        if count > 1:
+            several, seconds_of_all, _ = _try(lambda: _decode(stepper, embedding, sample, count), known)
+            object_bytes, seconds = (several - one) // (count - 1), seconds_of_all / count
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -118,7 +120,7 @@ def _measure(stepper: Stepper, sample: Sample, largest: Sample) -> MemoryNeed:
     decoder_bytes = one - object_bytes + max(pieces)
     seconds = batch_size * (encoder_seconds + BACKWARD * seconds * len(sample))
     largest = largest if pieces[1] > pieces[0] else sample
-    return MemoryNeed(sample, largest, *fixed, decoder_bytes, object_bytes, seconds)
+    return MemoryNeed(sample, largest, training_bytes, encoder_bytes, decoder_bytes, object_bytes, seconds)
 
 
 def find_free_bytes(device: torch.device) -> int | None:

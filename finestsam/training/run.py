@@ -413,5 +413,6 @@ def _restore(run: Run, state: dict) -> None:
     run.scheduler.load_state_dict(state["scheduler"])
     if run.stepper.scaler.is_enabled():
         run.stepper.scaler.load_state_dict(state["scaler"])
+    # An earlier version kept less of these weights: what their names say ranks them.
     run.top.load_state_dict(state.get("top_weights", {}))
     restore_random_state(state["random"])

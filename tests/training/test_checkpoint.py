@@ -145,8 +145,8 @@ def test_the_best_weights_stay_and_best_and_last_are_left_alone(tmp_path):
         (tmp_path / name).touch()
     top = TopWeights(tmp_path, 2)
     written = []
-    for step, metric in [(10, 0.5), (20, 0.7), (30, 0.4), (40, 0.6), (50, None), (60, 0.704)]:
-        path = top.save(WEIGHTS, step, {} if metric is None else {"iou": metric}, "iou")
+    for step, metric in [(10, 0.5), (20, 0.7), (30, 0.4), (40, 0.6), (50, float("nan")), (60, 0.704)]:
+        path = top.save(WEIGHTS, step, {"iou": metric}, "iou")
         if path:
             path.with_suffix(".json").touch()
             written.append(path.name)
@@ -165,6 +165,11 @@ def test_the_best_weights_stay_and_best_and_last_are_left_alone(tmp_path):
 
 def test_no_best_weights_are_kept_when_none_are_asked_for(tmp_path):
     assert TopWeights(tmp_path, 0).save(WEIGHTS, 1, {"iou": 0.9}, "iou") is None
+    assert list_names(tmp_path) == []
+
+
+def test_weights_that_were_not_measured_are_not_among_the_best(tmp_path):
+    assert TopWeights(tmp_path, 1).save(WEIGHTS, 1, {"recall": 0.9}, "iou") is None
     assert list_names(tmp_path) == []
 
 
