@@ -21,7 +21,7 @@ from finestsam.evaluation.class_matching import match_categories, refuse_strange
 from finestsam.evaluation.class_scores import describe_categories
 from finestsam.evaluation.clicks import average_clicks
 from finestsam.evaluation.comparison import COMPARISON_NAME, draw_comparison
-from finestsam.evaluation.generator_scores import choose_grids, find_all, list_fixed, tune
+from finestsam.evaluation.generator_scores import choose_grids, find_all, list_fixed, open_for_tuning, tune
 from finestsam.evaluation.history import read_history
 from finestsam.evaluation.measurement import Difference, Measurement, compare, keep_common
 from finestsam.evaluation.report import REPORT_NAME, write_report_page
@@ -183,6 +183,7 @@ def _tune_generator(
 ) -> tuple[Measurement, GeneratorConfig]:
     """Measure the generator with thresholds chosen on these pictures, and say them."""
     fixed = list_fixed(config.generator)
+    start = open_for_tuning(start, fixed)
     found = find_candidates(embedder, records, start, choose_grids(start, fixed), config.dataset.images, title)
     pairs = [(record, one) for record, one in zip(records, found, strict=True) if one is not None]
     known, candidates = [record for record, _ in pairs], [one for _, one in pairs]
