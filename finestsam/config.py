@@ -283,8 +283,8 @@ class DatasetConfig:
         "complete",
         "complete: every object of an image is annotated, so a mask that fits no annotation is wrong: training teaches "
         "the score 0 where no object is, and thresholds and best weights are chosen by F1. partial: some objects are "
-        "not annotated: no background_points, and thresholds and best weights are chosen by recall; semantic.unlabelled "
-        "is ignore",
+        "not annotated: no background_points, thresholds and best weights are chosen by recall, semantic.unlabelled is "
+        "ignore",
     )
     auto_split: bool | None = setting(
         None, "true: split data/; false: read train/ and val/; default: whichever of the two is there"

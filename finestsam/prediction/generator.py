@@ -25,7 +25,6 @@ from finestsam.model.sam import FinestSam
 from finestsam.prediction.results import FilterReport, GeneratedMasks
 from finestsam.prediction.upscaling import Upscaler, measure_masks
 
-
 # Below this the stability of masks no longer ranks them: their scores alone do.
 LEAST_STABILITY = 1e-3
 

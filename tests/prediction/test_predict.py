@@ -1,7 +1,7 @@
 import copy
 import json
-import re
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
