@@ -179,7 +179,10 @@ def test_a_file_that_is_no_settings_file_is_refused(tmp_path, content, message):
         (["--mode", "predict"], "--mode predict needs --input"),
         (["--mode", "evaluate"], "--mode evaluate needs --dataset"),
         (["--mode=predict", "--input=a", "--opacity=1.5"], "opacity must lie in [0, 1], got 1.5"),
-        (["--mode=train", "--dataset=d", "--prompts.use_points=false"], "nothing is asked"),
+        (
+            ["--mode=train", "--dataset=d", "--prompts.use_points=false", "--prompts.use_boxes=false"],
+            "nothing is asked",
+        ),
         (
             [
                 "--mode=train",

@@ -18,7 +18,7 @@ from finestsam.prediction.generator import resolve_generator
 from finestsam.prediction.precompute import Embedder, fill_store
 
 PROMPT_KINDS = {
-    "point": PromptsConfig(use_points=True),
+    "point": PromptsConfig(use_points=True, use_boxes=False),
     "box": PromptsConfig(use_points=False, use_boxes=True, box_jitter_ratio=0.0),
 }
 

@@ -25,9 +25,9 @@ from finestsam.prediction.generator import ask_points, clean_regions, generate_m
 from finestsam.prediction.precompute import Embedder
 from finestsam.prediction.results import FilterReport, GeneratedMasks
 
-# Candidates of an image that are worth a mask, those with the best scores. Where three masks of each point count, up to
-# 1 052 in an image lay above the threshold that was then chosen (cell nuclei): fewer would choose another one.
-MOST_CANDIDATES = 2000
+# Candidates of an image that are worth a mask, those with the best scores, by generator.masks_per_point. Fewer would choose
+# other thresholds: of images of cell nuclei up to 363 lay above the threshold chosen for F1, of three masks a point 1 052.
+MOST_CANDIDATES = {"best": 600, "all": 2000}
 # Points along each side of the grid whose scores tell where that many begin.
 PROBE_POINTS = 8
 
@@ -118,9 +118,9 @@ def read_embedded(embedder: Embedder, record: Record, images: ImagesConfig) -> t
 def _probe_min_score(
     model: FinestSam, embedding: torch.Tensor, size: tuple[int, int], points_per_side: int, only_best: bool
 ) -> float:
-    """Return the score that about `MOST_CANDIDATES` of a picture's candidates pass; -inf where there are no more."""
+    """Return the score that about as many candidates as are worth a mask pass; -inf where there are no more."""
     masks_per_point = 3 if model.multimask_output and not only_best else 1
-    share = MOST_CANDIDATES / (points_per_side**2 * masks_per_point)
+    share = MOST_CANDIDATES["best" if only_best else "all"] / (points_per_side**2 * masks_per_point)
     if share >= 1:
         return -np.inf
     points = build_point_grid(PROBE_POINTS) * size[::-1]

@@ -57,7 +57,12 @@ def record(tmp_path_factory) -> Record:
 
 
 def make_settings(augment: dict, image_size: int = 120, max_objects: int = 0, **values: object) -> SampleSettings:
-    asked = {"prompts.use_boxes": True, "prompts.use_masks": True, "prompts.box_jitter_ratio": 0.0}
+    asked = {
+        "prompts.use_boxes": True,
+        "prompts.use_masks": True,
+        "prompts.mix": False,
+        "prompts.box_jitter_ratio": 0.0,
+    }
     asked |= {"dataset.positive_points": 3, "dataset.negative_points": 3}
     config = build_config(asked | values)
     return SampleSettings(image_size, 32, 0, config.prompts, config.dataset, max_objects, AugmentConfig(**augment))

@@ -22,6 +22,7 @@ def make_settings(**changes: object) -> SampleSettings:
         {
             "prompts.use_boxes": True,
             "prompts.use_masks": True,
+            "prompts.mix": False,
             "dataset.positive_points": 2,
             "dataset.negative_points": 1,
         }
@@ -158,7 +159,7 @@ def test_previous_logits_are_those_of_the_epoch_before(tmp_path):
 
 
 def test_previous_logits_become_mask_prompts_where_they_are_known(records, tmp_path):
-    config = build_config({"prompts.use_logits": True})
+    config = build_config({"prompts.use_logits": True, "prompts.use_boxes": False, "prompts.mix": False})
     count = sum(len(record.annotations) for record in records)
     memory = PreviousLogits(tmp_path, count, side=16)
     memory.create()
@@ -186,7 +187,7 @@ def test_what_is_drawn_for_one_kind_of_prompt_does_not_depend_on_the_others(reco
     everything = SampleDataset(records, make_settings())[(1, 2)].prompts
     kinds = {"use_points": ("points", "labels"), "use_boxes": ("boxes",), "use_masks": ("mask_logits", "has_mask")}
     for asked, names in kinds.items():
-        prompts = build_config({f"prompts.{kind}": kind == asked for kind in kinds}).prompts
+        prompts = build_config({f"prompts.{kind}": kind == asked for kind in kinds} | {"prompts.mix": False}).prompts
         alone = SampleDataset(records, make_settings(prompts=prompts))[(1, 2)].prompts
         for name in ("points", "labels", "boxes", "mask_logits", "has_mask"):
             if name in names:
@@ -228,7 +229,7 @@ def test_of_mixed_kinds_a_picture_is_asked_for_one_and_every_epoch_for_another(r
 
 
 def test_background_points_lie_on_the_grid_and_in_no_object(records):
-    config = build_config({"dataset.background_points": 5})
+    config = build_config({"dataset.background_points": 5, "prompts.use_boxes": False})
     dataset = SampleDataset(records, make_settings(dataset=config.dataset, max_objects=1))
 
     for position, record in enumerate(records):
@@ -245,7 +246,7 @@ def test_background_points_lie_on_the_grid_and_in_no_object(records):
 
 
 def test_what_a_crop_leaves_of_an_object_is_no_background(records):
-    config = build_config({"dataset.background_points": 1000})
+    config = build_config({"dataset.background_points": 1000, "prompts.use_boxes": False})
     crops = AugmentConfig(crop_min=0.2)
     dataset = SampleDataset(records, make_settings(dataset=config.dataset, augment=crops))
     cut_off = 0
@@ -264,7 +265,7 @@ def test_what_a_crop_leaves_of_an_object_is_no_background(records):
 
 
 def test_an_object_is_asked_for_at_several_points_that_share_its_weight(records):
-    config = build_config({"dataset.prompts_per_object": 3, "prompts.use_boxes": True, "prompts.use_masks": True})
+    config = build_config({"dataset.prompts_per_object": 3, "prompts.use_masks": True, "prompts.mix": False})
     dataset = SampleDataset(records, make_settings(prompts=config.prompts, dataset=config.dataset, max_objects=4))
     once = SampleDataset(records, make_settings(prompts=config.prompts, max_objects=4))[(1, 0)]
 

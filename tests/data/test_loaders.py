@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def dataset(records) -> SampleDataset:
-    config = build_config({"prompts.use_boxes": True})
+    config = build_config({"prompts.mix": False})
     return SampleDataset(records, SampleSettings(64, 16, 0, config.prompts, config.dataset))
 
 

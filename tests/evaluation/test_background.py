@@ -12,7 +12,7 @@ from finestsam.prediction.precompute import Embedder
 
 @pytest.fixture
 def samples(records):
-    config = build_config({"dataset.background_points": 7})
+    config = build_config({"dataset.background_points": 7, "prompts.use_boxes": False})
     dataset = SampleDataset(records, SampleSettings(64, 16, 0, config.prompts, config.dataset))
     return [dataset[(0, place)] for place in range(3)]
 

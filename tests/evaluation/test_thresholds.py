@@ -83,7 +83,7 @@ def test_what_is_selected_is_what_the_generator_gives(tiny_sam, records, changes
 def test_only_the_best_candidates_are_worth_a_mask(tiny_sam, records, monkeypatch):
     embedder, images = Embedder(tiny_sam), ImagesConfig()
     (everything,) = find_candidates(embedder, records[:1], START, (12,), images)
-    monkeypatch.setattr(candidates_module, "MOST_CANDIDATES", 100)
+    monkeypatch.setitem(candidates_module.MOST_CANDIDATES, "all", 100)
 
     (some,) = find_candidates(embedder, records[:1], START, (12,), images)
 

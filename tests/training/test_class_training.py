@@ -60,7 +60,7 @@ def read_csv(run: Path) -> list[dict[str, str]]:
 
 
 def make_samples(records: list[Record], count: int = 3, **values: object) -> list[Sample]:
-    config = build_config(values)
+    config = build_config({"prompts.use_boxes": False} | values)
     table = number_categories({3: NAMES[0], 7: NAMES[1]})
     settings = SampleSettings(64, 16, 0, config.prompts, config.dataset, categories=table)
     dataset = SampleDataset(records, settings)

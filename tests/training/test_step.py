@@ -21,7 +21,8 @@ from finestsam.training.schedules import build_optimizer
 from finestsam.training.step import Stepper
 from finestsam.training.trainable import freeze_
 
-ALL_TRAIN = {"model_layer.freeze.image_encoder": False, "model_layer.freeze.prompt_encoder": False}
+POINTS = {"prompts.use_boxes": False, "dataset.background_points": 0}
+ALL_TRAIN = {"model_layer.freeze.image_encoder": False, "model_layer.freeze.prompt_encoder": False} | POINTS
 
 
 def make_stepper(tiny_sam, **values: object) -> Stepper:
@@ -41,7 +42,7 @@ def make_stepper(tiny_sam, **values: object) -> Stepper:
 
 @pytest.fixture
 def batches(records) -> list[Batch]:
-    config = build_config({})
+    config = build_config(POINTS)
     dataset = SampleDataset(records, SampleSettings(64, 16, 0, config.prompts, config.dataset))
     return [Batch([dataset[(0, 0)], dataset[(0, 1)]]), Batch([dataset[(0, 2)]])]
 
@@ -150,7 +151,7 @@ def test_weights_that_no_prompt_reaches_do_not_train(tiny_sam, multimask_output)
 
 
 def test_points_where_no_object_is_are_taught_the_score_zero(tiny_sam, records):
-    config = build_config({"dataset.background_points": 4})
+    config = build_config(POINTS | {"dataset.background_points": 4})
     dataset = SampleDataset(records, SampleSettings(64, 16, 0, config.prompts, config.dataset))
     with_background, without = dataset[(0, 0)], replace(dataset[(0, 0)], background=Prompts())
     plain = copy.deepcopy(tiny_sam).train()
@@ -175,7 +176,7 @@ CORRECTED = {"prompts.correction_clicks": 2, "prompts.correction_share": 1.0}
 
 
 def make_batches(records, **values: object) -> list[Batch]:
-    config = build_config(values)
+    config = build_config(POINTS | values)
     dataset = SampleDataset(records, SampleSettings(64, 32, 0, config.prompts, config.dataset))
     return [Batch([dataset[(0, 0)], dataset[(0, 1)]]), Batch([dataset[(0, 2)]])]
 

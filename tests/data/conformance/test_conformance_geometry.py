@@ -286,7 +286,7 @@ def make_dataset(zoo, masks: list[np.ndarray], **changes: object) -> SampleDatas
         annotations.append(Annotation(number, 1, rle["counts"], rle_area(rle), rle_box(rle)))
     record = Record(1, "m.png", path, masks[0].shape, annotations)
     dataset = DatasetConfig(positive_points=2, negative_points=2)
-    settings = SampleSettings(64, 32, 0, PromptsConfig(use_boxes=True, use_masks=True), dataset)
+    settings = SampleSettings(64, 32, 0, PromptsConfig(use_boxes=True, use_masks=True, mix=False), dataset)
     return SampleDataset([record], replace(settings, **changes))
 
 
