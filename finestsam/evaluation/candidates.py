@@ -25,8 +25,9 @@ from finestsam.prediction.generator import ask_points, clean_regions, generate_m
 from finestsam.prediction.precompute import Embedder
 from finestsam.prediction.results import FilterReport, GeneratedMasks
 
-# Candidates of an image that are worth a mask, those with the best scores, by generator.masks_per_point. Fewer would choose
-# other thresholds: of images of cell nuclei up to 363 lay above the threshold chosen for F1, of three masks a point 1 052.
+# Candidates of an image that are worth a mask, those with the best scores, by generator.masks_per_point. With fewer,
+# other thresholds would be chosen: in an image of cell nuclei up to 363 candidates lay above the threshold chosen for F1, and
+# 1 052 where all masks of a point counted.
 MOST_CANDIDATES = {"best": 600, "all": 2000}
 # Points along each side of the grid whose scores tell where that many begin.
 PROBE_POINTS = 8
