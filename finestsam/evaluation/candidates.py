@@ -26,8 +26,8 @@ from finestsam.prediction.precompute import Embedder
 from finestsam.prediction.results import FilterReport, GeneratedMasks
 
 # Candidates of an image that are worth a mask, those with the best scores, by generator.masks_per_point. With fewer,
-# other thresholds would be chosen: in an image of cell nuclei up to 363 candidates lay above the threshold chosen for F1, and
-# 1 052 where all masks of a point counted.
+# other thresholds would be chosen: up to 363 candidates of an image of cell nuclei lay above the threshold chosen for
+# F1, and 1 052 where all masks of a point counted.
 MOST_CANDIDATES = {"best": 600, "all": 2000}
 # Points along each side of the grid whose scores tell where that many begin.
 PROBE_POINTS = 8

@@ -23,6 +23,7 @@ def make_settings(**changes: object) -> SampleSettings:
             "prompts.use_boxes": True,
             "prompts.use_masks": True,
             "prompts.mix": False,
+            "dataset.background_points": 0,
             "dataset.positive_points": 2,
             "dataset.negative_points": 1,
         }
