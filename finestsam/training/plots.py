@@ -90,10 +90,12 @@ def draw_curves(rows: Rows, folder: Path) -> list[Path]:
 def _draw_one(rows: Rows, name: str, title: str) -> Figure:
     figure, (axes,) = _make_figure(panels=1)
     _draw_line(axes, rows, name, "Training")
-    _draw_validation(axes, rows, VALIDATED.get(name, ()))
+    validated = VALIDATED.get(name, ())
+    _draw_validation(axes, rows, validated)
     if name == "learning_rate":
         _scale_rate(axes, rows)
-    _finish(axes, title)
+    is_beside_baseline = any(row["epoch"] == 0 and row.get(each) is not None for row in rows for each in validated)
+    _finish(axes, f"{title} (dotted: baseline)" if is_beside_baseline else title)
     return figure
 
 
@@ -141,7 +143,7 @@ def _draw_validation(axes: Axes, rows: Rows, names: Iterable[str]) -> None:
         style = {"color": color, "linewidth": 1.6}
         axes.plot(epochs, values, marker="D", markersize=4.5, label=label, **style)
         if epochs[0] == 0:
-            axes.axhline(values[0], linestyle=":", label=f"{label},\nbaseline", **style)
+            axes.axhline(values[0], linestyle=":", **style)
 
 
 def _list_points(rows: Rows, name: str) -> tuple[list[float], list[float]]:

@@ -57,11 +57,9 @@ def test_all_curves_are_three_panels_and_legends_stand_beside_them(images):
     image = images["all_metrics"]
     panels = np.array_split(image, 3)
     axes_end = int(image.shape[1] * (1 - LEGEND_WIDTH / (6.2 + LEGEND_WIDTH)))
-    shown = {"focal_loss": 0, "total_loss": 0, "iou": 1, "learning_rate": 2}
-    for name, place in shown.items():
+    for name, place in {"focal_loss": 0, "iou": 1, "learning_rate": 2}.items():
         counts = [count_pixels(panel[:, :axes_end], COLORS[name]) for panel in panels]
-        if name not in ("total_loss", "learning_rate"):  # black and grey are colours of words, too
-            assert np.argmax(counts) == place and counts[place] > 200
+        assert np.argmax(counts) == place and counts[place] > 200
     validation = VALIDATION["val_per_mask_iou"][1]
     assert count_pixels(panels[1][:, :axes_end], validation) > 200 and count_pixels(panels[0], validation) == 0
     for name, panel in {"focal_loss": panels[0], "iou": panels[1]}.items():
