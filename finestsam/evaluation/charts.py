@@ -106,7 +106,7 @@ def place_legend(axes: Axes) -> None:
 
 
 def _make_axes(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(6.4, 3.4))
+    figure = Figure(figsize=(5.9, 3.3))
     axes = figure.add_subplot()
     axes.set_title(title, fontsize="medium")
     axes.set(xlabel=x_label, ylabel=y_label)

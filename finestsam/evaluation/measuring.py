@@ -64,7 +64,7 @@ def measure_generator(
     config: Config, subject: Subject, records: Sequence[Record], thresholds: Thresholds, table: ClassTable | None
 ) -> Measurement:
     """Measure the generator alone, with other thresholds."""
-    subject = replace(subject, title=f"{subject.title}, thresholds {thresholds.origin}")
+    subject = replace(subject, title=f"{subject.title} with thresholds {thresholds.origin}")
     with naming_what_needs_less(subject.title, _advise(config)):
         measured = _run_generator(config, _embed_by(config, subject), records, subject, thresholds)
     return replace(measured, table=table)

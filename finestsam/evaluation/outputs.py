@@ -5,9 +5,9 @@ import io
 from pathlib import Path
 
 from finestsam.errors import printable
-from finestsam.evaluation.measurement import TOO_FEW, Measurement
+from finestsam.evaluation.measurement import CONFIDENCE, TOO_FEW
 from finestsam.evaluation.setup import Setup
-from finestsam.evaluation.story import BASELINE, Story
+from finestsam.evaluation.story import BASELINE, OURS, SAM_THRESHOLDS, Story
 from finestsam.whole_files import write_json, write_text
 
 # On the screen, in this order.
@@ -18,7 +18,8 @@ HEADLINES = (
 )  # fmt: skip
 # Before the names of the figures of what ours is compared with.
 BASELINE_PREFIX, SAM_PREFIX = "baseline/", "baseline_sam/"
-NAME_WIDTH, COLUMN_WIDTH = 30, 12
+NAME_WIDTH = 30
+WIDTHS = (NAME_WIDTH, 12, 12, 12, 34, 12)  # letters of the columns
 
 
 def describe_setup(setup: Setup | None) -> list[str]:
@@ -30,31 +31,29 @@ def describe_setup(setup: Setup | None) -> list[str]:
 
 def list_headlines(story: Story) -> list[str]:
     """Return a line for each headline: ours, the baseline's, and the difference with its interval."""
-    titles = list(story.measurements)
     shown = [name for name in HEADLINES if name in story.ours.figures]
-    if BASELINE not in titles:
+    if story.baseline is None:
         return [f"{name:<{NAME_WIDTH}}{story.ours.figures[name]:.4f}" for name in shown]
-    columns = ["this model", "baseline", *(["SAM's thr."] * (len(titles) - 2)), "difference", "95 % interval"]
-    lines = [" " * NAME_WIDTH + "".join(f"{title:<{COLUMN_WIDTH}}" for title in columns).rstrip()]
-    for name in shown:
-        cells = [_format(measured, name) for measured in story.measurements.values()]
-        cells += _list_difference(story, name)
-        lines.append((f"{name:<{NAME_WIDTH}}" + "".join(f"{cell:<{COLUMN_WIDTH}}" for cell in cells)).rstrip())
-    return lines
+    titles = ["", OURS, BASELINE, "difference", f"{CONFIDENCE:.0%} interval"]
+    rows = [titles, *([name, *_list_cells(story, name)] for name in shown)]
+    if story.sam_thresholds:
+        figures = story.sam_thresholds.figures
+        rows[0].append(SAM_THRESHOLDS)
+        for row in rows[1:]:
+            row.append(f"{figures[row[0]]:.4f}" if row[0] in figures else "")
+    return ["".join(f"{cell:<{width}}" for cell, width in zip(row, WIDTHS, strict=False)).rstrip() for row in rows]
 
 
-def _format(measured: Measurement, name: str) -> str:
-    return f"{measured.figures[name]:.4f}" if name in measured.figures else ""
-
-
-def _list_difference(story: Story, name: str) -> list[str]:
-    if name not in story.baseline.figures:
-        return []
+def _list_cells(story: Story, name: str) -> list[str]:
+    """Return a figure of both models, their difference and its interval, each empty where it is not known."""
+    ours, theirs = story.ours.figures[name], story.baseline.figures.get(name)
+    if theirs is None:
+        return [f"{ours:.4f}", "", "", ""]
     found = (story.differences or {}).get(name)
-    if found is None:
-        return [f"{story.ours.figures[name] - story.baseline.figures[name]:+.4f}"]
-    interval = TOO_FEW if found.low is None else f"{found.low:+.4f} to {found.high:+.4f}"
-    return [f"{found.value:+.4f}", interval]
+    interval = ""
+    if found is not None:
+        interval = TOO_FEW if found.low is None else f"{found.low:+.4f} to {found.high:+.4f}"
+    return [f"{ours:.4f}", f"{theirs:.4f}", f"{ours - theirs:+.4f}", interval]
 
 
 def describe_worse(story: Story) -> str:

@@ -108,4 +108,4 @@ def _mention_given(config: Config, origin: str) -> str:
     given = list_fixed(config.generator)
     if given == set(GENERATOR_DEFAULTS):
         return "given"
-    return f"{origin}; given: {', '.join(sorted(given))}" if given else origin
+    return f"{origin} ({', '.join(sorted(given))} given)" if given else origin

@@ -226,9 +226,9 @@ def test_without_stored_thresholds_of_the_baseline_they_are_chosen_here_for_the_
     run_evaluation(scenes, tmp_path, f"--model.checkpoint={old}", "--evaluate.clicks=0")
 
     output = capsys.readouterr().out
-    assert "thresholds chosen for recall on 3 validation images; given: points_per_side" in output
+    assert "thresholds chosen for recall on 3 validation images (points_per_side given): " in output
     assert "baseline, generator: best for recall on these images: " in output
-    assert "thresholds chosen for recall on these images; given: points_per_side" in output
+    assert "thresholds chosen for recall on these images (points_per_side given): " in output
 
 
 def test_it_ends_with_what_is_found_in_plain_words(scenes, finished, tmp_path, capsys):
