@@ -18,7 +18,7 @@ from finestsam.config import (
     find_problems,
     flatten_config,
     list_settings,
-    list_type_defaults,
+    list_derived_defaults,
 )
 from finestsam.errors import UserError
 from finestsam.interruption import Interrupted, end_with_parent, watch_signals
@@ -67,10 +67,10 @@ def parse_command_line(arguments: list[str]) -> tuple[str, Config]:
 
 
 def _parse(parser: ArgumentParser, words: list[str]) -> Namespace:
-    """Parse, with the defaults of the model type that is asked for."""
+    """Parse, with the defaults that follow from the model type and the labels."""
     asked = parser.parse_args([word for word in words if word.partition("=")[0] not in ("--print_config", "--help")])
     values = _flatten_namespace(asked)
-    parser.set_defaults(list_type_defaults(values | {"model.type": _find_type(values)}))
+    parser.set_defaults(list_derived_defaults(values | {"model.type": _find_type(values)}))
     return parser.parse_args(words)
 
 

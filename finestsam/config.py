@@ -279,6 +279,13 @@ class ImagesConfig:
 @dataclass(frozen=True)
 class DatasetConfig:
     path: str | None = setting(None, "folder of the labelled pictures; --dataset is short for it")
+    labels: Literal["complete", "partial"] = setting(
+        "complete",
+        "complete: every object of an image is annotated, so a mask that fits no annotation is wrong: training teaches "
+        "the score 0 where no object is, and thresholds and best weights are chosen by F1. partial: some objects are "
+        "not annotated: no background_points, and thresholds and best weights are chosen by recall; semantic.unlabelled "
+        "is ignore",
+    )
     auto_split: bool | None = setting(
         None, "true: split data/; false: read train/ and val/; default: whichever of the two is there"
     )
@@ -315,9 +322,9 @@ class DatasetConfig:
         "[1, 1024]",
     )
     background_points: int = setting(
-        0,
-        "points of the grid in each training picture where no object is, whose masks are taught the score 0: the "
-        "generator asks there, too. For pictures in which every object is labelled",
+        32,
+        "points of the grid in each training image where no object is, whose masks are taught the score 0: the "
+        "generator prompts there, too. dataset.labels partial: 0",
         "[0, 1024]",
     )
     use_center: bool = setting(
@@ -373,6 +380,11 @@ class GeneratorConfig:
     """The automatic mask generator's settings; null means: as stored beside the weights, else `GENERATOR_DEFAULTS`."""
 
     points_per_side: int | None = setting(None, "points along each side of the generator's grid, SAM: 32", "[1, 512]")
+    masks_per_point: Literal["all", "best"] | None = setting(
+        None,
+        "all: of a point's three masks all that pass, ranked by predicted IoU, as SAM does; best: the one with the "
+        "highest predicted IoU, ranked by predicted IoU times stability, which is what training chooses thresholds for",
+    )
     points_per_batch: int = setting(64, "points decoded at a time: memory against speed", "[1, 4096]")
     pred_iou_thresh: float | None = setting(None, "masks must have a predicted IoU above this, SAM: 0.88", "[0, 1]")
     stability_score_thresh: float | None = setting(None, "masks must be at least this stable, SAM: 0.95", "[0, 1]")
@@ -404,6 +416,7 @@ class GeneratorConfig:
 # segment_anything's own, chosen by its authors for vit_h; and where no object is as likely as all categories together.
 GENERATOR_DEFAULTS = {
     "points_per_side": 32,
+    "masks_per_point": "all",
     "pred_iou_thresh": 0.88,
     "stability_score_thresh": 0.95,
     "box_nms_thresh": 0.7,
@@ -460,10 +473,9 @@ class EvaluateConfig:
         "which stores them beside the weights; not in --mode evaluate, which takes the stored ones",
     )
     goal: Literal["recall", "f1"] = setting(
-        "recall",
-        "what thresholds are chosen for; recall: objects found, where a hundred masks cost as much as one object, "
-        "right for partly labelled pictures too, in which a mask that fits no label need not be wrong; f1: precision "
-        "and recall alike, for pictures in which every object is labelled",
+        "f1",
+        "what the generator's thresholds are chosen for; f1: the harmonic mean of precision and recall; recall: the "
+        "share of objects found, where a hundred masks cost as much as one object. dataset.labels partial: recall",
     )
     store_thresholds: bool = setting(
         False,
@@ -659,12 +671,24 @@ TINY_DEFAULTS = {
 }
 
 
+# Where some objects are not annotated, a mask that fits no annotation is not known to be wrong.
+PARTIAL_LABELS_DEFAULTS = {
+    "dataset.background_points": 0,
+    "evaluate.goal": "recall",
+    "semantic.unlabelled": "ignore",
+}
+
 # Of models whose masks or pixels have classes.
 HEADS_STAY = "no export format has a place for its head; --task masks exports the SAM that is beneath it"
 
 
-def list_type_defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """Return {dotted name: value} of the defaults that are others for the model type in these settings."""
+def list_derived_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """Return {dotted name: value} of the defaults that follow from the model type and the labels in these settings."""
+    derived = dict(PARTIAL_LABELS_DEFAULTS) if values["dataset.labels"] == "partial" else {}
+    return derived | _list_type_defaults(values)
+
+
+def _list_type_defaults(values: dict[str, Any]) -> dict[str, Any]:
     if values["model.type"] != "vit_tiny":
         return {}
     keeps_encoder = values["model_layer.lora.rank"] > 0 or any(

@@ -84,6 +84,18 @@ def test_the_small_models_encoder_is_frozen_where_parts_of_it_adapt(adapted):
     assert config.opt.learning_rate == 2e-4
 
 
+def test_partial_labels_change_what_follows_from_them_and_nothing_that_is_given(tmp_path):
+    def read(*flags: str) -> tuple[int, str, str]:
+        _, config = parse_command_line(["--mode=train", "--dataset=d", *flags])
+        return config.dataset.background_points, config.evaluate.goal, config.semantic.unlabelled
+
+    assert read() == read("--dataset.labels=complete") == (32, "f1", "background")
+    assert read("--dataset.labels=partial") == (0, "recall", "ignore")
+    assert read("--dataset.labels=partial", "--dataset.background_points=8") == (8, "recall", "ignore")
+    (tmp_path / "c.yaml").write_text("dataset: {labels: partial}\nevaluate: {goal: f1}\n")
+    assert read(f"--config={tmp_path / 'c.yaml'}") == (0, "f1", "ignore")
+
+
 def test_defaults_are_those_of_the_type_that_the_named_weights_have(tmp_path):
     (tmp_path / "best.json").write_text(
         json.dumps({"model_type": "vit_tiny", "image_size": 512, "multimask_output": True, "categories": []})

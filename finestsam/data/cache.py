@@ -24,7 +24,7 @@ VERSION = 4
 # What does not change how a picture and its labels are read.
 UNREAD_SETTINGS = {
     "path", "auto_split", "seed", "val_size", "use_cache", "sav", "positive_points", "negative_points", "use_center",
-    "snap_to_grid", "min_area_pixels", "max_objects", "download", "download_images", "background_points",
+    "snap_to_grid", "min_area_pixels", "max_objects", "download", "download_images", "background_points", "labels",
     "prompts_per_object",
 }  # fmt: skip
 

@@ -8,6 +8,7 @@ import numpy as np
 from finestsam.config import GENERATOR_DEFAULTS, IMAGE_SIZES, Config
 from finestsam.data.contact_sheet import draw_contact_sheet
 from finestsam.data.index import Index, Record
+from finestsam.data.labels import describe_labels
 from finestsam.data.layouts import find_layout
 from finestsam.data.reach import SIZES, measure_reach, name_size
 from finestsam.data.read import describe_dataset, list_categories, read_parts, report_vanishing
@@ -37,7 +38,8 @@ def check(config: Config) -> int:
     write_report(folder / REPORT_NAME, content)
     print("\n".join([f"layout: {layout.name}", *report.list_lines()]))
     if records:
-        print("\n".join([*_list_statistics(statistics), *_list_reach(reach)]))
+        labels = describe_labels(records, config.dataset.labels)
+        print("\n".join([*_list_statistics(statistics), *labels, *_list_reach(reach)]))
     _write_sheet(config, folder / SHEET_NAME, records)
     print(f"report: {folder / REPORT_NAME}")
     return _judge(config, report)

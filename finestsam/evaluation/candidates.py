@@ -25,15 +25,16 @@ from finestsam.prediction.generator import ask_points, clean_regions, generate_m
 from finestsam.prediction.precompute import Embedder
 from finestsam.prediction.results import FilterReport, GeneratedMasks
 
-# Candidates of a picture that are worth a mask, those with the best scores; objects are far fewer.
-MOST_CANDIDATES = 600
+# Candidates of an image that are worth a mask, those with the best scores. Where three masks of each point count, up to
+# 1 052 in an image lay above the threshold that was then chosen (cell nuclei): fewer would choose another one.
+MOST_CANDIDATES = 2000
 # Points along each side of the grid whose scores tell where that many begin.
 PROBE_POINTS = 8
 
 
 @dataclass(frozen=True)
 class MeasuredMasks:
-    """K masks of one picture, by falling score, beside what there is to find in it."""
+    """K masks of one image, by falling priority, beside what there is to find in it."""
 
     masks: GeneratedMasks
     ious: np.ndarray  # K x G, with the picture's objects
@@ -80,7 +81,8 @@ def _find(
     if read is None:
         return None
     pixels, embedding = read
-    min_score = _probe_min_score(embedder.model, embedding, pixels.shape[:2], max(grids))
+    only_best = settings.masks_per_point == "best"
+    min_score = _probe_min_score(embedder.model, embedding, pixels.shape[:2], max(grids), only_best)
     parts = []
     for points_per_side in grids:
         open_settings = dataclasses.replace(
@@ -96,7 +98,7 @@ def _find(
         parts.append(generate_masks(embedder.model, pixels, open_settings, embedding))
     joined = GeneratedMasks.join(parts, FilterReport())
     asked = np.repeat(grids, [len(part) for part in parts])
-    order = np.argsort(-joined.scores, kind="stable")
+    order = np.argsort(-joined.priorities, kind="stable")
     masks = joined[order]
     layers = _find_layers(masks.crop_areas, pixels.shape[:2], settings)
     return Candidates(masks, *measure_truth(masks.rles, record), asked[order], layers)
@@ -113,15 +115,19 @@ def read_embedded(embedder: Embedder, record: Record, images: ImagesConfig) -> t
 
 
 @torch.no_grad()
-def _probe_min_score(model: FinestSam, embedding: torch.Tensor, size: tuple[int, int], points_per_side: int) -> float:
+def _probe_min_score(
+    model: FinestSam, embedding: torch.Tensor, size: tuple[int, int], points_per_side: int, only_best: bool
+) -> float:
     """Return the score that about `MOST_CANDIDATES` of a picture's candidates pass; -inf where there are no more."""
-    share = MOST_CANDIDATES / (points_per_side**2 * (3 if model.multimask_output else 1))
+    masks_per_point = 3 if model.multimask_output and not only_best else 1
+    share = MOST_CANDIDATES / (points_per_side**2 * masks_per_point)
     if share >= 1:
         return -np.inf
     points = build_point_grid(PROBE_POINTS) * size[::-1]
     prompts = ask_points(points, size, compute_input_size(size, model.image_size), model.device)
     # As the generator will see the picture, in its precision, and without making a mask.
-    scores = model.answer_above(model.look(embedding), prompts, np.inf).scores.flatten()
+    scores = model.answer_above(model.look(embedding), prompts, np.inf).scores
+    scores = (scores.amax(dim=1) if only_best else scores).flatten()
     return float(scores[scores.isfinite()].quantile(1 - share)) if scores.isfinite().any() else -np.inf
 
 
@@ -143,7 +149,7 @@ def measure_truth(rles: Sequence[dict], record: Record) -> tuple[np.ndarray, np.
 
 
 def select(candidates: Candidates, settings: GeneratorConfig) -> np.ndarray:
-    """Return which candidates the generator would give with these settings, by falling score."""
+    """Return which candidates the generator would give with these settings, by falling priority."""
     is_asked = candidates.points_per_side == settings.points_per_side
     is_asked &= candidates.layers <= settings.crop_n_layers
     masks = candidates.masks
@@ -154,7 +160,7 @@ def select(candidates: Candidates, settings: GeneratorConfig) -> np.ndarray:
     kept = []
     areas = crop_areas[places]
     for area in np.unique(areas):
-        kept.append(_suppress(corners, places[areas == area], masks.scores, settings.box_nms_thresh))
+        kept.append(_suppress(corners, places[areas == area], masks.priorities, settings.box_nms_thresh))
     places = np.concatenate(kept) if kept else places
     if len(kept) > 1:
         places = _suppress(corners, np.sort(places), 1 / crop_areas, settings.crop_nms_thresh)
@@ -171,7 +177,7 @@ def clean(chosen: Candidates, record: Record, settings: GeneratorConfig) -> Meas
     if settings.min_mask_region_area == 0:
         return chosen
     masks = clean_regions(chosen.masks[np.arange(len(chosen))], settings)
-    masks = masks[np.argsort(-masks.scores, kind="stable")]
+    masks = masks[np.argsort(-masks.priorities, kind="stable")]
     return MeasuredMasks(masks, *measure_truth(masks.rles, record))
 
 

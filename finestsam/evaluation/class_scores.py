@@ -43,9 +43,9 @@ def score_classes(records: Sequence[Record], found: Sequence[Detections], table:
 
 
 def detect(masks: GeneratedMasks) -> Detections:
-    """Return what the generator found as it is to be scored: ranked by predicted IoU, times the category's chance."""
+    """Return what the generator found as it is to be scored: by rank, times the probability of the category."""
     classes = masks.classes.tolist() if masks.has_classes else None
-    return Detections(masks.rles, (masks.scores * masks.class_scores).tolist(), classes)
+    return Detections(masks.rles, (masks.priorities * masks.class_scores).tolist(), classes)
 
 
 def list_classes(figures: dict[str, float]) -> list[tuple[str, dict[str, float]]]:

@@ -11,7 +11,7 @@ from finestsam.evaluation.baseline import Subject
 from finestsam.evaluation.battery import Battery
 from finestsam.evaluation.candidates import find_candidates
 from finestsam.evaluation.clicks import average_clicks
-from finestsam.evaluation.generator_scores import choose_grids, find_all, list_fixed, tune
+from finestsam.evaluation.generator_scores import choose_grids, find_all, list_fixed, open_for_tuning, tune
 from finestsam.evaluation.measurement import Measurement
 from finestsam.evaluation.setup import Thresholds
 from finestsam.out_of_memory import naming_what_needs_less
@@ -92,8 +92,9 @@ def _run_generator(
 
 def _tune_generator(config: Config, embedder: Embedder, records: Sequence[Record], subject: Subject) -> Outcome:
     """Measure the generator with thresholds chosen on these images, and print them."""
-    start, goal, title = subject.thresholds.settings, subject.thresholds.goal, f"{subject.title}, generator"
+    goal, title = subject.thresholds.goal, f"{subject.title}, generator"
     fixed = list_fixed(config.generator)
+    start = open_for_tuning(subject.thresholds.settings, fixed)
     found = find_candidates(embedder, records, start, choose_grids(start, fixed), config.dataset.images, title)
     pairs = [(record, one) for record, one in zip(records, found, strict=True) if one is not None]
     if not pairs:
@@ -102,7 +103,8 @@ def _tune_generator(config: Config, embedder: Embedder, records: Sequence[Record
     tuned = tune(known, candidates, start, fixed, goal)
     flags = " ".join(f"--generator.{name} {value}" for name, value in tuned.chosen.items())
     print(f"{title}: best for {goal} on these images: {flags}")
-    extra = {f"generator/{name}": float(value) for name, value in tuned.chosen.items()}
+    numbers = {name: value for name, value in tuned.chosen.items() if not isinstance(value, str)}
+    extra = {f"generator/{name}": float(value) for name, value in numbers.items()}
     if tuned.calibration:
         extra["generator/calibration_error"] = tuned.calibration.error
     setup = subject.describe(replace(subject.thresholds, settings=tuned.result.settings))

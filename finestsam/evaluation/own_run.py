@@ -55,11 +55,13 @@ def find_own_run(config: Config) -> OwnRun | None:
 
 
 def _read_goal(folder: Path) -> str:
+    """Return what a run chose thresholds for, where its card does not say; empty: for nothing, or it is not known."""
     try:
-        goal = yaml.safe_load((folder / SETTINGS_NAME).read_text(encoding="utf-8"))["evaluate"]["goal"]
+        settings = yaml.safe_load((folder / SETTINGS_NAME).read_text(encoding="utf-8"))["evaluate"]
+        goal, is_tuned = settings["goal"], settings["search"] is not False
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return ""
-    return goal if goal in GOALS else ""
+    return goal if goal in GOALS and is_tuned else ""
 
 
 def describe_images(run: OwnRun | None, records: list[Record]) -> str:

@@ -97,8 +97,7 @@ def _write_setups(story: Story) -> str:
     if any(setup.thresholds for setup in setups.values()):
         rows["thresholds"] = [setup.thresholds.origin if setup.thresholds else "" for setup in setups.values()]
     for name in dict.fromkeys(name for setup in setups.values() for name in setup.settings):
-        values = [setup.settings.get(name) for setup in setups.values()]
-        rows[name] = ["" if value is None else f"{value:g}" for value in values]
+        rows[name] = [setup.settings.get(name, "") for setup in setups.values()]
     lines = "".join(write_row([title, *cells]) for title, cells in rows.items())
     return f"<h2>Models</h2><table class='words'>{write_row(['', *setups], 'th')}{lines}</table>"
 

@@ -39,16 +39,17 @@ class Setup:
         return f"{printable(self.name)} ({self.model_type} at {self.image_size} pixels)"
 
     @property
-    def settings(self) -> dict[str, float]:
-        """Return the thresholds by their names."""
+    def settings(self) -> dict[str, str]:
+        """Return the thresholds by their names, as the reader sees them."""
         if self.thresholds is None:
             return {}
         names = [name for name in GENERATOR_DEFAULTS if self.has_classes or name != "no_object_thresh"]
-        return {name: getattr(self.thresholds.settings, name) for name in names}
+        values = {name: getattr(self.thresholds.settings, name) for name in names}
+        return {name: value if isinstance(value, str) else f"{value:g}" for name, value in values.items()}
 
     @property
     def listed_settings(self) -> str:
-        return ", ".join(f"{name} {value:g}" for name, value in self.settings.items())
+        return ", ".join(f"{name} {value}" for name, value in self.settings.items())
 
 
 def find_thresholds(config: Config, card: Card | None, goal: str) -> Thresholds:

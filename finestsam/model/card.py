@@ -19,12 +19,13 @@ class Card:
     multimask_output: bool  # which of the decoder's tokens were trained
     categories: list[str]  # of --task classes in the order of the head's classes, without the first
     generator: dict[str, Any] = field(default_factory=dict)  # thresholds, by their names in GeneratorConfig
+    goal: str = ""  # what those thresholds were chosen for, as evaluate.goal; "": they were not chosen
+    tuned_on: int = 0  # validation images that they were chosen on
+    # The thresholds that did best for the baseline: the starting weights at the same image size, for the same goal, on
+    # the same images.
+    baseline_generator: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     floor: dict[str, float] = field(default_factory=dict)  # the same metrics of the untouched model
-    goal: str = ""  # what the thresholds were chosen for: f1 or recall; empty: it is not known
-    tuned_on: int = 0  # validation images that they were chosen on
-    # What did best for the weights that training started from, at the same size, for the same goal, on the same images.
-    baseline_generator: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     started_from: str = "random weights"
     started_from_sha256: str | None = None

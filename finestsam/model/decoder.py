@@ -124,14 +124,22 @@ class FoldedMaskDecoder(MaskDecoder):
                 logits.append(self.upscale(picture, self._make_filters(tokens, masks)))
         return torch.cat(logits), torch.cat(scores), torch.cat(read)
 
-    def answer_above(self, view: PictureView, sparse: Tensor, masks: slice, min_score: float) -> Answers:
-        """Answer prompts, and make only the masks whose score is above `min_score`; arguments as of `answer`."""
+    def answer_above(
+        self, view: PictureView, sparse: Tensor, masks: slice, min_score: float, only_best: bool = False
+    ) -> Answers:
+        """Answer prompts, and make only the masks whose score is above `min_score`; arguments as of `answer`.
+
+        Args:
+            only_best: of each prompt's masks at most the one with the highest score.
+        """
         side = 4 * view.side
         logits, scores, is_kept, read = [sparse.new_zeros(0, side, side)], [], [], []
         for part in self._list_chunks(view, len(sparse)):
             tokens, picture = self._attend(view[part], sparse[part], masks)
             scores.append(self._score(tokens, masks))
             is_kept.append(scores[-1] > min_score)
+            if only_best:
+                is_kept[-1] &= F.one_hot(scores[-1].argmax(dim=1), scores[-1].shape[1]).bool()
             logits += self._make_kept(picture, self._make_filters(tokens, masks), is_kept[-1])
             read.append(tokens[:, 1:][is_kept[-1]])
         return Answers(torch.cat(scores), torch.cat(is_kept), torch.cat(logits), torch.cat(read))

@@ -98,10 +98,14 @@ class FinestSam(nn.Module):
         # float16 has too small a range for what nobody trained in it.
         return view.to(torch.bfloat16) if self.encoder_dtype == torch.bfloat16 else view
 
-    def answer_above(self, view: PictureView, prompts: Prompts, min_score: float) -> Answers:
-        """Answer prompts that bring no mask, with only those masks whose score is above `min_score`."""
+    def answer_above(self, view: PictureView, prompts: Prompts, min_score: float, only_best: bool = False) -> Answers:
+        """Answer prompts that bring no mask, with only those masks whose score is above `min_score`.
+
+        Args:
+            only_best: of each prompt's masks at most the one with the highest score.
+        """
         sparse, _ = self._embed_prompts(prompts)
-        return self.sam.mask_decoder.answer_above(view, sparse, self._asked_masks, min_score)
+        return self.sam.mask_decoder.answer_above(view, sparse, self._asked_masks, min_score, only_best)
 
     @property
     def _asked_masks(self) -> slice:

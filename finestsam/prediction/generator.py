@@ -26,6 +26,10 @@ from finestsam.prediction.results import FilterReport, GeneratedMasks
 from finestsam.prediction.upscaling import Upscaler, measure_masks
 
 
+# Below this the stability of masks no longer ranks them: their scores alone do.
+LEAST_STABILITY = 1e-3
+
+
 @dataclass
 class _Crop:
     """A part of the picture as the model sees it; the first is the whole picture."""
@@ -48,6 +52,7 @@ class _Candidates:
     scores: Tensor  # K
     point_indices: Tensor  # K, into the crop's points
     stability: Tensor  # K
+    priorities: Tensor  # K, what NMS goes by
     boxes: Tensor  # K x 4, XYXY, pixels of the crop; both corners lie inside the mask
     class_chances: Tensor  # K x (1 + C); K x 0 where the model has no class head
 
@@ -127,7 +132,7 @@ def _search(model: FinestSam, crop: _Crop, settings: GeneratorConfig, report: Fi
         for start in range(0, len(crop.points), settings.points_per_batch)
     ]
     candidates = _Candidates(*(torch.cat([getattr(b, entry.name) for b in batches]) for entry in fields(_Candidates)))
-    kept = nms(candidates.boxes.float(), candidates.scores, settings.box_nms_thresh)
+    kept = nms(candidates.boxes.float(), candidates.priorities, settings.box_nms_thresh)
     report.duplicates += len(candidates.scores) - len(kept)
     return _compress(candidates[kept], crop)
 
@@ -143,14 +148,20 @@ def _ask(model: FinestSam, crop: _Crop, indices: range, settings: GeneratorConfi
     points = crop.points[indices.start : indices.stop]
     prompts = ask_points(points, crop.size, crop.input_size, model.device)
     # A threshold of 0 lets every number pass, as in segment_anything: the score head may answer below 0.
-    answers = model.answer_above(crop.view, prompts, settings.pred_iou_thresh or -np.inf)
+    only_best = settings.masks_per_point == "best"
+    answers = model.answer_above(crop.view, prompts, settings.pred_iou_thresh or -np.inf, only_best)
     scores, is_good = answers.scores.flatten(), answers.is_kept.flatten()
     point_indices = torch.tensor(indices, device=model.device).repeat_interleave(answers.scores.shape[1])
     stability, boxes = measure_masks(crop.upscaler, answers.logits, settings.stability_score_offset)
     class_logits = model.classify(crop.embedding, answers.tokens, answers.logits)
     chances = answers.logits.new_zeros(len(boxes), 0) if class_logits is None else class_logits.softmax(dim=1)
-    candidates = _Candidates(answers.logits, scores[is_good], point_indices[is_good], stability, boxes, chances)
-    report.count_scores(scores, is_good)
+    kept_scores = scores[is_good]
+    priorities = kept_scores * stability.clamp(min=LEAST_STABILITY) if only_best else kept_scores
+    candidates = _Candidates(answers.logits, kept_scores, point_indices[is_good], stability, priorities, boxes, chances)
+    if only_best:
+        report.count_scores(answers.scores.amax(dim=1), answers.is_kept.any(dim=1))
+    else:
+        report.count_scores(scores, is_good)
     return _filter_measured(candidates, crop, settings, report)
 
 
@@ -184,6 +195,7 @@ def _compress(candidates: _Candidates, crop: _Crop) -> GeneratedMasks:
         boxes_xywh=np.array([rle_box(rle) for rle in rles], dtype=np.int64).reshape(-1, 4),
         scores=candidates.scores.cpu().numpy(),
         stability=candidates.stability.cpu().numpy(),
+        priorities=candidates.priorities.cpu().numpy(),
         areas=np.array([rle_area(rle) for rle in rles], dtype=np.int64),
         points=crop.points[candidates.point_indices.cpu().numpy()] + [x0, y0],
         crop_boxes_xywh=np.tile(np.array([[x0, y0, x1 - x0, y1 - y0]]), (len(rles), 1)),

@@ -55,6 +55,7 @@ def predict(config: Config) -> int:
         outputs = name_outputs(paths, out_dir, (OVERLAY_SUFFIX, LABELS_SUFFIX))
         return predict_classes(paths, outputs, embedder, loaded.card.classes, config)
     settings = resolve_generator(config.generator, loaded.card)
+    _warn_of_thresholds(config, loaded.card)
     score_map = _find_score_map(config, loaded.card)
     how_read = config.dataset.images.deep_range
     categories, weights = _number_categories(loaded), hash_weights(embedder)
@@ -309,6 +310,18 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{printable(path)}: cannot be written: {error.strerror or error}") from None
+
+
+def _warn_of_thresholds(config: Config, card: Card | None) -> None:
+    """Say so where nobody has chosen the generator's thresholds for these weights."""
+    is_given = None not in (config.generator.pred_iou_thresh, config.generator.stability_score_thresh)
+    if is_given or (card and "pred_iou_thresh" in card.generator):
+        return
+    print(
+        "warning: the generator's thresholds were never chosen for these weights, so segment_anything's are used, which "
+        "suit Meta's vit_h; --mode evaluate --dataset FOLDER --evaluate.search true on annotated images chooses them",
+        file=sys.stderr,
+    )
 
 
 def _find_score_map(config: Config, card: Card | None) -> list[list[float]]:

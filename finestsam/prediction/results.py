@@ -80,6 +80,7 @@ class GeneratedMasks:
     boxes_xywh: np.ndarray  # K x 4, int, around the pixels inside
     scores: np.ndarray  # K, the IoU that the model expects
     stability: np.ndarray  # K, the IoU of the mask cut at a higher and at a lower logit
+    priorities: np.ndarray  # K, what masks are ranked by: the score, times the stability where the settings say so
     areas: np.ndarray  # K, int, pixels
     points: np.ndarray  # K x 2, XY: the prompt that found the mask
     crop_boxes_xywh: np.ndarray  # K x 4, int: the part of the picture that the model saw
@@ -182,7 +183,7 @@ class Results:
             made: what was predicted and drawn, by which a later call knows what is done.
         """
         image = {"file_name": file_name, "width": size[1], "height": size[0]} | (made or {})
-        scores = correct_scores(masks.scores, self.score_map)
+        scores = correct_scores(masks.scores, self.score_map) if self.score_map else masks.priorities
         annotations = [self._describe(masks, index, scores[index]) for index in range(len(masks))]
         self.entries[file_name] = {"image": image, "annotations": annotations}
         return self.entries[file_name]

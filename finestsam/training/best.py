@@ -25,7 +25,7 @@ OF_THE_GENERATOR = ("val_generator_", "val_classes_")
 def choose_metric(run: Run) -> str:
     """Return the name of what weights are judged by."""
     name = run.config.best_metric
-    name = run.stepper.default_metric if name == "auto" else name
+    name = run.stepper.default_metrics[run.config.dataset.labels] if name == "auto" else name
     is_measured = run.config.evaluate.generator or not name.startswith(OF_THE_GENERATOR)
     return name if is_measured and name in run.progress.floor else run.stepper.metric
 
@@ -111,6 +111,9 @@ def _make_card(run: Run, kept_original: float) -> Card:
         categories=table.names[1:] if has_categories else run.data.categories,
         category_ids=list_category_ids(table) if has_categories else [],
         generator=progress.generator,
+        goal=run.config.evaluate.goal if progress.tuned_on else "",
+        tuned_on=progress.tuned_on,
+        baseline_generator=progress.baseline_generator,
         metrics=progress.metrics,
         floor=progress.floor or progress.metrics,
         step=progress.step,

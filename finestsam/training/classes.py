@@ -47,7 +47,7 @@ class ClassStepper(Stepper):
 
     measures: ClassVar[tuple[str, ...]] = CLASS_TRAINING_COLUMNS
     columns: ClassVar[tuple[str, ...]] = CLASS_COLUMNS
-    default_metric: ClassVar[str] = "val_classes_ar_100"
+    default_metrics: ClassVar[dict[str, str]] = {"complete": "val_classes_ap", "partial": "val_classes_ar_100"}
 
     class_weights: Tensor = field(default_factory=lambda: torch.ones(0))
 

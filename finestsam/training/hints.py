@@ -1,11 +1,15 @@
 """What a user should know before the first step."""
 
+from collections.abc import Mapping
+
 from finestsam.config import Config
 from finestsam.model.fft_attention import list_blocks
 from finestsam.model.lora import list_lora
 from finestsam.model.sam import FinestSam
 
 LARGE_IMAGE_SIZE = 1024
+# Masks for each annotated object, above and below which a validation has a hint.
+MANY_MASKS, FEW_MASKS = 2.0, 0.5
 
 
 def describe_training(model: FinestSam, model_type: str) -> str:
@@ -43,6 +47,32 @@ def list_mismatches(config: Config, starts_from_nothing: bool) -> list[str]:
             "--model_layer.freeze.image_encoder false --model_layer.freeze.prompt_encoder false trains all of it"
         )
     return warnings
+
+
+def warn_of_counts(metrics: Mapping[str, float], labels: str) -> list[str]:
+    """Return a hint where validation found many more or far fewer masks than there are annotated objects.
+
+    Args:
+        metrics: of the validation; masks and objects per image are among them where the generator ran.
+        labels: dataset.labels.
+    """
+    masks, objects = metrics.get("val_generator_masks", 0.0), metrics.get("val_generator_objects", 0.0)
+    if objects == 0:
+        return []
+    ratio = f"{masks / objects:.1f} masks for each annotated object"
+    if masks > MANY_MASKS * objects and labels == "partial":
+        return [f"{ratio}: where every object is annotated, --dataset.labels complete gives fewer"]
+    if masks > MANY_MASKS * objects:
+        return [
+            f"{ratio}: more epochs teach it what is no object (--num_epochs); where objects are missing from the "
+            "annotations, --dataset.labels partial is right"
+        ]
+    if masks < FEW_MASKS * objects:
+        return [
+            f"{ratio}: many objects are missed; --mode check tells how many the generator's grid can reach, "
+            "--generator.points_per_side and --model.image_size raise it, more epochs (--num_epochs) help the rest"
+        ]
+    return []
 
 
 def warn_of_cpu(config: Config, device: str, model: FinestSam, model_type: str) -> list[str]:

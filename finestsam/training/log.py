@@ -17,7 +17,7 @@ TRAINING_COLUMNS = ("total_loss", "focal_loss", "dice_loss", "iou_loss", "iou", 
 PROMPT_COLUMNS = ("val_per_mask_iou", "val_per_mask_dice", "val_best_iou", "val_boundary_iou")
 GENERATOR_FIGURES = (
     "ap", "ap50", "ap75", "ar_10", "ar_100", "ar_1000", "ap_small", "ap_medium", "ap_large",
-    "ar_1000_small", "ar_1000_medium", "ar_1000_large", "f1", "masks",
+    "ar_1000_small", "ar_1000_medium", "ar_1000_large", "f1", "masks", "objects",
 )  # fmt: skip
 GENERATOR_COLUMNS = tuple(f"val_generator_{name}" for name in GENERATOR_FIGURES)
 # With evaluate.battery.
@@ -162,35 +162,60 @@ def _parse_line(line: dict[str, str | None], columns: tuple[str, ...]) -> Row:
     return row | {"epoch": int(line["epoch"] or ""), "step": int(line["step"] or "")}
 
 
-def describe_epoch(row: Row, num_epochs: int | None = None, floor: Mapping[str, float] | None = None) -> str:
-    """Return the line for the screen, without what the row lacks.
+# What the screen shows of an epoch: of its training, and of its validation.
+TRAINING_FORMS = {
+    "total_loss": "loss {:.3f}",
+    "iou": "iou {:.2f}",
+    "pixel_accuracy": "accuracy {:.2f}",
+    "class_accuracy": "class {:.2f}",
+    "learning_rate": "lr {:.1e}",
+    "seconds": "{:.1f} s",
+}
+VALIDATION_FORMS = {
+    "val_per_mask_iou": "point IoU {:.2f}",
+    "val_generator_ap": "AP {:.3f}",
+    "val_generator_f1": "F1 {:.3f}",
+    "val_generator_ar_100": "AR@100 {:.3f}",
+    "val_classes_ap": "AP by category {:.3f}",
+    "val_classes_ar_100": "AR@100 by category {:.3f}",
+    "val_miou": "mIoU {:.3f}",
+    "val_generator_masks": "{:.1f} masks an image",
+}
 
-    `epoch 3/30 step 108 loss 0.412 iou 0.61 val 0.58 (floor 0.21, +0.37) ar100 0.44 (floor 0.10, +0.34) lr 4.0e-05
-    12.3 s`
+
+def describe_epoch(row: Row, num_epochs: int | None = None, floor: Mapping[str, float] | None = None) -> str:
+    """Return the lines for the screen, without what the row lacks.
+
+        epoch 3/30 step 108 loss 0.412 iou 0.61 lr 4.0e-05 12.3 s
+          validation (baseline): point IoU 0.58 (0.21), AP 0.412 (0.150), F1 0.530 (0.310), AR@100 0.44 (0.31), 7.3 masks
+          an image (20.1), which has 6.9 objects; 6.0 s
+
+    Args:
+        floor: the validation of the baseline, which epoch 0 is.
     """
-    parts = [f"epoch {row['epoch']}" + (f"/{num_epochs}" if num_epochs else ""), f"step {row['step']}"]
-    forms = {
-        "total_loss": "loss {:.3f}",
-        "iou": "iou {:.2f}",
-        "pixel_accuracy": "accuracy {:.2f}",
-        "class_accuracy": "class {:.2f}",
-        "val_per_mask_iou": "val {:.2f}",
-        "val_generator_ar_100": "ar100 {:.2f}",
-        "val_classes_ar_100": "by class {:.2f}",
-        "val_miou": "miou {:.3f}",
-        "learning_rate": "lr {:.1e}",
-        "seconds": "{:.1f} s",
-        "validation_seconds": "validation {:.1f} s",
-    }
-    for name, form in forms.items():
-        if row.get(name) is None:
-            continue
-        parts.append(form.format(row[name]))
-        if row["epoch"] > 0 and floor and name in floor:
-            parts.append(f"(floor {floor[name]:.2f}, {row[name] - floor[name]:+.2f})")
-    if row["epoch"] == 0:
-        parts.append("(the untouched model: the floor)")
-    return " ".join(parts)
+    is_baseline = row["epoch"] == 0
+    title = f"epoch {row['epoch']}" + (f"/{num_epochs}" if num_epochs else "")
+    trained = [form.format(row[name]) for name, form in TRAINING_FORMS.items() if row.get(name) is not None]
+    line = " ".join([title, f"step {row['step']}", *trained])
+    known = {} if is_baseline or not floor else floor
+    measured = [
+        form.format(row[name]) + (f" ({_bare(form).format(known[name])})" if name in known else "")
+        for name, form in VALIDATION_FORMS.items()
+        if row.get(name) is not None
+    ]
+    if not measured:
+        return line
+    objects, seconds = row.get("val_generator_objects"), row.get("validation_seconds")
+    what = "baseline, the weights that training starts from" if is_baseline else "validation"
+    text = f"{what}{' (baseline)' if known else ''}: {', '.join(measured)}"
+    text += "" if objects is None else f", which has {objects:.1f} objects"
+    text += "" if seconds is None else f"; {seconds:.1f} s"
+    return text if is_baseline else f"{line}\n  {text}"
+
+
+def _bare(form: str) -> str:
+    """Return the number's part of a form."""
+    return form[form.index("{") : form.index("}") + 1]
 
 
 def _finite_or_none(value: float | None) -> float | None:

@@ -23,7 +23,7 @@ SAMPLING = tuple(
     f"dataset.{name}"
     for name in (
         "positive_points", "negative_points", "prompts_per_object", "background_points", "use_center", "snap_to_grid",
-        "min_area_pixels", "max_objects",
+        "min_area_pixels", "max_objects", "labels",
     )
 )  # fmt: skip
 # How long, where and with what a run computes changes nothing that it learns.

@@ -72,8 +72,10 @@ class Progress:
     best: dict[str, float] | None = None  # the figures of the best weights
     is_blended: bool = False  # whether putting original weights back into these best ones has been tried
     floor: dict[str, float] = field(default_factory=dict)
+    baseline_generator: dict[str, Any] = field(default_factory=dict)  # thresholds that did best for the baseline
     metrics: dict[str, float] = field(default_factory=dict)  # of the newest validation
     generator: dict[str, Any] = field(default_factory=dict)  # settings that did best in it, for best.json
+    tuned_on: int = 0  # images that they were chosen on
     evaluations_without_better: int = 0
     lost_best: str = ""  # why best.pth does not hold the best weights
     chunk_objects: int | None = None

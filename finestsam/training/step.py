@@ -42,13 +42,13 @@ class Stepper:
         measures: what is summed over objects, in this order; the losses with their weights, so that they add up to the
             total.
         columns: of metrics.csv.
-        default_metric: what judges weights where the settings leave it open.
+        default_metrics: what the best weights are chosen by where the settings leave it open, by dataset.labels.
         metric: what judges them where that is not measured.
     """
 
     measures: ClassVar[tuple[str, ...]] = TRAINING_COLUMNS
     columns: ClassVar[tuple[str, ...]] = COLUMNS
-    default_metric: ClassVar[str] = "val_generator_ar_100"
+    default_metrics: ClassVar[dict[str, str]] = {"complete": "val_generator_f1", "partial": "val_generator_ar_100"}
     metric: ClassVar[str] = "val_per_mask_iou"
 
     fabric: Fabric

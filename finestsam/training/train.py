@@ -2,6 +2,7 @@
 
 import math
 import random
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from finestsam.batch import Batch
 from finestsam.config import Config
+from finestsam.data.labels import describe_labels
 from finestsam.errors import UserError, printable
 from finestsam.interruption import Interrupted, watch_signals
 from finestsam.model.load import RANDOM_WEIGHTS, choose_device
@@ -22,7 +24,7 @@ from finestsam.training.best import choose_metric, keep_if_best, rank, refuse_lo
 from finestsam.training.blend import blend_best, keep_start, wants_blend
 from finestsam.training.classes import describe_categories
 from finestsam.training.crash import note_crash
-from finestsam.training.hints import describe_training, list_mismatches, warn_of_cpu, warn_of_schedule
+from finestsam.training.hints import describe_training, list_mismatches, warn_of_counts, warn_of_cpu, warn_of_schedule
 from finestsam.training.log import BATTERY_COLUMNS, RunLog, show_progress
 from finestsam.training.memory import OutOfMemory, list_savings
 from finestsam.training.numbers import explain_end, has_finite_weights, skips_for_good
@@ -130,6 +132,7 @@ def _measure_floor(run: Run, log: RunLog | None) -> None:
     keep_start(run)
     validate(run)
     run.progress.floor = dict(run.progress.metrics)
+    run.progress.baseline_generator = dict(run.progress.generator)
     keep_if_best(run)
     _write_row(run, log, learning_rate=None, epoch=0)
     run.saving.do(lambda: _save_if_possible(run))
@@ -258,6 +261,9 @@ def _write_row(run: Run, log: RunLog | None, learning_rate: float | None, epoch:
     row = {"epoch": epoch, "step": progress.step, "seconds": progress.seconds or None, **means}
     row["validation_seconds"] = progress.validation_seconds or None
     log.log_epoch(row | {"learning_rate": learning_rate} | progress.metrics, floor=progress.floor)
+    if epoch > 0:
+        for hint in warn_of_counts(progress.metrics, run.config.dataset.labels):
+            print(f"hint: {hint}")
     run.drawing.do_if_due(lambda: _draw_curves(run, log))
 
 
@@ -341,6 +347,7 @@ def _say_start(run: Run) -> None:
     say(f"layout: {run.data.layout}")
     say("\n".join(run.data.report.list_lines()))
     say(f"training on {len(run.data.train)} images, validating on {len(run.data.val)}")
+    say("\n".join(describe_labels(run.data.train, run.config.dataset.labels)))
     say(f"{run.progress.started_from}: {describe_training(run.loaded.model, run.loaded.model_type)}")
     if run.is_semantic:
         say(f"classes: {', '.join(run.classes.names)}")
@@ -368,8 +375,12 @@ def _say_end(run: Run) -> None:
         name = choose_metric(run)
         floor, best = progress.floor.get(name, math.nan), rank(run, progress.best)
         if best > rank(run, progress.floor):
-            run.fabric.print(f"best {name} {best[0]:.4f}, untouched model {floor:.4f}")
+            run.fabric.print(f"best {name} {best[0]:.4f}, baseline {floor:.4f}")
         else:
-            run.fabric.print(f"no epoch beat the untouched model ({floor:.4f}): best.pth holds its weights")
+            run.fabric.print(f"no epoch beat the baseline ({name} {floor:.4f}): best.pth holds its weights")
     for title, name in (("weights", "best.pth"), ("curves", "plots"), ("figures", "metrics.csv")):
         run.fabric.print(f"{title}: {run.folder / name}")
+    folder = shlex.quote(str(run.folder))
+    command = f"python -m finestsam --model.checkpoint {folder}"
+    run.fabric.print(f"to measure it: {command} --mode evaluate --dataset {shlex.quote(run.config.dataset.path)}")
+    run.fabric.print(f"to use it:     {command} --mode predict --input IMAGE_OR_FOLDER")

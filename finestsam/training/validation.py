@@ -11,7 +11,7 @@ from finestsam.evaluation.battery import Battery
 from finestsam.evaluation.candidates import find_candidates
 from finestsam.evaluation.class_scores import score_classes
 from finestsam.evaluation.clicks import average_clicks
-from finestsam.evaluation.generator_scores import Tuned, choose_grids, list_fixed, tune
+from finestsam.evaluation.generator_scores import Tuned, choose_grids, list_fixed, open_for_tuning, tune
 from finestsam.evaluation.prompt_scores import say_skipped, score_batches, summarize_scores
 from finestsam.evaluation.semantic_scores import count_pictures
 from finestsam.out_of_memory import naming_what_needs_less
@@ -29,7 +29,8 @@ def validate(run: Run) -> None:
     Raises:
         Interrupted: a signal came to any rank.
     """
-    run.progress.metrics, run.progress.generator, run.progress.validation_seconds = {}, {}, 0.0
+    progress = run.progress
+    progress.metrics, progress.generator, progress.tuned_on, progress.validation_seconds = {}, {}, 0, 0.0
     if run.val_loader is None:
         return
     started = time.perf_counter()
@@ -94,6 +95,8 @@ def _validate_generator(run: Run) -> dict[str, float]:
     ranks, config = run.ranks, run.config
     records = run.data.val[: config.evaluate.max_images or None]
     start, fixed = resolve_generator(config.generator, card=None), list_fixed(config.generator)
+    if config.evaluate.search is not False:
+        start = open_for_tuning(start, fixed)
 
     def find() -> list:
         advice = f"--generator.points_per_batch below {start.points_per_batch}, or --evaluate.generator false"
@@ -117,6 +120,7 @@ def _validate_generator(run: Run) -> dict[str, float]:
         fixed |= set(GENERATOR_DEFAULTS)
     tuned, figures = ranks.join(lambda: _tune(run, records, found, start, fixed))
     run.progress.generator = tuned.describe()
+    run.progress.tuned_on = 0 if config.evaluate.search is False else len(records)
     return figures
 
 
@@ -127,6 +131,7 @@ def _tune(
     tuned = tune(records, found, start, fixed, run.config.evaluate.goal)
     figures = tuned.measure(records)
     figures["masks"] = figures["masks_per_image"]
+    figures["objects"] = sum(len(record.annotations) for record in records) / len(records)
     measured = {f"val_generator_{name}": figures[name] for name in GENERATOR_FIGURES if name in figures}
     if run.classes:
         by_class = score_classes(records, tuned.found, run.classes)

@@ -163,6 +163,7 @@ def finished(scenes, tmp_path_factory):
 GIVEN = [
     "--generator.pred_iou_thresh=0", "--generator.stability_score_thresh=0", "--generator.box_nms_thresh=0.7",
     "--generator.crop_n_layers=0", "--generator.min_mask_region_area=0", "--generator.no_object_thresh=1",
+    "--generator.masks_per_point=all",
 ]  # fmt: skip
 
 

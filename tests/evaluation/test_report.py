@@ -153,7 +153,7 @@ def test_settings_are_shown_as_they_took_effect(page, records):
     settings = list_effective_settings(story, build_config({}))
 
     assert None not in settings.values()
-    assert settings["generator.pred_iou_thresh"] == 0.88 and settings["model.image_size"] == 384
+    assert settings["generator.pred_iou_thresh"] == "0.88" and settings["model.image_size"] == 384
     assert settings["model.type"] == "vit_tiny" and settings["evaluate.split"] == "auto: 6 images"
     assert "<td>None</td>" not in page.read_text(encoding="utf-8")
 

@@ -32,6 +32,7 @@ def make_candidates(scores, ious, **changes) -> Candidates:
         boxes_xywh=np.concatenate([places, places, np.full((count, 2), 6)], axis=1),
         scores=np.array(scores, dtype=np.float32),
         stability=np.ones(count),
+        priorities=np.array(scores, dtype=np.float32),
         areas=np.full(count, 4),
         points=np.zeros((count, 2)),
         crop_boxes_xywh=np.tile([0, 0, 10, 10], (count, 1)),
@@ -54,13 +55,16 @@ def make_candidates(scores, ious, **changes) -> Candidates:
         {"box_nms_thresh": 0.3},
         {"stability_score_thresh": "median"},
         {"points_per_side": 3},
+        {"masks_per_point": "best"},
+        {"masks_per_point": "best", "stability_score_thresh": "median", "box_nms_thresh": 0.4},
         {"crop_n_layers": 1, "box_nms_thresh": 0.5},
     ],
 )
 def test_what_is_selected_is_what_the_generator_gives(tiny_sam, records, changes):
     embedder, images = Embedder(tiny_sam), ImagesConfig()
     open_settings = dataclasses.replace(START, **{"stability_score_thresh": 0.0} | changes)
-    dump = dataclasses.replace(START, crop_n_layers=open_settings.crop_n_layers)
+    kept = ("crop_n_layers", "masks_per_point")
+    dump = dataclasses.replace(START, **{name: getattr(open_settings, name) for name in kept})
     found = find_candidates(embedder, records[:2], dump, (3, 6), images, title=None)
 
     for record, one in zip(records[:2], found, strict=True):

@@ -24,8 +24,8 @@ def make_masks(scores: list[float]) -> GeneratedMasks:
     rles = [encode_mask(np.ones((4, 6), dtype=bool))] * count
     boxes = np.tile([[0, 0, 6, 4]], (count, 1))
     return GeneratedMasks(
-        rles, boxes, np.float32(scores), np.ones(count), np.full(count, 24), np.zeros((count, 2)), boxes,
-        np.zeros((count, 0)),
+        rles, boxes, np.float32(scores), np.ones(count), np.float32(scores), np.full(count, 24),
+        np.zeros((count, 2)), boxes, np.zeros((count, 0)),
     )  # fmt: skip
 
 

@@ -19,9 +19,10 @@ from finestsam.model.build import build_sam
 from finestsam.model.card import Card
 from finestsam.model.decoder import Answers
 from finestsam.model.sam import FinestSam
-from finestsam.prediction.generator import generate_masks, resolve_generator
+from finestsam.prediction.generator import LEAST_STABILITY, generate_masks, resolve_generator
 
 SETTINGS = GeneratorConfig(
+    masks_per_point="all",
     points_per_side=16,  # a power of two: its points are exact in float32 too
     points_per_batch=50,
     pred_iou_thresh=0.85,
@@ -61,7 +62,7 @@ class BlobDecoder(nn.Module):
     def look(self, embedding, places, dense):
         return View((embedding, places, dense))
 
-    def answer_above(self, view, sparse, masks, min_score):
+    def answer_above(self, view, sparse, masks, min_score, only_best=False):
         """The same numbers to the last bit: what is compared is the generator, not the decoder."""
         embedding, places, dense = view
         logits, scores = self.forward(
@@ -72,6 +73,8 @@ class BlobDecoder(nn.Module):
             multimask_output=masks == slice(1, None),
         )
         is_kept = scores > min_score
+        if only_best:
+            is_kept &= F.one_hot(scores.argmax(dim=1), scores.shape[1]).bool()
         return Answers(scores, is_kept, logits[is_kept], tokens=logits.new_zeros(int(is_kept.sum()), 32))
 
 
@@ -110,7 +113,7 @@ def describe(masks):
 
 def describe_reference(sam, image, settings):
     arguments = dataclasses.asdict(settings)
-    del arguments["no_object_thresh"]  # ours alone
+    del arguments["no_object_thresh"], arguments["masks_per_point"]  # ours alone
     found = SamAutomaticMaskGenerator(sam, output_mode="coco_rle", **arguments).generate(image)
     return sorted(
         (
@@ -188,6 +191,22 @@ def test_a_one_mask_model_gives_one_candidate_a_point(sam, image):
 
     assert masks.report.candidates == 16 * 16
     assert len(masks) > 5
+
+
+def test_the_best_mask_of_each_point_is_the_one_with_the_highest_score(model, image):
+    open_settings = dataclasses.replace(SETTINGS, pred_iou_thresh=0.0, stability_score_thresh=0.0, box_nms_thresh=1.0)
+    every = generate_masks(model, image, open_settings)
+
+    best = generate_masks(model, image, dataclasses.replace(open_settings, masks_per_point="best"))
+
+    assert best.report.candidates == 16**2 and len(best) <= 16**2 < len(every)
+    highest = {tuple(point): -np.inf for point in every.points.tolist()}
+    for point, score in zip(every.points.tolist(), every.scores.tolist(), strict=True):
+        highest[tuple(point)] = max(highest[tuple(point)], score)
+    for point, score in zip(best.points.tolist(), best.scores.tolist(), strict=True):
+        assert score == highest[tuple(point)]
+    np.testing.assert_array_equal(best.priorities, best.scores * best.stability.clip(LEAST_STABILITY))
+    np.testing.assert_array_equal(every.priorities, every.scores)
 
 
 def test_a_known_embedding_takes_the_place_of_the_encoder(model, image):

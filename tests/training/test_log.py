@@ -37,7 +37,7 @@ def test_every_epoch_has_a_row_and_the_untouched_model_only_its_validation(tmp_p
         "val_generator_ap,val_generator_ap50,val_generator_ap75,val_generator_ar_10,val_generator_ar_100,"
         "val_generator_ar_1000,val_generator_ap_small,val_generator_ap_medium,val_generator_ap_large,"
         "val_generator_ar_1000_small,val_generator_ar_1000_medium,val_generator_ar_1000_large,val_generator_f1,"
-        "val_generator_masks"
+        "val_generator_masks,val_generator_objects"
     )
     assert first == ["0", "0"] + [""] * 9 + ["0.21", "0.3", "0.4"] + [""] * 15
     assert second[:6] == ["1", "1234567", "1.125", "1.1875", "4e-05", "1.3125"]
@@ -143,7 +143,7 @@ def test_tensorboard_has_the_losses_of_steps_and_the_validation_of_epochs(tmp_pa
     assert scalars["train/total_loss"] == [(1, 1.0), (2, 0.5)]
     assert scalars["train/learning_rate"] == [(1, 0.5), (2, 0.5)]
     assert scalars["validation/val_per_mask_iou"] == [(2, make_row(1)["val_per_mask_iou"])]
-    assert len(scalars) == 20
+    assert len(scalars) == 21
 
 
 def test_tensorboard_shows_no_step_of_a_resumed_run_twice(tmp_path):
@@ -181,27 +181,32 @@ def test_without_tensorboard_the_log_is_silent(tmp_path, monkeypatch, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
 
 
-def test_an_epoch_is_said_in_one_line(tmp_path, capsys):
+def test_an_epoch_and_its_validation_are_said_beside_the_baseline(tmp_path, capsys):
     row = {"total_loss": 0.4123, "iou": 0.607, "val_per_mask_iou": 0.58, "learning_rate": 4e-5, "seconds": 12.345}
-    row |= {"val_generator_ar_100": 0.44, "validation_seconds": 6.0}
+    row |= {"val_generator_ap": 0.44, "val_generator_masks,val_generator_objects": 7.25, "val_generator_objects": 6.9}
     RunLog(tmp_path, num_epochs=30).log_epoch(
-        {"epoch": 3, "step": 108, **row}, floor={"val_per_mask_iou": 0.21, "val_generator_ar_100": 0.1}
+        {"epoch": 3, "step": 108, "validation_seconds": 6.0, **row},
+        floor={"val_per_mask_iou": 0.21, "val_generator_ap": 0.1, "val_generator_masks,val_generator_objects": 20},
     )
-    expected = (
-        "epoch 3/30 step 108 loss 0.412 iou 0.61 val 0.58 (floor 0.21, +0.37) ar100 0.44 (floor 0.10, +0.34) "
-        "lr 4.0e-05 12.3 s validation 6.0 s\n"
-    )
-    assert capsys.readouterr().out == expected
+    assert capsys.readouterr().out.splitlines() == [
+        "epoch 3/30 step 108 loss 0.412 iou 0.61 lr 4.0e-05 12.3 s",
+        "  validation (baseline): point IoU 0.58 (0.21), AP 0.440 (0.100), 7.2 masks an image (20.0), "
+        "which has 6.9 objects; 6.0 s",
+    ]
 
 
 @pytest.mark.parametrize(
     ("row", "floor", "line"),
     [
-        (FLOOR, KNOWN, "epoch 0 step 0 val 0.21 (the untouched model: the floor)"),
+        (FLOOR, KNOWN, "baseline, the weights that training starts from: point IoU 0.21"),
         ({"epoch": 1, "step": 2, "total_loss": 1.0}, KNOWN, "epoch 1 step 2 loss 1.000"),
-        ({"epoch": 1, "step": 2, "val_per_mask_iou": 0.1}, KNOWN, "epoch 1 step 2 val 0.10 (floor 0.21, -0.11)"),
-        ({"epoch": 1, "step": 2, "val_per_mask_iou": 0.1}, None, "epoch 1 step 2 val 0.10"),
+        (
+            {"epoch": 1, "step": 2, "val_per_mask_iou": 0.1},
+            KNOWN,
+            "epoch 1 step 2\n  validation (baseline): point IoU 0.10 (0.21)",
+        ),
+        ({"epoch": 1, "step": 2, "val_per_mask_iou": 0.1}, None, "epoch 1 step 2\n  validation: point IoU 0.10"),
     ],
 )
-def test_the_line_of_an_epoch_lacks_what_was_not_measured(row, floor, line):
+def test_the_lines_of_an_epoch_lack_what_was_not_measured(row, floor, line):
     assert describe_epoch(dict.fromkeys(COLUMNS) | row, floor=floor) == line

@@ -1,0 +1,60 @@
+"""Whether every object of an image is annotated: what the annotations say for and against it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from finestsam.data.index import Record
+from finestsam.masks import join_rles, rle_area
+
+# An image with fewer objects than this share of the median stands out, where the median is at least MANY_OBJECTS.
+FEW_SHARE, MANY_OBJECTS = 0.25, 8
+# Annotations that cover this share of an image leave little room for what is not annotated.
+LARGE_COVER = 0.5
+
+
+def describe_labels(records: Sequence[Record], labels: str) -> list[str]:
+    """Return lines: which kind of labels is assumed, and what in the annotations speaks for the other kind.
+
+    Args:
+        labels: dataset.labels, "complete" or "partial".
+    """
+    other = {"complete": "partial", "partial": "complete"}[labels]
+    meaning = {"complete": "every object of an image is annotated", "partial": "some objects are not annotated"}
+    signs = (_find_signs_of_partial if other == "partial" else _find_signs_of_complete)(records)
+    line = f"labels: {labels} is assumed, {meaning[labels]}; --dataset.labels {other} says otherwise"
+    return [line, f"  for {other} speaks: {', '.join(signs) if signs else 'nothing in the annotations'}"]
+
+
+def _find_signs_of_partial(records: Sequence[Record]) -> list[str]:
+    counts = np.array([len(record.annotations) for record in records])
+    median = float(np.median(counts)) if len(counts) else 0.0
+    empty, crowds = int((counts == 0).sum()), sum(len(record.crowds) for record in records)
+    few = int(((counts > 0) & (counts < FEW_SHARE * median)).sum()) if median >= MANY_OBJECTS else 0
+    signs = []
+    if empty:
+        signs.append(f"{empty} of {len(records)} images have no annotation")
+    if few:
+        signs.append(f"{few} have fewer than a quarter of the median of {median:g} objects")
+    if crowds:
+        signs.append(f"{crowds} crowd regions stand for objects that are not annotated one by one")
+    return signs
+
+
+def _find_signs_of_complete(records: Sequence[Record]) -> list[str]:
+    counts = np.array([len(record.annotations) for record in records])
+    signs = []
+    if len(counts) and counts.min() > 0:
+        signs.append("every image has annotations")
+    cover = float(np.median([_measure_cover(record) for record in records])) if records else 0.0
+    if cover >= LARGE_COVER:
+        signs.append(f"they cover {cover:.0%} of an image in the median")
+    return signs
+
+
+def _measure_cover(record: Record) -> float:
+    """Return the share of an image's pixels that lie in an annotated object."""
+    if not record.annotations:
+        return 0.0
+    joined = join_rles([record.rle(annotation) for annotation in record.annotations])
+    return rle_area(joined) / (record.size[0] * record.size[1])
