@@ -157,7 +157,9 @@ def _ask(model: FinestSam, crop: _Crop, indices: range, settings: GeneratorConfi
     chances = answers.logits.new_zeros(len(boxes), 0) if class_logits is None else class_logits.softmax(dim=1)
     kept_scores = scores[is_good]
     priorities = kept_scores * stability.clamp(min=LEAST_STABILITY) if only_best else kept_scores
-    candidates = _Candidates(answers.logits, kept_scores, point_indices[is_good], stability, priorities, boxes, chances)
+    candidates = _Candidates(
+        answers.logits, kept_scores, point_indices[is_good], stability, priorities, boxes, chances
+    )
     if only_best:
         report.count_scores(answers.scores.amax(dim=1), answers.is_kept.any(dim=1))
     else:
