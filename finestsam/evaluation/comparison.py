@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw, ImageFont
 from finestsam.config import Config
 from finestsam.errors import Defect, printable
 from finestsam.evaluation.measurement import Measurement
-from finestsam.evaluation.story import BASELINE, OURS, SAM_THRESHOLDS, Story
+from finestsam.evaluation.story import BASELINE, OURS, SAM_THRESHOLDS, Story, name_count
 from finestsam.images import compute_input_size, read_image, resize_image
 from finestsam.masks import decode_rle, encode_mask
 from finestsam.prediction.overlay import draw_overlay
@@ -42,7 +42,9 @@ def _draw_row(story: Story, place: int, config: Config) -> np.ndarray | None:
     truth = [record.rle(annotation) for annotation in record.annotations]
     panels = [
         _draw_panel("image", record.file_name, image),
-        _draw_panel("annotated", f"{len(truth)} objects", _lay(image, truth, story.ours.colour_truth(place), config)),
+        _draw_panel(
+            "annotated", name_count(len(truth), "object"), _lay(image, truth, story.ours.colour_truth(place), config)
+        ),
     ]
     for title in COLUMNS:
         one = story.measurements.get(title)
@@ -55,7 +57,7 @@ def _draw_row(story: Story, place: int, config: Config) -> np.ndarray | None:
 def describe_found(measured: Measurement, place: int) -> str:
     """Return how many masks there are in an image, and how many of its objects they find."""
     counts = measured.counts[place]
-    return f"{counts.mask_count} masks, finds {counts.objects['found']} of {counts.object_count}"
+    return f"{name_count(counts.mask_count, 'mask')}, finds {counts.objects['found']} of {counts.object_count}"
 
 
 def _lay(image: np.ndarray, rles: list[dict], colours: np.ndarray | None, config: Config) -> np.ndarray:
@@ -64,15 +66,15 @@ def _lay(image: np.ndarray, rles: list[dict], colours: np.ndarray | None, config
 
 
 def _draw_panel(title: str, caption: str, shown: np.ndarray) -> np.ndarray:
-    """Return an image in a square of paper, its title above and its caption below."""
+    """Return an image on paper, its title above and its caption below; panels are of one width."""
     height, width = shown.shape[:2]
     side = PANEL_PIXELS + MARGIN_PIXELS
-    panel = Image.new("RGB", (side, side + 2 * LINE_PIXELS), PAPER)
-    panel.paste(Image.fromarray(shown), ((side - width) // 2, LINE_PIXELS + (side - height) // 2))
+    panel = Image.new("RGB", (side, height + MARGIN_PIXELS + 2 * LINE_PIXELS), PAPER)
+    panel.paste(Image.fromarray(shown), ((side - width) // 2, LINE_PIXELS + MARGIN_PIXELS // 2))
     letters = int(PANEL_PIXELS / (0.55 * FONT_PIXELS))
     font, pen = ImageFont.load_default(FONT_PIXELS), ImageDraw.Draw(panel)
     pen.text((MARGIN_PIXELS, MARGIN_PIXELS // 2), title, INK, font)
-    pen.text((MARGIN_PIXELS, side + LINE_PIXELS), printable(caption)[:letters], GREY, font)
+    pen.text((MARGIN_PIXELS, height + MARGIN_PIXELS + LINE_PIXELS), printable(caption)[:letters], GREY, font)
     return np.asarray(panel)
 
 

@@ -10,7 +10,7 @@ from finestsam.evaluation.html_text import escape_text, write_row
 from finestsam.evaluation.measurement import FEWEST_IMAGES, TOO_FEW, Difference
 from finestsam.evaluation.report_images import write_images
 from finestsam.evaluation.report_tables import write_categories, write_mistakes
-from finestsam.evaluation.story import BASELINE, OURS, SAM_THRESHOLDS, Story
+from finestsam.evaluation.story import BASELINE, OURS, SAM_THRESHOLDS, Story, name_count
 from finestsam.whole_files import write_text
 
 REPORT_NAME = "report.html"
@@ -69,7 +69,7 @@ def write_report_page(path: Path, story: Story, config: Config) -> None:
 
 def _describe_set(story: Story) -> str:
     objects = sum(len(record.annotations) for record in story.ours.records)
-    return f"{objects} objects in {story.described_images or len(story.ours.records)}"
+    return f"{name_count(objects, 'object')} in {story.described_images or len(story.ours.records)}"
 
 
 def _write_summary(story: Story) -> str:

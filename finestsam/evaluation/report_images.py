@@ -9,7 +9,7 @@ from finestsam.data.index import Record
 from finestsam.errors import Defect
 from finestsam.evaluation.comparison import COLUMNS, describe_found, shrink_rle
 from finestsam.evaluation.html_text import escape_text
-from finestsam.evaluation.story import Story
+from finestsam.evaluation.story import Story, name_count
 from finestsam.images import compute_input_size, encode_image, read_image, resize_image
 from finestsam.prediction.overlay import draw_layer
 
@@ -48,7 +48,9 @@ def _write_image(story: Story, place: int, config: Config) -> str:
     truth = [record.rle(annotation) for annotation in record.annotations]
     panels = [
         _write_panel("image", f"{record.size[1]} x {record.size[0]} pixels", base, None, None, record, size),
-        _write_panel("annotated", f"{len(truth)} objects", base, truth, story.ours.colour_truth(place), record, size),
+        _write_panel(
+            "annotated", name_count(len(truth), "object"), base, truth, story.ours.colour_truth(place), record, size
+        ),
     ]
     for title in COLUMNS:
         one = story.measurements.get(title)

@@ -73,8 +73,8 @@ class Story:
         if self.ours.found is None:
             return self._summarize_prompts()
         ours = _count(self.ours)
-        text = f"It finds {ours.objects['found']} of {_name(ours.object_count, 'object')} with "
-        text += _name(ours.mask_count, "mask")
+        text = f"It finds {ours.objects['found']} of {name_count(ours.object_count, 'object')} with "
+        text += name_count(ours.mask_count, "mask")
         error = self.ours.figures.get("counting/mean_absolute_error", 0.0)
         counted = f"its number of masks is off by {error:.1f} an image"
         if self.baseline is not None and self.baseline.found is not None:
@@ -101,5 +101,6 @@ def _count(measured: Measurement) -> Mistakes:
     return sum_mistakes(measured.mistakes)["all"]
 
 
-def _name(count: int, noun: str) -> str:
+def name_count(count: int, noun: str) -> str:
+    """Return `1 mask`, `2 masks`, ..."""
     return f"{count} {noun}" + ("" if count == 1 else "s")
