@@ -10,6 +10,7 @@ from finestsam.data.fingerprint import SPLIT, read_sides
 from finestsam.data.index import Record
 from finestsam.data.split import DIGITS
 from finestsam.errors import printable
+from finestsam.evaluation.wording import name_count
 from finestsam.model.load import find_run_weights
 
 SETTINGS_NAME = "config.yaml"
@@ -66,7 +67,7 @@ def _read_goal(folder: Path) -> str:
 
 def describe_images(run: OwnRun | None, records: list[Record]) -> str:
     """Return how many images are evaluated, and what they were to the run that the weights come from."""
-    count = f"{len(records)} image" + ("" if len(records) == 1 else "s")
+    count = name_count(len(records), "image")
     sides = set(run.list_sides(records)) if run else set()
     if sides == {"val"}:
         return f"{count}, the validation split of {printable(run.folder / SPLIT)}"

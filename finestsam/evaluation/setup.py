@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from finestsam.config import GENERATOR_DEFAULTS, Config, GeneratorConfig
 from finestsam.errors import printable
 from finestsam.evaluation.generator_scores import list_fixed
+from finestsam.evaluation.wording import name_count
 from finestsam.model.card import Card
 from finestsam.prediction.generator import resolve_generator
 
@@ -65,7 +66,7 @@ def find_thresholds(config: Config, card: Card | None, goal: str) -> Thresholds:
     goal = card.goal or goal
     origin = "stored beside the weights"
     if goal and card.tuned_on:
-        origin = f"chosen for {goal} on {card.tuned_on} validation images"
+        origin = f"chosen for {goal} on {name_count(card.tuned_on, 'validation image')}"
     elif goal:
         origin = f"chosen for {goal} in training"
     return Thresholds(resolve_generator(config.generator, card), _mention_given(config, origin))

@@ -6,6 +6,7 @@ from functools import cached_property
 from finestsam.evaluation.history import History
 from finestsam.evaluation.measurement import Difference, Measurement
 from finestsam.evaluation.mistakes import Mistakes, sum_mistakes
+from finestsam.evaluation.wording import name_count
 
 OURS, BASELINE, SAM_THRESHOLDS = "this model", "baseline", "baseline, SAM's thresholds"
 
@@ -99,8 +100,3 @@ def _rate(counts: Mistakes) -> Rating:
 
 def _count(measured: Measurement) -> Mistakes:
     return sum_mistakes(measured.mistakes)["all"]
-
-
-def name_count(count: int, noun: str) -> str:
-    """Return `1 mask`, `2 masks`, ..."""
-    return f"{count} {noun}" + ("" if count == 1 else "s")

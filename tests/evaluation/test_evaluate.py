@@ -232,6 +232,18 @@ def test_without_stored_thresholds_of_the_baseline_they_are_chosen_here_for_the_
     assert "thresholds chosen for recall on these images (points_per_side given): " in output
 
 
+def test_the_starting_weights_are_the_baseline_wherever_they_lie(scenes, finished, tmp_path, capsys):
+    moved = tmp_path / "moved.pth"
+    moved.write_bytes((finished.parents[1] / "origin.pth").read_bytes())
+    quick = ["--evaluate.clicks=0", "--evaluate.background_points=0"]
+
+    run_evaluation(scenes, tmp_path, f"--model.checkpoint={finished}", f"--against={moved}", *quick)
+
+    output = capsys.readouterr().out
+    assert f"baseline: {moved} (vit_tiny_test at 64 pixels)" in output
+    assert output.count(" on 1 validation image (points_per_side given): ") == 2
+
+
 def test_it_ends_with_what_is_found_in_plain_words(scenes, finished, tmp_path, capsys):
     figures = run_evaluation(scenes, tmp_path, f"--model.checkpoint={finished}", *GIVEN, "--evaluate.clicks=0")
 
