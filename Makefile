@@ -23,7 +23,6 @@ demo: setup
 		write(Path('$(DEMO)/dataset'), 64, seed=0, kinds=['facades']); \
 		write(Path('$(DEMO)/unseen'), 6, seed=1, kinds=['facades'])"
 	$(RUN) -m finestsam --mode train --dataset $(DEMO)/dataset --sav_dir $(DEMO) --run_name run --model.type vit_tiny \
-		--dataset.background_points 8 --evaluate.goal f1 --best_metric val_generator_f1 \
 		--model.image_size 384 --num_epochs 7 --eval_interval 0
 	$(RUN) -m finestsam --mode predict --input $(DEMO)/unseen/data/images --model.checkpoint $(DEMO)/run/best.pth \
 		--out_dir $(DEMO)/predictions

@@ -20,10 +20,10 @@ BASE = "the defaults (loss at the decoder's size)"
 CHOICES = {
     BASE: [],
     "3 points an object, each asked alone": ["--dataset.prompts_per_object", "3"],
-    "16 background points": ["--dataset.background_points", "16"],
+    "no background points": ["--dataset.background_points", "0"],
     "3 corrective clicks": ["--prompts.correction_clicks", "3"],
-    "points or boxes in turn": ["--prompts.use_boxes", "true", "--prompts.mix", "true"],
-    "point and box together": ["--prompts.use_boxes", "true"],
+    "points alone": ["--prompts.use_boxes", "false"],
+    "point and box together": ["--prompts.mix", "false"],
     "always the centre": ["--dataset.use_center", "true"],
     "one mask": ["--multimask_output", "false"],
     "loss at the file's size": ["--losses.resolution", "original"],

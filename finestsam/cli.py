@@ -17,8 +17,8 @@ from finestsam.config import (
     build_config,
     find_problems,
     flatten_config,
-    list_settings,
     list_derived_defaults,
+    list_settings,
 )
 from finestsam.errors import UserError
 from finestsam.interruption import Interrupted, end_with_parent, watch_signals

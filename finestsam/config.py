@@ -58,7 +58,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class PromptsConfig:
-    use_boxes: bool = setting(False, "train with boxes")
+    use_boxes: bool = setting(True, "train with boxes; prompts.use_logits: false")
     use_points: bool = setting(True, "train with points, which is what the generator asks with")
     use_masks: bool = setting(False, "train with a coarse, perturbed version of the mask as input")
     use_logits: bool = setting(
@@ -66,9 +66,9 @@ class PromptsConfig:
         "train with the logits that the previous epoch gave for the object; before there are any, as use_masks says",
     )
     mix: bool = setting(
-        False,
-        "ask for the objects of each training picture with one of the kinds that are turned on, drawn anew in every "
-        "epoch, instead of with all of them together",
+        True,
+        "prompt the objects of each training image with one of the kinds that are turned on, another one from epoch to "
+        "epoch by chance, instead of with all of them together; prompts.use_logits: false",
     )
     correction_clicks: int = setting(
         0,
@@ -283,8 +283,8 @@ class DatasetConfig:
         "complete",
         "complete: every object of an image is annotated, so a mask that fits no annotation is wrong: training teaches "
         "the score 0 where no object is, and thresholds and best weights are chosen by F1. partial: some objects are "
-        "not annotated: no background_points, and thresholds and best weights are chosen by recall; semantic.unlabelled "
-        "is ignore",
+        "not annotated: no background_points, thresholds and best weights are chosen by recall, semantic.unlabelled is "
+        "ignore",
     )
     auto_split: bool | None = setting(
         None, "true: split data/; false: read train/ and val/; default: whichever of the two is there"
@@ -683,8 +683,10 @@ HEADS_STAY = "no export format has a place for its head; --task masks exports th
 
 
 def list_derived_defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """Return {dotted name: value} of the defaults that follow from the model type and the labels in these settings."""
+    """Return {dotted name: value} of the defaults that follow from the model type, labels and prompts given here."""
     derived = dict(PARTIAL_LABELS_DEFAULTS) if values["dataset.labels"] == "partial" else {}
+    if values["prompts.use_logits"]:  # the logits of the epoch before go with the prompts that gave them
+        derived |= {"prompts.use_boxes": False, "prompts.mix": False}
     return derived | _list_type_defaults(values)
 
 

@@ -24,7 +24,7 @@ COMMON = (
     "--model.type", "vit_tiny", "--num_workers", "1", "--num_epochs", "1000", "--eval_interval", "1000",
     "--model_layer.freeze.image_encoder", "false", "--model_layer.freeze.prompt_encoder", "false",
     "--opt.weight_decay", "0.05", "--losses.resolution", "low", "--precision", "bf16-mixed",
-    "--dataset.val_size", "0.01", "--evaluate.max_images", "2",
+    "--dataset.val_size", "0.01", "--evaluate.max_images", "2", "--dataset.labels", "partial",
     "--augment.flip_horizontal", "0.5", "--augment.turn", "0.75", "--augment.hue", "0.1", "--augment.saturation", "0.5",
 )  # fmt: skip
 # Crops of large pictures, seen small.

@@ -85,8 +85,8 @@ def choose_grids(settings: GeneratorConfig, fixed: frozenset[str]) -> tuple[int,
 def open_for_tuning(settings: GeneratorConfig, fixed: frozenset[str]) -> GeneratorConfig:
     """Return what tuning starts from: one mask for each point, unless the user has decided about that.
 
-    With thresholds chosen for F1 on cell nuclei, fingernails and their baselines, one mask of each point found as much as
-    three (AP 0.395 and 0.400, 0.171 and 0.168, F1 within 0.01), with a third of the masks to make.
+    With thresholds chosen for F1, one mask of each point found as much as three (AP 0.395 and 0.400 of cell nuclei,
+    0.171 and 0.168 of fingernails; F1 within 0.01), with a third of the masks to make.
     """
     return settings if "masks_per_point" in fixed else replace(settings, masks_per_point="best")
 

@@ -98,9 +98,7 @@ class FinestSam(nn.Module):
         # float16 has too small a range for what nobody trained in it.
         return view.to(torch.bfloat16) if self.encoder_dtype == torch.bfloat16 else view
 
-    def answer_above(
-        self, view: PictureView, prompts: Prompts, min_score: float, only_best: bool = False
-    ) -> Answers:
+    def answer_above(self, view: PictureView, prompts: Prompts, min_score: float, only_best: bool = False) -> Answers:
         """Answer prompts that bring no mask, with only those masks whose score is above `min_score`.
 
         Args:

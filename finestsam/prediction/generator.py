@@ -25,7 +25,6 @@ from finestsam.model.sam import FinestSam
 from finestsam.prediction.results import FilterReport, GeneratedMasks
 from finestsam.prediction.upscaling import Upscaler, measure_masks
 
-
 # Below this the stability of masks no longer ranks them: their scores alone do.
 LEAST_STABILITY = 1e-3
 
@@ -157,9 +156,7 @@ def _ask(model: FinestSam, crop: _Crop, indices: range, settings: GeneratorConfi
     chances = answers.logits.new_zeros(len(boxes), 0) if class_logits is None else class_logits.softmax(dim=1)
     kept_scores = scores[is_good]
     priorities = kept_scores * stability.clamp(min=LEAST_STABILITY) if only_best else kept_scores
-    candidates = _Candidates(
-        answers.logits, kept_scores, point_indices[is_good], stability, priorities, boxes, chances
-    )
+    candidates = _Candidates(answers.logits, kept_scores, point_indices[is_good], stability, priorities, boxes, chances)
     if only_best:
         report.count_scores(answers.scores.amax(dim=1), answers.is_kept.any(dim=1))
     else:

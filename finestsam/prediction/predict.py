@@ -318,8 +318,9 @@ def _warn_of_thresholds(config: Config, card: Card | None) -> None:
     if is_given or (card and "pred_iou_thresh" in card.generator):
         return
     print(
-        "warning: the generator's thresholds were never chosen for these weights, so segment_anything's are used, which "
-        "suit Meta's vit_h; --mode evaluate --dataset FOLDER --evaluate.search true on annotated images chooses them",
+        "warning: the generator's thresholds were never chosen for these weights, so segment_anything's are used, "
+        "which suit Meta's vit_h; --mode evaluate --dataset FOLDER --evaluate.search true on annotated images chooses "
+        "them",
         file=sys.stderr,
     )
 

@@ -187,8 +187,8 @@ def describe_epoch(row: Row, num_epochs: int | None = None, floor: Mapping[str, 
     """Return the lines for the screen, without what the row lacks.
 
         epoch 3/30 step 108 loss 0.412 iou 0.61 lr 4.0e-05 12.3 s
-          validation (baseline): point IoU 0.58 (0.21), AP 0.412 (0.150), F1 0.530 (0.310), AR@100 0.44 (0.31), 7.3 masks
-          an image (20.1), which has 6.9 objects; 6.0 s
+          validation (baseline): point IoU 0.58 (0.21), AP 0.412 (0.150), F1 0.530 (0.310), AR@100 0.44 (0.31),
+          7.3 masks an image (20.1), which has 6.9 objects; 6.0 s
 
     Args:
         floor: the validation of the baseline, which epoch 0 is.

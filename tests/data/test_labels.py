@@ -6,7 +6,9 @@ from finestsam.data.labels import describe_labels
 
 
 def test_images_without_annotations_and_crowd_regions_speak_for_partial_labels(records):
-    assumed = "labels: complete is assumed, every object of an image is annotated; --dataset.labels partial says otherwise"
+    assumed = (
+        "labels: complete is assumed, every object of an image is annotated; --dataset.labels partial says otherwise"
+    )
     assert describe_labels(records, "complete") == [assumed, "  for partial speaks: nothing in the annotations"]
 
     gaps = [replace(records[0], annotations=[], crowds=[b"x"]), *records[1:]]
@@ -19,9 +21,13 @@ def test_images_without_annotations_and_crowd_regions_speak_for_partial_labels(r
 
 def test_an_image_with_far_fewer_objects_than_the_others_speaks_for_partial_labels(records):
     found = records[0].annotations[0]
-    many = [replace(record, annotations=[found] * count) for record, count in zip(records, [20, 20, 20, 4], strict=False)]
+    many = [
+        replace(record, annotations=[found] * count) for record, count in zip(records, [20, 20, 20, 4], strict=False)
+    ]
 
-    assert describe_labels(many, "complete")[1].endswith("speaks: 1 have fewer than a quarter of the median of 20 objects")
+    assert describe_labels(many, "complete")[1].endswith(
+        "speaks: 1 have fewer than a quarter of the median of 20 objects"
+    )
 
 
 def test_annotations_that_cover_the_images_speak_for_complete_labels(records):

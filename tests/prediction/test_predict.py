@@ -1,6 +1,7 @@
 import copy
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -261,6 +262,19 @@ def test_thresholds_and_category_come_from_the_card_beside_the_weights(predict, 
     content = load(folder / "out/predictions.json")
     assert content["categories"] == [{"id": 1, "name": "cell"}]
     assert content["info"]["generator"]["pred_iou_thresh"] == 0.97
+
+
+def test_weights_whose_thresholds_nobody_chose_are_named_with_the_remedy(predict, folder, weights):
+    thresholds = {"generator.pred_iou_thresh": "null", "generator.stability_score_thresh": "null"}
+    shutil.copy(weights, "best.pth")
+    write_card(folder / "best.pth", Card("vit_tiny_test", 64, True, []))
+
+    code, _, err = predict("pictures/scene_0.png", **{"model.checkpoint": "best.pth"} | thresholds)
+
+    assert code == 0
+    assert re.search("thresholds were never chosen for these weights.*--mode evaluate --dataset FOLDER", err)
+    write_card(folder / "best.pth", Card("vit_tiny_test", 64, True, [], generator={"pred_iou_thresh": 0.5}))
+    assert predict("pictures/scene_0.png", **{"model.checkpoint": "best.pth"} | thresholds)[2] == ""
 
 
 def test_inputs_that_name_no_picture_are_reported_together_before_anything_is_loaded(predict, folder):

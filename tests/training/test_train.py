@@ -68,6 +68,9 @@ def test_a_run_leaves_everything_that_is_needed_to_use_repeat_and_continue_it(fi
     prompted = {"val_per_mask_iou", "val_per_mask_dice", "val_best_iou", "val_boundary_iou"}
     assert prompted | {"val_generator_ar_100", "val_generator_masks"} <= set(card["floor"]) == set(card["metrics"])
     assert set(GENERATOR_DEFAULTS) - {"no_object_thresh"} | {"score_map"} == set(card["generator"])
+    assert set(card["generator"]) == set(card["baseline_generator"])
+    validated = json.loads((finished / "split.json").read_text())["val"]
+    assert (card["goal"], card["tuned_on"]) == ("f1", len(validated))
 
 
 def test_the_figures_have_a_row_for_the_untouched_model_and_one_per_epoch(finished):
@@ -90,7 +93,7 @@ def test_best_weights_load_anywhere_and_are_never_worse_than_the_untouched_model
     assert set(state_dict) == set(loaded.model.sam.state_dict())
     assert all(value.device.type == "cpu" and value.dtype == torch.float32 for value in state_dict.values())
     card = json.loads((finished / "best.json").read_text())
-    judged = ("val_generator_ar_100", "val_per_mask_iou")
+    judged = ("val_generator_f1", "val_per_mask_iou")
     assert [card["metrics"][name] for name in judged] >= [card["floor"][name] for name in judged]
 
 
