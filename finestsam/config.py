@@ -438,12 +438,14 @@ class StoreConfig:
 @dataclass(frozen=True)
 class EvaluateConfig:
     split: Literal["auto", "train", "val", "test"] = setting(
-        "auto", "which pictures; auto: val where there is one, and a dataset in one folder whole"
+        "auto",
+        "which images; auto: those that the weights' own run validated on, where the dataset is the same; else val "
+        "where there is one, and a dataset in one folder whole",
     )
     against: str = setting(
         "auto",
-        "weights to compare with on the same pictures; auto: those that the training started from, where they are "
-        "still there; none: no comparison",
+        "weights to compare with on the same images, the baseline; auto: those that the training started from, at the "
+        "same image size, where they are still there; none: no comparison",
     )
     generator: bool = setting(
         True, "run the automatic mask generator as well, in validation too, and score it with COCO's measures"
@@ -474,6 +476,11 @@ class EvaluateConfig:
         "f1",
         "what the generator's thresholds are chosen for; f1: the harmonic mean of precision and recall; recall: the "
         "share of objects found, where a hundred masks cost as much as one object. dataset.labels partial: recall",
+    )
+    store_thresholds: bool = setting(
+        False,
+        "write the thresholds that evaluate.search finds in --mode evaluate beside the weights, in place of those that "
+        "are stored there",
     )
     max_images: int = setting(
         0, "pictures that the generator runs on in training's validation, the first ones; 0: all", "[0, inf)"
@@ -751,9 +758,21 @@ def find_problems(mode: str, values: dict[str, Any]) -> list[str]:
         problems.append(f"--mode predict goes on in its --out_dir: --resume takes no value, got {values['resume']}")
     if mode == "predict" and not values["input"]:
         problems.append("--mode predict needs --input PICTURE, a folder or a pattern")
+    if mode == "evaluate":
+        problems += _find_storing_problems(build_config(values).evaluate)
     if mode == "export" and values["task"] in ("classes", "semantic"):
         problems.append(f"task {values['task']}: {HEADS_STAY}")
     return problems
+
+
+def _find_storing_problems(evaluate: EvaluateConfig) -> list[str]:
+    if not evaluate.store_thresholds:
+        return []
+    if evaluate.predictions or not evaluate.generator:
+        return ["evaluate.store_thresholds needs a model's generator: no evaluate.predictions, evaluate.generator true"]
+    if not evaluate.search:
+        return ["evaluate.store_thresholds has nothing to store without --evaluate.search"]
+    return []
 
 
 def _find_training_problems(config: Config) -> list[str]:

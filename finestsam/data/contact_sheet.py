@@ -29,6 +29,8 @@ MAX_OBJECTS = 400  # drawn of one picture
 PAPER, INK, GREY = (250, 250, 250), (30, 30, 30), (150, 150, 150)
 INSIDE, OUTSIDE = (40, 230, 90), (240, 40, 40)
 OPACITY = 0.45
+# Of the image: a larger object is outlined alone, or its colour would be the image's.
+MOST_TINTED_SHARE = 0.25
 # A hue further by the golden ratio is far from all before.
 GOLDEN_TURN = 0.618034
 
@@ -98,7 +100,8 @@ def _draw_tile(
         _lay_crowd(canvas, shrink_mask(decode_rle({"size": list(record.size), "counts": counts}), size) > 0.5)
     for number, annotation in enumerate(annotations):
         cover = shrink_mask(decode_rle(record.rle(annotation)), size)
-        _lay_mask(canvas, cover, np.array(_choose_colour(number), dtype=np.float32))
+        is_tinted = annotation.area <= MOST_TINTED_SHARE * record.size[0] * record.size[1]
+        _lay_mask(canvas, cover, np.array(_choose_colour(number), dtype=np.float32), is_tinted)
     tile = Image.new("RGB", (side, size[0] + CAPTION_PIXELS), PAPER)
     tile.paste(Image.fromarray(canvas.astype(np.uint8)), (0, 0))
     pen = ImageDraw.Draw(tile)
@@ -109,12 +112,13 @@ def _draw_tile(
     return tile
 
 
-def _lay_mask(canvas: np.ndarray, cover: np.ndarray, colour: np.ndarray) -> None:
-    """Tint a mask, and draw its outline: the pixels inside that have a pixel outside beside them."""
+def _lay_mask(canvas: np.ndarray, cover: np.ndarray, colour: np.ndarray, is_tinted: bool) -> None:
+    """Draw the outline of a mask, the pixels inside that have a pixel outside beside them, and tint what is inside."""
     inside = cover >= 0.5 if cover.max() >= 0.5 else cover > 0  # objects of less than a pixel stay visible
     framed = np.pad(inside, 1)
     core = framed[:-2, 1:-1] & framed[2:, 1:-1] & framed[1:-1, :-2] & framed[1:-1, 2:]
-    canvas[inside] += OPACITY * (colour - canvas[inside])
+    if is_tinted:
+        canvas[inside] += OPACITY * (colour - canvas[inside])
     canvas[inside & ~core] = colour
 
 

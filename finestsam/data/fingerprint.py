@@ -2,17 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from finestsam.data.index import Record
 from finestsam.data.read import LabelledSet
+from finestsam.data.split import DIGITS
 from finestsam.errors import printable
 
 SPLIT = "split.json"  # of a run: the fingerprint of what it learns from and is validated on
 SIDES = ("train", "val")
-DIGITS = 16  # of a hash, enough to notice a change
 NAMED = 3
 
 
@@ -41,13 +40,16 @@ def hash_fingerprint(fingerprint: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fingerprint, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def count_learnt(records: Sequence[Record], run: Path) -> int:
-    """Return how many pictures are among those that a run learns from; 0 where its folder does not tell."""
+def read_sides(run: Path) -> dict[str, frozenset[str]] | None:
+    """Return the first `DIGITS` of the digests of what a run learns from, `train`, and is validated on, `val`.
+
+    None where its folder does not tell.
+    """
     try:
-        learnt = {entry["picture"] for entry in json.loads((run / SPLIT).read_text(encoding="utf-8"))["train"]}
+        content = json.loads((run / SPLIT).read_text(encoding="utf-8"))
+        return {side: frozenset(str(entry["picture"]) for entry in content[side]) for side in SIDES}
     except (OSError, ValueError, KeyError, TypeError):
-        return 0
-    return sum(record.digest[:DIGITS] in learnt for record in records)
+        return None
 
 
 def list_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

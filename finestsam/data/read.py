@@ -1,6 +1,7 @@
 """From a folder to pictures to train on and pictures to validate on."""
 
 import sys
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from finestsam.data.layouts import Layout, Part, find_layout
 from finestsam.data.picture import CheckedPicture, PictureJob
 from finestsam.data.processes import map_in_processes
 from finestsam.data.report import DatasetReport, merge_reports
-from finestsam.data.split import split_records
+from finestsam.data.split import split_as_before, split_records
 from finestsam.errors import UserError
 
 READERS = {"coco": coco, "labelme": labelme, "masks": mask_pairs, "yolo": yolo}
@@ -69,12 +70,16 @@ def read_training_set(settings: DatasetConfig) -> LabelledSet:
     return LabelledSet(train, val, list_categories(indexes), report, layout.name, _join_categories(indexes))
 
 
-def read_evaluation_set(settings: DatasetConfig, split: str = "auto") -> LabelledSet:
-    """Read the pictures to evaluate on, into `val`.
+def read_evaluation_set(
+    settings: DatasetConfig, split: str = "auto", sides: Mapping[str, Collection[str]] | None = None
+) -> LabelledSet:
+    """Read the images to evaluate on, into `val`.
 
     Args:
         split: train, val or test, as the folders say or as training would split them; auto: the validation side where
             there is one, a plain set whole.
+        sides: of the run that the weights come from, as `split_as_before` takes them: where the dataset is the same, a
+            set that is not split in folders is split as in that run.
 
     Raises:
         UserError: there is no such split, or nothing in it.
@@ -88,9 +93,11 @@ def read_evaluation_set(settings: DatasetConfig, split: str = "auto") -> Labelle
     index = read_parts(layout, settings, [name])[name]
     refuse_empty(settings, index, index.report)
     records = index.records
-    if not is_split and split != "test" and not (layout.is_plain and split == "auto"):
-        train, val = split_records(records, settings.val_size, settings.seed)
-        records = train if split == "train" else val
+    if not is_split and split != "test":
+        known = split_as_before(records, sides) if sides else None
+        if known or not layout.is_plain or split != "auto":
+            train, val = known or split_records(records, settings.val_size, settings.seed)
+            records = train if split == "train" else val
     return LabelledSet([], records, list_categories({name: index}), index.report, layout.name, index.categories)
 
 

@@ -1,9 +1,13 @@
 """Split pictures into training and validation: the same split for the same seed and pictures, in any order."""
 
 import random
+from collections.abc import Collection, Mapping
 
 from finestsam.data.index import Record
 from finestsam.errors import UserError
+
+# Of a file's hash, enough to know an image again.
+DIGITS = 16
 
 
 def split_records(records: list[Record], val_size: float, seed: int) -> tuple[list[Record], list[Record]]:
@@ -27,6 +31,22 @@ def split_records(records: list[Record], val_size: float, seed: int) -> tuple[li
     val_empty = min(max(0, val_count - val_labelled), len(empty))
     val = labelled[:val_labelled] + empty[:val_empty]
     return _collect(groups, labelled[val_labelled:] + empty[val_empty:]), _collect(groups, val)
+
+
+def split_as_before(
+    records: list[Record], sides: Mapping[str, Collection[str]]
+) -> tuple[list[Record], list[Record]] | None:
+    """Return the training and the validation images of an earlier split; None where the dataset is another one.
+
+    It is the same where every image that was validated on is there. Images on neither side are left out.
+
+    Args:
+        sides: under `train` and `val` the first `DIGITS` of the images' digests.
+    """
+    if not sides["val"] or not set(sides["val"]) <= {record.digest[:DIGITS] for record in records}:
+        return None
+    train, val = ([one for one in records if one.digest[:DIGITS] in sides[name]] for name in ("train", "val"))
+    return train, val
 
 
 def _count_val(count: int, val_size: float) -> int:

@@ -39,7 +39,8 @@ def measure_background(
             embedding = embedder.embed([sample])
             parts = [sample.background[first : first + chunk_objects] for first in range(0, count, chunk_objects)]
             scores = torch.cat([model.score(embedding, part).amax(dim=1) for part in parts]).cpu().numpy()
-            found.append(BackgroundScores(sample.image_id, scores, scores > (pred_iou_thresh or -np.inf)))
+            is_taken = scores > (pred_iou_thresh or -np.inf)
+            found.append(BackgroundScores(sample.image_id, np.minimum(scores, 1), is_taken))  # no IoU is above 1
     return found
 
 

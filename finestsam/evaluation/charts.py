@@ -16,8 +16,8 @@ from finestsam.evaluation.thresholds import Calibration
 OURS, THEIRS = "#0072B2", "#999999"
 # What is drawn of a run's validations: how a line is called, and its colour.
 VALIDATED = {
-    "val_generator_ar_100": ("generator, recall of 100 masks", "#882255"),
-    "val_generator_ap": ("generator, average precision", "#D55E00"),
+    "val_generator_ar_100": ("generator, recall\nof 100 masks", "#882255"),
+    "val_generator_ap": ("generator, average\nprecision", "#D55E00"),
     "val_per_mask_iou": ("one point, IoU", "#009E73"),
 }
 
@@ -25,7 +25,7 @@ VALIDATED = {
 def draw_precision(ours: CocoScorer, theirs: CocoScorer | None) -> str:
     """Draw precision against recall of the generator's masks by falling score."""
     figure, axes = _make_axes("Precision and recall of the generator", "recall", "precision")
-    for scorer, color, label in ((theirs, THEIRS, "compared with"), (ours, OURS, "this model")):
+    for scorer, color, label in ((theirs, THEIRS, "baseline"), (ours, OURS, "this model")):
         for (iou, precision), style in zip(scorer.trace_precision().items() if scorer else (), "-:", strict=False):
             axes.plot(TRACED_RECALLS, precision, style, color=color, label=f"{label}, IoU {iou:g}")
     axes.set(xlim=(0, 1), ylim=(0, 1.02))
@@ -35,7 +35,7 @@ def draw_precision(ours: CocoScorer, theirs: CocoScorer | None) -> str:
 def draw_clicks(ours: dict[int, float], theirs: dict[int, float]) -> str:
     """Draw the mean IoU after corrective clicks, by their number; theirs may be empty."""
     figure, axes = _make_axes("IoU after corrective clicks", "clicks on the object", "mean IoU")
-    for clicks, color, label in ((theirs, THEIRS, "compared with"), (ours, OURS, "this model")):
+    for clicks, color, label in ((theirs, THEIRS, "baseline"), (ours, OURS, "this model")):
         if clicks:
             axes.plot(list(clicks), list(clicks.values()), "o-", color=color, label=label)
     axes.set(ylim=(0, 1), xticks=list(ours))
@@ -47,7 +47,7 @@ def draw_calibration(found: Calibration) -> str:
     title = f"Predicted and measured IoU (error {found.error:.3f})"
     figure, axes = _make_axes(title, "predicted IoU", "measured IoU")
     axes.plot([0, 1], [0, 1], ":", color="#666666", label="perfect")
-    axes.plot(found.centres, found.measured, "o-", color=OURS, label="candidates")
+    axes.plot(np.clip(found.centres, 0, 1), found.measured, "o-", color=OURS, label="candidates")
     axes.plot(*np.array(found.knots).T, "-", color="#E69F00", alpha=0.8, label="correction")
     axes.set(xlim=(0, 1), ylim=(0, 1))
     return _finish(figure)
@@ -70,8 +70,8 @@ def _draw_loss(history: History) -> str:
 
 
 def _draw_validation(history: History) -> str:
-    """Draw each figure beside that of the untouched model, a dotted line."""
-    figure, axes = _make_axes("Training: validation (dotted: the untouched model)", "epoch", "")
+    """Draw each figure beside that of the baseline, a dotted line."""
+    figure, axes = _make_axes("Training: validation (dotted: baseline)", "epoch", "")
     for name, (label, color) in VALIDATED.items():
         epochs, values = history.trace(name)
         if not epochs:
@@ -100,8 +100,13 @@ def count_epochs(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
+def place_legend(axes: Axes) -> None:
+    """Put the legend to the right of the axes, where it hides no curve."""
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, frameon=False, fontsize="small")
+
+
 def _make_axes(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(5, 3.4))
+    figure = Figure(figsize=(5.9, 3.3))
     axes = figure.add_subplot()
     axes.set_title(title, fontsize="medium")
     axes.set(xlabel=x_label, ylabel=y_label)
@@ -113,7 +118,7 @@ def _finish(figure: Figure) -> str:
     (axes,) = figure.axes
     axes.grid(color="#DDDDDD", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize="small")
+    place_legend(axes)
     figure.tight_layout()
     text = io.StringIO()
     FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})

@@ -68,7 +68,7 @@ class CocoScorer:
         scores |= {f"ap_{area}": _mean(precision[:, :, 0, place, -1]) for place, area in sizes}
         scores |= {f"ar_{limit}": _mean(recall[:, 0, 0, place]) for place, limit in enumerate(LIMITS)}
         scores |= {f"ar_{LIMITS[-1]}_{area}": _mean(recall[:, 0, place, 2]) for place, area in sizes}
-        scores["f1"] = self._measure_f1()
+        scores["f1"] = self._measure_f1(range(len(self._counts[0])))
         return {name: value for name, value in scores.items() if value is not None}
 
     def trace_precision(self) -> dict[float, np.ndarray]:
@@ -88,31 +88,45 @@ class CocoScorer:
             self._evaluator.accumulate()
         return self._evaluator.eval
 
-    def _measure_f1(self) -> float:
-        """Return the mean over IoU thresholds."""
-        hits = masks = objects = 0
-        for one in self._evaluator.evalImgs[: len(self._evaluator.params.imgIds)]:  # those of all areas come first
+    @cached_property
+    def _counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the hits (I x T) of each image, and its masks and objects together (I x T), without those ignored."""
+        thresholds = len(self._evaluator.params.iouThrs)
+        images = self._evaluator.evalImgs[: len(self._evaluator.params.imgIds)]  # those of all areas come first
+        hits, entries = (np.zeros((len(images), thresholds), dtype=np.int64) for _ in range(2))
+        for place, one in enumerate(images):
             if one is None:
                 continue
             is_ignored = np.asarray(one["dtIgnore"], dtype=bool)
-            hits = hits + ((one["dtMatches"] > 0) & ~is_ignored).sum(axis=1)
-            masks = masks + (~is_ignored).sum(axis=1)
-            objects += int((~np.asarray(one["gtIgnore"], dtype=bool)).sum())
-        return float(np.mean(2 * hits / np.maximum(masks + objects, 1)))
+            hits[place] = ((one["dtMatches"] > 0) & ~is_ignored).sum(axis=1)
+            objects = (~np.asarray(one["gtIgnore"], dtype=bool)).sum()
+            entries[place] = (~is_ignored).sum(axis=1) + objects
+        return hits, entries
+
+    def _measure_f1(self, places: Sequence[int]) -> float:
+        """Return the mean over IoU thresholds for a draw of the images."""
+        hits, entries = (counts[places].sum(axis=0) for counts in self._counts)
+        return float(np.mean(2 * hits / np.maximum(entries, 1)))
 
     def resample(self, places: Sequence[int]) -> dict[str, float]:
-        """Return `ap` and `ar_1000` of a draw of the pictures, in which some may be several times."""
+        """Return `ap`, `ar_100`, `ar_1000` and `f1` of a draw of the images, in which some may be several times."""
         drawn = copy.copy(self._evaluator)
         count = len(places)
         drawn.params, drawn.eval = copy.deepcopy(self._evaluator.params), {}
         drawn.params.imgIds, drawn.params.areaRng = list(range(count)), drawn.params.areaRng[:1]
-        drawn.params.areaRngLbl, drawn.params.maxDets = AREAS[:1], drawn.params.maxDets[2:]
+        drawn.params.areaRngLbl, drawn.params.maxDets = AREAS[:1], drawn.params.maxDets[1:]
         drawn._paramsEval = drawn.params
         drawn.evalImgs = [self._evaluator.evalImgs[place] for place in places]  # those of all areas come first
         with _silence():
             drawn.accumulate()
         tables = drawn.eval
-        return {"ap": _mean(tables["precision"][..., -1]) or 0.0, "ar_1000": _mean(tables["recall"][..., 0]) or 0.0}
+        figures = {
+            "ap": _mean(tables["precision"][..., -1]),
+            "ar_100": _mean(tables["recall"][..., 0]),
+            "ar_1000": _mean(tables["recall"][..., 1]),
+            "f1": self._measure_f1(places),
+        }
+        return {name: value or 0.0 for name, value in figures.items()}
 
 
 def score_detections(records: Sequence[Record], found: Sequence[Detections]) -> dict[str, float]:

@@ -1,30 +1,33 @@
-"""`comparison.png`: pictures in rows, and in columns the picture, its labels, the model before and this one."""
+"""`comparison.png`: images in rows, and in columns the image, its annotations, the baseline and this model."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from finestsam.config import Config
 from finestsam.errors import Defect, printable
-from finestsam.evaluation.coco_scores import Detections
-from finestsam.evaluation.story import Story
+from finestsam.evaluation.measurement import Measurement
+from finestsam.evaluation.story import BASELINE, OURS, SAM_THRESHOLDS, Story
+from finestsam.evaluation.wording import name_count
 from finestsam.images import compute_input_size, read_image, resize_image
 from finestsam.masks import decode_rle, encode_mask
 from finestsam.prediction.overlay import draw_overlay
 
 COMPARISON_NAME = "comparison.png"
-PICTURES_SHOWN = 3
-PANEL_PIXELS, CAPTION_PIXELS, MARGIN_PIXELS, FONT_PIXELS = 384, 24, 8, 14
-PAPER, INK = (250, 250, 250), (30, 30, 30)
+IMAGES_SHOWN = 3
+PANEL_PIXELS, LINE_PIXELS, MARGIN_PIXELS, FONT_PIXELS = 384, 24, 8, 14
+PAPER, INK, GREY = (250, 250, 250), (30, 30, 30), (110, 110, 110)
+# From left to right, so that what was before stands left of what is now.
+COLUMNS = (SAM_THRESHOLDS, BASELINE, OURS)
 
 
 def draw_comparison(story: Story, config: Config) -> np.ndarray | None:
-    """Return a few pictures from where ours does best to where it does worst, H x W x 3, uint8, RGB.
+    """Return a few images from where ours does best to where it does worst, H x W x 3, uint8, RGB.
 
     Returns:
-        None where the generator did not run, or no picture with objects can be read.
+        None where the generator did not run, or no image with objects can be read.
     """
     places = list(story.ratings)[::-1]
-    chosen = np.unique(np.linspace(0, len(places) - 1, PICTURES_SHOWN).round().astype(int)) if places else []
+    chosen = np.unique(np.linspace(0, len(places) - 1, IMAGES_SHOWN).round().astype(int)) if places else []
     rows = [row for row in (_draw_row(story, places[rank], config) for rank in chosen) if row is not None]
     return np.concatenate(rows) if rows else None
 
@@ -38,33 +41,41 @@ def _draw_row(story: Story, place: int, config: Config) -> np.ndarray | None:
     size = compute_input_size(record.size, PANEL_PIXELS)
     image = resize_image(pixels, size)
     truth = [record.rle(annotation) for annotation in record.annotations]
-    panels = [(record.file_name, None, None), (f"labelled: {len(truth)}", truth, story.ours.colour_truth(place))]
-    if story.theirs and story.theirs.found is not None:
-        theirs = story.theirs.found[place]
-        panels.append((_count("before", theirs), theirs.rles, story.theirs.colour_found(place)))
-    rating = story.ratings[place]
-    caption = f"{_count('this model', story.ours.found[place])}, finds {rating.recall:.0%}"
-    panels.append((caption, story.ours.found[place].rles, story.ours.colour_found(place)))
-    row = [_draw_panel(image, caption, rles, config.opacity, colours) for caption, rles, colours in panels]
-    return np.concatenate(row, axis=1)
+    panels = [
+        _draw_panel("image", record.file_name, image),
+        _draw_panel(
+            "annotated", name_count(len(truth), "object"), _lay(image, truth, story.ours.colour_truth(place), config)
+        ),
+    ]
+    for title in COLUMNS:
+        one = story.measurements.get(title)
+        if one is not None and one.found is not None:
+            shown = _lay(image, one.found[place].rles, one.colour_found(place), config)
+            panels.append(_draw_panel(title, describe_found(one, place), shown))
+    return np.concatenate(panels, axis=1)
 
 
-def _count(name: str, found: Detections) -> str:
-    return f"{name}: {len(found.rles)} masks"
+def describe_found(measured: Measurement, place: int) -> str:
+    """Return how many masks there are in an image, and how many of its objects they find."""
+    counts = measured.counts[place]
+    return f"{name_count(counts.mask_count, 'mask')}, finds {counts.objects['found']} of {counts.object_count}"
 
 
-def _draw_panel(
-    image: np.ndarray, caption: str, rles: list[dict] | None, opacity: float, colours: np.ndarray | None
-) -> np.ndarray:
-    """Return a picture with masks in a square of paper, its caption below."""
+def _lay(image: np.ndarray, rles: list[dict], colours: np.ndarray | None, config: Config) -> np.ndarray:
     size = image.shape[:2]
-    shown = image if rles is None else draw_overlay(image, [shrink_rle(rle, size) for rle in rles], opacity, colours)
+    return draw_overlay(image, [shrink_rle(rle, size) for rle in rles], config.opacity, colours)
+
+
+def _draw_panel(title: str, caption: str, shown: np.ndarray) -> np.ndarray:
+    """Return an image on paper, its title above and its caption below; panels are of one width."""
+    height, width = shown.shape[:2]
     side = PANEL_PIXELS + MARGIN_PIXELS
-    panel = Image.new("RGB", (side, side + CAPTION_PIXELS), PAPER)
-    panel.paste(Image.fromarray(shown), ((side - size[1]) // 2, (side - size[0]) // 2))
+    panel = Image.new("RGB", (side, height + MARGIN_PIXELS + 2 * LINE_PIXELS), PAPER)
+    panel.paste(Image.fromarray(shown), ((side - width) // 2, LINE_PIXELS + MARGIN_PIXELS // 2))
     letters = int(PANEL_PIXELS / (0.55 * FONT_PIXELS))
-    font = ImageFont.load_default(FONT_PIXELS)
-    ImageDraw.Draw(panel).text((MARGIN_PIXELS, side), printable(caption)[:letters], INK, font)
+    font, pen = ImageFont.load_default(FONT_PIXELS), ImageDraw.Draw(panel)
+    pen.text((MARGIN_PIXELS, MARGIN_PIXELS // 2), title, INK, font)
+    pen.text((MARGIN_PIXELS, height + MARGIN_PIXELS + LINE_PIXELS), printable(caption)[:letters], GREY, font)
     return np.asarray(panel)
 
 

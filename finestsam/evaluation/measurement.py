@@ -1,4 +1,4 @@
-"""What one model does on labelled pictures, and how it differs from another: figures, intervals, picture by picture."""
+"""What one model does on labelled images, and how it differs from another: figures, intervals, image by image."""
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
@@ -12,32 +12,40 @@ from finestsam.data.semantic import ClassTable
 from finestsam.evaluation.background import BackgroundScores, summarize_background
 from finestsam.evaluation.class_scores import score_classes
 from finestsam.evaluation.coco_scores import CocoScorer, Detections
+from finestsam.evaluation.mistakes import Mistakes, count_mistakes, sum_mistakes
 from finestsam.evaluation.prompt_scores import ObjectScore, summarize_scores
+from finestsam.evaluation.setup import Setup
 from finestsam.evaluation.thresholds import Calibration
 from finestsam.prediction.overlay import colour_classes
 
-DRAWS = 300
-# Of the draws lie between the ends of an interval.
+BOOTSTRAP_SAMPLES = 300
+# Share of the bootstrap samples inside an interval.
 CONFIDENCE = 0.95
+# Below that the samples are too much alike for their spread to say anything.
+FEWEST_IMAGES = 5
+TOO_FEW = "too few images for an interval"
 PROMPT_MEASURES = ("iou", "dice", "best_iou", "boundary_iou")
-GENERATOR_MEASURES = ("ap", "ar_1000")
+GENERATOR_MEASURES = ("ap", "ar_100", "ar_1000", "f1")
+COUNTING_MEASURES = ("mean_absolute_error", "relative_error")
 
 
 @dataclass
 class Measurement:
-    """One model on the pictures of a set; every model gets the same ones, in the same order."""
+    """One model on the images of a set; every model gets the same ones, in the same order."""
 
     records: Sequence[Record]
-    found: Sequence[Detections] | None  # what the generator found in each picture; None: it did not run
+    found: Sequence[Detections] | None  # what the generator found in each image; None: it did not run
     prompted: dict[str, list[ObjectScore]] = field(default_factory=dict)  # by kind of prompt
     clicks: dict[int, float] = field(default_factory=dict)  # mean IoU after so many corrective clicks
     background: list[BackgroundScores] = field(default_factory=list)
     extra: dict[str, float] = field(default_factory=dict)  # further figures, by their whole names
     calibration: Calibration | None = None  # of the scores of candidates, where thresholds were searched
     table: ClassTable | None = None  # of the classes in `found`; None: it has none
+    setup: Setup | None = None  # what was measured; None: results of another program
+    _resampled: dict[bytes, dict[str, np.ndarray]] = field(default_factory=dict, init=False, repr=False)
 
     def keep(self, image_ids: Collection[int]) -> "Measurement":
-        """Return the same of fewer pictures; means over clicks and further figures stay those of all."""
+        """Return the same of fewer images; means over clicks and further figures stay those of all."""
         places = [place for place, record in enumerate(self.records) if record.image_id in image_ids]
         return replace(
             self,
@@ -55,6 +63,16 @@ class Measurement:
         return None if self.found is None else CocoScorer(self.records, self.found)
 
     @cached_property
+    def mistakes(self) -> list[dict[str, Mistakes]]:
+        """Return each image's counts by size; nothing where the generator did not run."""
+        return [] if self.found is None else count_mistakes(self.records, self.found)
+
+    @cached_property
+    def counts(self) -> list[Mistakes]:
+        """Return each image's counts of all sizes."""
+        return [sum_mistakes([image])["all"] for image in self.mistakes]
+
+    @cached_property
     def by_class(self) -> dict[str, float]:
         """Return what `score_classes` measures; nothing where no categories are known."""
         is_known = self.found is not None and self.table is not None
@@ -69,17 +87,26 @@ class Measurement:
         if self.scorer:
             figures |= {f"generator/{name}": value for name, value in self.scorer.score().items()}
             figures["generator/masks_per_image"] = sum(len(one.rles) for one in self.found) / max(len(self.found), 1)
+            figures |= {f"counting/{name}": value for name, value in self._measure_counting().items()}
         figures |= {f"classes/{name}": value for name, value in self.by_class.items()}
         figures |= {f"clicks/iou_{count}": value for count, value in self.clicks.items()}
         figures |= {f"background/{name}": value for name, value in summarize_background(self.background).items()}
         return figures | self.extra
 
+    def _measure_counting(self) -> dict[str, float]:
+        """Return how far the number of masks is from that of objects, the mean over images, and as a share of these."""
+        if not self.counts:
+            return {}
+        error, objects = (sum(getattr(one, name) for one in self.counts) for name in ("counting_error", "object_count"))
+        figures = {"mean_absolute_error": error / len(self.counts)}
+        return figures | ({"relative_error": error / objects} if objects else {})
+
     def colour_found(self, place: int) -> np.ndarray | None:
-        """Return the colours of a picture's masks by their categories, K x 3; None where none are known."""
+        """Return the colours of an image's masks by their categories, K x 3; None where none are known."""
         return None if self.table is None else self._colour(self.found[place].classes)
 
     def colour_truth(self, place: int) -> np.ndarray | None:
-        """Return the colours of a picture's objects by their categories, G x 3; None where none are known."""
+        """Return the colours of an image's objects by their categories, G x 3; None where none are known."""
         if self.table is None:
             return None
         return self._colour([self.table.by_category.get(one.category_id, 0) for one in self.records[place].annotations])
@@ -89,7 +116,7 @@ class Measurement:
 
     @cached_property
     def sums(self) -> dict[str, np.ndarray]:
-        """Return for each prompted measure its sum in each picture, and under `{kind}/count` how many it is over."""
+        """Return for each prompted measure its sum in each image, and under `{kind}/count` how many it is over."""
         places = {record.image_id: place for place, record in enumerate(self.records)}
         sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(len(self.records)))
         for kind, scores in self.prompted.items():
@@ -108,13 +135,30 @@ class Measurement:
                 sums["background/taken_share"][place] += one.is_taken.sum()
         return dict(sums)
 
+    @cached_property
+    def counting_sums(self) -> dict[str, np.ndarray]:
+        """Return for each measure of counting what its numerator and its denominator sum in each image, I x 2."""
+        errors = [one.counting_error for one in self.counts]
+        return {
+            "mean_absolute_error": np.array([errors, np.ones(len(errors))]).T,
+            "relative_error": np.array([errors, [one.object_count for one in self.counts]]).T,
+        }
+
     @property
     def sampled(self) -> list[str]:
         """Return the names of the figures that are means over prompts."""
         return [name for name in self.sums if not name.endswith("/count")]
 
-    def list_pictures(self) -> list[dict[str, object]]:
-        """Return a row of figures for each picture."""
+    def resample_generator(self, samples: np.ndarray) -> dict[str, np.ndarray]:
+        """Return COCO's figures for each sample of images, S x I places; one pass over them gives all."""
+        key = samples.tobytes()
+        if key not in self._resampled:
+            figures = [self.scorer.resample(places) for places in samples]
+            self._resampled[key] = {name: np.array([one[name] for one in figures]) for name in GENERATOR_MEASURES}
+        return self._resampled[key]
+
+    def list_images(self) -> list[dict[str, object]]:
+        """Return a row of figures for each image."""
         rows = []
         for place, record in enumerate(self.records):
             row: dict[str, object] = {"file_name": record.file_name, "objects": len(record.annotations)}
@@ -124,21 +168,44 @@ class Measurement:
             if self.scorer:
                 row["generator/masks"] = len(self.found[place].rles)
                 row |= {f"generator/{name}": value for name, value in self.scorer.resample([place]).items()}
+                row |= {f"counting/{name}": value for name, value in _list_counts(self.counts[place]).items()}
             rows.append(row)
         return rows
 
 
+def _list_counts(counts: Mistakes) -> dict[str, int]:
+    """Return the columns of an image's counts; those of objects and those of masks add up."""
+    objects, masks = counts.objects, counts.masks
+    return {
+        "labelled": counts.object_count,
+        **{kind: objects[kind] for kind in ("found", "missed", "merged", "split")},
+        "invented": masks["invented"],
+        "duplicates": masks["duplicate"],
+        "fragments": masks["fragment"],
+        "merging_masks": masks["merging"],
+        "masks_in_crowd": masks["in_crowd"],
+    }
+
+
 @dataclass(frozen=True)
 class Difference:
-    """How much more one model has than another, and between which ends it lies if other pictures had been drawn."""
+    """How much more one model has than another, and between which ends that lies for other images of the same kind."""
 
     value: float
-    low: float
-    high: float
+    low: float | None = None  # None: too few images for an interval
+    high: float | None = None
+
+    @property
+    def is_positive(self) -> bool:
+        return self.low is not None and self.low > 0
+
+    @property
+    def is_negative(self) -> bool:
+        return self.high is not None and self.high < 0
 
 
 def keep_common(ours: Measurement, theirs: Measurement) -> tuple[Measurement, Measurement]:
-    """Return both on the pictures that both could be measured on: one may break between, or be too thin for one."""
+    """Return both on the images that both could be measured on: one may break between, or be too thin for one."""
     known, their_known = ({record.image_id for record in one.records} for one in (ours, theirs))
     if known == their_known:
         return ours, theirs
@@ -146,34 +213,44 @@ def keep_common(ours: Measurement, theirs: Measurement) -> tuple[Measurement, Me
 
 
 def compare(ours: Measurement, theirs: Measurement, seed: int = 0) -> dict[str, Difference]:
-    """Return the differences of the headline figures, with percentile intervals of a bootstrap over pictures.
+    """Return the differences of the headline figures, with percentile intervals of a bootstrap over images.
 
-    Both models are drawn the same pictures: what is hard for both does not count as a difference. Source: Efron and
+    Both models get the same samples of images: what is hard for both does not count as a difference. Source: Efron and
     Tibshirani, An Introduction to the Bootstrap, chapter 13.
     """
     count = len(ours.records)
-    draws = np.random.default_rng(seed).integers(0, count, (DRAWS, count))
+    if count == 0:
+        return {}
+    samples = np.random.default_rng(seed).integers(0, count, (BOOTSTRAP_SAMPLES, count))
     everything = np.arange(count)[None]
     differences = {}
     for name in _list_common(ours, theirs):
-        value = float((_draw(ours, name, everything) - _draw(theirs, name, everything))[0])
-        drawn = _draw(ours, name, draws) - _draw(theirs, name, draws)
-        ends = np.nanquantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        value = float((_resample(ours, name, everything) - _resample(theirs, name, everything))[0])
+        if count < FEWEST_IMAGES:
+            differences[name] = Difference(value)
+            continue
+        sampled = _resample(ours, name, samples) - _resample(theirs, name, samples)
+        ends = np.nanquantile(sampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
         differences[name] = Difference(value, float(ends[0]), float(ends[1]))
     return differences
 
 
 def _list_common(ours: Measurement, theirs: Measurement) -> list[str]:
     names = [name for name in ours.sampled if name in theirs.sums]
-    if ours.scorer and theirs.scorer and ours.scorer.has_objects:
+    if ours.scorer and theirs.scorer:
         names += [f"generator/{name}" for name in GENERATOR_MEASURES]
+        names += [f"counting/{name}" for name in COUNTING_MEASURES]
     return [name for name in names if name in ours.figures and name in theirs.figures]
 
 
-def _draw(measurement: Measurement, name: str, draws: np.ndarray) -> np.ndarray:
-    """Return a figure for each draw of pictures, D x I places; not a number where a draw has no object."""
+def _resample(measurement: Measurement, name: str, samples: np.ndarray) -> np.ndarray:
+    """Return a figure for each sample of images, S x I places; not a number where a sample has no object."""
     kind, measure = name.split("/")
     if kind == "generator":
-        return np.array([measurement.scorer.resample(places)[measure] for places in draws])
-    sums, counts = measurement.sums[name][draws].sum(axis=1), measurement.sums[f"{kind}/count"][draws].sum(axis=1)
-    return np.divide(sums, counts, out=np.full(len(draws), np.nan), where=counts > 0)
+        return measurement.resample_generator(samples)[measure]
+    if kind == "counting":
+        sums, counts = measurement.counting_sums[measure][samples].sum(axis=1).T
+    else:
+        counted = measurement.sums[f"{kind}/count"]
+        sums, counts = measurement.sums[name][samples].sum(axis=1), counted[samples].sum(axis=1)
+    return np.divide(sums, counts, out=np.full(len(samples), np.nan), where=counts > 0)

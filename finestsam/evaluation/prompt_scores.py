@@ -97,6 +97,6 @@ def summarize_scores(scores: list[ObjectScore]) -> dict[str, float]:
         "dice": math.fsum(score.dice for score in scores) / count,
         "best_iou": math.fsum(score.best_iou for score in scores) / count,
         "boundary_iou": math.fsum(score.boundary_iou for score in scores) / count,
-        "score": math.fsum(score.score for score in scores) / count,
+        "score": math.fsum(min(score.score, 1.0) for score in scores) / count,  # no IoU is above 1
         "objects": count,
     }

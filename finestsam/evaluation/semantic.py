@@ -14,18 +14,22 @@ from finestsam.data.loaders import build_validation_loader
 from finestsam.data.read import LabelledSet, refuse_unread
 from finestsam.data.semantic import ClassTable, match_classes
 from finestsam.evaluation.class_matching import refuse_strangers
+from finestsam.evaluation.own_run import OwnRun
 from finestsam.evaluation.prompt_scores import say_skipped
 from finestsam.evaluation.semantic_scores import count_pictures, describe_classes, summarize_pixels
 from finestsam.model.load import LoadedModel
 from finestsam.prediction.precompute import Embedder, fill_store, open_store
 from finestsam.whole_files import write_json, write_text
 
+MEASURES = ("miou", "mdice", "pixel_accuracy")
 
-def evaluate_classes(config: Config, loaded: LoadedModel, data: LabelledSet, folder: Path) -> int:
+
+def evaluate_classes(config: Config, loaded: LoadedModel, data: LabelledSet, run: OwnRun | None, folder: Path) -> int:
     """Measure the classes of pixels, and write `evaluation.json` and `per_image.csv`.
 
     Args:
-        data: with the pictures in `val`.
+        data: with the images in `val`.
+        run: that the weights come from; None: it is not known.
         folder: for the results.
     """
     table = find_classes(loaded, data)
@@ -36,22 +40,24 @@ def evaluate_classes(config: Config, loaded: LoadedModel, data: LabelledSet, fol
         fill_store(embedder, [dataset], config.num_workers)
     loader = build_validation_loader(dataset, config.num_workers)
     batches = tqdm(loader, desc="classes", disable=not sys.stderr.isatty(), leave=False)
+    learned = run.list_learned(data.val) if run else []
     total, rows = np.zeros((len(table.names),) * 2, dtype=np.int64), []
     for sample, counts in count_pictures(embedder, say_skipped(batches), data.val, table):
         total += counts
         found = summarize_pixels(counts, table.names)
-        rows.append([sample.file_name, *(found.get(name) for name in ("miou", "mdice", "pixel_accuracy"))])
+        is_learned = str(sample.file_name in learned).lower()
+        rows.append([sample.file_name, *(found.get(name) for name in MEASURES), is_learned])
     refuse_unread(config.dataset, len(rows))
     figures = summarize_pixels(total, table.names)
-    for name in ("miou", "mdice", "pixel_accuracy"):
+    for name in MEASURES:
         if name in figures:
             print(f"{name:<20}{figures[name]:.4f}")
     print("\n".join(describe_classes(figures)))
     write_json(folder / "evaluation.json", figures, indent=2)
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([["file_name", "miou", "mdice", "pixel_accuracy"], *rows])
+    csv.writer(text, lineterminator="\n").writerows([["file_name", *MEASURES, "trained_on"], *rows])
     write_text(folder / "per_image.csv", text.getvalue())
-    print(f"figures: {folder / 'evaluation.json'}, picture by picture: {folder / 'per_image.csv'}")
+    print(f"figures: {folder / 'evaluation.json'}, image by image: {folder / 'per_image.csv'}")
     return 0
 
 

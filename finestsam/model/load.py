@@ -131,6 +131,13 @@ def find_weights(config: Config, prefer_runs: bool = False) -> Path | None:
     return find_published_weights(model_type) if model_type in PUBLISHED_WEIGHTS else BUILTIN_WEIGHTS.get(model_type)
 
 
+def find_run_weights(config: Config) -> Path | None:
+    """Return the weights file that the settings mean where it may be a run's; None for random and published weights."""
+    if config.model.checkpoint == "auto":
+        return _find_newest_run(config)
+    return find_weights(config, prefer_runs=True)
+
+
 def _find_newest_run(config: Config) -> Path | None:
     paths = sorted(Path(config.sav_dir).glob("*/best.pth"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in paths:

@@ -1,4 +1,4 @@
-"""The names of categories, written into the corner of an overlay where the least is hidden."""
+"""The names of categories on a strip of paper below an image, which hides nothing of it."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,53 +8,77 @@ from PIL import Image, ImageDraw, ImageFont
 
 from finestsam.errors import printable
 
-# Of the letters: a share of the picture's longest side, and not below what can be read.
+# Of the letters: a share of the image's longest side, and not below what can be read.
 FONT_SHARE, MIN_FONT_PIXELS = 1 / 50, 11
-# Of the picture's height and width that the legend takes at most; what has no room is counted.
-MOST_HEIGHT, MOST_WIDTH = 0.4, 0.6
+# Lines of the strip at most, and the share of its width for one name; what has no room is counted.
+MOST_LINES, MOST_WIDTH = 4, 0.5
+# Of the strip, so that the names below a narrow image can be read.
+LEAST_WIDTH_LETTERS = 16
 # Comes with matplotlib; Pillow's own font knows ASCII alone.
 FONT = Path("mpl-data/fonts/ttf/DejaVuSans.ttf")
 PAPER, INK = (250, 250, 250), (30, 30, 30)
 
+Entry = tuple[str, np.ndarray]  # a name, and its colour, 3, uint8, RGB
 
-def draw_legend(image: np.ndarray, entries: list[tuple[str, np.ndarray]], covered: np.ndarray) -> np.ndarray:
-    """Return the picture with a name beside each colour; as it is where the picture is too small for that.
 
-    Args:
-        image: H x W x 3, uint8, RGB.
-        entries: names, and their colours, 3, uint8, RGB.
-        covered: H x W, bool: pixels that are better not hidden.
+def add_legend(image: np.ndarray, entries: list[Entry]) -> np.ndarray:
+    """Return an image (H x W x 3, uint8, RGB) with a name beside each colour below it; it is higher, and not narrower.
+
+    Without entries it is returned as it is.
     """
-    size = max(round(max(image.shape) * FONT_SHARE), MIN_FONT_PIXELS)
-    room = int(image.shape[0] * MOST_HEIGHT / (1.3 * size) - 0.5)
-    if not entries or room < min(len(entries), 2):
+    if not entries:
         return image
-    if len(entries) > room:
-        left = len(entries) - room + 1
-        entries = entries[: room - 1] + [(f"and {left} more", np.array(PAPER, dtype=np.uint8))]
-    plate = _draw_plate(entries, size, int(image.shape[1] * MOST_WIDTH))
-    height, width = plate.shape[:2]
-    corners = [(y, x) for x in (0, image.shape[1] - width) for y in (0, image.shape[0] - height)]
-    y, x = min(corners, key=lambda corner: covered[corner[0] : corner[0] + height, corner[1] : corner[1] + width].sum())
-    drawn = image.copy()
-    drawn[y : y + height, x : x + width] = plate
-    return drawn
+    height, width = image.shape[:2]
+    size = max(round(max(height, width) * FONT_SHARE), MIN_FONT_PIXELS)
+    strip = _draw_strip(entries, size, max(width, LEAST_WIDTH_LETTERS * size))
+    shown = np.full((height + strip.shape[0], strip.shape[1], 3), PAPER, dtype=np.uint8)
+    shown[:height, :width] = image
+    shown[height:] = strip
+    return shown
 
 
-def _draw_plate(entries: list[tuple[str, np.ndarray]], size: int, most_width: int) -> np.ndarray:
-    """Return colours and names on paper, one below the other; a name that is too long is cut."""
-    font, line, margin = _load_font(size), round(1.3 * size), size // 2
-    names = [_shorten(printable(name), font, most_width - 3 * margin - size) for name, _ in entries]
-    width = min(round(max(font.getlength(name) for name in names)) + 3 * margin + size, most_width)
-    plate = Image.new("RGB", (width, line * len(entries) + margin), PAPER)
-    draw = ImageDraw.Draw(plate)
-    for row, (name, (_, colour)) in enumerate(zip(names, entries, strict=True)):
-        top = margin // 2 + row * line
-        draw.rectangle(
-            [margin, top + (line - size) // 2, margin + size, top + (line + size) // 2], tuple(colour.tolist())
-        )
-        draw.text((2 * margin + size, top + line // 2), name, INK, font, anchor="lm")
-    return np.asarray(plate)
+def _draw_strip(entries: list[Entry], size: int, width: int) -> np.ndarray:
+    """Return colours and names on paper, in lines from left to right; a name that is too long is cut."""
+    font, line_height, margin = _load_font(size), round(1.5 * size), size // 2
+    cut = [(_shorten(printable(name), font, int(MOST_WIDTH * width) - 2 * size), colour) for name, colour in entries]
+    lines = _break_lines(cut, font, width, size)
+    strip = Image.new("RGB", (width, line_height * len(lines) + 2 * margin), PAPER)
+    pen = ImageDraw.Draw(strip)
+    for row, line in enumerate(lines):
+        top, left = margin + row * line_height, margin
+        for name, colour in line:
+            swatch = [left, top + (line_height - size) // 2, left + size, top + (line_height + size) // 2]
+            pen.rectangle(swatch, tuple(colour.tolist()))
+            pen.text((left + size + margin, top + line_height // 2), name, INK, font, anchor="lm")
+            left += _measure_width(name, font, size)
+    return np.asarray(strip)
+
+
+def _break_lines(entries: list[Entry], font: ImageFont.FreeTypeFont, width: int, size: int) -> list[list[Entry]]:
+    """Return entries in lines; those that have no room in the last line are counted there."""
+    lines: list[list[Entry]] = [[]]
+    margin = size // 2
+    for place, entry in enumerate(entries):
+        left = len(entries) - place
+        counted = (f"and {left} more", np.array(PAPER, dtype=np.uint8))
+        # The last line keeps room for the count of what comes after this entry.
+        needed = [*lines[-1], entry]
+        if len(lines) == MOST_LINES and left > 1:
+            needed.append(counted)
+        is_fitting = margin + sum(_measure_width(name, font, size) for name, _ in needed) <= width
+        if is_fitting or not lines[-1]:
+            lines[-1].append(entry)
+        elif len(lines) < MOST_LINES:
+            lines.append([entry])
+        else:
+            lines[-1].append(counted)
+            break
+    return lines
+
+
+def _measure_width(name: str, font: ImageFont.FreeTypeFont, size: int) -> int:
+    """Return the pixels of a colour, its name and the space behind it."""
+    return 2 * size + size // 2 + round(font.getlength(name))
 
 
 def _load_font(size: int) -> ImageFont.FreeTypeFont:

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 
 from finestsam.masks import decode_rle, rle_area, rle_box
-from finestsam.prediction.legend import draw_legend
+from finestsam.prediction.legend import add_legend
 
 # Hues a golden angle apart at three lightnesses (OKLCH), so that colours near in the list are far apart to the eye.
 PALETTE = np.frombuffer(
@@ -49,7 +49,7 @@ def draw_overlay(image: np.ndarray, rles: list[dict], opacity: float, colours: n
 def draw_named_overlay(
     image: np.ndarray, rles: list[dict], classes: np.ndarray, names: Sequence[str], opacity: float
 ) -> np.ndarray:
-    """Return `draw_overlay` with a colour for each category, and the names of those that are in the picture.
+    """Return `draw_overlay` with a colour for each category, and below it the names of those that are in the image.
 
     Args:
         classes: of the masks, K, counted from 1.
@@ -59,10 +59,7 @@ def draw_named_overlay(
     overlay = draw_overlay(image, rles, opacity, colours[classes])
     if opacity == 0:
         return overlay
-    covered = np.zeros(image.shape[:2], dtype=bool)
-    for rle in rles:
-        covered |= decode_rle(rle)
-    return draw_legend(overlay, [(names[number - 1], colours[number]) for number in np.unique(classes)], covered)
+    return add_legend(overlay, [(names[number - 1], colours[number]) for number in np.unique(classes)])
 
 
 def _sort_masks(rles: list[dict], colours: np.ndarray | None) -> tuple[list[dict], np.ndarray, np.ndarray]:

@@ -28,14 +28,17 @@ VERSION = 2
 
 @dataclass
 class Embedder:
-    """A frozen image encoder and the store of its answers.
+    """An image encoder and the store of its embeddings.
 
     Args:
         store: None: everything is encoded each time.
+        rounds: embeddings are rounded as a store rounds them, though there is none: what a training measures without
+            one is then what an evaluation measures with it.
     """
 
     model: FinestSam
     store: EmbeddingStore | None = None
+    rounds: bool = False
 
     @torch.no_grad()
     def encode(self, images: Sequence[Tensor]) -> Tensor:
@@ -46,7 +49,7 @@ class Embedder:
         size = _batch_size(self.model.device)
         parts = [self.model.encode(list(images[start : start + size])) for start in range(0, len(images), size)]
         embeddings = torch.cat(parts)
-        return embeddings if self.store is None else embeddings.half().float()
+        return embeddings.half().float() if self.store or self.rounds else embeddings
 
     def embed(self, samples: Sequence[Sample]) -> Tensor:
         """Return the embeddings of samples, B x C x g x g, float32: those that came with them, and the rest encoded."""

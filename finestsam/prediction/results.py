@@ -9,7 +9,7 @@ from torch import Tensor
 
 from finestsam.config import GeneratorConfig
 from finestsam.masks import rle_to_json, rle_to_polygons
-from finestsam.prediction.calibration import correct_scores
+from finestsam.prediction.calibration import HIGH_SCORE, bound_scores, correct_scores
 from finestsam.whole_files import write_json
 
 
@@ -55,7 +55,7 @@ class FilterReport:
         if self.low_score:
             reasons.append(
                 f"{self.low_score} of {self.candidates} candidates have a predicted IoU of at most "
-                f"generator.pred_iou_thresh {settings.pred_iou_thresh:g} (best {self.best_score:.3f})"
+                f"generator.pred_iou_thresh {settings.pred_iou_thresh:g} (best {min(self.best_score, 1.0):.3f})"
             )
         if self.unstable:
             reasons.append(
@@ -217,7 +217,6 @@ class Results:
 
     def _describe(self, masks: GeneratedMasks, index: int, score: float) -> dict:
         rle = masks.rles[index]
-        # Six digits are what float32 holds; more would only be noise that changes from machine to machine.
         category = {"category_id": next(iter(self.categories))}
         if masks.has_classes:
             category_id, name = list(self.categories.items())[masks.classes[index] - 1]
@@ -229,8 +228,13 @@ class Results:
             "bbox": masks.boxes_xywh[index].tolist(),
             "area": int(masks.areas[index]),
             "iscrowd": 0,
-            "score": round(float(score), 6),
-            "predicted_iou": round(float(masks.scores[index]), 6),
+            "score": _round_score(float(bound_scores(score))),
+            "predicted_iou": round(min(float(masks.scores[index]), 1.0), 6),
             "stability_score": round(float(masks.stability[index]), 6),
             "point": [round(float(place), 3) for place in masks.points[index]],
         }
+
+
+def _round_score(score: float) -> float:
+    """Return six digits, as more would be noise of float32; those drawn together need more to keep their order."""
+    return round(score, 6 if score <= HIGH_SCORE else 9)

@@ -3,14 +3,14 @@
 Figures are made without pyplot, which would take over the settings of a notebook that calls this.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from finestsam.evaluation.charts import count_epochs
+from finestsam.evaluation.charts import count_epochs, place_legend
 from finestsam.whole_files import replacing
 
 Rows = Sequence[Mapping[str, float | None]]
@@ -51,20 +51,26 @@ COLORS = {
 # Measured in validation: how a line is called, and its colour.
 VALIDATION = {
     "val_per_mask_iou": ("Validation IoU", "#E69F00"),
-    "val_generator_ar_100": ("Generator AR", "#882255"),
-    "val_classes_ar_100": ("Generator AR by category", "#44AA99"),
+    "val_generator_ap": ("Generator AP", "#D55E00"),
+    "val_generator_f1": ("Generator F1", "#0072B2"),
+    "val_generator_ar_100": ("Generator AR@100", "#882255"),
+    "val_classes_ar_100": ("Generator AR@100\nby category", "#44AA99"),
     "val_miou": ("Validation mIoU", "#E69F00"),
 }
-# Drawn with the curve of what they measure in training.
-VALIDATED = ("iou", "pixel_accuracy")
+# Training curves that stand beside the validation of the same.
+VALIDATED = {"iou": ("val_per_mask_iou",), "pixel_accuracy": ("val_miou",)}
+# What is no loss has its place beside the validation.
+MEASURED = ("iou", "predicted_iou", "pixel_accuracy", "class_accuracy")
 MARKED_POINTS = 30  # lines of more points are drawn without a marker on each
+# Inches; the legend stands to the right of the axes.
+PANEL_HEIGHT, MARGIN, LEGEND_WIDTH = 3.6, 0.8, 2.4
 
 
 def draw_curves(rows: Rows, folder: Path) -> list[Path]:
     """Write a PNG for every curve, and one of all together, to `folder/plots`, and return their paths.
 
     Args:
-        rows: of a RunLog; epoch 0 is the untouched model, whose validation is the floor.
+        rows: of a RunLog; epoch 0 is the baseline.
         folder: of the run.
     """
     plots = folder / "plots"
@@ -82,64 +88,62 @@ def draw_curves(rows: Rows, folder: Path) -> list[Path]:
 
 
 def _draw_one(rows: Rows, name: str, title: str) -> Figure:
-    figure, axes = _make_figure(width=7, right=0.96)
+    figure, (axes,) = _make_figure(panels=1)
     _draw_line(axes, rows, name, "Training")
-    if name in VALIDATED:
-        _draw_validation(axes, rows)
+    validated = VALIDATED.get(name, ())
+    _draw_validation(axes, rows, validated)
     if name == "learning_rate":
         _scale_rate(axes, rows)
-    _finish(axes, title, title)
-    axes.spines["right"].set_visible(False)
-    if len(axes.lines) > 1:
-        axes.legend(edgecolor="none", framealpha=0.8)
+    is_beside_baseline = any(row["epoch"] == 0 and row.get(each) is not None for row in rows for each in validated)
+    _finish(axes, f"{title} (dotted: baseline)" if is_beside_baseline else title)
     return figure
 
 
 def _draw_all(rows: Rows, titles: Mapping[str, str]) -> Figure:
-    """Losses and IoU share the left axis; the total loss, which is far larger, has the right one."""
-    figure, left = _make_figure(width=10, right=0.72)
+    """Draw three panels, one below the other: losses; measures and validation beside the baseline; learning rate."""
+    figure, (losses, measures, rate) = _make_figure(panels=3)
     for name, title in titles.items():
-        if name not in ("total_loss", "learning_rate"):
-            _draw_line(left, rows, name, title)
-    _draw_validation(left, rows)
-    if any(row.get("total_loss") is not None for row in rows):
-        right = left.twinx()
-        _draw_line(right, rows, "total_loss", "Total loss (right axis)", linestyle="--")
-        right.set_ylabel("Total loss")
-        right.spines["top"].set_visible(False)
-    _finish(left, "Training and validation", "Losses, IoU")  # only now do both axes know their epochs
-    if any(axes.lines for axes in figure.axes):
-        figure.legend(loc="upper left", bbox_to_anchor=(0.785, 0.91), frameon=False)
+        if name != "learning_rate":
+            _draw_line(measures if name in MEASURED else losses, rows, name, title)
+    _draw_validation(measures, rows, VALIDATION)
+    _draw_line(rate, rows, "learning_rate", titles["learning_rate"])
+    _scale_rate(rate, rows)
+    _finish(losses, "Training: losses")
+    _finish(measures, "Training and validation (dotted: baseline)")
+    _finish(rate, "Learning rate")
     return figure
 
 
-def _make_figure(width: float, right: float) -> tuple[Figure, Axes]:
-    """Return an empty figure of `width` inches whose axes end at the share `right` of it."""
-    figure = Figure(figsize=(width, 4.5), dpi=110)
+def _make_figure(panels: int) -> tuple[Figure, Sequence[Axes]]:
+    """Return an empty figure of panels below each other, with room for their legends to the right."""
+    width, height = 6.2 + LEGEND_WIDTH, panels * PANEL_HEIGHT
+    figure = Figure(figsize=(width, height), dpi=110)
     FigureCanvasAgg(figure)
     # Fixed margins: to have them fitted would take as long as to draw.
-    figure.subplots_adjust(left=0.8 / width, right=right, bottom=0.13, top=0.88)
-    return figure, figure.add_subplot()
+    figure.subplots_adjust(
+        left=MARGIN / width, right=1 - LEGEND_WIDTH / width, bottom=0.5 / height, top=1 - 0.5 / height, hspace=0.42
+    )
+    return figure, [figure.add_subplot(panels, 1, place + 1) for place in range(panels)]
 
 
-def _draw_line(axes: Axes, rows: Rows, name: str, label: str, linestyle: str = "-") -> None:
+def _draw_line(axes: Axes, rows: Rows, name: str, label: str) -> None:
     epochs, values = _list_points(rows, name)
     marker = "o" if len(epochs) <= MARKED_POINTS else None
     if epochs:
-        axes.plot(
-            epochs, values, linestyle, color=COLORS[name], marker=marker, markersize=4, linewidth=1.6, label=label
-        )
+        axes.plot(epochs, values, color=COLORS[name], marker=marker, markersize=4, linewidth=1.6, label=label)
 
 
-def _draw_validation(axes: Axes, rows: Rows) -> None:
-    for name, (label, color) in VALIDATION.items():
+def _draw_validation(axes: Axes, rows: Rows, names: Iterable[str]) -> None:
+    """Draw what validation measured, each beside the baseline's, a dotted line."""
+    for name in names:
+        label, color = VALIDATION[name]
         epochs, values = _list_points(rows, name)
         if not epochs:
             continue
         style = {"color": color, "linewidth": 1.6}
         axes.plot(epochs, values, marker="D", markersize=4.5, label=label, **style)
         if epochs[0] == 0:
-            axes.axhline(values[0], linestyle=":", label=f"{label}, floor", **style)
+            axes.axhline(values[0], linestyle=":", **style)
 
 
 def _list_points(rows: Rows, name: str) -> tuple[list[float], list[float]]:
@@ -156,15 +160,16 @@ def _scale_rate(axes: Axes, rows: Rows) -> None:
         axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
 
 
-def _finish(axes: Axes, title: str, y_label: str) -> None:
-    axes.set_title(title, fontweight="bold", pad=12)
+def _finish(axes: Axes, title: str) -> None:
+    axes.set_title(title, fontweight="bold", pad=10)
     axes.set_xlabel("Epoch")
-    axes.set_ylabel(y_label)
-    axes.spines["top"].set_visible(False)
-    if not any(each.lines for each in axes.figure.axes):
+    axes.spines[["top", "right"]].set_visible(False)
+    if not axes.lines:
         axes.set(xticks=[], yticks=[])
         axes.text(0.5, 0.5, "nothing measured yet", ha="center", va="center", color="#888888", transform=axes.transAxes)
         return
     count_epochs(axes)
     axes.grid(color="#DDDDDD", linewidth=0.8)
     axes.set_axisbelow(True)
+    if len(axes.lines) > 1:
+        place_legend(axes)

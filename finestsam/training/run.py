@@ -283,7 +283,7 @@ def _build_stepper(
             previous.create()
         fabric.barrier()
     # What a training encoder answered is out of date with the next step.
-    embedder = Embedder(model, None if trains_encoder(model) else open_store(config.store, model))
+    embedder = Embedder(model, None if trains_encoder(model) else open_store(config.store, model), rounds=True)
     stepper = _choose_stepper(model, config, classes)(fabric, config, model, optimizer, scaler, embedder, previous)
     if isinstance(stepper, ClassStepper):
         stepper.class_weights = weigh_classes(data.train, classes, config.classes)

@@ -271,7 +271,7 @@ class Stepper:
             weights.dice_ratio * losses.dice,
             weights.iou_ratio * losses.iou_error,
             losses.iou,
-            losses.score,
+            losses.score.clamp(max=1),  # no IoU is above 1
         )
 
     def _sum_over_ranks(self, values: list[float]) -> Tensor:

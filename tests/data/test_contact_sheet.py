@@ -55,6 +55,23 @@ def test_thousands_of_objects_and_of_pictures_stay_bounded(records, monkeypatch)
     assert sheet.shape[0] * sheet.shape[1] < 600_000
 
 
+@pytest.mark.parametrize(("share", "is_tinted"), [(0.2, True), (0.3, False), (1.0, False)])
+def test_large_objects_are_outlined_alone(records, share, is_tinted):
+    record = records[0]
+    mask = np.zeros(record.size, dtype=bool)
+    mask[: round(share * record.size[0])] = True
+    rle = encode_mask(mask)
+    large = Annotation(1, 1, rle["counts"], int(mask.sum()), [0, 0, record.size[1], round(share * record.size[0])])
+
+    alone, drawn = (draw([replace(record, annotations=found)], samples=1) for found in ([], [large]))
+
+    is_changed = (alone != drawn).any(axis=-1)
+    inside = is_changed[contact_sheet.LEGEND_PIXELS + contact_sheet.MARGIN_PIXELS :][: contact_sheet.TILE_PIXELS]
+    height = round(share * contact_sheet.TILE_PIXELS)
+    assert is_changed.any()  # the outline
+    assert (inside[10 : height - 10, 30:360].mean() > 0.9) == is_tinted
+
+
 def test_crowd_regions_are_hatched(records):
     everything = encode_mask(np.ones(records[0].size, dtype=bool))["counts"]
 

@@ -55,7 +55,7 @@ def test_figures_are_means_over_points_and_differ_with_an_interval(records):
     difference = compare(ours, theirs)["background/score"]
     assert difference.value == pytest.approx(-0.3)
     assert difference.low == pytest.approx(-0.3) == difference.high  # the same points are hard for both
-    assert theirs.list_pictures()[2]["background/score"] == pytest.approx(theirs.background[2].scores.mean())
+    assert theirs.list_images()[2]["background/score"] == pytest.approx(theirs.background[2].scores.mean())
     assert summarize_background([]) == {}
 
 

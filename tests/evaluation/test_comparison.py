@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from finestsam.config import build_config
 from finestsam.evaluation.coco_scores import Detections
-from finestsam.evaluation.comparison import CAPTION_PIXELS, MARGIN_PIXELS, PANEL_PIXELS, draw_comparison, shrink_rle
+from finestsam.evaluation.comparison import LINE_PIXELS, MARGIN_PIXELS, PANEL_PIXELS, draw_comparison, shrink_rle
 from finestsam.evaluation.measurement import Measurement
 from finestsam.evaluation.story import Story
 from finestsam.masks import decode_rle, encode_mask
@@ -37,15 +39,29 @@ def test_pictures_are_rated_by_what_is_found_of_them(story, records):
 def test_rows_go_from_the_best_to_the_worst_and_columns_from_picture_to_result(story, records):
     picture = draw_comparison(story, build_config({"opacity": 1.0}))
 
-    assert picture.shape == (3 * (SIDE + CAPTION_PIXELS), 4 * SIDE, 3)
-    panels = picture.reshape(3, SIDE + CAPTION_PIXELS, 4, SIDE, 3).swapaxes(1, 2)[:, :, :SIDE].astype(int)
+    height = SIDE + 2 * LINE_PIXELS
+    assert picture.shape == (3 * height, 4 * SIDE, 3)
+    panels = picture.reshape(3, height, 4, SIDE, 3).swapaxes(1, 2).astype(int)
+    titles, panels = panels[:, :, :LINE_PIXELS], panels[:, :, LINE_PIXELS : LINE_PIXELS + SIDE]
+    for column in range(4):  # every panel has a title, each column its own
+        assert (titles[0, column] < 100).any() and np.array_equal(titles[0, column], titles[2, column])
+        assert column == 0 or not np.array_equal(titles[0, column], titles[0, column - 1])
     changed = [[(panels[row, column] != panels[row, 0]).any(axis=-1).mean() for column in range(4)] for row in range(3)]
     for row in changed:
-        assert row[2] == 0  # the model before found nothing
+        assert row[2] == 0  # the baseline found nothing
         assert row[1] > 0
     assert np.array_equal(panels[0, 1], panels[0, 3])  # the best picture, of which all is found
     assert changed[0][3] > 0
     assert not np.array_equal(panels[2, 1], panels[2, 3])
+
+
+def test_the_baseline_with_other_thresholds_is_a_column_of_its_own(story, records):
+    more = replace(story, sam_thresholds=make_measurement(records, np.ones(len(records))))
+
+    five, four = (draw_comparison(one, build_config({})) for one in (more, story))
+
+    assert five.shape[1] == 5 * SIDE
+    assert np.array_equal(five[:, 3 * SIDE :], four[:, 2 * SIDE :])  # what is compared stays side by side
 
 
 def test_without_a_model_to_compare_with_there_are_three_columns(story):

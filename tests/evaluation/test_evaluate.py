@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -27,6 +28,9 @@ from finestsam.prediction.precompute import Embedder
 SETTINGS = GeneratorConfig(
     **GENERATOR_DEFAULTS | {"points_per_side": 4, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0}
 )
+
+
+QUICK = ["--evaluate.clicks=0", "--evaluate.generator=false", "--evaluate.background_points=0"]
 
 
 def run_evaluation(scenes, folder, *flags):
@@ -152,23 +156,217 @@ def finished(scenes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(3)
     torch.save(build_sam("vit_tiny_test").state_dict(), folder / "origin.pth")
-    return run_training(scenes, folder / "sav", f"--model.checkpoint={folder / 'origin.pth'}")
+    flags = [f"--model.checkpoint={folder / 'origin.pth'}", "--generator.points_per_side=4"]
+    return run_training(scenes, folder / "sav", *flags)
+
+
+GIVEN = [
+    "--generator.pred_iou_thresh=0", "--generator.stability_score_thresh=0", "--generator.box_nms_thresh=0.7",
+    "--generator.crop_n_layers=0", "--generator.min_mask_region_area=0", "--generator.no_object_thresh=1",
+    "--generator.masks_per_point=all",
+]  # fmt: skip
 
 
 def test_weights_are_compared_with_those_that_they_came_from(scenes, finished, tmp_path, capsys):
-    figures = run_evaluation(scenes, tmp_path, f"--model.checkpoint={finished / 'best.pth'}")
+    figures = run_evaluation(scenes, tmp_path, f"--model.checkpoint={finished / 'best.pth'}", *GIVEN)
 
-    assert "compared with" in capsys.readouterr().out
-    before = run_evaluation(scenes, tmp_path / "before", f"--model.checkpoint={finished.parents[1] / 'origin.pth'}")
-    assert {name.removeprefix("floor/"): value for name, value in figures.items() if "floor/" in name} == before
+    output = capsys.readouterr().out
+    origin = finished.parents[1] / "origin.pth"
+    assert f"baseline: {origin} (vit_tiny_test at 64 pixels)" in output and "thresholds given: " in output
+    before = run_evaluation(scenes, tmp_path / "before", f"--model.checkpoint={origin}", "--evaluate.split=val", *GIVEN)
+    assert {name.removeprefix("baseline/"): value for name, value in figures.items() if "baseline/" in name} == before
     for name in ("point/iou", "generator/ap"):
-        difference = figures[name] - figures[f"floor/{name}"]
+        difference = figures[name] - figures[f"baseline/{name}"]
         assert figures[f"difference/{name}"] == pytest.approx(difference, abs=1e-12)
-        assert figures[f"difference/{name}_low"] <= difference <= figures[f"difference/{name}_high"]
-    with open(tmp_path / "per_image.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 1  # a tenth of six pictures
-    assert {"file_name", "point/iou", "generator/ap", "floor/point/iou"} <= set(rows[0])
+        assert f"difference/{name}_low" not in figures  # of one image
+    rows = read_rows(tmp_path)
+    assert len(rows) == 1  # a tenth of six images
+    assert {"file_name", "point/iou", "generator/ap", "counting/labelled"} <= set(rows[0])
+    assert {"baseline/point/iou", "baseline/counting/found"} <= set(rows[0])
+
+
+def test_evaluate_measures_what_training_measured(scenes, finished, tmp_path, capsys):
+    """On the run's own validation split, with the thresholds that the run chose: both models, to the last digit."""
+    card = json.loads((finished / "best.json").read_text())
+
+    figures = run_evaluation(
+        scenes, tmp_path, f"--model.checkpoint={finished}", "--precision=32-true", "--seed_device=1337",
+        "--dataset.val_size=0.5",
+    )  # fmt: skip
+
+    assert card["baseline_generator"] and card["goal"] and card["tuned_on"] == 1
+    assert f"images: 1 image, the validation split of {finished / 'split.json'}" in capsys.readouterr().out
+    for prefix, trained in (("", card["metrics"]), ("baseline/", card["floor"])):
+        for name in ("ap", "ap50", "f1", "ar_10", "ar_100", "ar_1000"):
+            assert figures[f"{prefix}generator/{name}"] == trained[f"val_generator_{name}"], (prefix, name)
+        assert figures[f"{prefix}generator/masks_per_image"] == trained["val_generator_masks"]
+        assert figures[f"{prefix}point/iou"] == trained["val_per_mask_iou"]
+        assert figures[f"{prefix}point/boundary_iou"] == trained["val_boundary_iou"]
+
+
+def test_the_baseline_is_seen_at_the_image_size_of_the_weights(scenes, finished, tmp_path, capsys):
+    run = run_training(
+        scenes, tmp_path / "sav", f"--model.checkpoint={finished.parents[1] / 'origin.pth'}", "--num_epochs=1",
+        "--model.image_size=96", "--multimask_output=false",
+    )  # fmt: skip
+    capsys.readouterr()
+
+    figures = run_evaluation(scenes, tmp_path, f"--model.checkpoint={run}", *GIVEN, "--evaluate.clicks=0")
+
+    output = capsys.readouterr().out
+    assert output.count("(vit_tiny_test at 96 pixels)") == 2
+    # 4 x 4 points, a mask each; three where the model gave three.
+    assert figures["baseline/generator/masks_per_image"] <= 16
+
+
+def test_without_stored_thresholds_of_the_baseline_they_are_chosen_here_for_the_same_goal(
+    scenes, finished, tmp_path, capsys
+):
+    old = copy_weights(finished, tmp_path / "old", baseline_generator={}, goal="recall", tuned_on=3)
+
+    run_evaluation(scenes, tmp_path, f"--model.checkpoint={old}", "--evaluate.clicks=0")
+
+    output = capsys.readouterr().out
+    assert "thresholds chosen for recall on 3 validation images (points_per_side given): " in output
+    assert "baseline, generator: best for recall on these images: " in output
+    assert "thresholds chosen for recall on these images (points_per_side given): " in output
+
+
+def test_the_starting_weights_are_the_baseline_wherever_they_lie(scenes, finished, tmp_path, capsys):
+    moved = tmp_path / "moved.pth"
+    moved.write_bytes((finished.parents[1] / "origin.pth").read_bytes())
+    quick = ["--evaluate.clicks=0", "--evaluate.background_points=0"]
+
+    run_evaluation(scenes, tmp_path, f"--model.checkpoint={finished}", f"--against={moved}", *quick)
+
+    output = capsys.readouterr().out
+    assert f"baseline: {moved} (vit_tiny_test at 64 pixels)" in output
+    assert output.count(" on 1 validation image (points_per_side given): ") == 2
+
+
+def test_it_ends_with_what_is_found_in_plain_words(scenes, finished, tmp_path, capsys):
+    figures = run_evaluation(scenes, tmp_path, f"--model.checkpoint={finished}", *GIVEN, "--evaluate.clicks=0")
+
+    last = capsys.readouterr().out.splitlines()[-1]
+    found = re.fullmatch(
+        r"It finds (\d+) of (\d+) objects with (\d+) masks? \(baseline: (\d+) with (\d+)\); its number of masks is "
+        r"off by ([\d.]+) an image \(baseline: [\d.]+\)\. Report: " + re.escape(str(tmp_path / "report.html")),
+        last,
+    )
+    (row,) = read_rows(tmp_path)
+    names = ("counting/found", "objects", "generator/masks", "baseline/counting/found", "baseline/generator/masks")
+    assert [*found.groups()[:5]] == [row[name] for name in names]
+    assert float(found[6]) == pytest.approx(figures["counting/mean_absolute_error"], abs=0.05)
+
+
+def read_rows(folder) -> list[dict[str, str]]:
+    with open(folder / "per_image.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def copy_weights(run, folder, **changes):
+    """Return weights of a run somewhere else, their card with other values."""
+    folder.mkdir()
+    (folder / "best.pth").write_bytes((run / "best.pth").read_bytes())
+    (folder / "best.json").write_text(json.dumps(json.loads((run / "best.json").read_text()) | changes))
+    return folder / "best.pth"
+
+
+@pytest.mark.parametrize(
+    ("split", "count", "learned"),
+    [("auto", 1, 0), ("val", 1, 0), ("train", 5, 5)],
+)
+@pytest.mark.parametrize("layout", ["to be split", "one folder"])
+def test_weights_of_a_run_are_evaluated_on_its_own_split(
+    scenes, finished, tmp_path, capsys, layout, split, count, learned
+):
+    """However the folder lies, and whatever the settings of the split are now."""
+    dataset = scenes if layout == "to be split" else scenes / "data"
+
+    run_evaluation(
+        dataset, tmp_path, f"--model.checkpoint={finished}", f"--evaluate.split={split}", "--dataset.val_size=0.5",
+        "--dataset.seed=7", *QUICK,
+    )  # fmt: skip
+
+    rows = read_rows(tmp_path)
+    val = [entry["file_name"] for entry in json.loads((finished / "split.json").read_text())["val"]]
+    assert len(rows) == count and sum(row["trained_on"] == "true" for row in rows) == learned
+    assert ({row["file_name"] for row in rows} == set(val)) == (split != "train")
+    error = capsys.readouterr().err
+    assert (f"{count} of the {count} images were trained on" in error) == (learned > 0)
+
+
+def test_another_dataset_that_shares_images_is_told_and_marked(scenes, finished, tmp_path, capsys):
+    split = json.loads((finished / "split.json").read_text())
+    val = {entry["file_name"] for entry in split["val"]}
+    shared = tmp_path / "shared"
+    shutil.copytree(scenes / "data", shared)
+    labels = json.loads((shared / "annotations.json").read_text())
+    gone = {image["id"] for image in labels["images"] if image["file_name"] in val}  # so it is not the same dataset
+    labels["images"] = [image for image in labels["images"] if image["id"] not in gone]
+    labels["annotations"] = [one for one in labels["annotations"] if one["image_id"] not in gone]
+    changed = labels["images"][0]["file_name"]
+    write_image(shared / "images" / changed, np.full((96, 96, 3), 90, dtype=np.uint8))
+    (shared / "annotations.json").write_text(json.dumps(labels))
+
+    run_evaluation(shared, tmp_path / "out", f"--model.checkpoint={finished}", *QUICK)
+
+    marked = {row["file_name"]: row["trained_on"] for row in read_rows(tmp_path / "out")}
+    assert len(marked) == 5 and marked.pop(changed) == "false" and set(marked.values()) == {"true"}
+    error = capsys.readouterr().err
+    assert "4 of the 5 images were trained on, so other images will have lower figures: " in error
+    assert "4 of the 5 images were trained on" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_images_of_no_run_are_not_marked(scenes, finished, tmp_path, capsys):
+    weights = copy_weights(finished, tmp_path / "moved")
+
+    run_evaluation(scenes / "data", tmp_path / "out", f"--model.checkpoint={weights}", *QUICK)
+
+    assert len(read_rows(tmp_path / "out")) == 6 and "trained on" not in capsys.readouterr().err
+
+
+def test_what_tuning_found_is_stored_beside_the_weights(scenes, finished, tmp_path, capsys):
+    weights = copy_weights(finished, tmp_path / "mine")
+    before = json.loads(weights.with_suffix(".json").read_text())
+    flags = [f"--model.checkpoint={weights}", "--evaluate.clicks=0"]
+    tune = ["--evaluate.search=true", "--evaluate.goal=recall", "--evaluate.store_thresholds=true"]
+
+    tuned = run_evaluation(scenes, tmp_path / "tuned", *flags, *tune)
+
+    assert f"thresholds stored: {weights.with_suffix('.json')}" in capsys.readouterr().out
+    card = json.loads(weights.with_suffix(".json").read_text())
+    assert (card["goal"], card["tuned_on"]) == ("recall", 1)
+    assert card["generator"]["pred_iou_thresh"] == tuned["generator/pred_iou_thresh"]
+    assert card["generator"]["score_map"] and card["baseline_generator"]["score_map"]
+    changed = {name for name in card if card[name] != before[name]}
+    assert changed <= {"generator", "goal", "tuned_on", "baseline_generator"}
+    again = run_evaluation(scenes, tmp_path / "again", *flags)
+    for name in ("generator/ap", "generator/f1", "baseline/generator/ap", "baseline/generator/f1"):
+        assert again[name] == tuned[name]
+    assert "thresholds chosen for recall on" in capsys.readouterr().out
+    assert sorted(path.name for path in weights.parent.iterdir()) == ["best.json", "best.pth"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model.checkpoint=none"], "random weights: they have no description beside them"),
+        (["--model.checkpoint=auto", "--model.type=vit_tiny"], "they are part of finestsam; copy them"),
+        (["--evaluate.search=false"], "evaluate.store_thresholds has nothing to store without --evaluate.search"),
+        (["--evaluate.generator=false"], "evaluate.store_thresholds needs a model's generator"),
+        (["--evaluate.predictions=x.json"], "evaluate.store_thresholds needs a model's generator"),
+    ],
+)
+def test_thresholds_that_have_no_place_are_refused_in_one_line(scenes, tmp_path, capsys, flags, message):
+    arguments = ["--mode=evaluate", f"--dataset={scenes}", f"--out_dir={tmp_path}", f"--sav_dir={tmp_path}"]
+    arguments += ["--device=cpu", "--model.type=vit_tiny_test", "--evaluate.search=true"]
+
+    assert main([*arguments, "--evaluate.store_thresholds=true", *flags]) == 2
+
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not (tmp_path / "evaluation.json").exists()
 
 
 def test_models_with_other_thresholds_are_asked_the_same(scenes, finished, tmp_path):
@@ -186,7 +384,7 @@ def test_models_with_other_thresholds_are_asked_the_same(scenes, finished, tmp_p
 
     figures = json.loads((tmp_path / "evaluation.json").read_text())
     for name in ("point/iou", "point/boundary_iou", "box/iou", "background/score"):
-        assert figures[name] == figures[f"floor/{name}"]
+        assert figures[name] == figures[f"baseline/{name}"]
 
 
 def test_an_origin_that_is_gone_is_told_and_another_can_be_named(scenes, finished, tmp_path, capsys):
@@ -202,7 +400,7 @@ def test_an_origin_that_is_gone_is_told_and_another_can_be_named(scenes, finishe
     both = run_evaluation(scenes, tmp_path / "both", f"--model.checkpoint={moved}", f"--against={finished}")
 
     assert "/nowhere.pth" in message and "--evaluate.against" in message
-    assert not any(name.startswith("floor/") for name in alone)
+    assert not any(name.startswith("baseline") for name in alone)
     assert both["difference/point/iou"] == 0
 
 
@@ -226,4 +424,4 @@ def test_thresholds_are_searched_on_demand_and_said(scenes, tmp_path, capsys):
 
     assert figures["generator/points_per_side"] == 4 and 0 <= figures["generator/pred_iou_thresh"] <= 1
     assert {"clicks/iou_1", "clicks/iou_2", "point/boundary_iou", "generator/calibration_error"} <= set(figures)
-    assert "best for f1 on these pictures: --generator.points_per_side 4" in capsys.readouterr().out
+    assert "best for f1 on these images: --generator.points_per_side 4" in capsys.readouterr().out

@@ -41,7 +41,7 @@ def test_two_models_are_compared_on_the_pictures_that_both_could_be_measured_on(
     for one in (ours, theirs):
         assert {record.image_id for record in one.records} == known - {100, 103, 110}
         assert len(one.found) == one.figures["point/objects"] == COUNT - 3
-    assert [row["file_name"] for row in ours.list_pictures()] == [row["file_name"] for row in theirs.list_pictures()]
+    assert [row["file_name"] for row in ours.list_images()] == [row["file_name"] for row in theirs.list_images()]
 
 
 def test_figures_have_flat_names():
@@ -95,8 +95,36 @@ def test_each_picture_has_a_row():
     measurement = make_measurement(0, 0.7)
     measurement.found[4] = Detections([], [])
 
-    rows = measurement.list_pictures()
+    rows = measurement.list_images()
 
     assert len(rows) == COUNT
     assert rows[3]["point/iou"] == pytest.approx(measurement.prompted["point"][3].iou)
     assert (rows[3]["generator/ap"], rows[4]["generator/ap"], rows[4]["generator/masks"]) == (pytest.approx(1), 0, 0)
+
+
+def test_counts_of_an_image_stand_in_its_row_and_their_error_among_the_figures():
+    measurement = make_measurement(0, 0.7)
+    rles = [make_rle(10), make_rle(11), make_rle(38)]  # the object, again, and nothing
+    measurement.found[0] = Detections(rles, [0.9, 0.8, 0.7])
+    measurement.found[1] = Detections([], [])
+
+    rows = measurement.list_images()
+
+    names = ("labelled", "found", "missed", "invented", "duplicates", "fragments", "merged", "split")
+    assert [rows[0][f"counting/{name}"] for name in names] == [1, 1, 0, 1, 1, 0, 0, 0]
+    assert [rows[1][f"counting/{name}"] for name in names] == [1, 0, 1, 0, 0, 0, 0, 0]
+    assert measurement.figures["counting/mean_absolute_error"] == pytest.approx(3 / COUNT)
+    assert measurement.figures["counting/relative_error"] == pytest.approx(3 / COUNT)
+    difference = compare(measurement, make_measurement(0, 0.7))["counting/mean_absolute_error"]
+    assert difference.value == pytest.approx(3 / COUNT) and difference.low < difference.value < difference.high
+
+
+@pytest.mark.parametrize("count", [1, 4, 5])
+def test_an_interval_needs_five_images(count):
+    ids = {100 + number for number in range(count)}
+
+    differences = compare(make_measurement(0, 0.7).keep(ids), make_measurement(2, 0.6).keep(ids))
+
+    assert differences
+    for difference in differences.values():
+        assert (difference.low is None, difference.high is None) == (count < 5, count < 5)

@@ -14,7 +14,8 @@ from finestsam.evaluation.background import BackgroundScores
 from finestsam.evaluation.coco_scores import Detections
 from finestsam.evaluation.measurement import Measurement, compare
 from finestsam.evaluation.prompt_scores import ObjectScore
-from finestsam.evaluation.report import write_report_page
+from finestsam.evaluation.report import list_effective_settings, write_report_page
+from finestsam.evaluation.setup import Setup, Thresholds, find_sam_thresholds
 from finestsam.evaluation.story import Story
 from finestsam.evaluation.thresholds import Calibration
 
@@ -42,7 +43,11 @@ def make_measurement(records, shift: float) -> Measurement:
     points = np.full(8, 0.3 + shift)
     background = [BackgroundScores(record.image_id, points, points > 0.35) for record in records]
     clicks = {1: 0.4, 8: 0.6 + shift}
-    return Measurement(records, found, {"point": scores, "box": scores}, clicks, background, calibration=calibration)
+    thresholds = Thresholds(find_sam_thresholds(build_config({})).settings, HOSTILE)
+    setup = Setup(HOSTILE, "vit_tiny", 384, thresholds)
+    return Measurement(
+        records, found, {"point": scores, "box": scores}, clicks, background, calibration=calibration, setup=setup
+    )
 
 
 @pytest.fixture
@@ -50,8 +55,9 @@ def page(records, tmp_path):
     records = [replace(record, file_name=f"{HOSTILE}{place}.png") for place, record in enumerate(records)]
     ours, theirs = make_measurement(records, 0.1), make_measurement(records, 0.0)
     path = tmp_path / "report.html"
-    story = Story(HOSTILE, ours, HOSTILE, theirs, compare(ours, theirs))
-    write_report_page(path, story, [HOSTILE], build_config({"dataset.path": HOSTILE}))
+    learned = frozenset(record.file_name for record in records[:2])
+    story = Story(HOSTILE, ours, HOSTILE, theirs, compare(ours, theirs), learned=learned, described_images=HOSTILE)
+    write_report_page(path, story, build_config({"dataset.path": HOSTILE}))
     return path
 
 
@@ -93,7 +99,7 @@ def test_every_figure_stands_beside_its_difference(page):
 
     assert "One point: IoU of the mask that the model prefers" in text and "+0.100" in text
     assert "Where it does worst" in text and "Where it does best" in text
-    assert "missed" in text and "compared with" in text
+    assert "missed" in text and "<h3>baseline</h3>" in text and "compared with" not in text
     assert text.count("<div class='picture'>") == 6  # every picture once
 
 
@@ -108,17 +114,60 @@ def test_a_higher_score_where_no_object_is_is_worse(page):
 def test_precision_is_drawn_for_both_models(page):
     text = page.read_text(encoding="utf-8")
 
-    for label in ("this model, IoU 0.5", "this model, IoU 0.75", "compared with, IoU 0.5", "compared with, IoU 0.75"):
+    for label in ("this model, IoU 0.5", "this model, IoU 0.75", "baseline, IoU 0.5", "baseline, IoU 0.75"):
         assert f"<!-- {label} -->" in text
 
 
 def test_a_report_of_one_model_alone_has_no_empty_columns(records, tmp_path):
     ours = make_measurement(records, 0.1)
-    write_report_page(tmp_path / "r.html", Story("best.pth", ours), [], build_config({}))
+    write_report_page(tmp_path / "r.html", Story("best.pth", ours), build_config({}))
 
     text = (tmp_path / "r.html").read_text()
-    assert "compared with" not in text.split("<h2>Curves")[0]
+    assert "baseline" not in text.split("<h2>Curves")[0]
     assert "repeat(3, 1fr)" in text
+
+
+def test_the_rows_of_objects_and_of_masks_add_up(page):
+    text = page.read_text(encoding="utf-8")
+
+    rows = re.findall(r"<tr(?: class='(total)')?><td(?: class='kind')?>([^<]*)</td><td>(\d+) <span", text)
+    groups: dict[str, list[int]] = {}  # of each the total, then its kinds
+    for is_total, title, count in rows:
+        if is_total:
+            groups[title] = []
+        groups[next(reversed(groups))].append(int(count))
+    assert set(groups) == {"objects", "masks"}
+    for total, *kinds in groups.values():
+        assert total == sum(kinds) > 0
+
+
+def test_images_that_were_trained_on_are_named(page):
+    text = page.read_text(encoding="utf-8")
+
+    assert "2 of the 6 images were trained on" in text and text.count("; trained on") == 2
+
+
+def test_settings_are_shown_as_they_took_effect(page, records):
+    story = Story("best.pth", make_measurement(records, 0.1), described_images="6 images")
+
+    settings = list_effective_settings(story, build_config({}))
+
+    assert None not in settings.values()
+    assert settings["generator.pred_iou_thresh"] == "0.88" and settings["model.image_size"] == 384
+    assert settings["model.type"] == "vit_tiny" and settings["evaluate.split"] == "auto: 6 images"
+    assert "<td>None</td>" not in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("count", "is_known"), [(4, False), (5, True)])
+def test_there_is_no_interval_below_five_images(records, tmp_path, count, is_known):
+    ours, theirs = (make_measurement(records[:count], shift) for shift in (0.1, 0.0))
+    story = Story("best.pth", ours, "start.pth", theirs, compare(ours, theirs))
+
+    write_report_page(tmp_path / "r.html", story, build_config({}))
+
+    text = (tmp_path / "r.html").read_text()
+    assert ("too few images for an interval" in text) != is_known
+    assert bool(re.search(r"[+-]\d\.\d{3} to [+-]", text)) == is_known
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from finestsam.masks import encode_mask
-from finestsam.prediction.legend import PAPER, draw_legend
-from finestsam.prediction.overlay import colour_classes, draw_named_overlay
+from finestsam.prediction.legend import PAPER, add_legend
+from finestsam.prediction.overlay import colour_classes, draw_named_overlay, draw_overlay
 
 SIZE = (300, 400)
 NAMES = ["ball", "crate", "größer <b>"]
@@ -31,29 +31,39 @@ def test_masks_have_the_colours_of_their_categories(image):
     assert (drawn[160, 60] == colours[1]).all()
 
 
-def test_the_legend_lies_where_the_least_is_covered_and_has_what_is_there(image):
-    rles = [draw_mask(slice(0, 160), slice(0, 400)), draw_mask(slice(160, 300), slice(0, 160))]
+@pytest.mark.parametrize("size", [(300, 400), (40, 60), (500, 30), (20, 900)])
+def test_the_legend_hides_nothing_and_has_what_is_there(size):
+    image = np.full((*size, 3), 90, dtype=np.uint8)
+    mask = encode_mask(np.ones(size, dtype=bool))
+    rles, classes = [mask, mask], np.array([1, 3])
 
-    drawn = draw_named_overlay(image, rles, np.array([1, 3]), NAMES, opacity=0.5)
+    drawn = draw_named_overlay(image, rles, classes, NAMES, opacity=0.5)
 
-    is_paper = (drawn == PAPER).all(axis=2)
-    rows, columns = np.nonzero(is_paper)
-    assert rows.min() > 160 and columns.min() > 160  # the free corner
-    plate = drawn[rows.min() :, columns.min() :].reshape(-1, 3).tolist()
-    colours = colour_classes(4).tolist()
-    assert colours[1] in plate and colours[3] in plate and colours[2] not in plate
+    colours = colour_classes(4)
+    plain = draw_overlay(image, rles, 0.5, colours[classes])
+    assert (drawn[: size[0], : size[1]] == plain).all() and len(drawn) > size[0]
+    strip = drawn[size[0] :].reshape(-1, 3).tolist()
+    for number in (1, 3):
+        assert colours[number].tolist() in strip
+    assert colours[2].tolist() not in strip and list(PAPER) in strip
+
+
+def test_without_masks_there_is_no_legend(image):
     assert (draw_named_overlay(image, [], np.zeros(0, dtype=int), NAMES, 0.5) == image).all()
 
 
-def test_what_has_no_room_is_left_out_or_counted(image):
-    entries = [(f"a very long name of category {number} " * 5, np.array([1, 2, 3], np.uint8)) for number in range(40)]
+@pytest.mark.parametrize("size", [(300, 400), (20, 30), (900, 100)])
+def test_what_has_no_room_is_cut_or_counted(size):
+    image = np.full((*size, 3), 90, dtype=np.uint8)
+    colours = np.random.default_rng(0).integers(0, 200, (40, 3), dtype=np.uint8)
+    entries = [(f"a very long name of category {number} " * 5, colour) for number, colour in enumerate(colours)]
 
-    drawn = draw_legend(image, entries, np.zeros(SIZE, dtype=bool))
+    drawn = add_legend(image, entries)
 
-    changed = (drawn != image).any(axis=2)
-    assert changed.any(axis=1).sum() <= 0.45 * SIZE[0] and changed.any(axis=0).sum() <= 0.6 * SIZE[1]
-    thin = image[:20]
-    assert (draw_legend(thin, entries, np.zeros(thin.shape[:2], dtype=bool)) == thin).all()
+    letters = max(round(max(size) / 50), 11)
+    assert len(drawn) - size[0] <= 7.5 * letters and drawn.shape[1] == max(size[1], 16 * letters)
+    strip = drawn[size[0] :].reshape(-1, 3).tolist()
+    assert colours[0].tolist() in strip and colours[-1].tolist() not in strip
 
 
 def test_categories_beyond_the_palette_have_colours_of_their_own():

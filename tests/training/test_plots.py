@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from finestsam.training.plots import COLORS, TITLES, VALIDATION, draw_curves
+from finestsam.training.plots import COLORS, LEGEND_WIDTH, TITLES, VALIDATION, draw_curves
 
 NAMES = [*TITLES, "all_metrics"]
 FLOOR = {"epoch": 0, "step": 0, "val_per_mask_iou": 0.4}
@@ -52,7 +52,31 @@ def test_validation_is_drawn_beside_the_iou_and_among_all_curves(images):
     assert drawn == {"iou", "all_metrics"}
 
 
-def test_the_untouched_model_is_a_line_through_the_whole_picture(images, tmp_path):
+def test_all_curves_are_three_panels_and_legends_stand_beside_them(images):
+    """Losses above, validation beside its baseline in the middle, the rate below; the right quarter is for legends."""
+    image = images["all_metrics"]
+    panels = np.array_split(image, 3)
+    axes_end = int(image.shape[1] * (1 - LEGEND_WIDTH / (6.2 + LEGEND_WIDTH)))
+    for name, place in {"focal_loss": 0, "iou": 1, "learning_rate": 2}.items():
+        counts = [count_pixels(panel[:, :axes_end], COLORS[name]) for panel in panels]
+        assert np.argmax(counts) == place and counts[place] > 200
+    validation = VALIDATION["val_per_mask_iou"][1]
+    assert count_pixels(panels[1][:, :axes_end], validation) > 200 and count_pixels(panels[0], validation) == 0
+    for name, panel in {"focal_loss": panels[0], "iou": panels[1]}.items():
+        assert count_pixels(panel[:, axes_end + 10 :], COLORS[name]) > 20  # its line in the legend
+
+
+def test_a_legend_hides_no_curve(tmp_path):
+    rows = [row | {"iou": 0.95, "val_per_mask_iou": 0.95} for row in make_rows(8)[1:]]  # where a legend would be put
+
+    image = draw(rows, tmp_path)["iou"]
+
+    columns = (np.abs(image.astype(int) - [0x00, 0x9E, 0x73]).max(axis=-1) < 20).any(axis=0)
+    validation = (np.abs(image.astype(int) - [0xE6, 0x9F, 0x00]).max(axis=-1) < 20).any(axis=0)
+    assert np.ptp((columns | validation)[: int(0.7 * image.shape[1])].nonzero()[0]) > 0.5 * image.shape[1]
+
+
+def test_the_baseline_is_a_line_through_the_whole_panel(images, tmp_path):
     without = draw(make_rows(5)[1:], tmp_path)["iou"]
     rgb = [int(VALIDATION["val_per_mask_iou"][1][place : place + 2], 16) for place in (1, 3, 5)]
 
@@ -63,12 +87,12 @@ def test_the_untouched_model_is_a_line_through_the_whole_picture(images, tmp_pat
     assert count_columns(images["iou"]) > 200 > 60 > count_columns(without)
 
 
-@pytest.mark.parametrize("floor", [[FLOOR], []], ids=["beside a floor", "alone"])
+@pytest.mark.parametrize("floor", [[FLOOR], []], ids=["beside a baseline", "alone"])
 def test_the_total_loss_is_drawn_whole_where_nothing_else_was_measured(tmp_path, floor):
     rows = [*floor, *({"epoch": epoch, "step": epoch, "total_loss": 1 / epoch} for epoch in range(1, 9))]
     image = draw(rows, tmp_path)["all_metrics"]
     height, width = image.shape[:2]
-    within = image[int(0.15 * height) : int(0.83 * height), int(0.1 * width) : int(0.7 * width)]  # no axes, no words
+    within = image[int(0.05 * height) : int(0.27 * height), int(0.12 * width) : int(0.7 * width)]  # no axes, no words
     assert np.ptp((within < 60).all(axis=-1).any(axis=0).nonzero()[0]) > 0.4 * width
 
 
@@ -82,7 +106,7 @@ def test_the_total_loss_is_drawn_whole_where_nothing_else_was_measured(tmp_path,
         [FLOOR, {"epoch": 1, "step": 2, "total_loss": 0.5, "iou": None, "learning_rate": 0.0}],
         [row | ({"val_per_mask_iou": None} if row["epoch"] % 3 else {"iou_loss": None}) for row in make_rows(4)],
     ],
-    ids=["no row", "the floor", "one value", "one epoch", "no rate", "gaps"],
+    ids=["no row", "the baseline", "one value", "one epoch", "no rate", "gaps"],
 )
 def test_what_was_not_measured_is_left_out(tmp_path, rows):
     images = draw(rows, tmp_path)

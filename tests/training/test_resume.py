@@ -5,7 +5,7 @@ import json
 import pytest
 
 from finestsam.config import build_config, flatten_config
-from finestsam.data.fingerprint import SPLIT, count_learnt, hash_fingerprint, take_fingerprint
+from finestsam.data.fingerprint import SPLIT, hash_fingerprint, take_fingerprint
 from finestsam.data.read import LabelledSet
 from finestsam.data.report import DatasetReport
 from finestsam.errors import UserError
@@ -44,13 +44,6 @@ def test_without_the_run_s_own_description_the_difference_is_not_guessed(data, t
 
     with pytest.raises(UserError, match=rf"{REFUSED}; start a new run"):
         refuse_other_dataset(tmp_path, {"dataset": "of something else"}, take_fingerprint(data))
-
-
-def test_pictures_that_were_learnt_from_are_counted(data, tmp_path):
-    assert count_learnt(data.train, tmp_path) == 0  # not in the folder of a run
-    (tmp_path / SPLIT).write_text(json.dumps(take_fingerprint(data)))
-
-    assert count_learnt([*data.train[:3], *data.val], tmp_path) == 3
 
 
 @pytest.mark.parametrize(("name", "is_told"), [("max_objects", True), ("background_points", True), ("sav", False)])

@@ -15,7 +15,7 @@ from finestsam.model.adapt import adapt_
 from finestsam.out_of_memory import is_out_of_memory, naming_what_needs_less
 from finestsam.prediction.correction import add_clicks, show_preferred
 from finestsam.prediction.precompute import Embedder
-from finestsam.training.losses import object_losses
+from finestsam.training.losses import ObjectLosses, object_losses
 from finestsam.training.memory import OutOfMemory
 from finestsam.training.schedules import build_optimizer
 from finestsam.training.step import Stepper
@@ -436,3 +436,13 @@ def test_what_answers_for_masks_that_nobody_asks_for_stays_as_it_is(tiny_sam, ba
     kept, asked = ([0], [1, 2, 3]) if multimask_output else ([1, 2, 3], [0])
     assert torch.equal(rows[kept], before[kept])
     assert all((rows[row] != before[row]).any() for row in asked)
+
+
+def test_no_predicted_iou_above_1_is_logged(tiny_sam):
+    ones = torch.ones(2)
+    losses = ObjectLosses(ones, ones, ones, ones, ones, torch.tensor([1.2, 0.4]), ones.long(), ones[:, None])
+
+    stepper = make_stepper(tiny_sam)
+    logged = dict(zip(stepper.measures, stepper.list_measures(losses), strict=True))
+
+    torch.testing.assert_close(logged["predicted_iou"], torch.tensor([1.0, 0.4]))

@@ -1,0 +1,112 @@
+"""Measure one model on labelled images: what its generator finds, and what it predicts for points, boxes and clicks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from finestsam.config import CHUNK_OBJECTS, Config
+from finestsam.data.index import Record
+from finestsam.data.semantic import ClassTable
+from finestsam.evaluation.baseline import Subject
+from finestsam.evaluation.battery import Battery
+from finestsam.evaluation.candidates import find_candidates
+from finestsam.evaluation.clicks import average_clicks
+from finestsam.evaluation.generator_scores import choose_grids, find_all, list_fixed, open_for_tuning, tune
+from finestsam.evaluation.measurement import Measurement
+from finestsam.evaluation.setup import Thresholds
+from finestsam.out_of_memory import naming_what_needs_less
+from finestsam.prediction.precompute import Embedder, open_store
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A model measured.
+
+    Attributes:
+        tuned: what threshold tuning found, as it is stored beside weights; None: nothing was tuned.
+        tuned_on: images that it was found on.
+    """
+
+    measurement: Measurement
+    tuned: dict[str, Any] | None = None
+    tuned_on: int = 0
+
+
+def measure_model(config: Config, subject: Subject, records: Sequence[Record], table: ClassTable | None) -> Outcome:
+    """Measure a model on the images; those that broke since they were checked are left out.
+
+    Args:
+        table: of the classes that the model gives masks; None: it gives none.
+    """
+    with naming_what_needs_less(subject.title, _advise(config)):
+        embedder = _embed_by(config, subject)
+        labelled = [record for record in records if record.annotations]
+        battery = Battery(config, embedder, labelled, subject.title)
+        prompted, clicks = battery.score_prompts(), average_clicks(battery.measure_clicks())
+        if not config.evaluate.generator:
+            measured = {score.image_id for scores in prompted.values() for score in scores}
+            known = [record for record in records if record.image_id in measured or not record.annotations]
+            outcome = Outcome(Measurement(known, None, setup=subject.describe(None)))
+        elif subject.thresholds.goal:
+            outcome = _tune_generator(config, embedder, records, subject)
+        else:
+            outcome = Outcome(_run_generator(config, embedder, records, subject, subject.thresholds))
+        setup = outcome.measurement.setup
+        settings = (setup.thresholds or subject.thresholds).settings
+        background = battery.measure_background(settings.pred_iou_thresh)
+    measurement = replace(
+        outcome.measurement, prompted=prompted, clicks=clicks, background=background, table=table, setup=setup
+    )
+    return replace(outcome, measurement=measurement)
+
+
+def measure_generator(
+    config: Config, subject: Subject, records: Sequence[Record], thresholds: Thresholds, table: ClassTable | None
+) -> Measurement:
+    """Measure the generator alone, with other thresholds."""
+    subject = replace(subject, title=f"{subject.title} with thresholds {thresholds.origin}")
+    with naming_what_needs_less(subject.title, _advise(config)):
+        measured = _run_generator(config, _embed_by(config, subject), records, subject, thresholds)
+    return replace(measured, table=table)
+
+
+def _advise(config: Config) -> str:
+    points, objects = config.generator.points_per_batch, config.chunk_objects or CHUNK_OBJECTS
+    return f"--generator.points_per_batch below {points}, --chunk_objects below {objects} or a smaller --model.type"
+
+
+def _embed_by(config: Config, subject: Subject) -> Embedder:
+    model = subject.loaded.model
+    return Embedder(model, open_store(config.store, model), rounds=True)
+
+
+def _run_generator(
+    config: Config, embedder: Embedder, records: Sequence[Record], subject: Subject, thresholds: Thresholds
+) -> Measurement:
+    title = f"{subject.title}, generator"
+    found = find_all(embedder, records, thresholds.settings, config.dataset.images, title)
+    pairs = [(record, one) for record, one in zip(records, found, strict=True) if one is not None]
+    setup = subject.describe(thresholds)
+    return Measurement([record for record, _ in pairs], [one for _, one in pairs], setup=setup)
+
+
+def _tune_generator(config: Config, embedder: Embedder, records: Sequence[Record], subject: Subject) -> Outcome:
+    """Measure the generator with thresholds chosen on these images, and print them."""
+    goal, title = subject.thresholds.goal, f"{subject.title}, generator"
+    fixed = list_fixed(config.generator)
+    start = open_for_tuning(subject.thresholds.settings, fixed)
+    found = find_candidates(embedder, records, start, choose_grids(start, fixed), config.dataset.images, title)
+    pairs = [(record, one) for record, one in zip(records, found, strict=True) if one is not None]
+    if not pairs:
+        return Outcome(Measurement([], [], setup=subject.describe(subject.thresholds)))
+    known, candidates = [record for record, _ in pairs], [one for _, one in pairs]
+    tuned = tune(known, candidates, start, fixed, goal)
+    flags = " ".join(f"--generator.{name} {value}" for name, value in tuned.chosen.items())
+    print(f"{title}: best for {goal} on these images: {flags}")
+    numbers = {name: value for name, value in tuned.chosen.items() if not isinstance(value, str)}
+    extra = {f"generator/{name}": float(value) for name, value in numbers.items()}
+    if tuned.calibration:
+        extra["generator/calibration_error"] = tuned.calibration.error
+    setup = subject.describe(replace(subject.thresholds, settings=tuned.result.settings))
+    measured = Measurement(known, tuned.found, extra=extra, calibration=tuned.calibration, setup=setup)
+    return Outcome(measured, tuned.describe(), len(known))

@@ -1,0 +1,88 @@
+"""The run that weights come from, by the folder that they lie in: what it learned from and was validated on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from finestsam.config import Config
+from finestsam.data.fingerprint import SPLIT, read_sides
+from finestsam.data.index import Record
+from finestsam.data.split import DIGITS
+from finestsam.errors import printable
+from finestsam.evaluation.wording import name_count
+from finestsam.model.load import find_run_weights
+
+SETTINGS_NAME = "config.yaml"
+GOALS = ("f1", "recall")
+NAMED = 5
+
+
+@dataclass(frozen=True)
+class OwnRun:
+    """What the folder of a run tells.
+
+    Attributes:
+        sides: under `train` and `val` the beginnings of the images' digests, as `read_sides` returns them.
+        goal: what the run chose thresholds for; empty: it is not known.
+    """
+
+    folder: Path
+    sides: dict[str, frozenset[str]]
+    goal: str = ""
+
+    def list_sides(self, records: list[Record]) -> list[str]:
+        """Return of each image whether the run learned from it (train), was validated on it (val), or neither ("")."""
+        return [
+            next((side for side in ("train", "val") if record.digest[:DIGITS] in self.sides[side]), "")
+            for record in records
+        ]
+
+    def list_learned(self, records: list[Record]) -> list[str]:
+        """Return the file names of the images that the run learned from."""
+        sides = self.list_sides(records)
+        return [record.file_name for record, side in zip(records, sides, strict=True) if side == "train"]
+
+
+def find_own_run(config: Config) -> OwnRun | None:
+    """Return the run that the weights to evaluate come from; None where they lie in no run's folder."""
+    if config.evaluate.predictions:
+        return None
+    path = find_run_weights(config)
+    for folder in (path.parent, path.parent.parent) if path else ():  # an adapter has a folder of its own
+        if (sides := read_sides(folder)) is not None:
+            return OwnRun(folder, sides, _read_goal(folder))
+    return None
+
+
+def _read_goal(folder: Path) -> str:
+    """Return what a run chose thresholds for, where its card does not say; empty: for nothing, or it is not known."""
+    try:
+        settings = yaml.safe_load((folder / SETTINGS_NAME).read_text(encoding="utf-8"))["evaluate"]
+        goal, is_tuned = settings["goal"], settings["search"] is not False
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return ""
+    return goal if goal in GOALS and is_tuned else ""
+
+
+def describe_images(run: OwnRun | None, records: list[Record]) -> str:
+    """Return how many images are evaluated, and what they were to the run that the weights come from."""
+    count = name_count(len(records), "image")
+    sides = set(run.list_sides(records)) if run else set()
+    if sides == {"val"}:
+        return f"{count}, the validation split of {printable(run.folder / SPLIT)}"
+    if run and "train" not in sides:
+        return f"{count}, none of which {printable(run.folder)} was trained on"
+    return count
+
+
+def warn_of_learned(run: OwnRun | None, records: list[Record]) -> str:
+    """Return what is to be said of images that the weights were trained on; empty: there are none."""
+    names = run.list_learned(records) if run else []
+    if not names:
+        return ""
+    listed = ", ".join(map(printable, names[:NAMED])) + (f" and {len(names) - NAMED} more" * (len(names) > NAMED))
+    return (
+        f"{len(names)} of the {len(records)} images were trained on, so other images will have lower figures: {listed} "
+        "(column trained_on of per_image.csv)"
+    )

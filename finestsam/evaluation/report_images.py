@@ -1,0 +1,90 @@
+"""The images of the report: where the generator does worst and best, beside their annotations and the baseline."""
+
+import base64
+
+import numpy as np
+
+from finestsam.config import Config
+from finestsam.data.index import Record
+from finestsam.errors import Defect
+from finestsam.evaluation.comparison import COLUMNS, describe_found, shrink_rle
+from finestsam.evaluation.html_text import escape_text
+from finestsam.evaluation.story import Story
+from finestsam.evaluation.wording import name_count
+from finestsam.images import compute_input_size, encode_image, read_image, resize_image
+from finestsam.prediction.overlay import draw_layer
+
+# Of each end of the ranking.
+IMAGES_SHOWN = 4
+# The longest side of an image in the report.
+SHOWN_PIXELS = 768
+OPACITY = 0.45
+
+
+def write_images(story: Story, config: Config) -> str:
+    """Return the images where the generator does worst, and those where it does best."""
+    order = list(story.ratings)
+    if not order:
+        return ""
+    shown = min(IMAGES_SHOWN, (len(order) + 1) // 2)
+    groups = {"Where it does worst": order[:shown], "Where it does best": order[::-1][: min(shown, len(order) - shown)]}
+    parts = [
+        "<div class='sticky'><label><input type='checkbox' id='masks' checked> masks (key m)</label> "
+        "<span class='quiet'>wheel: zoom, drag: move, double click: whole image</span></div>"
+    ]
+    for title, places in groups.items():
+        images = [_write_image(story, place, config) for place in places]
+        parts += [f"<h2>{title}</h2>", *images] if images else []
+    return "\n".join(parts)
+
+
+def _write_image(story: Story, place: int, config: Config) -> str:
+    record, rating = story.ours.records[place], story.ratings[place]
+    try:
+        pixels = read_image(record.path, record.size, config.dataset.images)
+    except Defect as defect:
+        return f"<p>{escape_text(record.file_name)}: {escape_text(defect.message)}</p>"
+    size = compute_input_size(record.size, min(SHOWN_PIXELS, max(record.size)))
+    base = _embed(encode_image(resize_image(pixels, size), ".jpg"), "jpeg")
+    truth = [record.rle(annotation) for annotation in record.annotations]
+    panels = [
+        _write_panel("image", f"{record.size[1]} x {record.size[0]} pixels", base, None, None, record, size),
+        _write_panel(
+            "annotated", name_count(len(truth), "object"), base, truth, story.ours.colour_truth(place), record, size
+        ),
+    ]
+    for title in COLUMNS:
+        one = story.measurements.get(title)
+        if one is not None and one.found is not None:
+            rles, colours = one.found[place].rles, one.colour_found(place)
+            panels.append(_write_panel(title, describe_found(one, place), base, rles, colours, record, size))
+    learned = "; trained on" if record.file_name in story.learned else ""
+    return (
+        f"<div class='picture'><div><code>{escape_text(record.file_name)}</code> "
+        f"<span class='quiet'>finds {rating.recall:.0%} of the objects, F1 {rating.f1:.2f}{learned}</span></div>"
+        f"<div class='panels'>{''.join(panels)}</div></div>"
+    )
+
+
+def _write_panel(
+    title: str,
+    caption: str,
+    base: str,
+    rles: list[dict] | None,
+    colours: np.ndarray | None,
+    record: Record,
+    size: tuple[int, int],
+) -> str:
+    layer = ""
+    if rles is not None:
+        drawn = draw_layer(size, [shrink_rle(rle, size) for rle in rles], OPACITY, colours)
+        layer = f"<img alt='' src='{_embed(encode_image(drawn, '.png'), 'png')}'>"
+    image = f"<img alt='{escape_text(record.file_name)}' src='{base}'>"
+    return (
+        f"<figure class='panel'><h3>{escape_text(title)}</h3><div class='view'>{image}{layer}</div>"
+        f"<figcaption>{escape_text(caption)}</figcaption></figure>"
+    )
+
+
+def _embed(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
