@@ -319,8 +319,8 @@ def _warn_of_thresholds(config: Config, card: Card | None) -> None:
         return
     print(
         "warning: the generator's thresholds were never chosen for these weights, so segment_anything's are used, "
-        "which suit Meta's vit_h; --mode evaluate --dataset FOLDER --evaluate.search true on annotated images chooses "
-        "them",
+        "which suit Meta's vit_h; --mode evaluate --dataset FOLDER --evaluate.search true --evaluate.store_thresholds "
+        "true on annotated images chooses them",
         file=sys.stderr,
     )
 
