@@ -1,10 +1,13 @@
 """Broken versions of a file, drawn at random: what a faulty tool, a bad disk or an attacker would leave."""
 
 import copy
+import io
 import json
 from typing import Any
 
+import cv2
 import numpy as np
+from PIL import Image
 
 HOSTILE = [
     None, True, -1, 0, 1.5, 1e12, -1e300, 2**31, 2**63, 10**40, float("nan"), float("inf"), "", "x", "1",
@@ -46,6 +49,12 @@ def _list_places(node: Any) -> list[tuple[Any, Any]]:
     return [place for key in keys for place in [(node, key), *_list_places(node[key])]]
 
 
+def mutate_picture(data: bytes, generator: np.random.Generator) -> bytes:
+    """Return the bytes of a broken picture; in most the first ones are left, by which its kind is told."""
+    kept = 16 if generator.random() < 0.8 else 0
+    return data[:kept] + mutate_bytes(data[kept:], generator)
+
+
 def mutate_bytes(data: bytes, generator: np.random.Generator) -> bytes:
     """Return the bytes with a few of them changed, cut out, repeated or put in, the first ones most often."""
     changed = bytearray(data)
@@ -65,3 +74,50 @@ def mutate_bytes(data: bytes, generator: np.random.Generator) -> bytes:
         else:
             del changed[start + int(generator.integers(size)) :]
     return bytes(changed)
+
+
+# Pillow's name of a kind, the mode of its pixels, and how it is written: every way of storing pixels that is read.
+PICTURE_KINDS = (
+    ("PNG", "RGB", {}), ("PNG", "P", {}), ("PNG", "1", {}), ("PNG", "LA", {}), ("PNG", "I;16", {}),
+    ("JPEG", "RGB", {}), ("JPEG", "RGB", {"progressive": True}), ("JPEG", "CMYK", {}), ("JPEG", "L", {"exif": True}),
+    ("MPO", "RGB", {"frames": 2}), ("GIF", "P", {}), ("GIF", "P", {"frames": 3}), ("BMP", "RGB", {}), ("BMP", "P", {}),
+    ("DIB", "RGB", {}), ("TIFF", "RGB", {}), ("TIFF", "RGB", {"compression": "tiff_lzw"}),
+    ("TIFF", "RGB", {"compression": "tiff_adobe_deflate"}), ("TIFF", "RGB", {"compression": "jpeg"}),
+    ("TIFF", "1", {"compression": "group4"}), ("TIFF", "L", {"compression": "packbits"}), ("TIFF", "I;16", {}),
+    ("TIFF", "F", {}), ("TIFF", "RGB", {"frames": 3, "exif": True}), ("WEBP", "RGB", {}),
+    ("WEBP", "RGB", {"lossless": True}), ("WEBP", "RGBA", {"frames": 3}), ("AVIF", "RGB", {}),
+    ("AVIF", "RGBA", {"frames": 2}), ("JPEG2000", "RGB", {}), ("JPEG2000", "L", {"no_jp2": True}), ("PPM", "RGB", {}),
+    ("PPM", "L", {}), ("PPM", "1", {}),
+)  # fmt: skip
+ORIENTATION = 0x0112  # of EXIF
+
+
+def encode_pictures(image: np.ndarray) -> dict[str, bytes]:
+    """Return the bytes of a picture's file by a name for each of `PICTURE_KINDS` that this Pillow writes, and one more.
+
+    Args:
+        image: H x W x 3, uint8, RGB.
+    """
+    Image.init()
+    encoded = {}
+    for kind, mode, options in PICTURE_KINDS:
+        if kind not in Image.SAVE:
+            continue
+        data, options = io.BytesIO(), dict(options)
+        frames = [
+            _convert(Image.fromarray(np.roll(image, step, axis=1)), mode) for step in range(options.pop("frames", 1))
+        ]
+        if options.pop("exif", False):
+            options["exif"] = Image.Exif()
+            options["exif"][ORIENTATION] = 6
+        several = {"save_all": True, "append_images": frames[1:]} if len(frames) > 1 else {}
+        frames[0].save(data, format=kind, **options, **several)
+        encoded[f"{kind} {mode} {options or ''} {len(frames)}"] = data.getvalue()
+    deep = cv2.imencode(".png", image.astype(np.uint16) * 257)[1]  # which Pillow reads and does not write
+    return encoded | {"PNG RGB;16": deep.tobytes()}
+
+
+def _convert(picture: Image.Image, mode: str) -> Image.Image:
+    if mode == "I;16":
+        return Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
+    return picture.convert(mode)

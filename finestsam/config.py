@@ -291,7 +291,7 @@ class DatasetConfig:
     masks_from_boxes: bool = setting(False, "take the box for the mask where an annotation has nothing else")
     include_crowd: bool = setting(False, "train on crowd regions (iscrowd 1) as if each were one object")
     dedup: bool = setting(False, "of annotations with exactly the same mask in one picture keep the first")
-    follow_symlinks: bool = setting(False, "read pictures that are links to places outside the dataset")
+    follow_symlinks: bool = setting(False, "read files that are links to places outside the dataset")
     mask_instances: Literal["auto", "components", "values", "classes"] = setting(
         "auto",
         "objects of a mask picture: its connected components, or its different grey values; auto: values where a "

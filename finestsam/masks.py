@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, which the processes that onl
 # A coordinate further out than this is a broken file, not an object that leaves the picture: pycocotools allocates
 # memory in proportion to it (60 bytes a pixel) until the process is killed.
 MAX_COORDINATE_PIXELS = 100_000
-# pycocotools follows an outline pixel by pixel, with 50 bytes for each. No outline in a picture is longer than twice its
+# pycocotools follows an outline pixel by pixel, with 50 bytes for each. None in a picture is longer than twice its
 # pixels, unless it runs over the same ones again and again.
 OUTLINE_PER_PIXEL = 4
 MIN_OUTLINE_LIMIT, MAX_OUTLINE_LIMIT = 1_000_000, 10_000_000

@@ -272,3 +272,36 @@ def test_a_download_alone_fetches_and_checks():
 
     assert (mode, config.dataset.path, config.dataset.download) == ("check", "coco", "coco-val2017")
     assert parse_command_line(["--mode=train", "--dataset=coco", "--download=coco-val2017"])[0] == "train"
+
+
+PAIRS = zip("abcdefgh", "bcdefghi", strict=True)
+LAUGHS = "{a: &a [1,1,1,1,1,1,1,1,1]" + "".join(f", {n}: &{n} [{','.join(['*' + m] * 9)}]" for m, n in PAIRS) + "}"
+
+
+@pytest.mark.parametrize("value", [LAUGHS, "&a [*a]", "[" * 300, "9" * 5000, "!!bool maybe", "!!timestamp x"])
+@pytest.mark.parametrize("name", ["batch_size", "sched.LambdaLR.steps", "strict", "opt.learning_rate"])
+def test_a_value_that_stands_for_too_much_is_one_short_line(tmp_path, name, value):
+    path = tmp_path / "c.yaml"
+    path.write_text(json.dumps({name: value}))
+
+    for flag in (f"--{name}={value}", f"--config={path}"):
+        with pytest.raises(UserError, match=f"{name} must be") as caught:
+            parse_command_line(["--mode=check", "--dataset=d", flag])
+        assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"a: {LAUGHS}", "stands for more than 100,000 values"),
+        ("model: &a {x: *a}", "an alias of what it lies in"),
+        ("strict: !!bool maybe", "a value is not of the type"),
+        ("num_epochs: " + "9" * 5000, "a number of 5000 digits"),
+    ],
+)
+def test_a_settings_file_that_stands_for_too_much_is_named(tmp_path, text, message):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+
+    with pytest.raises(UserError, match=f"c.yaml: .*{message}"):
+        parse_command_line(["--mode=check", "--dataset=d", f"--config={path}"])
