@@ -24,6 +24,7 @@ from finestsam.errors import Defect, UserError, printable
 from finestsam.interruption import Interrupted, end_with_parent, watch_signals
 from finestsam.model.card import read_card
 from finestsam.plain_yaml import VALUE_ERRORS, parse_yaml, read_yaml
+from finestsam.screen import prepare_screen
 
 SHORT_NAMES = {
     "--dataset": "--dataset.path",
@@ -105,6 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
     Args:
         arguments: None: those of the process, which is then the command's own.
     """
+    if arguments is None:
+        prepare_screen()
     try:
         with watch_signals(is_command=arguments is None):
             mode, config = parse_command_line(sys.argv[1:] if arguments is None else arguments)

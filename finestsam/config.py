@@ -28,6 +28,7 @@ def section(kind: type) -> Any:
     return field(default_factory=kind)
 
 
+LARGEST_WHOLE_NUMBER = 2**63 - 1  # of what counts steps and seeds generators
 # Where nothing is known of the memory.
 CHUNK_OBJECTS = 16
 
@@ -546,7 +547,7 @@ class Config:
         "else 32-true",
     )
     seed_device: int | None = setting(
-        1337, "seed of everything drawn by chance; null: another one each time", "[0, inf)"
+        1337, "seed of everything drawn by chance; null: another one each time", "[0, 4294967295]"
     )
     compile: bool = setting(
         False,
@@ -815,6 +816,8 @@ def _list_numbers(value: Any) -> list[float]:
 
 
 def _lies_in(value: float, interval: str) -> bool:
+    if isinstance(value, int) and abs(value) > LARGEST_WHOLE_NUMBER:
+        return False
     low, high = (float(end) for end in interval[1:-1].split(","))
     above = value >= low if interval[0] == "[" else value > low
     below = value <= high if interval[-1] == "]" else value < high

@@ -198,9 +198,12 @@ def _extract_picture(data: str, settings: DatasetConfig) -> Path:
     content = _decode_base64(data)
     decode_image(content, settings=settings.images)  # nothing but a picture is written
     path = cache_folder() / "pictures" / hashlib.blake2b(content, digest_size=16).hexdigest()
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, content)
+    try:
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(path, content)
+    except OSError as error:
+        raise Defect("unreadable", f"the picture inside cannot be kept in {path.parent}: {error.strerror}") from None
     return path
 
 
