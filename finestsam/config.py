@@ -28,10 +28,12 @@ def section(kind: type) -> Any:
     return field(default_factory=kind)
 
 
-LARGEST_WHOLE_NUMBER = 2**63 - 1  # of what counts steps and seeds generators
 # Where nothing is known of the memory.
 CHUNK_OBJECTS = 16
 
+LARGEST_WHOLE_NUMBER = 2**63 - 1  # of what counts steps and seeds generators
+PATCH_SIZE = 16
+IMAGE_SIZE_RANGE = (2 * PATCH_SIZE, 4096)  # pixels of the longest side
 # Pixels of the longest side that each type of model is made for.
 IMAGE_SIZES = {"vit_h": 1024, "vit_l": 1024, "vit_b": 1024, "vit_t": 1024, "vit_tiny": 768, "vit_tiny_test": 64}
 
@@ -53,7 +55,7 @@ class ModelConfig:
         None,
         "pixels of the longest side that the model sees, a multiple of 16; default: what the weights were made for. "
         "Another size has what they know of places interpolated, and is worth training at",
-        "[32, 4096]",
+        f"[{IMAGE_SIZE_RANGE[0]}, {IMAGE_SIZE_RANGE[1]}]",
     )
 
 
@@ -707,7 +709,7 @@ def find_problems(mode: str, values: dict[str, Any]) -> list[str]:
         f"{name} must lie in {entry.metadata['valid']}, got {value}"
         for name, entry in list_settings()
         for value in _list_numbers(values[name])
-        if entry.metadata["valid"] and not _lies_in(value, entry.metadata["valid"])
+        if entry.metadata["valid"] and not lies_in(value, entry.metadata["valid"])
     ]
     if mode == "train":
         problems += _find_training_problems(build_config(values))
@@ -815,7 +817,8 @@ def _list_numbers(value: Any) -> list[float]:
     return [number for number in values if isinstance(number, int | float) and not isinstance(number, bool)]
 
 
-def _lies_in(value: float, interval: str) -> bool:
+def lies_in(value: float, interval: str) -> bool:
+    """Whether a number lies in an interval in mathematical notation, as `setting` takes it."""
     if isinstance(value, int) and abs(value) > LARGEST_WHOLE_NUMBER:
         return False
     low, high = (float(end) for end in interval[1:-1].split(","))

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from finestsam.errors import Defect
+from finestsam.errors import VALUE_ERRORS, Defect
 
 # Somebody wrote it by hand: LVIS has 1203 categories in 40 kB. PyYAML takes ten seconds for the most.
 MAX_FILE_BYTES = 1_000_000
@@ -16,8 +16,6 @@ MAX_DEPTH = 50
 MAX_OPEN_BRACKETS = 500  # as they stand in the text, for each of which PyYAML looks at the others
 # No number has more digits, and what Python makes of them takes time that grows with their square.
 MAX_NUMBER_LETTERS = 400
-# What PyYAML raises for a value that is not of the type that its tag promises, beside its own errors.
-VALUE_ERRORS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
 
 
 class _PlainLoader(yaml.SafeLoader):
