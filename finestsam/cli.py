@@ -20,10 +20,10 @@ from finestsam.config import (
     list_settings,
     list_type_defaults,
 )
-from finestsam.errors import Defect, UserError, printable
+from finestsam.errors import VALUE_ERRORS, Defect, UserError, printable
 from finestsam.interruption import Interrupted, end_with_parent, watch_signals
 from finestsam.model.card import read_card
-from finestsam.plain_yaml import VALUE_ERRORS, parse_yaml, read_yaml
+from finestsam.plain_yaml import parse_yaml, read_yaml
 from finestsam.screen import prepare_screen
 
 SHORT_NAMES = {
@@ -306,16 +306,26 @@ def _diagnose_file(parser: ArgumentParser, path: Path) -> tuple[list[str], list[
     except ValueError as error:
         return [str(error)], []
     known = {name for name, _ in list_settings()} | {"mode"}
-    problems, sound = [], []
-    for name, value in settings.items():
-        if name not in known:
-            problems.append(_unknown(f"{path}: unknown setting {name}", name))
-            continue
-        words = _as_flag(name, value)
-        problem = _try_parse(parser, words)
-        problems += [f"{path}: {problem}"] if problem else []
-        sound += [] if problem else words
-    return problems, sound
+    problems = [_unknown(f"{path}: unknown setting {name}", name) for name in settings if name not in known]
+    flags = [words for name, value in settings.items() if name in known and (words := _as_flag(name, value))]
+    refused = _find_refused(parser, flags)
+    problems += [f"{path}: {problem}" for problem in refused.values()]
+    return problems, [word for place, words in enumerate(flags) if place not in refused for word in words]
+
+
+def _find_refused(parser: ArgumentParser, flags: list[list[str]], first: int = 0) -> dict[int, str]:
+    """Return what is wrong with flags that cannot be parsed, by their places, which begin at `first`.
+
+    Halves are tried, not each flag: the file of a run has two hundred, and parsing takes a while.
+    """
+    words = [word for flag in flags for word in flag]
+    problem = _try_parse(parser, words) if words else None
+    if problem is None:
+        return {}
+    if len(flags) == 1:
+        return {first: problem}
+    middle = len(flags) // 2
+    return _find_refused(parser, flags[:middle], first) | _find_refused(parser, flags[middle:], first + middle)
 
 
 def _as_flag(name: str, value: Any) -> list[str]:

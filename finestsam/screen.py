@@ -50,10 +50,10 @@ def _open_screen(stream: io.TextIOWrapper | None, number: int) -> io.TextIOBase:
     try:
         if stream.fileno() != number:
             return stream  # somebody else looks after it
-        is_by_line = stream.line_buffering
+        stream.flush()
+        # Not its own buffer: whoever has the stream already goes on writing to it.
+        buffer = io.BufferedWriter(io.FileIO(number, "wb", closefd=False))
         # A name in letters that the screen does not have is shown by their numbers.
-        return Screen(
-            stream.detach(), stream.encoding, errors="backslashreplace", line_buffering=is_by_line, write_through=False
-        )
+        return Screen(buffer, stream.encoding, errors="backslashreplace", line_buffering=stream.line_buffering)
     except (OSError, ValueError, AttributeError):  # of a notebook, which has no number
         return stream
