@@ -7,6 +7,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import torch
 from PIL import Image
 
 HOSTILE = [
@@ -28,8 +29,76 @@ def mutate_annotations(content: dict, generator: np.random.Generator) -> bytes:
     return mutate_bytes(data, generator) if generator.random() < 0.3 else data
 
 
+def mutate_tree(content: dict, generator: np.random.Generator, tensors: bool = False) -> dict:
+    """Return a tree of dicts and lists with one to four things wrong with it.
+
+    Args:
+        tensors: whether some of them may be tensors that nobody saves.
+    """
+    content = copy.deepcopy(content)
+    for _ in range(generator.integers(1, 5)):
+        if not tensors or generator.random() < 0.5:
+            _mutate_node(content, generator)
+        else:
+            places = list(_list_places(content))
+            parent, key = places[generator.integers(len(places))]
+            odd = draw_odd_tensors()
+            parent[key] = odd[generator.integers(len(odd))]
+    return content
+
+
+def draw_odd_tensors() -> list[torch.Tensor]:
+    """Return tensors of odd shapes and kinds, all of which are small in a file."""
+    one = torch.ones(1)
+    return [
+        one.expand(10**6, 10**6), one.expand(1, 10**5, 10**5, 32), torch.ones(0, 10**9), torch.tensor(float("nan")),
+        torch.ones(3).to_sparse(), torch.ones(2, dtype=torch.cfloat), torch.ones(2, dtype=torch.bool),
+        torch.ones(1, 4, 5, 32), torch.ones(1, 5, 4, 32), torch.ones((), dtype=torch.int64), torch.full((3, 3), 1e38),
+    ]  # fmt: skip
+
+
+# Eight lines of seven aliases each.
+LAUGHS = ", ".join(
+    f"{name}: &{name} [{', '.join([f'*{last}' if last else '1'] * 7)}]"
+    for last, name in zip(["", *"abcdefg"], "abcdefgh", strict=True)
+)
+YAML_PIECES = [
+    "!!bool maybe", "!!timestamp hello", "!!int ''", "!!float x", "!!binary é", "2024-13-45", "9" * 5000,
+    "1" + ":59" * 3000, "&a [*a]", "&a {<<: *a}", "[" * 600, "{" * 99, "]", "*missing", "null", "~", "? ? ?", "- - - -",
+    "!!python/object/apply:os.system ['true']", "'", '"', "%YAML 9.9", "---\n---", "\t", "\x00", "\ufeff", "1e999",
+    ".nan", "-.inf", "0x" + "f" * 3000, f"{{{LAUGHS}}}", f"'{{{LAUGHS}}}'",
+]  # fmt: skip
+
+
+def mutate_yaml(text: str, generator: np.random.Generator) -> bytes:
+    """Return the bytes of a YAML file with one to four values replaced, or its bytes broken."""
+    lines = text.splitlines()
+    for _ in range(generator.integers(1, 5)):
+        place = generator.integers(len(lines))
+        name, colon, _ = lines[place].partition(":")
+        lines[place] = f"{name}{colon or '- '} {YAML_PIECES[generator.integers(len(YAML_PIECES))]}"
+    data = "\n".join(lines).encode("utf-8", "surrogatepass")
+    return mutate_bytes(data, generator) if generator.random() < 0.3 else data
+
+
+def draw_outline(size: tuple[int, int], generator: np.random.Generator) -> list[float]:
+    """Return a polygon [x0, y0, x1, y1, ...] that runs to and fro between two lines, of any length.
+
+    Args:
+        size: (height, width) of the picture, which it may leave.
+    """
+    corners = int(10 ** generator.uniform(0.6, 4.5))
+    reach = 10 ** generator.uniform(0, 5.5)
+    across = np.arange(corners) % 2 * reach + generator.uniform(-1, 1, corners)
+    along = np.linspace(0, generator.uniform(0.5, 2) * size[0], corners)
+    sides = (across, along) if generator.random() < 0.5 else (along, across)
+    return np.stack(sides, axis=1).ravel().round(2).tolist()
+
+
 def _mutate_node(content: dict, generator: np.random.Generator) -> None:
     places = list(_list_places(content))
+    if not places:
+        return
     parent, key = places[generator.integers(len(places))]
     change = generator.integers(4)
     if change == 0:
