@@ -151,10 +151,14 @@ def _keep(current: Path, path: Path) -> Path:
 
 
 class BrokenFiles:
-    """Every kind of file that is read from somewhere, broken."""
+    """Every kind of file that is read from somewhere, broken.
 
-    def __init__(self, folder: Path, generator: np.random.Generator):
-        self.folder, self.generator = folder / "broken", generator
+    Args:
+        train_briefly: trains below a folder, and returns the folder of the run.
+    """
+
+    def __init__(self, folder: Path, generator: np.random.Generator, train_briefly: Callable[[Path], Path]):
+        self.folder, self.generator, self.train_briefly = folder / "broken", generator, train_briefly
         self.folder.mkdir(parents=True)
 
     def read_pictures(self, count: int) -> tuple[str, Tally]:
@@ -192,14 +196,14 @@ class BrokenFiles:
         card = weights.with_suffix(".json")
         expected = {name: value.clone() for name, value in sam.state_dict().items()}
         config = build_config({"model.checkpoint": str(weights), "device": "cpu", "precision": "32-true"})
-        states = [torch.load(path, weights_only=True) for path in self.folder.parent.glob("unbroken/last.ckpt")]
+        state = torch.load(self.train_briefly(self.folder) / "last.ckpt", weights_only=True)
         mount_lora_(sam, build_config({"model_layer.lora.rank": 2}).model_layer.lora)
         adapter = write_adapter(home / "adapter", sam, str(weights))
         on_adapter = build_config({"model.checkpoint": str(adapter.parent), "device": "cpu", "precision": "32-true"})
         described = adapter.parent / "adapter_config.json"
         whole |= {path: path.read_bytes() for path in (card, adapter, described)}
         kinds = ["weights", "weights", "tensors", "card", "card", "adapter", "adapter card"]
-        kinds += ["state"] * 3 * len(states)
+        kinds += ["state"] * 3
 
         def draw() -> Iterator[Trial]:
             for number in range(count):
@@ -211,7 +215,7 @@ class BrokenFiles:
                     content = mutate_tree(json.loads(whole[source]), self.generator)
                     yield Trial(kind, json.dumps(content).encode("utf-8", "surrogatepass"))
                 else:
-                    content = mutate_tree(states[0] if kind == "state" else expected, self.generator, tensors=True)
+                    content = mutate_tree(state if kind == "state" else expected, self.generator, tensors=True)
                     data = io.BytesIO()
                     try:
                         torch.save(content, data)

@@ -250,6 +250,23 @@ class Course:
         self.findings.expect(not partial, f"disk of {limit} bytes: {partial} left")
 
 
+def train_briefly(folder: Path) -> Path:
+    """Train for an epoch, and return the folder of the run."""
+    dataset = write_scenes(folder / "scenes", count=3, seed=4, size=(96, 96))
+    end = run_apart(describe_training(dataset, folder, "brief", "--num_epochs=1"))
+    assert end.code == 0, end.output
+    return folder / "brief"
+
+
+def describe_training(dataset: Path, sav_dir: Path, name: str, *flags: str) -> list[str]:
+    """Return the arguments of a training of the smallest model that is over in a moment."""
+    return [
+        "--mode=train", f"--dataset={dataset}", "--model.type=vit_tiny_test", f"--sav_dir={sav_dir}",
+        f"--run_name={name}", "--device=cpu", "--num_devices=1", "--num_workers=0", "--model.checkpoint=none",
+        "--dataset.val_size=0.25", "--generator.points_per_side=4", *flags,
+    ]  # fmt: skip
+
+
 class Pairs:
     """Two processes at once on what only one may have, or both may share."""
 
@@ -302,11 +319,7 @@ class Pairs:
         return ends
 
     def _share_run_name(self, folder: Path, delay: float) -> list[End]:
-        arguments = [
-            "--mode=train", f"--dataset={self.dataset}", "--model.type=vit_tiny_test", f"--sav_dir={folder}",
-            "--run_name=one", "--device=cpu", "--num_devices=1", "--num_workers=0", "--num_epochs=2",
-            "--model.checkpoint=none", "--dataset.val_size=0.25", "--generator.points_per_side=4",
-        ]  # fmt: skip
+        arguments = describe_training(self.dataset, folder, "one", "--num_epochs=2")
         ends = run_pair([arguments, arguments], delay)
         codes = sorted(end.code for end in ends)
         self.findings.expect(codes == [0, 2], f"run_name: ended with {codes}: {ends[0].output[-300:]}")
@@ -490,10 +503,12 @@ def run() -> int:
         os.environ["FINESTSAM_CACHE"] = str(Path(name) / "cache")
         folder = Path(name)
         wanted = {kind: getattr(arguments, kind) for kind in arguments.only if getattr(arguments, kind)}
-        course = (
-            Course(folder, findings, generator) if {"kills", "signals", "disks", "checkpoints"} & {*wanted} else None
+        course = Course(folder, findings, generator) if {"kills", "signals", "disks"} & {*wanted} else None
+        fuzz, broken, pairs = (
+            Fuzz(folder, findings, generator),
+            BrokenFiles(folder, generator, train_briefly),
+            Pairs(folder, findings),
         )
-        fuzz, broken, pairs = Fuzz(folder, findings, generator), BrokenFiles(folder, generator), Pairs(folder, findings)
         works = {
             "kills": lambda count: course.kill(count),
             "signals": lambda count: course.signal(count),

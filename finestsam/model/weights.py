@@ -265,7 +265,7 @@ def _check_content(path: Path, content: Any) -> None:
 
 def refuse_inflated(path: Path, tensors: Iterable[Tensor]) -> None:
     """Raise for tensors that stand for far more numbers than the file holds: the same ones again and again."""
-    stated, held = sum(value.nbytes for value in tensors), path.stat().st_size
+    stated, held = sum(value.numel() * value.element_size() for value in tensors), path.stat().st_size
     if stated > MAX_UNPACKED * held:
         raise UserError(f"{path}: its weights stand for {stated:,} bytes, the file has {held:,}; save it again")
 

@@ -94,6 +94,7 @@ MISFITS = [
     (("model_type",), "vit_x"), (("image_size",), 10**9), (("image_size",), 100), (("image_size",), -64),
     (("model",), {}), (("model", "mask_decoder.iou_token.weight"), torch.zeros(3)),
     (("model", "image_encoder.pos_embed"), torch.zeros(1).expand(10**5, 10**5)), (("model", 5), torch.zeros(3)),
+    (("model", "image_encoder.pos_embed"), torch.ones(1, 4, 4, 32).to_sparse()),
     (("optimizer", "state"), {0: 5}), (("optimizer", "param_groups"), {}),
     (("optimizer", "param_groups", 0, "lr"), "x"),
     (("optimizer", "param_groups", 0, "lr"), float("nan")), (("optimizer", "param_groups", 0, "params"), ["a"]),
