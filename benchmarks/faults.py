@@ -1,4 +1,6 @@
-"""Kill a training run, signal it, fill its disk, and feed the dataset check what is broken: `make faults`.
+"""Kill a training run, signal it, fill its disk, and feed every reader what is broken: `make faults`.
+
+`python -m benchmarks.faults --only images yaml --images 500` tries some kinds, with fewer of one.
 
 Every run is compared with an unbroken one bit for bit: weights, optimizer, best weights and metrics.csv. All of it runs
 in processes that are forked from this one, which has imported everything already, so that a start takes no seconds.
@@ -25,15 +27,19 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.broken_files import BrokenFiles
+from benchmarks.lying_servers import try_servers
 from benchmarks.mutations import mutate_annotations, mutate_bytes
 from finestsam.cli import main
 from finestsam.data.scenes import write_scenes
+from finestsam.model.build import build_sam
 from finestsam.training.checkpoint import load_state
 from finestsam.training.train import train
 
 EPOCHS = 30
 SECONDS_TO_STOP = 20  # of a machine that does other work as well
 SECONDS_TO_CHECK = 30
+PEAK_BYTES = 2_000_000_000  # of a process that reads broken files, this one's own beside it
 CHECK_BYTES = 2_000_000_000  # that a check may take beside what this process has
 PICTURE_KINDS = (("PNG", {}), ("JPEG", {}), ("GIF", {}), ("BMP", {}), ("TIFF", {}), ("WEBP", {}))
 PARTS = ("last.ckpt", "best.pth", "rows", "names")  # of a finished run, which are compared
@@ -244,6 +250,133 @@ class Course:
         self.findings.expect(not partial, f"disk of {limit} bytes: {partial} left")
 
 
+def train_briefly(folder: Path) -> Path:
+    """Train for an epoch, and return the folder of the run."""
+    dataset = write_scenes(folder / "scenes", count=3, seed=4, size=(96, 96))
+    end = run_apart(describe_training(dataset, folder, "brief", "--num_epochs=1"))
+    assert end.code == 0, end.output
+    return folder / "brief"
+
+
+def describe_training(dataset: Path, sav_dir: Path, name: str, *flags: str) -> list[str]:
+    """Return the arguments of a training of the smallest model that is over in a moment."""
+    return [
+        "--mode=train", f"--dataset={dataset}", "--model.type=vit_tiny_test", f"--sav_dir={sav_dir}",
+        f"--run_name={name}", "--device=cpu", "--num_devices=1", "--num_workers=0", "--model.checkpoint=none",
+        "--dataset.val_size=0.25", "--generator.points_per_side=4", *flags,
+    ]  # fmt: skip
+
+
+class Pairs:
+    """Two processes at once on what only one may have, or both may share."""
+
+    def __init__(self, folder: Path, findings: Findings):
+        self.folder, self.findings = folder / "pairs", findings
+
+    def run(self, count: int) -> str:
+        """Try every pair `count` times, the second process a little later each time."""
+        self.dataset = write_scenes(self.folder / "dataset", count=4, seed=3, size=(96, 96))
+        self.images = self.dataset / "data" / "images"
+        self.weights = [self._write_weights(seed) for seed in range(2)]
+        self.alone = [self._predict_alone(weights) for weights in self.weights]
+        codes = Counter()
+        for place in range(count):
+            delay = 0.5 * place / count
+            for work in (self._share_out_dir, self._share_run_name, self._share_store, self._share_cache):
+                ends = work(self.folder / f"{work.__name__}_{place}", delay)
+                codes[f"{work.__name__.removeprefix('_share_')} {sorted(end.code for end in ends)}"] += 1
+                for end in ends:
+                    self.findings.expect(end.code in (0, 2), f"{work.__name__}: ended with {end.code}: {end.output}")
+                    self.findings.expect("Traceback" not in end.output, f"{work.__name__}: {end.output[-800:]}")
+        return f"{4 * count} pairs: {', '.join(f'{number} x {code}' for code, number in sorted(codes.items()))}"
+
+    def _write_weights(self, seed: int) -> Path:
+        torch.manual_seed(seed)
+        sam = build_sam("vit_tiny_test")
+        for weight in sam.image_encoder.parameters():
+            if not weight.count_nonzero():
+                torch.nn.init.normal_(weight, std=0.3)
+        torch.save(sam.state_dict(), self.folder / f"{seed}.pth")
+        return self.folder / f"{seed}.pth"
+
+    def _predict(self, weights: Path, out_dir: Path, *flags: str) -> list[str]:
+        return [
+            "--mode=predict", "--input", str(self.images), f"--model.checkpoint={weights}", f"--out_dir={out_dir}",
+            "--device=cpu", "--generator.points_per_side=4", "--generator.pred_iou_thresh=0", "--precision=32-true",
+            "--generator.stability_score_thresh=0", "--generator.box_nms_thresh=1", *flags,
+        ]  # fmt: skip
+
+    def _predict_alone(self, weights: Path) -> list:
+        out_dir = self.folder / f"alone_{weights.stem}"
+        end = run_apart(self._predict(weights, out_dir))
+        self.findings.expect(end.code == 0, f"predict alone ended with {end.code}: {end.output[-500:]}")
+        return read_found(out_dir)
+
+    def _share_out_dir(self, folder: Path, delay: float) -> list[End]:
+        ends = run_pair([self._predict(weights, folder) for weights in self.weights], delay)
+        self.findings.expect(any(end.code == 0 for end in ends), f"out_dir: none went through: {ends[0].output[-500:]}")
+        self.findings.expect(read_found(folder) in self.alone, "out_dir: its masks are those of neither model alone")
+        return ends
+
+    def _share_run_name(self, folder: Path, delay: float) -> list[End]:
+        arguments = describe_training(self.dataset, folder, "one", "--num_epochs=2")
+        ends = run_pair([arguments, arguments], delay)
+        codes = sorted(end.code for end in ends)
+        self.findings.expect(codes == [0, 2], f"run_name: ended with {codes}: {ends[0].output[-300:]}")
+        rows = len(read_rows(folder / "one"))
+        self.findings.expect(rows == 3, f"run_name: {rows} rows in metrics.csv, expected 3")
+        return ends
+
+    def _share_store(self, folder: Path, delay: float) -> list[End]:
+        folder.mkdir()
+        flags = f"--store.folder={folder / 'store'}"
+        jobs = [self._predict(self.weights[0], folder / name, flags) for name in ("one", "other")]
+        ends = run_pair(jobs, delay)
+        for name in ("one", "other"):
+            self.findings.expect(read_found(folder / name) == self.alone[0], f"store: {name} found other masks")
+        return ends
+
+    def _share_cache(self, folder: Path, delay: float) -> list[End]:
+        before = os.environ["FINESTSAM_CACHE"]
+        os.environ["FINESTSAM_CACHE"] = str(folder / "cache")
+        outs = [folder / "one", folder / "other"]
+        jobs = [["--mode=check", f"--dataset={self.dataset}", f"--out_dir={out}", "--check.samples=0"] for out in outs]
+        ends = run_pair(jobs, delay)
+        os.environ["FINESTSAM_CACHE"] = before
+        reports = [(out / "dataset_report.json").read_text() for out in outs]
+        self.findings.expect(reports[0] == reports[1], "cache: two checks of one dataset differ")
+        return ends
+
+
+def run_pair(jobs: list[list[str]], delay: float) -> list[End]:
+    """Run two commands at once, the second `delay` seconds after the first."""
+    begun = []
+    for arguments in jobs:
+        output = tempfile.TemporaryFile("w+")  # noqa: SIM115, it is read when its process has ended
+        pid = os.fork()
+        if pid == 0:
+            _become_command(arguments, output, {})
+        begun.append((pid, output, time.monotonic()))
+        time.sleep(delay)
+    ends = []
+    for pid, output, start in begun:
+        _, status, usage = os.wait4(pid, 0)
+        output.seek(0)
+        code, seconds = os.waitstatus_to_exitcode(status), time.monotonic() - start
+        ends.append(End(code, seconds, usage.ru_maxrss * 1024, output.read(), 0))
+        output.close()
+    return ends
+
+
+def read_found(out_dir: Path) -> list:
+    """Return what a prediction found, without how it was made."""
+    path = out_dir / "predictions.json"
+    if not path.is_file():
+        return []
+    content = json.loads(path.read_text())
+    return [(found["image_id"], found["segmentation"], found["score"]) for found in content["annotations"]]
+
+
 def describe_moment(run: Path) -> str:
     """Return how far a killed run had come: the name of what it was doing, as far as its files tell."""
     if not (run / "config.yaml").is_file():
@@ -342,10 +475,18 @@ class Fuzz:
         return f"{count} {title}; exit codes {told}; slowest {slowest:.1f} s, peak {peak / 1e6:.0f} MB"
 
 
+# Of each kind, how many are tried.
+COUNTS = {
+    "kills": 30, "signals": 30, "disks": 6, "annotations": 1000, "pictures": 300, "images": 5000, "checkpoints": 1000,
+    "yaml": 500, "outlines": 100, "servers": 100, "pairs": 4,
+}  # fmt: skip
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    for name, count in (("kills", 30), ("signals", 30), ("disks", 6), ("annotations", 1000), ("pictures", 300)):
+    for name, count in COUNTS.items():
         parser.add_argument(f"--{name}", type=int, default=count)
+    parser.add_argument("--only", nargs="+", choices=COUNTS, default=list(COUNTS), help="kinds that are tried")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -360,17 +501,36 @@ def run() -> int:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         os.environ["FINESTSAM_CACHE"] = str(Path(name) / "cache")
-        course = Course(Path(name), findings, generator)
-        fuzz = Fuzz(Path(name), findings, generator)
-        for work, count in (
-            (course.kill, arguments.kills),
-            (course.signal, arguments.signals),
-            (course.fill_disk, arguments.disks),
-            (fuzz.break_annotations, arguments.annotations),
-            (fuzz.break_pictures, arguments.pictures),
-        ):
-            if count:
-                print(work(count), flush=True)
+        folder = Path(name)
+        wanted = {kind: getattr(arguments, kind) for kind in arguments.only if getattr(arguments, kind)}
+        course = Course(folder, findings, generator) if {"kills", "signals", "disks"} & {*wanted} else None
+        fuzz, broken, pairs = (
+            Fuzz(folder, findings, generator),
+            BrokenFiles(folder, generator, train_briefly),
+            Pairs(folder, findings),
+        )
+        works = {
+            "kills": lambda count: course.kill(count),
+            "signals": lambda count: course.signal(count),
+            "disks": lambda count: course.fill_disk(count),
+            "annotations": fuzz.break_annotations,
+            "pictures": fuzz.break_pictures,
+            "images": broken.read_pictures,
+            "checkpoints": broken.read_checkpoints,
+            "yaml": broken.read_yaml,
+            "outlines": broken.read_outlines,
+            "servers": lambda count: try_servers(folder, findings, generator, count),
+            "pairs": pairs.run,
+        }
+        for kind, count in wanted.items():
+            told = works[kind](count)
+            if isinstance(told, tuple):
+                title, tally = told
+                for line in tally.wrong:
+                    findings.expect(False, line)
+                findings.expect(tally.peak_bytes < PEAK_BYTES, f"{title}: {tally.peak_bytes / 1e6:.0f} MB")
+                told = tally.describe(title)
+            print(told, flush=True)
     print(f"{len(findings.lines)} things went wrong, in {time.monotonic() - start:.0f} s")
     return min(len(findings.lines), 1)
 

@@ -1,10 +1,14 @@
 """Broken versions of a file, drawn at random: what a faulty tool, a bad disk or an attacker would leave."""
 
 import copy
+import io
 import json
 from typing import Any
 
+import cv2
 import numpy as np
+import torch
+from PIL import Image
 
 HOSTILE = [
     None, True, -1, 0, 1.5, 1e12, -1e300, 2**31, 2**63, 10**40, float("nan"), float("inf"), "", "x", "1",
@@ -25,8 +29,76 @@ def mutate_annotations(content: dict, generator: np.random.Generator) -> bytes:
     return mutate_bytes(data, generator) if generator.random() < 0.3 else data
 
 
+def mutate_tree(content: dict, generator: np.random.Generator, tensors: bool = False) -> dict:
+    """Return a tree of dicts and lists with one to four things wrong with it.
+
+    Args:
+        tensors: whether some of them may be tensors that nobody saves.
+    """
+    content = copy.deepcopy(content)
+    for _ in range(generator.integers(1, 5)):
+        if not tensors or generator.random() < 0.5:
+            _mutate_node(content, generator)
+        else:
+            places = list(_list_places(content))
+            parent, key = places[generator.integers(len(places))]
+            odd = draw_odd_tensors()
+            parent[key] = odd[generator.integers(len(odd))]
+    return content
+
+
+def draw_odd_tensors() -> list[torch.Tensor]:
+    """Return tensors of odd shapes and kinds, all of which are small in a file."""
+    one = torch.ones(1)
+    return [
+        one.expand(10**6, 10**6), one.expand(1, 10**5, 10**5, 32), torch.ones(0, 10**9), torch.tensor(float("nan")),
+        torch.ones(3).to_sparse(), torch.ones(2, dtype=torch.cfloat), torch.ones(2, dtype=torch.bool),
+        torch.ones(1, 4, 5, 32), torch.ones(1, 5, 4, 32), torch.ones((), dtype=torch.int64), torch.full((3, 3), 1e38),
+    ]  # fmt: skip
+
+
+# Eight lines of seven aliases each.
+LAUGHS = ", ".join(
+    f"{name}: &{name} [{', '.join([f'*{last}' if last else '1'] * 7)}]"
+    for last, name in zip(["", *"abcdefg"], "abcdefgh", strict=True)
+)
+YAML_PIECES = [
+    "!!bool maybe", "!!timestamp hello", "!!int ''", "!!float x", "!!binary é", "2024-13-45", "9" * 5000,
+    "1" + ":59" * 3000, "&a [*a]", "&a {<<: *a}", "[" * 600, "{" * 99, "]", "*missing", "null", "~", "? ? ?", "- - - -",
+    "!!python/object/apply:os.system ['true']", "'", '"', "%YAML 9.9", "---\n---", "\t", "\x00", "\ufeff", "1e999",
+    ".nan", "-.inf", "0x" + "f" * 3000, f"{{{LAUGHS}}}", f"'{{{LAUGHS}}}'",
+]  # fmt: skip
+
+
+def mutate_yaml(text: str, generator: np.random.Generator) -> bytes:
+    """Return the bytes of a YAML file with one to four values replaced, or its bytes broken."""
+    lines = text.splitlines()
+    for _ in range(generator.integers(1, 5)):
+        place = generator.integers(len(lines))
+        name, colon, _ = lines[place].partition(":")
+        lines[place] = f"{name}{colon or '- '} {YAML_PIECES[generator.integers(len(YAML_PIECES))]}"
+    data = "\n".join(lines).encode("utf-8", "surrogatepass")
+    return mutate_bytes(data, generator) if generator.random() < 0.3 else data
+
+
+def draw_outline(size: tuple[int, int], generator: np.random.Generator) -> list[float]:
+    """Return a polygon [x0, y0, x1, y1, ...] that runs to and fro between two lines, of any length.
+
+    Args:
+        size: (height, width) of the picture, which it may leave.
+    """
+    corners = int(10 ** generator.uniform(0.6, 4.5))
+    reach = 10 ** generator.uniform(0, 5.5)
+    across = np.arange(corners) % 2 * reach + generator.uniform(-1, 1, corners)
+    along = np.linspace(0, generator.uniform(0.5, 2) * size[0], corners)
+    sides = (across, along) if generator.random() < 0.5 else (along, across)
+    return np.stack(sides, axis=1).ravel().round(2).tolist()
+
+
 def _mutate_node(content: dict, generator: np.random.Generator) -> None:
     places = list(_list_places(content))
+    if not places:
+        return
     parent, key = places[generator.integers(len(places))]
     change = generator.integers(4)
     if change == 0:
@@ -44,6 +116,12 @@ def _list_places(node: Any) -> list[tuple[Any, Any]]:
     """Return every place of a JSON tree as what holds it and its key, few of long lists of numbers."""
     keys = list(node) if isinstance(node, dict) else range(min(len(node), 8)) if isinstance(node, list) else []
     return [place for key in keys for place in [(node, key), *_list_places(node[key])]]
+
+
+def mutate_picture(data: bytes, generator: np.random.Generator) -> bytes:
+    """Return the bytes of a broken picture; in most the first ones are left, by which its kind is told."""
+    kept = 16 if generator.random() < 0.8 else 0
+    return data[:kept] + mutate_bytes(data[kept:], generator)
 
 
 def mutate_bytes(data: bytes, generator: np.random.Generator) -> bytes:
@@ -65,3 +143,50 @@ def mutate_bytes(data: bytes, generator: np.random.Generator) -> bytes:
         else:
             del changed[start + int(generator.integers(size)) :]
     return bytes(changed)
+
+
+# Pillow's name of a kind, the mode of its pixels, and how it is written: every way of storing pixels that is read.
+PICTURE_KINDS = (
+    ("PNG", "RGB", {}), ("PNG", "P", {}), ("PNG", "1", {}), ("PNG", "LA", {}), ("PNG", "I;16", {}),
+    ("JPEG", "RGB", {}), ("JPEG", "RGB", {"progressive": True}), ("JPEG", "CMYK", {}), ("JPEG", "L", {"exif": True}),
+    ("MPO", "RGB", {"frames": 2}), ("GIF", "P", {}), ("GIF", "P", {"frames": 3}), ("BMP", "RGB", {}), ("BMP", "P", {}),
+    ("DIB", "RGB", {}), ("TIFF", "RGB", {}), ("TIFF", "RGB", {"compression": "tiff_lzw"}),
+    ("TIFF", "RGB", {"compression": "tiff_adobe_deflate"}), ("TIFF", "RGB", {"compression": "jpeg"}),
+    ("TIFF", "1", {"compression": "group4"}), ("TIFF", "L", {"compression": "packbits"}), ("TIFF", "I;16", {}),
+    ("TIFF", "F", {}), ("TIFF", "RGB", {"frames": 3, "exif": True}), ("WEBP", "RGB", {}),
+    ("WEBP", "RGB", {"lossless": True}), ("WEBP", "RGBA", {"frames": 3}), ("AVIF", "RGB", {}),
+    ("AVIF", "RGBA", {"frames": 2}), ("JPEG2000", "RGB", {}), ("JPEG2000", "L", {"no_jp2": True}), ("PPM", "RGB", {}),
+    ("PPM", "L", {}), ("PPM", "1", {}),
+)  # fmt: skip
+ORIENTATION = 0x0112  # of EXIF
+
+
+def encode_pictures(image: np.ndarray) -> dict[str, bytes]:
+    """Return the bytes of a picture's file by a name for each of `PICTURE_KINDS` that this Pillow writes, and one more.
+
+    Args:
+        image: H x W x 3, uint8, RGB.
+    """
+    Image.init()
+    encoded = {}
+    for kind, mode, options in PICTURE_KINDS:
+        if kind not in Image.SAVE:
+            continue
+        data, options = io.BytesIO(), dict(options)
+        frames = [
+            _convert(Image.fromarray(np.roll(image, step, axis=1)), mode) for step in range(options.pop("frames", 1))
+        ]
+        if options.pop("exif", False):
+            options["exif"] = Image.Exif()
+            options["exif"][ORIENTATION] = 6
+        several = {"save_all": True, "append_images": frames[1:]} if len(frames) > 1 else {}
+        frames[0].save(data, format=kind, **options, **several)
+        encoded[f"{kind} {mode} {options or ''} {len(frames)}"] = data.getvalue()
+    deep = cv2.imencode(".png", image.astype(np.uint16) * 257)[1]  # which Pillow reads and does not write
+    return encoded | {"PNG RGB;16": deep.tobytes()}
+
+
+def _convert(picture: Image.Image, mode: str) -> Image.Image:
+    if mode == "I;16":
+        return Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
+    return picture.convert(mode)

@@ -20,15 +20,18 @@ from finestsam.config import (
     list_derived_defaults,
     list_settings,
 )
-from finestsam.errors import UserError
+from finestsam.errors import VALUE_ERRORS, Defect, UserError, printable
 from finestsam.interruption import Interrupted, end_with_parent, watch_signals
 from finestsam.model.card import read_card
+from finestsam.plain_yaml import parse_yaml, read_yaml
+from finestsam.screen import prepare_screen
 
 SHORT_NAMES = {
     "--dataset": "--dataset.path",
     "--download": "--dataset.download",
     "--against": "--evaluate.against",
 }
+MAX_SHOWN_LETTERS = 200  # of a value that cannot be used
 DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 DESCRIPTION = "Fine-tune Segment Anything on your labelled pictures, and find their objects in new ones."
 USAGE = """
@@ -54,7 +57,7 @@ def parse_command_line(arguments: list[str]) -> tuple[str, Config]:
     parser = _build_parser()
     try:
         parsed = _parse(parser, _with_files_as_flags(_with_config_of_resumed_run(words)))
-    except (ArgumentError, TypeError, ValueError, RecursionError) as error:
+    except (ArgumentError, *VALUE_ERRORS) as error:
         raise UserError("\n".join(_diagnose(parser, words) or [_first_line(error)])) from None
     values = _flatten_namespace(parsed)
     mode = values.pop("mode", None)
@@ -68,10 +71,24 @@ def parse_command_line(arguments: list[str]) -> tuple[str, Config]:
 
 def _parse(parser: ArgumentParser, words: list[str]) -> Namespace:
     """Parse, with the defaults that follow from the model type and the labels."""
+    _refuse_endless(words)
     asked = parser.parse_args([word for word in words if word.partition("=")[0] not in ("--print_config", "--help")])
     values = _flatten_namespace(asked)
     parser.set_defaults(list_derived_defaults(values | {"model.type": _find_type(values)}))
     return parser.parse_args(words)
+
+
+def _refuse_endless(words: list[str]) -> None:
+    """Raise an ArgumentError for a value that stands for so much that to read it or to print it takes all memory.
+
+    Values are YAML, too, in a file of settings even where they stand in quotes.
+    """
+    for word in words:
+        try:
+            parse_yaml(word.partition("=")[2] if word.startswith("--") else word)
+        except Defect as defect:
+            if defect.code in ("too_large", "too_deep"):
+                raise ArgumentError(None, f"{_shorten(word)}: {defect.message}") from None
 
 
 def _find_type(values: dict[str, Any]) -> str:
@@ -89,6 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
     Args:
         arguments: None: those of the process, which is then the command's own.
     """
+    if arguments is None:
+        prepare_screen()
     try:
         with watch_signals(is_command=arguments is None):
             mode, config = parse_command_line(sys.argv[1:] if arguments is None else arguments)
@@ -207,11 +226,9 @@ def _with_files_as_flags(words: list[str]) -> list[str]:
 def _read_settings(path: Path) -> dict[str, Any]:
     """Return {dotted name: value} of a file of settings; the command line's short names may stand there too."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path}: not YAML: {_first_line(error)}") from None
+        content = read_yaml(path)
+    except Defect as defect:
+        raise ValueError(f"--config {path}: {defect.message}") from None
     if not isinstance(content, dict):
         raise ValueError(f"--config {path}: expected names and values, got {type(content).__name__}")
     settings = flatten_config({str(name): value for name, value in content.items()})
@@ -289,16 +306,26 @@ def _diagnose_file(parser: ArgumentParser, path: Path) -> tuple[list[str], list[
     except ValueError as error:
         return [str(error)], []
     known = {name for name, _ in list_settings()} | {"mode"}
-    problems, sound = [], []
-    for name, value in settings.items():
-        if name not in known:
-            problems.append(_unknown(f"{path}: unknown setting {name}", name))
-            continue
-        words = _as_flag(name, value)
-        problem = _try_parse(parser, words)
-        problems += [f"{path}: {problem}"] if problem else []
-        sound += [] if problem else words
-    return problems, sound
+    problems = [_unknown(f"{path}: unknown setting {name}", name) for name in settings if name not in known]
+    flags = [words for name, value in settings.items() if name in known and (words := _as_flag(name, value))]
+    refused = _find_refused(parser, flags)
+    problems += [f"{path}: {problem}" for problem in refused.values()]
+    return problems, [word for place, words in enumerate(flags) if place not in refused for word in words]
+
+
+def _find_refused(parser: ArgumentParser, flags: list[list[str]], first: int = 0) -> dict[int, str]:
+    """Return what is wrong with flags that cannot be parsed, by their places, which begin at `first`.
+
+    Halves are tried, not each flag: the file of a run has two hundred, and parsing takes a while.
+    """
+    words = [word for flag in flags for word in flag]
+    problem = _try_parse(parser, words) if words else None
+    if problem is None:
+        return {}
+    if len(flags) == 1:
+        return {first: problem}
+    middle = len(flags) // 2
+    return _find_refused(parser, flags[:middle], first) | _find_refused(parser, flags[middle:], first + middle)
 
 
 def _as_flag(name: str, value: Any) -> list[str]:
@@ -314,11 +341,16 @@ def _try_parse(parser: ArgumentParser, words: list[str]) -> str | None:
     """Return what is wrong with one flag and its values, or None."""
     name, equals, value = words[0].removeprefix("--").partition("=")
     try:
+        _refuse_endless(words)
         parser.parse_args(words)
-    except (ArgumentError, TypeError, ValueError):
-        given = value if equals else " ".join(words[1:])
+    except (ArgumentError, *VALUE_ERRORS):
+        given = _shorten(value if equals else " ".join(words[1:]))
         return f"{name} must be {_name_type(name)}, got {given}" if given else f"--{name} needs a value"
     return None
+
+
+def _shorten(value: str) -> str:
+    return printable(value if len(value) <= MAX_SHOWN_LETTERS else f"{value[:MAX_SHOWN_LETTERS]}...")
 
 
 def _name_type(name: str) -> str:

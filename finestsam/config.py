@@ -31,6 +31,9 @@ def section(kind: type) -> Any:
 # Where nothing is known of the memory.
 CHUNK_OBJECTS = 16
 
+LARGEST_WHOLE_NUMBER = 2**63 - 1  # of what counts steps and seeds generators
+PATCH_SIZE = 16
+IMAGE_SIZE_RANGE = (2 * PATCH_SIZE, 4096)  # pixels of the longest side
 # Pixels of the longest side that each type of model is made for.
 IMAGE_SIZES = {"vit_h": 1024, "vit_l": 1024, "vit_b": 1024, "vit_t": 1024, "vit_tiny": 768, "vit_tiny_test": 64}
 
@@ -52,7 +55,7 @@ class ModelConfig:
         None,
         "pixels of the longest side that the model sees, a multiple of 16; default: what the weights were made for. "
         "Another size has what they know of places interpolated, and is worth training at",
-        "[32, 4096]",
+        f"[{IMAGE_SIZE_RANGE[0]}, {IMAGE_SIZE_RANGE[1]}]",
     )
 
 
@@ -298,7 +301,7 @@ class DatasetConfig:
     masks_from_boxes: bool = setting(False, "take the box for the mask where an annotation has nothing else")
     include_crowd: bool = setting(False, "train on crowd regions (iscrowd 1) as if each were one object")
     dedup: bool = setting(False, "of annotations with exactly the same mask in one picture keep the first")
-    follow_symlinks: bool = setting(False, "read pictures that are links to places outside the dataset")
+    follow_symlinks: bool = setting(False, "read files that are links to places outside the dataset")
     mask_instances: Literal["auto", "components", "values", "classes"] = setting(
         "auto",
         "objects of a mask picture: its connected components, or its different grey values; auto: values where a "
@@ -565,7 +568,7 @@ class Config:
         "else 32-true",
     )
     seed_device: int | None = setting(
-        1337, "seed of everything drawn by chance; null: another one each time", "[0, inf)"
+        1337, "seed of everything drawn by chance; null: another one each time", "[0, 4294967295]"
     )
     compile: bool = setting(
         False,
@@ -739,7 +742,7 @@ def find_problems(mode: str, values: dict[str, Any]) -> list[str]:
         f"{name} must lie in {entry.metadata['valid']}, got {value}"
         for name, entry in list_settings()
         for value in _list_numbers(values[name])
-        if entry.metadata["valid"] and not _lies_in(value, entry.metadata["valid"])
+        if entry.metadata["valid"] and not lies_in(value, entry.metadata["valid"])
     ]
     if mode == "train":
         problems += _find_training_problems(build_config(values))
@@ -859,7 +862,10 @@ def _list_numbers(value: Any) -> list[float]:
     return [number for number in values if isinstance(number, int | float) and not isinstance(number, bool)]
 
 
-def _lies_in(value: float, interval: str) -> bool:
+def lies_in(value: float, interval: str) -> bool:
+    """Whether a number lies in an interval in mathematical notation, as `setting` takes it."""
+    if isinstance(value, int) and abs(value) > LARGEST_WHOLE_NUMBER:
+        return False
     low, high = (float(end) for end in interval[1:-1].split(","))
     above = value >= low if interval[0] == "[" else value > low
     below = value <= high if interval[-1] == "]" else value < high

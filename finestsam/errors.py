@@ -1,5 +1,8 @@
 """What can go wrong that is not our bug."""
 
+# What Python raises for a value of another type, size or form than the one expected.
+VALUE_ERRORS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
+
 
 class UserError(Exception):
     """A setting, dataset, picture or checkpoint that cannot be used.

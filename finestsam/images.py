@@ -4,16 +4,16 @@
 padding at the right and bottom.
 """
 
+import functools
 import hashlib
 import io
 import math
-import struct
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -25,6 +25,8 @@ from finestsam.errors import Defect
 from finestsam.whole_files import replacing
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
+# What Pillow may take a file for, whatever its name. Its readers of rarer kinds fail in many more ways.
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 JPEG_QUALITY = 85
 ORIENTATION_TAG = 0x0112  # of EXIF; from 5 on width and height are exchanged
 # What brings a stored picture upright, by its EXIF orientation.
@@ -113,6 +115,21 @@ def read_labels(path: Path, settings: ImagesConfig | None = None) -> tuple[np.nd
         return (red << 16) | (green << 8) | blue, False
 
 
+def find_pixel_kind(path: Path, settings: ImagesConfig | None = None) -> Literal["palette", "grey", "colour", "deep"]:
+    """Return what the pixels of a picture are; colours that are all grey are grey, more than 8 bits are deep.
+
+    Raises:
+        Defect: as `read_image`.
+    """
+    with _open_picture(_read_bytes(path), settings or ImagesConfig()) as picture:
+        if picture.mode == "P":
+            return "palette"
+        if picture.mode not in ("L", "LA", "La", "RGB", "RGBA"):
+            return "deep"
+        colours = np.asarray(picture.convert("RGB"))  # grey in three channels is grey
+        return "grey" if (colours == colours[..., :1]).all() else "colour"
+
+
 def inspect_image(
     path: Path, expected_size: tuple[int, int] | None = None, settings: ImagesConfig | None = None
 ) -> ImageFacts:
@@ -185,7 +202,7 @@ def _open_checked(data: bytes, settings: ImagesConfig) -> Iterator[Image.Image]:
     try:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is checked below
         try:
-            picture = Image.open(io.BytesIO(data))
+            picture = Image.open(io.BytesIO(data), formats=_list_formats())
         finally:
             Image.MAX_IMAGE_PIXELS = limit
         with picture:
@@ -200,16 +217,18 @@ def _open_checked(data: bytes, settings: ImagesConfig) -> Iterator[Image.Image]:
         ) from None
     except MemoryError:
         raise Defect("too_large", "more pixels than there is memory for") from None
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-    ) as error:
-        raise Defect("broken_image", f"truncated or broken image ({error})") from None
+    except Defect:
+        raise
+    except Exception as error:  # whatever a damaged file makes Pillow or OpenCV stumble over
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise Defect("broken_image", f"truncated or broken image ({told:.200})") from None
+
+
+@functools.cache
+def _list_formats() -> list[str]:
+    """Return those of `FORMATS` that this Pillow was built with."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 @dataclass

@@ -21,6 +21,10 @@ if TYPE_CHECKING:  # torch takes seconds to import, which the processes that onl
 # A coordinate further out than this is a broken file, not an object that leaves the picture: pycocotools allocates
 # memory in proportion to it (60 bytes a pixel) until the process is killed.
 MAX_COORDINATE_PIXELS = 100_000
+# pycocotools follows an outline pixel by pixel, with 50 bytes for each. None in a picture is longer than twice its
+# pixels, unless it runs over the same ones again and again.
+OUTLINE_PER_PIXEL = 4
+MIN_OUTLINE_LIMIT, MAX_OUTLINE_LIMIT = 1_000_000, 10_000_000
 # Of the picture's diagonal, how thick a boundary is.
 BOUNDARY_SHARE = 0.02
 
@@ -67,7 +71,24 @@ def _list_polygons(segmentation: object, size: tuple[int, int], remarks: list[Re
         raise Defect("too_few_points", "no polygon with three points or more")
     if len(polygons) < len(parts):
         remarks.append(("part_dropped", f"{len(parts) - len(polygons)} parts with fewer than three points left out"))
+    _refuse_long_outline(polygons, size)
     return polygons
+
+
+def _refuse_long_outline(polygons: list[list[float]], size: tuple[int, int]) -> None:
+    """Raise a Defect where filling the polygons would take seconds and gigabytes for what their numbers are."""
+    limit = min(max(OUTLINE_PER_PIXEL * size[0] * size[1], MIN_OUTLINE_LIMIT), MAX_OUTLINE_LIMIT)
+    length = sum(map(_measure_outline, polygons))
+    if length > limit:
+        told = f"an outline of {length:.3g} pixels in a picture of {size[1]} x {size[0]}"
+        raise Defect("long_outline", f"{told}, at most {limit}: it runs to and fro")
+
+
+def _measure_outline(polygon: list[float]) -> float:
+    """Return the pixels on a polygon's outline, one for each step to the next pixel or across its corner."""
+    corners = np.array(polygon).reshape(-1, 2)
+    steps = np.abs(corners - np.roll(corners, 1, axis=0)).max(axis=1)
+    return float(steps.sum() + len(corners))
 
 
 def _read_polygon(part: object, size: tuple[int, int], remarks: list[Remark]) -> list[float]:

@@ -287,3 +287,69 @@ def test_a_download_alone_fetches_and_checks():
 
     assert (mode, config.dataset.path, config.dataset.download) == ("check", "coco", "coco-val2017")
     assert parse_command_line(["--mode=train", "--dataset=coco", "--download=coco-val2017"])[0] == "train"
+
+
+PAIRS = zip("abcdefgh", "bcdefghi", strict=True)
+LAUGHS = "{a: &a [1,1,1,1,1,1,1,1,1]" + "".join(f", {n}: &{n} [{','.join(['*' + m] * 9)}]" for m, n in PAIRS) + "}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batch_size", LAUGHS), ("sched.LambdaLR.steps", LAUGHS), ("strict", "&a [*a]"), ("batch_size", "[" * 300),
+        ("opt.learning_rate", "9" * 5000), ("strict", "!!bool maybe"), ("batch_size", "!!timestamp x"),
+    ],
+)  # fmt: skip
+def test_a_value_that_stands_for_too_much_is_one_short_line(tmp_path, name, value):
+    path = tmp_path / "c.yaml"
+    path.write_text(json.dumps({name: value}))
+
+    for flag in (f"--{name}={value}", f"--config={path}"):
+        with pytest.raises(UserError, match=f"{name} must be") as caught:
+            parse_command_line(["--mode=check", "--dataset=d", flag])
+        assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"a: {LAUGHS}", "stands for more than 100,000 values"),
+        ("model: &a {x: *a}", "an alias of what it lies in"),
+        ("strict: !!bool maybe", "a value is not of the type"),
+        ("num_epochs: " + "9" * 5000, "a number of 5000 digits"),
+    ],
+)
+def test_a_settings_file_that_stands_for_too_much_is_named(tmp_path, text, message):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+
+    with pytest.raises(UserError, match=f"c.yaml: .*{message}"):
+        parse_command_line(["--mode=check", "--dataset=d", f"--config={path}"])
+
+
+def test_every_wrong_setting_of_a_whole_file_is_told_and_no_other(tmp_path):
+    path = tmp_path / "c.yaml"
+    settings = flatten_config(Config()) | {
+        "input": None,
+        "batch_size": "many",
+        "opt.rates.heads": "x",
+        "strict": "maybe",
+    }
+    path.write_text(json.dumps(settings))
+
+    with pytest.raises(UserError) as caught:
+        parse_command_line(["--mode=check", "--dataset=d", f"--config={path}"])
+
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3
+    for line, name in zip(lines, ("batch_size", "opt.rates.heads", "strict"), strict=True):
+        assert f"c.yaml: {name} must be" in line
+
+
+@pytest.mark.parametrize(
+    ("flag", "interval"),
+    [("--seed_device=4294967296", r"\[0, 4294967295\]"), (f"--num_epochs={10**30}", r"\[1, inf\)")],
+)
+def test_numbers_beyond_what_generators_and_counters_take_are_refused(flag, interval):
+    with pytest.raises(UserError, match=f"must lie in {interval}"):
+        parse_command_line(["--mode=train", "--dataset=d", flag])

@@ -9,15 +9,18 @@ from PIL import Image
 from segment_anything.utils.amg import build_point_grid as reference_grid
 from segment_anything.utils.transforms import ResizeLongestSide
 
+from benchmarks.mutations import encode_pictures, mutate_picture
 from finestsam.config import ImagesConfig
 from finestsam.errors import Defect
 from finestsam.images import (
     build_point_grid,
     compute_input_size,
+    find_pixel_kind,
     hash_picture,
     inspect_image,
     read_image,
     read_image_size,
+    read_labels,
     resize_image,
     scale_boxes,
     scale_points,
@@ -235,3 +238,73 @@ def test_a_written_picture_is_read_back(tmp_path, quadrants):
 
     assert (read_image(tmp_path / "bild ä #1.png") == quadrants).all()
     assert torch.from_numpy(read_image(tmp_path / "bild ä #1.png")).is_contiguous()
+
+
+def encode(kind: str, **options: object) -> bytes:
+    Image.init()
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow was built without {kind}")
+    data = io.BytesIO()
+    Image.fromarray(np.arange(64 * 64 * 3, dtype=np.uint32).astype(np.uint8).reshape(64, 64, 3)).save(
+        data, kind, **options
+    )
+    return data.getvalue()
+
+
+# Files at which Pillow raises what it raises nowhere else, by the error.
+UNUSUALLY_BROKEN = {
+    "TIFF without a directory, TypeError": lambda: b"II*\0\x08\0\0\0\0\0\0\0\0\0",
+    "cut AVIF, RuntimeError": lambda: encode("AVIF")[:-200],
+    "DDS of an unknown format, NotImplementedError": lambda: encode("DDS")[:84] + b"ABCD" + encode("DDS")[88:],
+    "BLP of an unknown version, BLPFormatError": lambda: b"BLP2" + b"\xff" * 200,
+    "IM of an unknown mode, KeyError": lambda: b"Image type: nonsense\r\nFile size (no of images): 1\r\n".ljust(
+        512, b"\0"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUALLY_BROKEN)
+@pytest.mark.parametrize(
+    "look", [inspect_image, read_image, read_image_size, hash_picture, read_labels, find_pixel_kind]
+)
+def test_whatever_pillow_raises_is_a_defect_of_the_picture(tmp_path, name, look):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(UNUSUALLY_BROKEN[name]())
+
+    try:
+        look(path)
+    except Defect as defect:
+        assert defect.code in ("broken_image", "not_an_image")
+    else:
+        assert look in (hash_picture, read_image_size) and "AVIF" in name  # its head is whole
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"])
+def test_every_kind_of_picture_is_read_under_any_name(tmp_path, kind):
+    (tmp_path / "a.jpg").write_bytes(encode(kind))
+
+    assert inspect_image(tmp_path / "a.jpg").size == read_image(tmp_path / "a.jpg").shape[:2] == (64, 64)
+
+
+@pytest.mark.filterwarnings("ignore:IM image format")
+@pytest.mark.parametrize("kind", ["TGA", "ICO", "PCX", "SGI", "IM", "PSD"])
+def test_rare_kinds_are_no_pictures(tmp_path, kind):
+    (tmp_path / "a.png").write_bytes(encode(kind) if kind != "PSD" else b"8BPS\0\1" + b"\0" * 99)
+
+    with pytest.raises(Defect, match="not an image, whatever its name says"):
+        inspect_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_the_check_of_a_broken_picture_lets_pass_is_read_with_that_size(tmp_path, seed):
+    generator = np.random.default_rng(seed)
+    image = np.random.default_rng(0).integers(0, 255, (24, 40, 3), dtype=np.uint8)
+    path = tmp_path / "a"
+    for data in encode_pictures(image).values():
+        for broken in (mutate_picture(data, generator) for _ in range(4)):
+            path.write_bytes(broken)
+            try:
+                size = inspect_image(path).size
+            except Defect:
+                continue
+            assert read_image(path).shape[:2] == size

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "finestsam"
 LEVELS = {
     "__init__": 0, "errors": 0, "config": 0, "interruption": 0, "whole_files": 0,
     "batch": 1, "masks": 1, "images": 1, "cache_folder": 1, "output_folder": 1, "download": 1, "archive": 1,
-    "processor": 1, "out_of_memory": 1,
+    "processor": 1, "plain_yaml": 1, "screen": 1, "value_types": 1, "out_of_memory": 1,
     "data": 2, "model": 2, "prediction": 3, "evaluation": 4, "training": 5, "cli": 6, "__main__": 7, "builtin": 7,
 }  # fmt: skip
 # Where each library may be touched.

@@ -58,6 +58,35 @@ def test_long_runs_with_falling_differences_are_decoded_like_pycocotools(seed=3)
     assert segmentation_to_rle(rle_to_json(rle), (500, 700)) == rle
 
 
+def draw_zigzag(corners: int, width: float, height: float = 1.0) -> list[float]:
+    """A polygon whose every edge crosses the picture."""
+    across = np.arange(corners) % 2 * width
+    return np.stack([across, np.linspace(0, height, corners)], axis=1).ravel().tolist()
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [draw_zigzag(4000, 999)],
+        [draw_zigzag(40, 99_999)],
+        [draw_zigzag(200, 999)] * 20,
+    ],
+    ids=["within the picture", "far out", "in many parts"],
+)
+def test_an_outline_that_runs_to_and_fro_is_refused_before_it_is_followed(parts):
+    with pytest.raises(Defect, match=r"an outline of [\d.e+]+ pixels in a picture of 1000 x 500, at most 2000000"):
+        segmentation_to_rle(parts, (500, 1000))
+
+
+def test_the_longest_outline_that_a_mask_can_have_is_read():
+    mask = np.zeros((60, 80), dtype=bool)
+    mask[::2] = True
+    mask[:, 0] = True  # a comb
+    rle = encode_mask(mask)
+
+    assert segmentation_to_rle(rle_to_polygons(rle), mask.shape) == rle
+
+
 def test_a_multi_part_polygon_is_one_object():
     parts = [[1, 1, 4, 1, 4, 4, 1, 4], [7, 5, 10, 5, 10, 8, 7, 8]]
 

@@ -45,7 +45,7 @@ def compute_key(part: Part, settings: DatasetConfig, cache_file: Path) -> str:
     if part.labels.is_file():
         digest.update(part.labels.read_bytes())
     if part.kind == "yolo":  # in files outside of both folders
-        digest.update(json.dumps(sorted(read_names(part).items()), allow_nan=False).encode())
+        digest.update(json.dumps(sorted(read_names(part, settings).items()), allow_nan=False).encode())
     for folder in dict.fromkeys([part.images_dir, part.labels]):
         for path, _, file_names in sorted(os.walk(folder)):
             for name in sorted(file_names):

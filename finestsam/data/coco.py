@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from finestsam.config import DatasetConfig
-from finestsam.data.files import FileFinder
+from finestsam.data.files import Border, FileFinder
 from finestsam.data.index import UNNAMED_CATEGORY
 from finestsam.data.layouts import Part
 from finestsam.data.picture import CheckedPicture, as_source_id
@@ -93,6 +93,7 @@ def list_jobs(part: Part, settings: DatasetConfig, report: DatasetReport) -> tup
     Raises:
         UserError: the file cannot be read as COCO annotations.
     """
+    _refuse_link_outside(part, settings)
     content = load_json(part.labels)
     _check_structure(content, part.labels)
     categories = _read_categories(content, part, report)
@@ -102,10 +103,32 @@ def list_jobs(part: Part, settings: DatasetConfig, report: DatasetReport) -> tup
     return list(jobs.values()), categories
 
 
+def _refuse_link_outside(part: Part, settings: DatasetConfig) -> None:
+    if settings.path and part.labels == Path(settings.path):
+        return  # what the user names is what he means
+    try:
+        Border(part, settings).check(part.labels)
+    except Defect as defect:
+        allowed = "--dataset.follow_symlinks opens it, as does naming it as --dataset"
+        raise UserError(f"{part.labels}: {defect.message}; {allowed}") from None
+
+
 def load_json(path: Path) -> object:
     """Parse a json file, with or without a byte-order mark."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise UserError(f"{path}: not a regular file")
+        return parse_json(path.read_bytes(), path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except MemoryError:
+        raise UserError(_describe_too_long(path)) from None
+
+
+def parse_json(content: bytes, path: Path) -> object:
+    """Return what the content of a json file says."""
+    try:
+        return json.loads(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON: {error.msg} at line {error.lineno} column {error.colno}") from None
     except RecursionError:
@@ -113,9 +136,11 @@ def load_json(path: Path) -> object:
     except ValueError as error:  # not UTF-8, or an integer of thousands of digits
         raise UserError(f"{path}: not JSON: {error}") from None
     except MemoryError:
-        raise UserError(f"{path}: {path.stat().st_size:,} bytes are more than there is memory for") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        raise UserError(_describe_too_long(path)) from None
+
+
+def _describe_too_long(path: Path) -> str:
+    return f"{path}: {path.stat().st_size:,} bytes are more than there is memory for"
 
 
 def _check_structure(content: object, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Find the pictures that annotations name, which are never trusted to stay inside their folder."""
+"""Find and open the files of a dataset, which are never trusted to stay inside its folder."""
 
 import os
 import re
@@ -12,13 +12,50 @@ from finestsam.errors import Defect
 from finestsam.masks import Remark
 
 
+class Border:
+    """Where a dataset ends: what lies behind a link that leads out of it is not opened, whatever it is."""
+
+    def __init__(self, part: Part, settings: DatasetConfig):
+        self.follow_symlinks = settings.follow_symlinks
+        self._roots = tuple(f"{os.path.realpath(folder)}{os.sep}" for folder in (part.root, part.images_dir))
+
+    def check(self, path: Path) -> Path:
+        """Return a path that does not leave the dataset.
+
+        Raises:
+            Defect: it does.
+        """
+        if not self.follow_symlinks and not os.path.realpath(path).startswith(self._roots):
+            raise Defect("outside_dataset", "a link that leads outside the dataset")
+        return path
+
+    def read_bytes(self, path: Path, max_bytes: int) -> bytes:
+        """Return the content of a file of labels or names.
+
+        Raises:
+            Defect: it lies outside, is missing, no regular file, or longer than `max_bytes`.
+        """
+        self.check(path)
+        try:
+            if not path.is_file():  # False for folders, pipes and devices too, which must not be opened
+                raise Defect(
+                    "broken_labels", f"{path.name}: {'not a regular file' if path.exists() else 'no such file'}"
+                )
+            with open(path, "rb") as file:
+                content = file.read(max_bytes + 1)  # not by its size, which some systems' own files do not tell
+        except OSError as error:
+            raise Defect("broken_labels", f"{path.name} cannot be read: {error.strerror}") from None
+        if len(content) > max_bytes:
+            raise Defect("broken_labels", f"{path.name} is no file of at most {max_bytes} bytes")
+        return content
+
+
 class FileFinder:
     """Look pictures up by the names that annotations give them."""
 
     def __init__(self, part: Part, settings: DatasetConfig):
         self.images_dir = part.images_dir
-        self.follow_symlinks = settings.follow_symlinks
-        self._roots = tuple(f"{os.path.realpath(folder)}{os.sep}" for folder in (part.root, part.images_dir))
+        self.border = Border(part, settings)
         self._by_name: dict[str, list[Path]] | None = None
 
     def __call__(self, file_name: str) -> tuple[Path, list[Remark]]:
@@ -36,9 +73,7 @@ class FileFinder:
             raise Defect("outside_dataset", f"{file_name!r:.80} leads outside the dataset")
         if path is None:
             raise Defect("missing_file", f"missing from {self.images_dir}")
-        if not self.follow_symlinks and not os.path.realpath(path).startswith(self._roots):
-            raise Defect("outside_dataset", "a link that leads outside the dataset")
-        return path, remarks
+        return self.border.check(path), remarks
 
     def _find_as_written(self, parts: list[str]) -> Path | None:
         # `images/a.jpg` is written by some tools for images_dir/a.jpg.

@@ -12,7 +12,7 @@ import numpy as np
 
 from finestsam.cache_folder import cache_folder
 from finestsam.config import DatasetConfig
-from finestsam.data.coco import load_json
+from finestsam.data.coco import parse_json
 from finestsam.data.files import FileFinder
 from finestsam.data.layouts import Part
 from finestsam.data.picture import CheckedPicture
@@ -62,9 +62,7 @@ class LabelmeJob:
         if self.labels is None:
             return {}
         try:
-            if not self.labels.is_file() or self.labels.stat().st_size > MAX_FILE_BYTES:
-                raise Defect("broken_labels", f"{self.labels.name} is no file of at most {MAX_FILE_BYTES} bytes")
-            content = load_json(self.labels)
+            content = parse_json(self.find_file.border.read_bytes(self.labels, MAX_FILE_BYTES), self.labels)
         except UserError as error:
             raise Defect("broken_labels", str(error)) from None
         if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
@@ -83,7 +81,7 @@ class LabelmeJob:
                 if self.beside is None and not content.get("imageData"):
                     raise defect
         if self.beside is not None:
-            return self.beside
+            return self.find_file.border.check(self.beside)
         data = content.get("imageData")
         if not isinstance(data, str) or not data:
             raise Defect("missing_file", f"no picture for {self.file_name}, and none inside")
@@ -200,9 +198,12 @@ def _extract_picture(data: str, settings: DatasetConfig) -> Path:
     content = _decode_base64(data)
     decode_image(content, settings=settings.images)  # nothing but a picture is written
     path = cache_folder() / "pictures" / hashlib.blake2b(content, digest_size=16).hexdigest()
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, content)
+    try:
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(path, content)
+    except OSError as error:
+        raise Defect("unreadable", f"the picture inside cannot be kept in {path.parent}: {error.strerror}") from None
     return path
 
 

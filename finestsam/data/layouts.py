@@ -145,12 +145,19 @@ def _find_pairs(folder: Path, root: Path) -> Part | None:
 
 def _list_suffixes(folder: Path) -> Iterator[str]:
     """Yield the suffixes of the first files in a folder and in the first of its folders."""
-    entries = sorted(folder.iterdir())[:100] if folder.is_dir() else []
-    for entry in entries:
-        if entry.is_dir():
-            yield from (file.suffix.lower() for file in sorted(entry.iterdir())[:10])
+    for entry in _list_entries(folder)[:100]:
+        if os.path.isdir(entry):
+            yield from (file.suffix.lower() for file in _list_entries(entry)[:10])
         else:
             yield entry.suffix.lower()
+
+
+def _list_entries(folder: Path) -> list[Path]:
+    """Return what lies in a folder, by name; nothing where it cannot be read, as then nothing in it can."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
 
 
 def _find_lone_coco(folder: Path, root: Path) -> Part | None:

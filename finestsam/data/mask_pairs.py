@@ -5,19 +5,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from finestsam.config import DatasetConfig
+from finestsam.data.files import Border
 from finestsam.data.layouts import Part
 from finestsam.data.picture import CheckedPicture
 from finestsam.data.report import DatasetReport
 from finestsam.errors import Defect
-from finestsam.images import IMAGE_SUFFIXES, read_labels
+from finestsam.images import IMAGE_SUFFIXES, find_pixel_kind, read_labels
 from finestsam.masks import encode_mask, find_components, labels_to_rles, rle_area
 
 # What tools add to a picture's name for its mask's.
 MASK_ENDING = re.compile(r"[-_. ]?(mask|masks|label|labels|seg|segmentation|gt|annotation)$", re.IGNORECASE)
-# PASCAL VOC's palette pictures have this number along borders that nobody decided, as have grey pictures of classes.
+# No object where it lies along borders that nobody decided: in PASCAL VOC's palette pictures, and in classes as 8-bit
+# grey values.
 VOID = 255
 # Of the pixels between darkest and brightest, those that begin 2 x 2 equal ones.
 MIN_FLAT_SHARE = 0.25
@@ -30,6 +31,7 @@ class MaskPairJob:
     file_name: str
     path: Path
     masks: list[Path]
+    border: Border
     settings: DatasetConfig
 
     def check(self) -> CheckedPicture:
@@ -38,8 +40,8 @@ class MaskPairJob:
         try:
             if not self.masks:
                 raise Defect("missing_mask", "no mask of this name; a picture without objects needs an empty one")
-            labels, is_lossy = read_labels(self.masks[0], self.settings.images)
-            picture.inspect(self.path, labels.shape, self.settings)
+            labels, is_lossy = read_labels(self.border.check(self.masks[0]), self.settings.images)
+            picture.inspect(self.border.check(self.path), labels.shape, self.settings)
         except Defect as defect:
             picture.skip(defect)
             return picture
@@ -53,7 +55,7 @@ class MaskPairJob:
         for path in self.masks:
             picture.annotation_count += 1
             try:
-                labels, _ = read_labels(path, self.settings.images)
+                labels, _ = read_labels(self.border.check(path), self.settings.images)
                 if labels.shape != picture.size:
                     height, width = labels.shape
                     raise Defect("size_mismatch", f"size mismatch: the mask has {width} x {height} pixels")
@@ -70,7 +72,8 @@ class MaskPairJob:
         elif (
             (labels == VOID).any()
             and len(np.unique(labels[labels != VOID])) > 1
-            and _has_void(self.masks[0], instances == "classes")
+            and find_pixel_kind(self.masks[0], self.settings.images)
+            in (("palette", "grey") if instances == "classes" else ("palette",))
         ):
             if instances == "classes":
                 picture.add_crowd(encode_mask(labels == VOID))
@@ -99,13 +102,13 @@ def list_jobs(
                 masks.setdefault(name, []).append(path)
             if len(relative.parts) > 1:  # a folder of masks, one object each
                 masks.setdefault(f"{_fold(relative.parent / 'x')[:-2]}/", []).append(path)
-    jobs = []
+    jobs, border = [], Border(part, settings)
     for path in sorted(part.images_dir.rglob("*")):
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             continue
         relative = path.relative_to(part.images_dir)
         found = masks.get(_fold(relative), [])[:1] or masks.get(f"{_fold(relative)}/", [])
-        jobs.append(MaskPairJob(relative.as_posix(), path, found, settings))
+        jobs.append(MaskPairJob(relative.as_posix(), path, found, border, settings))
     return jobs, None
 
 
@@ -117,21 +120,6 @@ def _find_foreground(labels: np.ndarray) -> np.ndarray:
     """Return what is brighter than half of the brightest, H x W, bool; numbers up to 1 mean themselves."""
     brightest = int(labels.max(initial=0))
     return labels > (127 if 1 < brightest < 256 and brightest > 127 else brightest // 2)
-
-
-def _has_void(path: Path, are_classes: bool) -> bool:
-    """Whether `VOID` is no object in a mask that was read: in palette pictures, and in classes as 8-bit grey values."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # the size was checked when it was read
-    try:
-        with Image.open(path) as picture:
-            if picture.mode == "P" or not are_classes:
-                return picture.mode == "P"
-            if picture.mode not in ("L", "LA", "La", "RGB", "RGBA"):
-                return False
-            colours = np.asarray(picture.convert("RGB"))  # grey in three channels is grey
-            return bool((colours == colours[..., :1]).all())
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
 
 
 def _holds_numbers(labels: np.ndarray) -> bool:

@@ -15,7 +15,9 @@ SKIPPED_IMAGE, SKIPPED_ANNOTATION, KEPT = "skipped", "skipped_annotation", "kept
 ADVICE = {
     "missing_file": "put the pictures where the annotations name them, or correct file_name",
     "not_downloaded": "download the pictures into the dataset; addresses are never opened",
-    "outside_dataset": "file_name must lie inside the pictures' folder; links out of it need --dataset.follow_symlinks",
+    "outside_dataset": "files must lie inside the dataset; links out of it need --dataset.follow_symlinks",
+    "names_unread": "classes are numbered instead; correct the file, or copy it into the dataset",
+    "long_outline": "export these objects again, as run lengths if they are what they seem",
     "size_mismatch": "the picture was resized after it was labelled, or another one has its name: export again",
     "not_an_image": "replace or remove the file",
     "broken_image": "copy or download the picture again; it ends in the middle or is damaged",

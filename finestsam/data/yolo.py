@@ -1,19 +1,21 @@
 """Read YOLO's segmentation files: one text a picture, one object a line, corners as shares of width and height."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from finestsam.config import DatasetConfig
+from finestsam.data.files import Border
 from finestsam.data.layouts import Part
 from finestsam.data.picture import CheckedPicture
 from finestsam.data.report import DatasetReport
 from finestsam.errors import Defect
 from finestsam.images import IMAGE_SUFFIXES
 from finestsam.masks import Remark, segmentation_to_rle
+from finestsam.plain_yaml import parse_yaml
 
 MAX_FILE_BYTES = 256_000_000
+MAX_NAMES_BYTES = 1_000_000
 
 
 @dataclass
@@ -23,6 +25,7 @@ class YoloJob:
     file_name: str
     path: Path
     labels: Path | None  # None: a picture without objects
+    border: Border
     settings: DatasetConfig
 
     def check(self) -> CheckedPicture:
@@ -30,7 +33,7 @@ class YoloJob:
         picture = CheckedPicture(self.file_name)
         try:
             lines = self._read_lines()
-            picture.inspect(self.path, None, self.settings)
+            picture.inspect(self.border.check(self.path), None, self.settings)
         except Defect as defect:
             picture.skip(defect)
             return picture
@@ -50,11 +53,10 @@ class YoloJob:
     def _read_lines(self) -> list[str]:
         if self.labels is None:
             return []
+        content = self.border.read_bytes(self.labels, MAX_FILE_BYTES)
         try:
-            if not self.labels.is_file() or self.labels.stat().st_size > MAX_FILE_BYTES:
-                raise Defect("broken_labels", f"{self.labels.name} is no file of at most {MAX_FILE_BYTES} bytes")
-            return self.labels.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            return content.decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
             raise Defect("broken_labels", f"{self.labels.name} is no text that can be read ({error})") from None
 
     def _read_line(self, line: str, size: tuple[int, int], remarks: list[Remark]) -> tuple[int, list[float]]:
@@ -79,34 +81,45 @@ def list_jobs(
     part: Part, settings: DatasetConfig, report: DatasetReport
 ) -> tuple[list[YoloJob], dict[int, str] | None]:
     """Return a job for every picture, and the names of the classes where a file tells them."""
-    jobs = []
+    jobs, border = [], Border(part, settings)
     for path in sorted(part.images_dir.rglob("*")):
         if path.suffix.lower() in IMAGE_SUFFIXES:
             relative = path.relative_to(part.images_dir)
             labels = part.labels / relative.with_suffix(".txt")
-            jobs.append(YoloJob(relative.as_posix(), path, labels if labels.exists() else None, settings))
-    return jobs, read_names(part)
+            found = labels if os.path.lexists(labels) else None
+            jobs.append(YoloJob(relative.as_posix(), path, found, border, settings))
+    return jobs, read_names(part, settings, report)
 
 
-def read_names(part: Part) -> dict[int, str]:
-    """Return the classes' names from data.yaml or classes.txt, in the dataset's folder or beside the labels."""
+def read_names(part: Part, settings: DatasetConfig, report: DatasetReport | None = None) -> dict[int, str]:
+    """Return the classes' names from data.yaml or classes.txt, in the dataset's folder or beside the labels.
+
+    Args:
+        report: files that should have names and cannot be read are noted in it.
+    """
+    border = Border(part, settings)
     for folder in dict.fromkeys((part.root, part.labels.parent, part.labels)):
-        for path in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
-            names = _read_yaml_names(path)
+        lists = [path for path in (folder / "classes.txt", folder / "obj.names") if os.path.lexists(path)]
+        for path in [*sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]), *lists]:
+            try:
+                content = border.read_bytes(path, MAX_NAMES_BYTES)
+                names = _list_names(content) if path in lists else _parse_yaml_names(content)
+            except Defect as defect:
+                if report:
+                    report.remark("names_unread", path.name, f"no names of classes are taken from it: {defect.message}")
+                continue
             if names:
                 return names
-        for path in (folder / "classes.txt", folder / "obj.names"):
-            if path.is_file():
-                lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-                return {number: line.strip() for number, line in enumerate(lines) if line.strip()}
     return {}
 
 
-def _read_yaml_names(path: Path) -> dict[int, str]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.stat().st_size < 10_000_000 else None
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError):
-        return {}
+def _list_names(content: bytes) -> dict[int, str]:
+    lines = content.decode("utf-8-sig", errors="replace").splitlines()
+    return {number: line.strip() for number, line in enumerate(lines) if line.strip()}
+
+
+def _parse_yaml_names(content: bytes) -> dict[int, str]:
+    content = parse_yaml(content.decode("utf-8-sig", errors="replace"))
     names = content.get("names") if isinstance(content, dict) else None
     if isinstance(names, list):
         return {number: str(name) for number, name in enumerate(names)}

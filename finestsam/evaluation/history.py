@@ -7,6 +7,7 @@ from pathlib import Path
 
 from finestsam.errors import printable
 from finestsam.model.load import LoadedModel
+from finestsam.value_types import read_number
 
 METRICS_NAME = "metrics.csv"
 
@@ -47,4 +48,4 @@ def _read_rows(path: Path) -> list[dict[str, float | None]]:
         lines = list(csv.DictReader(file, restkey="?"))
     if not all(line.get("epoch") and "?" not in line for line in lines):
         raise ValueError("a row without an epoch, or longer than the first")
-    return [{name: float(value) if value else None for name, value in line.items()} for line in lines]
+    return [{name: read_number(value) if value else None for name, value in line.items()} for line in lines]

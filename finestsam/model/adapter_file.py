@@ -14,12 +14,14 @@ import torch
 from segment_anything.modeling import Sam
 from torch import Tensor
 
-from finestsam.errors import UserError
+from finestsam.errors import VALUE_ERRORS, UserError
 from finestsam.model.lora import NARROW, WIDE, is_lora, list_lora, merge
+from finestsam.value_types import fits
 from finestsam.whole_files import replacing, write_json
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+MAX_RANK = 10_000  # no layer of SAM is as wide
 PREFIX = "base_model.model."  # of peft's names
 # Ways of adapting that this does not add up.
 VARIANTS = ("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern")
@@ -116,10 +118,12 @@ def read_config(path: Path) -> dict[str, Any]:
     source = path.parent / CONFIG_NAME
     try:
         config = json.loads(source.read_text(encoding="utf-8"))
-        known = config["peft_type"] == "LORA" and isinstance(config["r"], int) and config["r"] > 0
+        known = config["peft_type"] == "LORA" and fits(config["r"], int) and 0 < config["r"] <= MAX_RANK
         config["lora_alpha"] = float(config["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{source}: not the description of an adapter ({error!r})") from None
+        if not fits(config["lora_alpha"], float) or not fits(config["base_model_name_or_path"], str | None):
+            raise ValueError("lora_alpha or base_model_name_or_path")
+    except (OSError, *VALUE_ERRORS) as error:
+        raise UserError(f"{source}: not the description of an adapter ({error!r:.200})") from None
     others = [name for name in VARIANTS if config.get(name)]
     if not known or others:
         raise UserError(f"{source}: an adapter of a kind that is not known here ({', '.join(others) or 'not LORA'})")
@@ -137,7 +141,12 @@ def merge_adapter(base: Mapping[str, Tensor], additions: Mapping[str, Tensor], s
         if name.endswith(WIDE):
             weight = name.removesuffix(WIDE) + "weight"
             narrow = additions.get(name.removesuffix(WIDE) + NARROW)
-            if narrow is None or weight not in base or base[weight].shape != (value.shape[0], narrow.shape[1]):
+            parts = (value, narrow, base.get(weight))
+            if (
+                any(part is None or part.ndim != 2 for part in parts)
+                or value.shape[1] != narrow.shape[0]
+                or base[weight].shape != (value.shape[0], narrow.shape[1])
+            ):
                 raise UserError(f"{path}: its layer {weight} does not fit the weights underneath")
             merged[weight] = merge(base[weight].float(), narrow.float(), value.float(), scale)
         elif not name.endswith(NARROW):

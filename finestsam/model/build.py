@@ -6,13 +6,12 @@ from functools import partial
 from segment_anything.modeling import PromptEncoder, Sam, TwoWayTransformer
 from torch import nn
 
-from finestsam.config import IMAGE_SIZES
+from finestsam.config import IMAGE_SIZES, PATCH_SIZE
 from finestsam.errors import UserError
 from finestsam.model.decoder import FoldedMaskDecoder
 from finestsam.model.encoder import ChunkedImageEncoder
 from finestsam.model.initial import start_decoder_, start_encoder_
 
-PATCH_SIZE = 16
 # ImageNet's channel means and deviations, as in segment_anything's build_sam.py.
 PIXEL_MEAN = [123.675, 116.28, 103.53]
 PIXEL_STD = [58.395, 57.12, 57.375]

@@ -4,10 +4,14 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from finestsam.config import IMAGE_SIZE_RANGE, PATCH_SIZE, GeneratorConfig, lies_in
 from finestsam.errors import UserError
+from finestsam.value_types import find_misfit, fits
 from finestsam.whole_files import write_json
+
+TASKS = ("masks", "classes", "semantic")
 
 
 @dataclass
@@ -49,13 +53,50 @@ def read_card(weights: Path) -> Card | None:
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
         known = {entry.name for entry in dataclasses.fields(Card)}
-        return Card(**{name: value for name, value in values.items() if name in known})
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        card = Card(**{name: value for name, value in values.items() if name in known})
+        problem = _find_problem(card)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        problem = str(error)
+    if problem:
         raise UserError(
-            f"{path}: not a description of weights ({error}); move it away to use {weights.name} without it"
-        ) from None
+            f"{path}: not a description of weights ({problem}); move it away to use {weights.name} without it"
+        )
+    return card
+
+
+def _find_problem(card: Card) -> str | None:
+    """Return what in a card is none of what training writes there; None: nothing is."""
+    problem = find_misfit(vars(card), Card)
+    if problem:
+        return problem
+    low, high = IMAGE_SIZE_RANGE
+    if not low <= card.image_size <= high or card.image_size % PATCH_SIZE:
+        return f"image_size is {card.image_size}, expected a multiple of {PATCH_SIZE} from {low} to {high}"
+    if card.task not in TASKS:
+        return f"task is {card.task!r:.60}, expected one of {', '.join(TASKS)}"
+    if card.task == "classes" and len(card.category_ids) != len(card.categories):
+        return f"{len(card.category_ids)} category_ids, expected one for each of {len(card.categories)} categories"
+    if card.task == "semantic" and not card.classes:
+        return "task is semantic, and classes is empty"
+    return find_generator_problem(card.generator)
+
+
+def find_generator_problem(settings: dict[str, Any]) -> str | None:
+    """Return what of the generator's settings cannot be used, as a card has them; None: nothing."""
+    hints = get_type_hints(GeneratorConfig)
+    for entry in dataclasses.fields(GeneratorConfig):
+        value = settings.get(entry.name)
+        if value is None and entry.name not in settings:
+            continue
+        valid = entry.metadata["valid"]
+        if value is None or not fits(value, hints[entry.name]) or not lies_in(value, valid):
+            return f"generator.{entry.name} is {value!r:.60}, expected a number in {valid}"
+    knots = settings.get("score_map", [])
+    if not fits(knots, list[list[float]]) or any(len(knot) != 2 for knot in knots):
+        return "generator.score_map is no list of pairs of numbers"
+    return None
 
 
 def write_card(weights: Path, card: Card) -> None:

@@ -35,6 +35,7 @@ class ClassHead(nn.Module):
 
     def __init__(self, width: int, class_count: int):
         super().__init__()
+        self.width = width
         self.token_norm = nn.LayerNorm(width)
         self.look_norm = nn.LayerNorm(width)
         self.classify = nn.Sequential(nn.Linear(3 * width, width), nn.GELU(), nn.Linear(width, class_count))
@@ -66,11 +67,12 @@ def share_cells(logits: Tensor, side: int) -> Tensor:
     return (areas / areas.sum(dim=1, keepdim=True).clamp(min=1e-9)).view(*masks, side * side)
 
 
-def load_class_head(weights: Path, names: Sequence[str]) -> ClassHead:
+def load_class_head(weights: Path, names: Sequence[str], width: int) -> ClassHead:
     """Return the head beside a file of SAM's weights.
 
     Args:
         names: of the categories, as `best.json` has them.
+        width: channels of the model's embeddings.
 
     Raises:
         UserError: there is none, or it is one for other categories.
@@ -79,4 +81,4 @@ def load_class_head(weights: Path, names: Sequence[str]) -> ClassHead:
     def build(state_dict: dict[str, Tensor]) -> ClassHead:
         return ClassHead(len(state_dict["token_norm.weight"]), 1 + len(names))
 
-    return load_head(weights, ClassHead, build, f"the {len(names)} categories")
+    return load_head(weights, ClassHead, build, f"the {len(names)} categories", width)

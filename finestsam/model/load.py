@@ -7,10 +7,10 @@ import torch
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
-from finestsam.config import Config
-from finestsam.errors import UserError
+from finestsam.config import PATCH_SIZE, Config
+from finestsam.errors import VALUE_ERRORS, UserError
 from finestsam.model.adapter_file import find_adapter
-from finestsam.model.build import ARCHITECTURES, PATCH_SIZE, build_sam
+from finestsam.model.build import ARCHITECTURES, build_sam
 from finestsam.model.card import Card, read_card
 from finestsam.model.classes import load_class_head
 from finestsam.model.fft_attention import list_blocks, mount_fft_attention_
@@ -82,12 +82,12 @@ def _build_with_weights(config: Config, path: Path | None, card: Card | None) ->
     size = asked_size or own_size
     if size != own_size:
         _check_size(size)
-        state_dict = resize_positions(state_dict, size)
     sam = build_sam(model_type, size)
     try:
-        load_weights_(sam, state_dict)
-    except RuntimeError as error:
-        raise UserError(f"{path}: not the weights of a {model_type}: {str(error).splitlines()[1].strip()}") from None
+        load_weights_(sam, state_dict if size == own_size else resize_positions(state_dict, size))
+    except (RuntimeError, *VALUE_ERRORS) as error:
+        told = (str(error).splitlines()[1:] or [repr(error)])[0].strip()
+        raise UserError(f"{path}: not the weights of a {model_type}: {told:.300}") from None
     return sam, model_type
 
 
@@ -104,10 +104,11 @@ def _load_head_(model: FinestSam, config: Config, path: Path | None, card: Card 
         raise UserError(
             f"task {config.task}: {path or RANDOM_WEIGHTS} were not trained for it; --mode train --task {config.task}"
         )
+    width = model.sam.prompt_encoder.embed_dim
     if trained == "semantic":
-        model.semantic_head = load_semantic_head(path, card.classes)
+        model.semantic_head = load_semantic_head(path, card.classes, width)
     elif trained == "classes":
-        model.class_head = load_class_head(path, card.categories)
+        model.class_head = load_class_head(path, card.categories, width)
 
 
 def _check_size(size: int | None) -> None:

@@ -6,7 +6,9 @@ Whatever happens while a file is written (a kill, a full disk), a whole one is t
 import errno
 import os
 import shutil
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from finestsam.errors import VALUE_ERRORS
 from finestsam.whole_files import replacing
 
 WRAPPERS = ("module", "_forward_module", "_orig_mod", "model", "sam")  # parts of names that are not SAM's
@@ -85,8 +88,9 @@ def is_damaged(path: Path) -> bool:
     """Whether the checksums of a file of torch.save are wrong, which torch.load does not look at."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is not None
-    except (zipfile.BadZipFile, EOFError, NotImplementedError):
+            is_packed = any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
+            return is_packed or archive.testzip() is not None  # torch packs nothing
+    except (zipfile.BadZipFile, EOFError, RuntimeError, zlib.error, struct.error, *VALUE_ERRORS):
         return True
 
 

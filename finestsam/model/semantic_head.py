@@ -25,6 +25,7 @@ class SemanticHead(nn.Module):
 
     def __init__(self, width: int, class_count: int):
         super().__init__()
+        self.width = width
         self.look = nn.Sequential(
             nn.InstanceNorm2d(width, affine=True), nn.Conv2d(width, width, 3, padding=1), LayerNorm2d(width), nn.GELU()
         )
@@ -39,11 +40,12 @@ class SemanticHead(nn.Module):
         return self.classify(self.enlarge(self.look(embedding)))
 
 
-def load_semantic_head(weights: Path, names: Sequence[str]) -> SemanticHead:
+def load_semantic_head(weights: Path, names: Sequence[str], width: int) -> SemanticHead:
     """Return the head beside a file of SAM's weights.
 
     Args:
         names: of the classes, as `best.json` has them.
+        width: channels of the model's embeddings.
 
     Raises:
         UserError: there is none, or it is one for other classes.
@@ -52,4 +54,4 @@ def load_semantic_head(weights: Path, names: Sequence[str]) -> SemanticHead:
     def build(state_dict: dict[str, Tensor]) -> SemanticHead:
         return SemanticHead(state_dict["look.1.weight"].shape[0], len(names))
 
-    return load_head(weights, SemanticHead, build, f"the {len(names)} classes")
+    return load_head(weights, SemanticHead, build, f"the {len(names)} classes", width)

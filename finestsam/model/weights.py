@@ -1,10 +1,12 @@
 """Weights on disk: where published ones are, how a file becomes a state dict, and which SAM a state dict belongs to."""
 
+import os
 import pickle
 import re
+import struct
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finestsam.cache_folder import cache_folder
-from finestsam.config import IMAGE_SIZES
+from finestsam.config import IMAGE_SIZE_RANGE, IMAGE_SIZES, PATCH_SIZE
 from finestsam.download import download
-from finestsam.errors import UserError
+from finestsam.errors import VALUE_ERRORS, UserError
 from finestsam.model.adapter_file import is_adapter, merge_adapter, read_config
 from finestsam.model.build import ARCHITECTURES
 from finestsam.model.card import Card, read_card
@@ -70,6 +72,8 @@ FAMILIES = {  # part of a key: who writes such keys
     "sam_mask_decoder.": "SAM 2",
     "vision_encoder.": "a Hugging Face SamModel",
 }
+MAX_UNPACKED = 4  # times its own size, what a file may stand for: weights may be listed under two names
+MAX_ADAPTERS = 20  # one on the other
 TINY_VIT_PARTS = ("image_encoder.layers.", "image_encoder.patch_embed.seq.")
 TINY_VIT_NECK = "image_encoder.neck.0.weight"
 
@@ -106,20 +110,30 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
     The tensors of a .pth are mapped from the file: copy them into a model before the file is replaced. An adapter is
     merged into the weights that it names.
     """
-    if is_adapter(path):
-        return _load_adapted(path)
-    return _load_file(path)
+    return _load_layers(path, ())
 
 
-def _load_adapted(path: Path) -> dict[str, Tensor]:
+def _load_layers(path: Path, above: tuple[Path, ...]) -> dict[str, Tensor]:
+    """Read a checkpoint, or an adapter and what is beneath it.
+
+    Args:
+        above: the adapters that this is beneath.
+    """
+    if not is_adapter(path):
+        return _load_file(path)
+    above += (path.resolve(),)
     config = read_config(path)
     base = Path(config["base_model_name_or_path"] or "")
-    if not base.is_file() or base == path:
+    if not os.path.isfile(base):
         raise UserError(
             f"{path} is an adapter for {base}, which is not there; put that file back, or use best.pth, which needs it "
             "no more"
         )
-    below, card = load_state_dict(base), read_card(path)
+    if os.path.realpath(base) in map(str, above):
+        raise UserError(f"{path} is an adapter that lies beneath itself, by {base}; use best.pth, which needs neither")
+    if len(above) > MAX_ADAPTERS:
+        raise UserError(f"{path} is an adapter beneath {MAX_ADAPTERS} others; use best.pth, which needs none of them")
+    below, card = _load_layers(base, above), read_card(path)
     if card and card.image_size != image_size_of(below, card):
         below = resize_positions(below, card.image_size)
     return merge_adapter(below, _load_file(path), config["lora_alpha"] / config["r"], path)
@@ -138,6 +152,8 @@ def _check_file(path: Path) -> None:
     try:
         if path.is_dir():
             raise UserError(f"{path}: is a folder, expected a checkpoint file such as {path / 'best.pth'}")
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise UserError(f"{path}: not a regular file")
         with open(path, "rb") as file:
             start = file.read(512)
     except FileNotFoundError:
@@ -154,14 +170,29 @@ def _check_file(path: Path) -> None:
         raise UserError(f"{path}: is a Git LFS pointer, not the checkpoint itself; fetch it with git lfs pull")
     if start.startswith(b"PK") and not _is_zip(path):
         raise UserError(_describe_truncated(path))
+    if start.startswith(b"PK"):
+        _refuse_packed(path)
+
+
+def _refuse_packed(path: Path) -> None:
+    """Raise for a zip file that unpacks to far more than it is; torch packs nothing."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > MAX_UNPACKED * path.stat().st_size:
+        raise UserError(
+            f"{path}: its {path.stat().st_size:,} bytes unpack to {unpacked:,}; save it again with torch.save"
+        )
 
 
 def _is_zip(path: Path) -> bool:
     """Whether this is a whole zip file, as torch writes them: the table of contents stands at the end."""
     try:
-        return zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:
-        return False
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path):  # its table of contents is read to the end
+                return True
+    except (zipfile.BadZipFile, RuntimeError, EOFError, struct.error, *VALUE_ERRORS):
+        pass
+    return False
 
 
 def _describe_truncated(path: Path) -> str:
@@ -179,7 +210,7 @@ def _read_torch(path: Path) -> Any:
             warnings.simplefilter("ignore")  # torch's remarks on pickle protocols and TorchScript; we have one line
             return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except MemoryError:
-        raise
+        raise UserError(f"{path}: stands for more than there is memory for") from None
     except Exception as error:  # whatever a damaged file makes the reader stumble over
         # Without torch's own text: it recommends weights_only=False, which runs the code.
         raise UserError(_describe_unreadable(path, error)) from None
@@ -205,7 +236,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: to read this kind of file, first run: pip install safetensors") from None
     try:
         return load_file(path, device="cpu")
-    except SafetensorError as error:
+    except MemoryError:
+        raise UserError(f"{path}: stands for more than there is memory for") from None
+    except (SafetensorError, OSError, RuntimeError, *VALUE_ERRORS) as error:
         raise UserError(f"{path}: is truncated or not a safetensors file: {' '.join(str(error).split())}") from None
 
 
@@ -220,7 +253,21 @@ def _check_content(path: Path, content: Any) -> None:
         raise UserError(f"{path}: is a state dict without any weights")
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise UserError(f"{path}: is not a state dict: {name!r} is a {type(value).__name__}, expected a tensor")
+            raise UserError(
+                f"{path}: is not a state dict: {name!r:.100} is a {type(value).__name__}, expected a tensor"
+            )
+        if value.device.type != "cpu" or value.layout != torch.strided or value.is_quantized or value.is_complex():
+            raise UserError(
+                f"{path}: {name!r:.100} is not a plain tensor of numbers; save model.state_dict() in float32"
+            )
+    refuse_inflated(path, content.values())
+
+
+def refuse_inflated(path: Path, tensors: Iterable[Tensor]) -> None:
+    """Raise for tensors that stand for far more numbers than the file holds: the same ones again and again."""
+    stated, held = sum(value.numel() * value.element_size() for value in tensors), path.stat().st_size
+    if stated > MAX_UNPACKED * held:
+        raise UserError(f"{path}: its weights stand for {stated:,} bytes, the file has {held:,}; save it again")
 
 
 def _strip_prefixes(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -254,8 +301,10 @@ def identify(state_dict: dict[str, Tensor], path: Path | str = "the file") -> st
     if any(name.startswith(TINY_VIT_PARTS) for name in state_dict):
         return _identify_tiny_vit(state_dict, path)
     position = state_dict.get("image_encoder.pos_embed")
-    if position is None or position.ndim != 4 or "image_encoder.patch_embed.proj.weight" not in state_dict:
-        raise UserError(f"{path} is not a SAM checkpoint (first keys: {', '.join(list(state_dict)[:3])})")
+    patches = state_dict.get("image_encoder.patch_embed.proj.weight")
+    if position is None or patches is None or position.ndim != 4 or patches.ndim != 4:
+        raise UserError(f"{path} is not a SAM checkpoint (first keys: {', '.join(list(state_dict)[:3]):.200})")
+    _check_places(position, patches, path)
     width = position.shape[-1]
     depth = len({name.split(".")[2] for name in state_dict if name.startswith("image_encoder.blocks.")})
     for model_type, architecture in ARCHITECTURES.items():
@@ -265,6 +314,17 @@ def identify(state_dict: dict[str, Tensor], path: Path | str = "the file") -> st
         f"{name} {entry.width} and {entry.depth}" for name, entry in ARCHITECTURES.items() if not entry.is_tiny_vit
     )
     raise UserError(f"{path} is a SAM of unknown size: width {width} and {depth} blocks, known are {known}")
+
+
+def _check_places(position: Tensor, patches: Tensor, path: Path | str) -> None:
+    """Raise unless weights are for square pictures of a size that a setting may have."""
+    rows, columns, side = *position.shape[1:3], patches.shape[-1]
+    low, high = IMAGE_SIZE_RANGE
+    if side != PATCH_SIZE or rows != columns or not low <= rows * side <= high:
+        raise UserError(
+            f"{path} is for pictures of {rows} x {columns} patches of {side} pixels, expected squares of {low} to "
+            f"{high} pixels in patches of {PATCH_SIZE}"
+        )
 
 
 def _identify_tiny_vit(state_dict: dict[str, Tensor], path: Path | str) -> str:

@@ -6,6 +6,7 @@ import itertools
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -96,7 +97,8 @@ def find_pictures(inputs: list[str], out_dir: Path | None = None) -> list[Path]:
     found, problems = {}, []
     for text in inputs:
         try:
-            found |= {path.resolve(): path for path in _expand(text, out_dir) if path.resolve() not in found}
+            for path in _expand(text, out_dir):
+                found.setdefault(os.path.realpath(path), path)
         except UserError as error:
             problems.append(f"--input {printable(text)}: {error}")
     if problems:
@@ -114,7 +116,7 @@ def _expand(text: str, out_dir: Path | None) -> list[Path]:
         return [path]
     if not glob.has_magic(text):
         raise UserError("no such file or folder")
-    pictures = [Path(name) for name in sorted(glob.glob(text, recursive=True)) if _is_picture(Path(name))]
+    pictures = [Path(name) for name in sorted(_match(text)) if _is_picture(Path(name))]
     if out_dir and "**" in text:
         pictures = _leave_out(pictures, Path(text), out_dir)
     if not pictures:
@@ -122,12 +124,45 @@ def _expand(text: str, out_dir: Path | None) -> list[Path]:
     return pictures
 
 
+def _match(pattern: str) -> set[str]:
+    """Return the names that match a pattern.
+
+    `**` looks into each folder once, by whatever name it comes to it: links that lead back have no end.
+    """
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        return set(glob.glob(pattern))
+    place = parts.index("**")
+    starts = glob.glob(os.path.join(*parts[:place])) if place else ["."]
+    rest = parts[place + 1 :] or ("*",)
+    folders = itertools.chain.from_iterable(map(_walk, starts))
+    return {name for folder in folders for name in _match(os.path.join(glob.escape(folder), *rest))}
+
+
+def _walk(start: str) -> Iterator[str]:
+    """Yield a folder and all below it that are not hidden, those behind links after the others, each once."""
+    waiting, seen = deque([start]), set()
+    while waiting:
+        folder = waiting.popleft()
+        try:
+            status = os.stat(folder)
+            entries = sorted(os.scandir(folder), key=lambda entry: (entry.is_symlink(), entry.name))
+        except OSError:  # not a folder, or none that can be read
+            continue
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        yield folder
+        below = [entry for entry in entries if os.path.isdir(entry.path) and not entry.name.startswith(".")]
+        waiting.extend(entry.path for entry in below)
+
+
 def _leave_out(pictures: list[Path], pattern: Path, out_dir: Path) -> list[Path]:
     """Return those that do not lie in `out_dir`; all of them where the pattern itself starts there."""
     root, start = out_dir.resolve(), Path(*itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts))
     if start.resolve().is_relative_to(root):
         return pictures
-    left = [path for path in pictures if not path.resolve().is_relative_to(root)]
+    left = [path for path in pictures if not Path(os.path.realpath(path)).is_relative_to(root)]
     if len(left) < len(pictures):
         print(f"{printable(out_dir)}: {_count(len(pictures) - len(left), 'picture')} left out: there the results go")
     return left
@@ -144,8 +179,10 @@ def _list_folder(folder: Path) -> list[Path]:
 
 
 def _is_picture(path: Path) -> bool:
+    """Whether a name is a picture's; links to nowhere count, so that they are reported."""
     is_ours = path.name.endswith((BESIDE_MARK + OVERLAY_SUFFIX, BESIDE_MARK + LABELS_SUFFIX))
-    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and not path.name.startswith(".") and not is_ours
+    is_named_so = path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    return is_named_so and not is_ours and not os.path.isdir(path)
 
 
 def name_overlays(paths: list[Path], out_dir: Path) -> list[Path]:

@@ -7,17 +7,18 @@ import math
 import pickle
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from finestsam.errors import UserError
+from finestsam.errors import VALUE_ERRORS, UserError
 from finestsam.model.classes import ClassHead
 from finestsam.model.saving import is_damaged, save_file, save_weights
 from finestsam.model.semantic_head import SemanticHead
+from finestsam.model.weights import refuse_inflated
 
 LAST = "last.ckpt"  # everything needed to continue
 PREVIOUS = "last.prev.ckpt"  # the one before, for the day on which the last one is damaged
@@ -29,8 +30,11 @@ def save_last(path: Path, state: dict) -> None:
     save_file(path, state, previous=path.with_name(PREVIOUS))
 
 
-def load_state(folder: Path) -> dict[str, Any]:
+def load_state(folder: Path, find_problem: Callable[[dict[str, Any]], str | None] | None = None) -> dict[str, Any]:
     """Return what last.ckpt holds, on the CPU; where it is damaged, what last.prev.ckpt holds, with a warning.
+
+    Args:
+        find_problem: returns why a state cannot be continued from, if it cannot.
 
     Raises:
         UserError: neither can be read.
@@ -39,21 +43,21 @@ def load_state(folder: Path) -> dict[str, Any]:
     if not last.exists() and not previous.exists():
         raise UserError(f"{folder}: there is no {LAST} to resume from")
     try:
-        return _read_state(last)
+        return _read_state(last, find_problem)
     except UserError as error:
         reason = str(error)
     try:
-        state = _read_state(previous)
+        state = _read_state(previous, find_problem)
     except UserError as error:
         raise UserError(f"{reason}; {error}; no checkpoint is left to resume from") from None
     print(f"warning: {reason}; resuming from {PREVIOUS}, the checkpoint before it", file=sys.stderr)
     return state
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def _read_state(path: Path, find_problem: Callable[[dict[str, Any]], str | None] | None) -> dict[str, Any]:
     try:
-        if not path.exists():
-            raise UserError(f"{path} is missing")
+        if not path.is_file():  # False for pipes too, which would be waited for
+            raise UserError(f"{path} is {'not a regular file' if path.exists() else 'missing'}")
         if is_damaged(path):
             raise UserError(f"{path} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -62,11 +66,23 @@ def _read_state(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError:
         # Without torch's own text: it recommends weights_only=False, which runs the code.
         raise UserError(f"{path} contains code, refused") from None
-    except (RuntimeError, ValueError, KeyError):
+    except (RuntimeError, EOFError, MemoryError, *VALUE_ERRORS):
         raise UserError(f"{path} is not a checkpoint that torch can read") from None
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not the state of a run")
+    refuse_inflated(path, _list_tensors(state))
+    problem = find_problem(state) if find_problem else None
+    if problem:
+        raise UserError(f"{path} is not the state of a run of this version of finestsam: {problem}")
     return state
+
+
+def _list_tensors(content: object) -> Iterator[Tensor]:
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, Mapping | list | tuple):
+        for part in content.values() if isinstance(content, Mapping) else content:
+            yield from _list_tensors(part)
 
 
 class TopWeights:

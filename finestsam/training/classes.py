@@ -145,7 +145,7 @@ def choose_categories(loaded: LoadedModel, categories: dict[int, str], names: Se
     card, model = loaded.card, loaded.model
     if card and card.task == "classes" and set(table.names[1:]) == set(card.categories):
         table = number_categories(categories, card.categories)
-        head = load_class_head(loaded.path, card.categories)
+        head = load_class_head(loaded.path, card.categories, model.sam.prompt_encoder.embed_dim)
     else:
         head = ClassHead(model.sam.prompt_encoder.embed_dim, len(table.names))
     model.class_head = head.to(model.device)

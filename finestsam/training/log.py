@@ -11,6 +11,7 @@ from lightning.fabric.loggers import TensorBoardLogger
 from tqdm import tqdm
 
 from finestsam.errors import UserError
+from finestsam.value_types import read_number
 from finestsam.whole_files import write_text
 
 TRAINING_COLUMNS = ("total_loss", "focal_loss", "dice_loss", "iou_loss", "iou", "predicted_iou")
@@ -158,7 +159,7 @@ def _parse_line(line: dict[str, str | None], columns: tuple[str, ...]) -> Row:
     missing = {"epoch", "step"} - line.keys()
     if missing:
         raise ValueError(f"no columns {sorted(missing)}")
-    row = {name: float(line[name]) if line.get(name) else None for name in columns}
+    row = {name: read_number(line[name]) if line.get(name) else None for name in columns}
     return row | {"epoch": int(line["epoch"] or ""), "step": int(line["step"] or "")}
 
 

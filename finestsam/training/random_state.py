@@ -17,6 +17,13 @@ def random_state() -> dict[str, Any]:
     return state
 
 
+def check_random_state(state: dict[str, Any]) -> None:
+    """Raise an error of Python's or torch's unless every generator can be continued from there."""
+    torch.Generator().set_state(state["torch"])
+    random.Random().setstate(state["python"])
+    np.random.RandomState().set_state(state["numpy"])
+
+
 def restore_random_state(state: dict[str, Any]) -> None:
     """Continue every global generator where `random_state` found it."""
     torch.set_rng_state(state["torch"])

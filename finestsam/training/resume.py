@@ -5,10 +5,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from finestsam.config import Config, flatten_config
+import torch
+from torch import Tensor
+
+from finestsam.config import IMAGE_SIZE_RANGE, PATCH_SIZE, Config, flatten_config
 from finestsam.data.fingerprint import SPLIT, hash_fingerprint, list_changes
-from finestsam.errors import UserError
+from finestsam.errors import VALUE_ERRORS, UserError
+from finestsam.model.build import ARCHITECTURES, build_sam
+from finestsam.model.card import find_generator_problem
 from finestsam.training import checkpoint
+from finestsam.training.random_state import check_random_state
+from finestsam.value_types import find_misfit, fits
 
 # Without these the weights, the optimizer or the schedule of the checkpoint fit no more.
 FIXED = (
@@ -34,15 +41,101 @@ FREE = (
 )  # fmt: skip
 
 
-def load_state(folder: Path) -> dict[str, Any] | None:
-    """Return the newest whole checkpoint of a run; None where it was stopped before its first.
+# What a checkpoint holds, and of which types.
+STATE = {
+    "model_type": str, "image_size": int, "model": dict[str, Tensor], "optimizer": dict, "scheduler": dict,
+    "scaler": dict, "progress": dict, "random": dict, "config": str, "dataset": str,
+}  # fmt: skip
+MAY_BE_MISSING = {
+    "semantic_head": dict[str, Tensor] | None, "class_head": dict[str, Tensor] | None,
+    "affinity_head": dict[str, Tensor] | None, "categories": list[str] | None, "pictures_per_batch": int,
+}  # fmt: skip
+# Settings of the run that `check_settings` looks at, whatever they are.
+COMPARED = ("losses.affinity_ratio", "losses.focal_ratio", "losses.dice_ratio", "losses.iou_ratio")
+
+
+def load_state(folder: Path, progress_kind: type) -> dict[str, Any] | None:
+    """Return the newest checkpoint of a run that can be continued; None where it was stopped before its first.
+
+    Args:
+        progress_kind: the dataclass of its progress.
 
     Raises:
         UserError: there are checkpoints, and none can be read.
     """
     if any((folder / name).exists() for name in (checkpoint.LAST, checkpoint.PREVIOUS)):
-        return checkpoint.load_state(folder)
+        return checkpoint.load_state(folder, lambda state: find_problem(state, progress_kind))
     return None
+
+
+def find_problem(state: dict[str, Any], progress_kind: type) -> str | None:
+    """Return what in a checkpoint is not what `save_last` writes there; None: nothing is."""
+    for name, kind in (STATE | MAY_BE_MISSING).items():
+        if name not in state and name in STATE:
+            return f"{name} is missing"
+        if name in state and not fits(state[name], kind):
+            return f"{name} is a {type(state[name]).__name__} of another kind"
+    if state.get("pictures_per_batch", 1) < 1:
+        return f"pictures_per_batch is {state['pictures_per_batch']}"
+    problem = find_misfit(state["progress"], progress_kind, finite=False)
+    problem = problem or find_generator_problem(state["progress"].get("generator", {}))
+    problem = problem or _find_negative(state["progress"])
+    if problem:
+        return f"progress: {problem}"
+    try:
+        before = json.loads(state["config"])
+        if not fits({name: before[name] for name in COMPARED}, dict[str, float]):
+            return "config has settings that are no numbers"
+        check_random_state(state["random"])
+        _check_optimizer(state["optimizer"])
+        _check_scheduler(state["scheduler"])
+        _check_shapes(state)
+    except UserError as error:
+        return str(error)
+    except (RuntimeError, *VALUE_ERRORS) as error:
+        return f"{' '.join(str(error).split()) or type(error).__name__:.200}"
+    return None
+
+
+def _find_negative(progress: dict[str, Any]) -> str | None:
+    counts = {name: value for name, value in progress.items() if isinstance(value, int | float)}
+    return next((f"{name} is {value}" for name, value in counts.items() if value < 0), None)
+
+
+def _check_optimizer(state: dict[str, Any]) -> None:
+    """Raise unless an optimizer's state is of the kind that torch saves."""
+    if not fits(state["state"], dict[int, dict[str, Any]]) or not fits(state["param_groups"], list[dict[str, Any]]):
+        raise ValueError("optimizer is of another kind")
+    for group in state["param_groups"]:
+        if (
+            not fits(group["params"], list[int])
+            or not fits(group["lr"], float)
+            or not fits(group["weight_decay"], float)
+        ):
+            raise ValueError("optimizer has a group of another kind")
+
+
+def _check_scheduler(state: dict[str, Any]) -> None:
+    """Raise unless a schedule has been at work for a whole number of steps."""
+    if not fits(state["last_epoch"], int) or not fits(state.get("_last_lr", []), list[float]):
+        raise ValueError("scheduler is of another kind")
+
+
+def _check_shapes(state: dict[str, Any]) -> None:
+    """Raise unless the weights are of the type and the size of pictures that stand beside them."""
+    if state["model_type"] not in ARCHITECTURES:
+        raise ValueError(f"model_type is {state['model_type']!r:.60}")
+    low, high = IMAGE_SIZE_RANGE
+    if not low <= state["image_size"] <= high or state["image_size"] % PATCH_SIZE:
+        raise ValueError(f"image_size is {state['image_size']}")
+    with torch.device("meta"):
+        expected = build_sam(state["model_type"], state["image_size"]).state_dict()
+    for name, value in expected.items():
+        known = state["model"].get(name)
+        if known is None and ".attn." not in name:  # attention may have been replaced
+            raise ValueError(f"model has no {name}")
+        if known is not None and known.shape != value.shape:
+            raise ValueError(f"model: {name} has the shape {list(known.shape)}, expected {list(value.shape)}")
 
 
 def check_settings(config: Config, state: dict[str, Any], pictures_per_batch: int) -> None:

@@ -31,7 +31,7 @@ from finestsam.data.read import LabelledSet, describe_dataset, read_training_set
 from finestsam.data.report import write_report
 from finestsam.data.semantic import ClassTable
 from finestsam.download import hash_file
-from finestsam.errors import UserError
+from finestsam.errors import VALUE_ERRORS, UserError
 from finestsam.model.adapt import adapt_
 from finestsam.model.load import LoadedModel, load_model, load_weights_
 from finestsam.model.sam import FinestSam
@@ -53,7 +53,13 @@ from finestsam.training.schedules import build_optimizer, build_scheduler
 from finestsam.training.semantic import SemanticStepper, choose_classes
 from finestsam.training.step import Stepper
 from finestsam.training.trainable import decodes_masks, freeze_, trains_encoder
+from finestsam.value_types import fits
 from finestsam.whole_files import remove_unfinished, write_json, write_text
+
+DIVIDES_OTHERWISE = (
+    "--resume: the run was begun by a version of finestsam that divides the weights otherwise; go on with that "
+    "version, or start a new run from best.pth"
+)
 
 
 @dataclass
@@ -192,7 +198,7 @@ def _load_state(config: Config, ranks: Ranks) -> dict | None:
     folder = Path(config.resume)
     if ranks.rank == 0:
         remove_unfinished(folder)
-    state = load_state(folder)
+    state = load_state(folder, Progress)
     if state is None and ranks.rank == 0:
         print(f"warning: {folder} was stopped before its first checkpoint: the run begins again", file=sys.stderr)
     if state is not None and ranks.rank == 0:
@@ -218,7 +224,10 @@ def _load_weights(fabric: Fabric, config: Config, state: dict | None) -> LoadedM
     bare = replace(config, model=ModelConfig(state["model_type"], "none", state["image_size"]))
     loaded = load_model(bare, device=fabric.device)
     adapt_(loaded.model.sam, config.model_layer)
-    load_weights_(loaded.model.sam, state["model"])
+    try:
+        load_weights_(loaded.model.sam, state["model"])
+    except (RuntimeError, *VALUE_ERRORS):
+        raise UserError(DIVIDES_OTHERWISE) from None
     return loaded
 
 
@@ -399,22 +408,27 @@ def save_last(run: Run) -> None:
 
 
 def _restore(run: Run, state: dict) -> None:
-    if run.loaded.model.semantic_head:
-        run.loaded.model.semantic_head.load_state_dict(state["semantic_head"])
-    if run.loaded.model.class_head:
-        run.loaded.model.class_head.load_state_dict(state["class_head"])
     try:
-        if run.loaded.model.affinity_head:
-            run.loaded.model.affinity_head.load_state_dict(state["affinity_head"])
+        for name in ("semantic_head", "class_head", "affinity_head"):
+            if head := getattr(run.loaded.model, name):
+                head.load_state_dict(state[name])
         run.stepper.optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError):
-        raise UserError(
-            "--resume: the run was begun by a version of finestsam that divides the weights otherwise; go on with that "
-            "version, or start a new run from best.pth"
-        ) from None
-    run.scheduler.load_state_dict(state["scheduler"])
-    if run.stepper.scaler.is_enabled():
-        run.stepper.scaler.load_state_dict(state["scaler"])
+        _check_moments(run.stepper.optimizer)
+        run.scheduler.load_state_dict(state["scheduler"])
+        if run.stepper.scaler.is_enabled():
+            run.stepper.scaler.load_state_dict(state["scaler"])
+    except (RuntimeError, *VALUE_ERRORS):
+        raise UserError(DIVIDES_OTHERWISE) from None
     # An earlier version kept less of these weights: what their names say ranks them.
-    run.top.load_state_dict(state.get("top_weights", {}))
+    top = state.get("top_weights", {})
+    run.top.load_state_dict(top if fits(top, dict[str, dict[str, float]], finite=False) else {})
     restore_random_state(state["random"])
+
+
+def _check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Raise a ValueError unless what an optimizer remembers of each weight has the weight's shape."""
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            for name, value in optimizer.state.get(weight, {}).items():
+                if name != "step" and value.shape != weight.shape:
+                    raise ValueError(f"{name} has the shape {list(value.shape)}, its weight {list(weight.shape)}")

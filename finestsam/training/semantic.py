@@ -78,7 +78,7 @@ def choose_classes(
     card, model = loaded.card, loaded.model
     if card and card.task == "semantic" and set(table.names) == set(card.classes):
         table = match_classes(categories, card.classes, ignores)
-        head = load_semantic_head(loaded.path, card.classes)
+        head = load_semantic_head(loaded.path, card.classes, model.sam.prompt_encoder.embed_dim)
     else:
         head = SemanticHead(model.sam.prompt_encoder.embed_dim, len(table.names))
     model.semantic_head = head.to(model.device)

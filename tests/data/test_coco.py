@@ -1,10 +1,12 @@
 import json
+import os
 import tracemalloc
 
 import numpy as np
 import pytest
 
 from finestsam.config import DatasetConfig
+from finestsam.data.coco import load_json
 from finestsam.data.files import FileFinder
 from finestsam.data.layouts import Part, find_layout
 from finestsam.data.read import read_parts, read_training_set
@@ -199,3 +201,10 @@ def test_an_index_of_the_size_of_coco_val2017_takes_seconds_and_little_memory(tm
 
     assert index.report.usable_annotation_count > 34_000
     assert peak < 500e6
+
+
+def test_a_pipe_in_place_of_annotations_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "results.json")
+
+    with pytest.raises(UserError, match="results.json: not a regular file"):
+        load_json(tmp_path / "results.json")

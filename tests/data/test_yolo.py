@@ -52,6 +52,7 @@ def test_a_line_is_the_polygon_of_its_shares(read):
         ("0 0.1 0.1", "too_few_points"),
         ("0", "empty_segmentation"),
         ("0 2 2 3 2 3 3", "empty_mask"),
+        ("0 " + "0 0 900 1 " * 900, "long_outline"),
     ],
 )
 def test_a_line_that_gives_no_mask_is_skipped(read, line, code):
@@ -102,6 +103,18 @@ def test_code_in_a_yaml_file_is_not_run(read, tmp_path):
 
     assert read(SQUARE).categories == {0: "category 0"}
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("text", ["names: [2024-13-45, nut]", "a: &a [*a]", "names: [" * 500, "names: !!int ''"])
+def test_a_yaml_file_of_odd_values_ends_no_check(read, tmp_path, text):
+    (tmp_path / "data.yaml").write_text(text)
+
+    index = read(SQUARE)
+
+    if "nut" in text:
+        assert index.categories[0] == "2024-13-45"
+    else:
+        assert "names_unread" in [finding.code for finding in index.report.findings]
 
 
 def test_text_files_that_are_no_text_skip_their_picture(read, tmp_path):

@@ -35,7 +35,13 @@ def test_weights_outside_a_run_have_no_history(tmp_path):
     assert read_history(load(tmp_path, has_card=False)) is None
 
 
-@pytest.mark.parametrize("text", ["a,b\n1,2\n", "epoch,step\n1,x\n", "epoch,step\n,1\n", "epoch\n1,2\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a,b\n1,2\n", "epoch,step\n1,x\n", "epoch,step\n,1\n", "epoch\n1,2\n", "epoch,step\n1,1e308\n",
+        "epoch,step\n1,-inf\n",
+    ],
+)  # fmt: skip
 def test_a_table_that_is_none_is_told_and_left_out(tmp_path, capsys, text):
     (tmp_path / "metrics.csv").write_text(text)
 

@@ -116,11 +116,34 @@ def test_a_head_is_loaded_with_its_weights_or_what_is_wrong_is_said(tmp_path):
 
     head = ClassHead(32, 3)
     torch.save(head.state_dict(), head_path(tmp_path / "best.pth", ClassHead))
-    loaded = load_class_head(tmp_path / "best.pth", ["ball", "crate"])
+    loaded = load_class_head(tmp_path / "best.pth", ["ball", "crate"], width=32)
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in head.state_dict().items())
     assert load_model(config, prefer_runs=True).model.class_head is not None
     masks = build_config({"model.checkpoint": str(tmp_path), "device": "cpu", "task": "masks"})
     assert load_model(masks, prefer_runs=True).model.class_head is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"token_norm.weight": torch.zeros(())}, {"token_norm.weight": torch.zeros(0, 9)},
+        {"token_norm.weight": torch.zeros(10**7)}, {"classify.0.weight": torch.zeros(0, 10**9)}, {"a": torch.zeros(1)},
+    ],
+)  # fmt: skip
+def test_a_head_of_odd_shapes_is_told_before_memory_is_taken_for_it(tmp_path, changes):
+    save_model(tmp_path, ["ball", "crate"])
+    torch.save(ClassHead(32, 3).state_dict() | changes, head_path(tmp_path / "best.pth", ClassHead))
+
+    with pytest.raises(UserError, match=r"best.classes.pth: not a head for the 2 categories"):
+        load_model(build_config({"model.checkpoint": str(tmp_path), "device": "cpu"}), prefer_runs=True)
+
+
+def test_a_head_for_another_model_is_told(tmp_path):
+    save_model(tmp_path, ["ball", "crate"])
+    torch.save(ClassHead(64, 3).state_dict(), head_path(tmp_path / "best.pth", ClassHead))
+
+    with pytest.raises(UserError, match="a head for embeddings of 64 channels, those of best.pth have 32"):
+        load_model(build_config({"model.checkpoint": str(tmp_path), "device": "cpu"}), prefer_runs=True)
 
 
 @pytest.mark.parametrize("task", ["classes", "semantic"])

@@ -1,3 +1,4 @@
+import json
 import os
 
 import pytest
@@ -78,6 +79,86 @@ def test_a_damaged_card_is_named(tmp_path):
 
     with pytest.raises(UserError, match="not a description of weights"):
         read_card(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 10**9}, "image_size is 1000000000, expected a multiple of 16 from 32 to 4096"),
+        ({"image_size": 100}, "image_size is 100, expected a multiple of 16"),
+        ({"image_size": "64"}, "image_size is '64', expected int"),
+        ({"image_size": True}, "image_size is True, expected int"),
+        ({"model_type": 7}, "model_type is 7, expected str"),
+        ({"categories": "thing"}, "categories is 'thing', expected list"),
+        ({"categories": [1]}, r"categories is \[1\], expected list\[str\]"),
+        ({"metrics": {"a": None}}, "metrics is"),
+        ({"metrics": {"a": float("nan")}}, "metrics is"),
+        ({"step": 10**400}, "step is 1000"),
+        ({"task": "dance"}, "task is 'dance', expected one of masks, classes, semantic"),
+        ({"task": "classes", "category_ids": [1, 2]}, "2 category_ids, expected one for each of 1 categories"),
+        ({"task": "semantic"}, "task is semantic, and classes is empty"),
+        ({"generator": []}, r"generator is \[\], expected dict"),
+        ({"generator": {"points_per_side": 10**7}}, r"points_per_side is 10000000, expected a number in \[1, 512\]"),
+        ({"generator": {"points_per_side": 0}}, "points_per_side is 0"),
+        ({"generator": {"points_per_side": None}}, "points_per_side is None"),
+        ({"generator": {"crop_n_layers": 30}}, r"crop_n_layers is 30, expected a number in \[0, 4\]"),
+        ({"generator": {"pred_iou_thresh": "0.5"}}, "pred_iou_thresh is '0.5'"),
+        ({"generator": {"score_map": [[1, 2, 3]]}}, "score_map is no list of pairs of numbers"),
+        ({"generator": {"score_map": 5}}, "score_map is no list of pairs of numbers"),
+    ],
+)
+def test_a_card_holds_what_a_setting_may_hold(tmp_path, changes, message):
+    path = save_run(tmp_path, "run", age_seconds=0)
+    card = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps(card | changes))
+
+    with pytest.raises(UserError, match=f"best.json: not a description of weights .*{message}") as caught:
+        read_card(path)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "null", "[]", "7", '"x"', "{}", "\x00", "9" * 5000])
+def test_what_is_no_card_is_named(tmp_path, text):
+    path = save_run(tmp_path, "run", age_seconds=0)
+    path.with_suffix(".json").write_text(text)
+
+    with pytest.raises(UserError, match="best.json: not a description of weights"):
+        read_card(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_encoder.pos_embed": torch.zeros(1).expand(1, 10**6, 10**6, 32)}, "its weights stand for"),
+        ({"image_encoder.pos_embed": torch.zeros(1, 0, 10**6, 32)}, "pictures of 0 x 1000000 patches"),
+        ({"image_encoder.pos_embed": torch.zeros(1, 4, 5, 32)}, "pictures of 4 x 5 patches"),
+        ({"image_encoder.pos_embed": torch.zeros(1, 300, 300, 32)}, "pictures of 300 x 300 patches"),
+        ({"image_encoder.patch_embed.proj.weight": torch.zeros(32)}, "is not a SAM checkpoint"),
+        ({"image_encoder.patch_embed.proj.weight": torch.zeros(32, 3, 8, 8)}, "patches of 8 pixels"),
+        ({"image_encoder.blocks.x.attn.fft_gain": torch.zeros(1)}, "SAM of unknown size"),
+        ({"image_encoder.blocks.1.attn.fft_gain": torch.zeros(1, device="meta")}, "is not a plain tensor"),
+        ({"mask_decoder.iou_token.weight": torch.zeros(1, 32).to_sparse()}, "is not a plain tensor"),
+        ({"mask_decoder.iou_token.weight": torch.zeros(1, 32, dtype=torch.cfloat)}, "is not a plain tensor"),
+        ({"mask_decoder.iou_token.weight": torch.zeros(3, 3, 3)}, "not the weights of a vit_tiny_test"),
+    ],
+)
+@pytest.mark.parametrize("size", [None, 128])
+def test_tensors_of_odd_shapes_are_told_before_memory_is_taken_for_them(tmp_path, changes, message, size):
+    path = save_run(tmp_path, "run", age_seconds=0)
+    torch.save(torch.load(path, weights_only=True) | changes, path)
+
+    with pytest.raises(UserError, match=message):
+        load_model(make_config(tmp_path, **{"model.checkpoint": str(path), "model.image_size": size}))
+
+
+def test_weights_that_lack_what_another_size_is_made_of_are_told(tmp_path):
+    path = save_run(tmp_path, "run", age_seconds=0)
+    state_dict = torch.load(path, weights_only=True)
+    del state_dict["image_encoder.blocks.1.attn.rel_pos_h"]
+    torch.save(state_dict, path)
+
+    with pytest.raises(UserError, match="not the weights of a vit_tiny_test: .*rel_pos_h"):
+        load_model(make_config(tmp_path, **{"model.checkpoint": str(path), "model.image_size": 128}))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")

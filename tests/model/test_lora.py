@@ -1,4 +1,5 @@
 import copy
+import json
 
 import pytest
 import torch
@@ -195,6 +196,54 @@ def test_what_is_no_adapter_of_these_weights_is_named(tmp_path, base, adapted):
         (tmp_path / "adapter" / "adapter_config.json").write_text(text)
         with pytest.raises(UserError, match="adapter"):
             read_config(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"r": 10**400}, {"r": True}, {"r": 0}, {"r": 10**9}, {"lora_alpha": float("nan")}, {"lora_alpha": 10**400},
+        {"lora_alpha": 1e300},
+        {"base_model_name_or_path": ["a"]}, {"base_model_name_or_path": {}},
+    ],
+)  # fmt: skip
+def test_an_adapter_of_absurd_numbers_is_named(tmp_path, base, adapted, changes):
+    path = write_adapter(tmp_path / "adapter", adapted, str(base))
+    config = path.parent / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+
+    with pytest.raises(UserError, match="adapter_config.json: .*adapter"):
+        load_state_dict(path)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "", "adapter_config.json"])
+def test_an_adapter_for_what_cannot_be_opened_is_named(tmp_path, base, adapted, name):
+    path = write_adapter(tmp_path / "adapter", adapted, name)
+
+    with pytest.raises(UserError, match="is an adapter for"):
+        load_state_dict(path)
+
+
+def test_adapters_that_lie_beneath_each_other_are_named(tmp_path, base, adapted):
+    one, other = (write_adapter(tmp_path / name, adapted, str(base)) for name in ("one", "other"))
+    for path, below in ((one, other), (other, one)):
+        config = path.parent / "adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(below)}))
+
+    for path in (one, other):
+        with pytest.raises(UserError, match="is an adapter that lies beneath itself"):
+            load_state_dict(path)
+
+
+@pytest.mark.parametrize("shapes", [((96, 5), (3, 32)), ((96, 3), (3,)), ((96,), (3, 32))])
+def test_additions_whose_parts_do_not_fit_each_other_are_named(tmp_path, shapes):
+    name = "image_encoder.blocks.0.attn.qkv"
+    wide, narrow = (torch.ones(shape) for shape in shapes)
+
+    with pytest.raises(UserError, match="does not fit the weights underneath"):
+        merge_adapter(
+            build_sam("vit_tiny_test").state_dict(),
+            {f"{name}.lora_B.weight": wide, f"{name}.lora_A.weight": narrow}, 1.0, tmp_path,
+        )  # fmt: skip
 
 
 def test_the_smallest_set_of_modules_that_train_is_named(adapted):

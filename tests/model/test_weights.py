@@ -1,8 +1,10 @@
 import hashlib
+import json
 import os
 import pickle
 import sys
 import threading
+import zipfile
 from collections import OrderedDict
 from functools import partial
 from http.server import HTTPServer, SimpleHTTPRequestHandler
@@ -295,6 +297,36 @@ def test_damage_anywhere_in_a_file_is_never_a_traceback(tmp_path):
             load_state_dict(tmp_path / "damaged.pth")
         except UserError as error:
             assert "weights_only" not in str(error) and "\n" not in str(error)
+
+
+def test_a_file_that_unpacks_to_far_more_than_it_is_is_refused(tiny_weights, tmp_path):
+    path = save(tiny_weights, tmp_path / "a.pth")
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content + bytes(20_000_000) if name.endswith("data.pkl") else content)
+
+    with pytest.raises(UserError, match=r"its [\d,]+ bytes unpack to [\d,]+; save it again with torch.save"):
+        load_state_dict(path)
+
+
+@pytest.mark.parametrize("shape", [[1, 0, 10**18, 32], [2**40, 2**40], [10**30], [-1, 4], "x"])
+def test_safetensors_of_absurd_shapes_are_told(tmp_path, shape):
+    pytest.importorskip("safetensors")
+    header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+
+    with pytest.raises(UserError, match="a.safetensors: is truncated or not a safetensors file"):
+        load_state_dict(path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.pth")
+
+    with pytest.raises(UserError, match="a.pth: not a regular file"):
+        load_state_dict(tmp_path / "a.pth")
 
 
 def test_a_missing_file_and_a_folder_are_told(tmp_path):

@@ -583,3 +583,39 @@ def test_a_cache_folder_that_is_a_file_costs_a_line(predict, folder, monkeypatch
 
     assert code == 0 and " in 3 pictures" in out
     assert err.count("\n") == 1 and "embeddings are not kept" in err and "Not a directory" in err
+
+
+def test_a_pattern_looks_into_each_folder_once_also_through_links_to_itself(folder):
+    (folder / "pictures" / "self").symlink_to(".")
+    (folder / "pictures" / "back").symlink_to(folder)
+    (folder / "pictures" / "deep").mkdir()
+    (folder / "elsewhere").mkdir()
+    for place in ("pictures/deep", "elsewhere", "pictures/.hidden"):
+        (folder / place).mkdir(exist_ok=True)
+        shutil.copy(folder / "pictures" / "scene_0.png", folder / place / "copy.png")
+    (folder / "pictures" / "out").symlink_to(folder / "elsewhere")
+    scenes = {f"pictures/scene_{number}.png" for number in range(3)}
+
+    def find(pattern: str) -> set[str]:
+        return {path.as_posix() for path in find_pictures([pattern])}
+
+    assert find("pictures/**/*.png") == scenes | {"pictures/deep/copy.png", "pictures/out/copy.png"}
+    assert find("pictures/**") == scenes | {"pictures/deep/copy.png", "pictures/out/copy.png"}
+    assert find("**/scene_1.png") == {"pictures/scene_1.png"}
+    assert find("**/deep/**/*.png") == {"pictures/deep/copy.png"}
+    assert find("pict*/**/scene_[12].png") == {"pictures/scene_1.png", "pictures/scene_2.png"}
+
+
+def test_links_and_pipes_among_readable_pictures_are_named_and_the_rest_is_done(predict, folder):
+    os.symlink("x" * 300, folder / "pictures" / "long.png")  # no file can have this name
+    os.symlink("nowhere.png", folder / "pictures" / "broken.png")
+    os.symlink("circle.png", folder / "pictures" / "circle.png")
+    os.mkfifo(folder / "pictures" / "pipe.png")
+
+    code, out, err = predict("pictures", out_dir="out")
+
+    assert code == 0
+    assert "in 3 pictures" in out
+    for name in ("long", "broken", "circle", "pipe"):
+        assert f"finestsam: skipped pictures/{name}.png" in err
+    assert predict("pictures", out_dir="strict", strict="true")[0] == 2

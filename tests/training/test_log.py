@@ -108,7 +108,16 @@ def test_columns_that_a_table_lacks_are_empty(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["a,b\n1,2\n", ",".join(COLUMNS) + "\n1,2,x\n", ",".join(COLUMNS) + "\n,2\n", "\xff\n1"]
+    "text",
+    [
+        "a,b\n1,2\n",
+        ",".join(COLUMNS) + "\n1,2,x\n",
+        ",".join(COLUMNS) + "\n,2\n",
+        "\xff\n1",
+        "epoch,step,iou\n1,2,1e308\n",
+        "epoch,step,iou\n1,2,nan\n",
+        f"epoch,step\n{'9' * 400},2\n",
+    ],  # fmt: skip
 )
 def test_a_table_that_was_changed_by_hand_is_named(tmp_path, text):
     (tmp_path / "metrics.csv").write_text(text)

@@ -45,7 +45,7 @@ def test_a_run_leaves_a_plain_sam_and_its_head_beside_it(finished):
     assert card["classes"][0] == "background"
     assert len(card["classes"]) > 2
     assert set(card["metrics"]) == {"val_miou", "val_mdice", "val_pixel_accuracy"}
-    head = load_semantic_head(finished / "best.pth", card["classes"])
+    head = load_semantic_head(finished / "best.pth", card["classes"], width=32)
     assert head.classify.out_channels == len(card["classes"])
     assert len(list(finished.glob("*-0.*.pth"))) == 2  # the best weights and their head
     assert (finished / "plots" / "cross_entropy_loss.png").is_file()

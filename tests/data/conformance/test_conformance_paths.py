@@ -4,16 +4,19 @@ Broken checkpoints (73): tests/model/test_weights.py; archives (76): tests/test_
 tests/data/test_coco.py.
 """
 
+import json
 import os
 import pickle
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conformance_zoo import assert_refused
 from test_conformance_structure import SOUND
 
 from finestsam.cli import main
+from finestsam.images import write_image
 
 
 @pytest.fixture
@@ -80,6 +83,115 @@ def test_case_70_links_inside_the_dataset_and_a_linked_folder_are_followed(zoo, 
     zoo.images_dir.symlink_to(tmp_path / "pictures")
     (tmp_path / "pictures" / "c.png").unlink()
     assert zoo.check().usable == SOUND
+
+
+SECRET = "hunter2 is the word"
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Return a function that writes a dataset of files beside pictures, and a secret beside the dataset."""
+    (tmp_path / "secret").write_text(f"{SECRET}\n0 .1 .1 .9 .1 .9 .9\n")
+    (tmp_path / "secret.yaml").write_text(f"names: ['{SECRET}']\n")
+    shape = {"label": SECRET, "points": [[2, 2], [20, 2], [20, 20]], "shape_type": "polygon"}
+    (tmp_path / "secret.json").write_text(json.dumps({"shapes": [shape], "imagePath": "a.png"}))
+    mask = np.zeros((30, 40), dtype=np.uint8)
+    mask[5:20, 5:20] = 255
+    write_image(tmp_path / "secret.png", np.stack([mask] * 3, axis=-1))
+
+    def write(labels: str, **contents: str | bytes) -> Path:
+        root = tmp_path / "dataset"
+        for name in ("images", labels):
+            (root / name).mkdir(parents=True, exist_ok=True)
+        for name in "ab":
+            write_image(root / "images" / f"{name}.png", np.full((30, 40, 3), 9 + ord(name), dtype=np.uint8))
+        for name, content in contents.items():
+            (root / labels / name.replace("_", ".")).write_bytes(content.encode())
+        return root
+
+    return write
+
+
+def check(root: Path, out: Path, capsys, *flags: str) -> tuple[int, str]:
+    """Return the exit code of a check, and all that it says, on the screen and in its report."""
+    code = main(["--mode=check", f"--dataset={root}", f"--out_dir={out}", "--check.samples=0", *flags])
+    printed = capsys.readouterr()
+    report = out / "dataset_report.json"
+    return code, printed.out + printed.err + (report.read_text() if report.exists() else "")
+
+
+LINE = "0 .1 .1 .9 .1 .9 .9"
+SHAPES = '{"shapes": [{"label": "x", "points": [[2, 2], [20, 2], [20, 20]]}], "imagePath": "b.png"}'
+
+
+@pytest.mark.parametrize(
+    ("labels", "sound", "link", "target"),
+    [
+        ("labels", {"b_txt": LINE}, "labels/a.txt", "secret"),
+        ("labels", {"b_txt": LINE}, "images/a.png", "secret.png"),
+        ("labels", {"a_txt": LINE, "b_txt": LINE}, "classes.txt", "secret"),
+        ("labels", {"a_txt": LINE, "b_txt": LINE}, "labels/obj.names", "secret"),
+        ("labels", {"a_txt": LINE, "b_txt": LINE}, "data.yaml", "secret.yaml"),
+        ("annotations", {"b_json": SHAPES}, "annotations/a.json", "secret.json"),
+        ("annotations", {"b_json": SHAPES}, "images/a.png", "secret.png"),
+        ("masks", {}, "masks/a.png", "secret.png"),
+        ("masks", {}, "images/a.png", "secret.png"),
+    ],
+)
+def test_case_70_no_file_of_a_dataset_is_a_link_out_of_it(tmp_path, capsys, pairs, labels, sound, link, target):
+    root = pairs(labels, **sound)
+    if labels == "masks":
+        for name in "ab":
+            shutil.copy(tmp_path / "secret.png", root / "masks" / f"{name}.png")
+    path = root / link
+    path.unlink(missing_ok=True)
+    path.symlink_to(tmp_path / target)
+
+    code, text = check(root, tmp_path / "out", capsys)
+
+    assert code == 0
+    assert "a link that leads outside the dataset" in text
+    assert "hunter2" not in text
+    _, text = check(root, tmp_path / "out", capsys, "--dataset.follow_symlinks")
+    assert "outside the dataset" not in text
+
+
+def test_case_70_an_annotation_file_is_opened_behind_a_link_where_the_user_names_it(zoo, tmp_path, capsys):
+    zoo.write()
+    path = zoo.root / "data" / "annotations.json"
+    path.rename(tmp_path / "elsewhere.json")
+    path.symlink_to(tmp_path / "elsewhere.json")
+
+    code, text = check(zoo.root, tmp_path / "out", capsys)
+    assert (code, "annotations.json: a link that leads outside the dataset; --dataset.follow_symlinks" in text) == (
+        2,
+        True,
+    )
+    assert check(path, tmp_path / "out", capsys)[0] == 0
+    assert check(zoo.root, tmp_path / "out", capsys, "--dataset.follow_symlinks")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("labels", "name"),
+    [
+        ("labels", "labels/a.txt"), ("labels", "data.yaml"), ("labels", "classes.txt"), ("labels", "images/a.png"),
+        ("annotations", "annotations/a.json"), ("masks", "masks/a.png"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["pipe", "endless"])
+def test_case_68_pipes_and_devices_are_not_waited_for(tmp_path, capsys, pairs, labels, name, kind):
+    root = pairs(labels, **{"labels": {"b_txt": LINE}, "annotations": {"b_json": SHAPES}, "masks": {}}[labels])
+    if labels == "masks":
+        shutil.copy(tmp_path / "secret.png", root / "masks" / "b.png")
+    (root / name).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(root / name)
+    else:
+        (root / name).symlink_to("/dev/zero")
+
+    code, text = check(root, tmp_path / "out", capsys, "--dataset.follow_symlinks")
+
+    assert (code, "not a regular file" in text) == (0, True)
 
 
 @pytest.mark.parametrize("name", ["sub\\c.png", ".\\sub\\c.png", "images\\sub\\c.png"])
