@@ -17,6 +17,7 @@ from finestsam.config import (
     build_config,
     find_problems,
     flatten_config,
+    list_choices,
     list_derived_defaults,
     list_settings,
 )
@@ -357,8 +358,8 @@ def _name_type(name: str) -> str:
     if name == "mode":
         return f"one of {', '.join(MODES)}"
     kind = dict(list_settings())[name].type
-    if getattr(kind, "__args__", None) and all(isinstance(choice, str) for choice in kind.__args__):
-        return f"one of {', '.join(kind.__args__)}"
+    if choices := list_choices(kind):
+        return f"one of {', '.join(choices)}"
     names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
     return names.get(getattr(kind, "__name__", ""), str(kind).replace("typing.", "").replace("None", "null"))
 

@@ -7,7 +7,7 @@ are kept. Nothing heavy is imported here, so that `--help` and a mistyped flag a
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 MODES = ("train", "predict", "evaluate", "check", "convert", "export")
 
@@ -710,6 +710,12 @@ def list_settings(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, 
             yield from list_settings(entry.type, f"{prefix}{entry.name}.")
         else:
             yield prefix + entry.name, entry
+
+
+def list_choices(kind: Any) -> list[str]:
+    """Return the words that a setting of this type may be; none where it may be something else."""
+    choices = [choice for part in get_args(kind) for choice in (get_args(part) or [part]) if part is not type(None)]
+    return choices if choices and all(isinstance(choice, str) for choice in choices) else []
 
 
 def build_config(values: dict[str, Any], kind: type = Config, prefix: str = "") -> Any:

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from finestsam.config import IMAGE_SIZE_RANGE, PATCH_SIZE, GeneratorConfig, lies_in
+from finestsam.config import IMAGE_SIZE_RANGE, PATCH_SIZE, EvaluateConfig, GeneratorConfig, lies_in, list_choices
 from finestsam.errors import UserError
 from finestsam.value_types import find_misfit, fits
 from finestsam.whole_files import write_json
 
 TASKS = ("masks", "classes", "semantic")
+GOALS = list_choices(get_type_hints(EvaluateConfig)["goal"])
 
 
 @dataclass
@@ -80,7 +81,9 @@ def _find_problem(card: Card) -> str | None:
         return f"{len(card.category_ids)} category_ids, expected one for each of {len(card.categories)} categories"
     if card.task == "semantic" and not card.classes:
         return "task is semantic, and classes is empty"
-    return find_generator_problem(card.generator)
+    if card.goal not in ("", *GOALS):
+        return f"goal is {card.goal!r:.60}, expected one of {', '.join(GOALS)}"
+    return find_generator_problem(card.generator) or find_generator_problem(card.baseline_generator)
 
 
 def find_generator_problem(settings: dict[str, Any]) -> str | None:
@@ -90,9 +93,10 @@ def find_generator_problem(settings: dict[str, Any]) -> str | None:
         value = settings.get(entry.name)
         if value is None and entry.name not in settings:
             continue
-        valid = entry.metadata["valid"]
-        if value is None or not fits(value, hints[entry.name]) or not lies_in(value, valid):
-            return f"generator.{entry.name} is {value!r:.60}, expected a number in {valid}"
+        valid, choices = entry.metadata["valid"], list_choices(entry.type)
+        if value is None or not fits(value, hints[entry.name]) or (valid and not lies_in(value, valid)):
+            expected = f"one of {', '.join(choices)}" if choices else f"a number in {valid}"
+            return f"generator.{entry.name} is {value!r:.60}, expected {expected}"
     knots = settings.get("score_map", [])
     if not fits(knots, list[list[float]]) or any(len(knot) != 2 for knot in knots):
         return "generator.score_map is no list of pairs of numbers"
