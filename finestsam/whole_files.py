@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,6 +21,29 @@ except ImportError:  # Windows, which refuses to remove a file that is open
 UNFINISHED = re.compile(r"\..*\.[0-9a-f]{16}\.finestsam\.tmp")
 OWNER = ".owner"  # in an unfinished folder: the file that is locked
 MAX_NAME = 40  # letters of the name that are kept in the unfinished one, which may be no longer than 255 bytes
+
+_guards: dict[Path, Callable[[Path, Path | None], None]] = {}
+
+
+def guard_folder(folder: Path, guard: Callable[[Path, Path | None], None]) -> None:
+    """Let a function be asked before a file of a folder is replaced.
+
+    Args:
+        folder: resolved.
+        guard: called with the path and with the file that will take its place, None: the path goes. What it raises
+            leaves everything as it is.
+    """
+    _guards[folder] = guard
+
+
+def release_folder(folder: Path) -> None:
+    _guards.pop(folder, None)
+
+
+def _ask_guard(path: Path, content: Path | None) -> None:
+    guard = _guards.get(path.parent.resolve()) if _guards else None
+    if guard:
+        guard(path, content)
 
 
 @contextmanager
@@ -40,6 +63,7 @@ def replacing(path: Path, previous: Path | None = None, is_lasting: bool = True)
         yield partial
         if is_lasting:
             _sync(partial)
+        _ask_guard(path, partial)
         if previous is not None and path.exists():
             os.replace(path, previous)
         os.replace(partial, path)
@@ -66,6 +90,8 @@ def replacing_set(folder: Path, names: Sequence[str]) -> Iterator[Path]:
         written = {path.name for path in partial.iterdir()} - {OWNER}
         for name in written:
             _sync(partial / name)
+        for name in names:
+            _ask_guard(folder / name, partial / name if name in written else None)
         (folder / names[-1]).unlink(missing_ok=True)
         for name in names:
             if name in written:

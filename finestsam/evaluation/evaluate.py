@@ -31,7 +31,7 @@ from finestsam.evaluation.story import Story
 from finestsam.images import write_image
 from finestsam.model.load import LoadedModel, load_model
 from finestsam.out_of_memory import naming_what_needs_less
-from finestsam.output_folder import make_output_folder
+from finestsam.output_folder import claim_output_folder
 from finestsam.prediction.generator import resolve_generator
 from finestsam.prediction.precompute import Embedder, open_store
 from finestsam.processor import set_processor
@@ -42,7 +42,8 @@ HEADLINES = (
     "generator/ap", "generator/ar_100", "generator/ar_1000", "generator/f1", "classes/ap", "classes/ar_100",
     "point/iou", "point/best_iou", "box/iou", "clicks/iou_8", "background/score", "background/taken_share",
 )  # fmt: skip
-FIGURES_NAME, PICTURES_NAME = "evaluation.json", "per_image.csv"
+FIGURES_NAME, PICTURES_NAME, DATASET_NAME = "evaluation.json", "per_image.csv", "dataset_report.json"
+OUTPUT_NAMES = (FIGURES_NAME, PICTURES_NAME, DATASET_NAME, REPORT_NAME, COMPARISON_NAME)
 
 
 def evaluate(config: Config) -> int:
@@ -52,13 +53,13 @@ def evaluate(config: Config) -> int:
     the differences with their intervals), `per_image.csv` and `report.html` into out_dir.
     """
     set_processor(config)
-    folder = make_output_folder(Path(config.out_dir), config.dataset.path)
+    folder = claim_output_folder(Path(config.out_dir), config.dataset.path, OUTPUT_NAMES)
     data = read_evaluation_set(config.dataset, config.evaluate.split)
     if config.strict:
         data.refuse_defects()
     if not any(record.annotations for record in data.val):
         raise UserError(f"dataset {config.dataset.path}: no picture with objects to evaluate on")
-    write_report(folder / "dataset_report.json", describe_dataset(data.report, data.val))
+    write_report(folder / DATASET_NAME, describe_dataset(data.report, data.val))
     print("\n".join([f"layout: {data.layout}", *data.report.list_lines()]))
     history = None
     if config.evaluate.predictions:
