@@ -22,6 +22,7 @@ from finestsam.whole_files import guard_folder, release_folder, remove_unfinishe
 WRITTEN_NAME = ".written.jsonl"
 LOCK_NAME = ".written.lock"
 SPARE_LINES = 1000  # more of older files are forgotten
+BLOCK_BYTES = 1 << 20
 # How deep below a dataset its folders of pictures are looked for, which may be links.
 DATASET_DEPTH = 3
 
@@ -141,7 +142,8 @@ def _list_dataset_folders(dataset: Path) -> Iterator[Path]:
     path = dataset.resolve()
     if path.is_dir():
         yield path
-        yield from _list_links(path, DATASET_DEPTH)
+        # One that leads upwards would make everything part of the dataset.
+        yield from (place for place in _list_links(path, DATASET_DEPTH) if not path.is_relative_to(place))
         return
     images = path.parent / "images"  # of an annotation file
     yield images.resolve() if images.is_dir() else path.parent
@@ -205,9 +207,11 @@ class _Claim:
 
 
 def _describe(name: str, content: Path) -> str:
+    digest = hashlib.sha256()
     with content.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return json.dumps({"name": name, "sha256": digest}, allow_nan=False)
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return json.dumps({"name": name, "sha256": digest.hexdigest()}, allow_nan=False)
 
 
 def _describe_foreign(path: Path) -> str:

@@ -157,6 +157,7 @@ def test_nothing_is_written_among_the_pictures_of_an_annotation_file(dataset):
 
 
 def test_a_folder_beside_the_dataset_is_written_into(dataset):
+    (dataset / "data" / "up").symlink_to(dataset.parent)
     for place in ("out", "dataset2"):
         make_output_folder(dataset.parent / place, str(dataset))
     make_output_folder(dataset / "data" / "out", str(dataset / "data" / "annotations.json"))

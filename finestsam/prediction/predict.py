@@ -51,9 +51,8 @@ def predict(config: Config) -> int:
     loaded = load_model(config, prefer_runs=True)
     print(f"model: {loaded.model_type}, {printable(loaded.source)}")
     embedder = Embedder(loaded.model, open_store(config.store, loaded.model))
-    is_semantic = loaded.model.semantic_head is not None
-    refuse_foreign(out_dir, [LEGEND_NAME if is_semantic else RESULTS_NAME])
-    if is_semantic:
+    if loaded.model.semantic_head is not None:
+        refuse_foreign(out_dir, [LEGEND_NAME])
         outputs = name_outputs(paths, out_dir, (OVERLAY_SUFFIX, LABELS_SUFFIX))
         return predict_classes(paths, outputs, embedder, loaded.card.classes, config)
     settings = resolve_generator(config.generator, loaded.card)
@@ -64,6 +63,7 @@ def predict(config: Config) -> int:
     journal = Journal(out_dir, results.origin)
     jobs = _list_jobs(paths, name_overlays(paths, out_dir))
     left = _take_up(jobs, results, journal, out_dir, config) if config.resume else jobs
+    refuse_foreign(out_dir, [RESULTS_NAME])
     with _writing(journal.path):
         journal.begin(list(results.entries.values()))
     if len(left) < len(jobs):
