@@ -125,7 +125,7 @@ def make_output_folder(folder: Path, dataset: str | None, setting: str = "out_di
 
 def try_to_write(folder: Path) -> str:
     """Return why no file can be made in a folder; empty: one can. Rights alone do not tell, for root least of all."""
-    trial = folder / f".{secrets.token_hex(8)}.finestsam.tmp"
+    trial = folder / f".trial.{secrets.token_hex(8)}.finestsam.tmp"
     try:
         with trial.open("xb") as file:
             file.write(b"x")
