@@ -106,10 +106,9 @@ def make_output_folder(folder: Path, dataset: str | None, setting: str = "out_di
     place = folder.resolve()
     if place == Path(place.anchor):
         raise UserError(f"{name} is the root of the disk, expected a folder below it")
-    for root in _list_dataset_folders(Path(dataset)) if dataset else ():
-        if place.is_relative_to(root):
-            is_it = "is" if place == root else "lies in"
-            raise UserError(f"{name} {is_it} the dataset, into which nothing is written; choose another --{setting}")
+    if dataset and _lies_in_dataset(place, Path(dataset).resolve()):
+        is_it = "is" if place == Path(dataset).resolve() else "lies in"
+        raise UserError(f"{name} {is_it} the dataset, into which nothing is written; choose another --{setting}")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{name} is a file, expected a folder")
     try:
@@ -137,16 +136,15 @@ def try_to_write(folder: Path) -> str:
     return ""
 
 
-def _list_dataset_folders(dataset: Path) -> Iterator[Path]:
-    """Yield the folders of a dataset, in which and below which nothing is written."""
-    path = dataset.resolve()
-    if path.is_dir():
-        yield path
-        # One that leads upwards would make everything part of the dataset.
-        yield from (place for place in _list_links(path, DATASET_DEPTH) if not path.is_relative_to(place))
-        return
-    images = path.parent / "images"  # of an annotation file
-    yield images.resolve() if images.is_dir() else path.parent
+def _lies_in_dataset(place: Path, dataset: Path) -> bool:
+    if dataset.is_file():  # annotations, with the pictures in images/ or beside them
+        folder, images = dataset.parent, dataset.parent / "images"
+        return place == folder or place.is_relative_to(images.resolve() if images.is_dir() else folder)
+    if not dataset.is_dir():
+        return False
+    # A link that leads upwards would make everything part of the dataset.
+    linked = [folder for folder in _list_links(dataset, DATASET_DEPTH) if not dataset.is_relative_to(folder)]
+    return any(place.is_relative_to(folder) for folder in (dataset, *linked))
 
 
 def _list_links(folder: Path, depth: int) -> Iterator[Path]:

@@ -147,7 +147,7 @@ def test_nothing_is_written_into_a_dataset_however_it_is_reached(dataset, place)
 
 def test_nothing_is_written_among_the_pictures_of_an_annotation_file(dataset):
     file = dataset / "data" / "annotations.json"
-    for place in ("images", "images/new"):
+    for place in ("", "images", "images/new"):
         with pytest.raises(UserError, match="the dataset, into which nothing is written"):
             make_output_folder(file.parent / place, str(file))
     (dataset / "data" / "images").rmdir()  # pictures beside the file
@@ -160,6 +160,7 @@ def test_a_folder_beside_the_dataset_is_written_into(dataset):
     (dataset / "data" / "up").symlink_to(dataset.parent)
     for place in ("out", "dataset2"):
         make_output_folder(dataset.parent / place, str(dataset))
+    make_output_folder(dataset.parent, str(dataset.parent / "no such file"))
     make_output_folder(dataset / "data" / "out", str(dataset / "data" / "annotations.json"))
 
 
