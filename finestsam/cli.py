@@ -147,7 +147,12 @@ def _run(mode: str, config: Config) -> int:
         from finestsam.prediction.export import export as run
     else:
         from finestsam.data.convert import convert as run
-    return run(config)
+    from finestsam.output_folder import release_output_folders
+
+    try:
+        return run(config)
+    finally:
+        release_output_folders()
 
 
 def _build_parser() -> ArgumentParser:

@@ -30,7 +30,10 @@ PAUSES_SECONDS = (1, 2, 4)  # before each new try
 TIMEOUT_SECONDS = 30  # without a byte
 BLOCK_BYTES = 1 << 20
 BAR_BYTES = 10_000_000  # less is there before a progress bar can be read
+MAX_BYTES = 1_000_000_000  # of a file whose size nobody knows, such as a picture: a server may never end
 PARALLEL_COUNT = 8  # small files: most of their time is waiting for the server
+
+LENGTH = "[0-9]{1,18}"  # in a header
 
 DROPPED = (ConnectionError, TimeoutError, ssl.SSLError, HTTPException)
 RANGE_NOT_SATISFIABLE = 416
@@ -156,24 +159,27 @@ def _fetch_rest(url: str, part: Path, size_bytes: int | None) -> None:
         start, total = _locate_body(response)
         if size_bytes and total and total != size_bytes:
             raise UserError(f"{url}: the server offers {total:,} bytes, expected {size_bytes:,}")
+        if response.status == 206 and (start != length or _read_version(response) not in (version, "")):
+            version_file.unlink(missing_ok=True)  # the next try asks for the whole
+            raise HTTPException(f"the server sent other bytes than those from {length:,} on of {version or 'the file'}")
         with open(part, "r+b" if start else "wb") as file:
             version_file.write_text(_read_version(response), encoding="utf-8")
             file.seek(start)
-            _copy_body(response, file, total or size_bytes)
+            _copy_body(response, file, total or size_bytes, size_bytes or MAX_BYTES)
 
 
 def _locate_body(response: HTTPResponse) -> tuple[int, int | None]:
     """Return where the body begins in the whole file and how long that is, bytes; None: the server does not say."""
     if response.status == 206:
         content_range = response.headers["Content-Range"] or ""  # "bytes 500-999/1000"
-        numbers = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", content_range)
+        numbers = re.fullmatch(rf"bytes ({LENGTH})-{LENGTH}/({LENGTH})", content_range)
         if numbers is None:
             raise HTTPException(
                 f"the server sent Content-Range {content_range!r}, expected one like 'bytes 500-999/1000'"
             )
         return int(numbers[1]), int(numbers[2])
     length = response.headers["Content-Length"] or ""
-    return 0, int(length) if length.isdigit() else None
+    return 0, int(length) if re.fullmatch(LENGTH, length) else None
 
 
 def _read_version(response: HTTPResponse) -> str:
@@ -184,7 +190,13 @@ def _read_version(response: HTTPResponse) -> str:
     return response.headers["Last-Modified"] or ""
 
 
-def _copy_body(response: HTTPResponse, file: BinaryIO, total: int | None) -> None:
+def _copy_body(response: HTTPResponse, file: BinaryIO, total: int | None, limit: int) -> None:
+    """Write what comes.
+
+    Args:
+        total: bytes of the whole file; None: the server does not say.
+        limit: bytes that it may have.
+    """
     name = urlsplit(response.url).path.rpartition("/")[2]
     is_quick = total is not None and total < BAR_BYTES
     # disable=None: no bar where stderr is not a terminal.
@@ -193,6 +205,8 @@ def _copy_body(response: HTTPResponse, file: BinaryIO, total: int | None) -> Non
     ) as progress:
         # The length is watched here: neither read nor read1 says that a connection ended early.
         while total is None or file.tell() < total:
+            if max(total or 0, file.tell()) > limit:
+                raise UserError(f"{response.url}: more than {limit:,} bytes, which is no such file; not fetched")
             block = response.read1(BLOCK_BYTES)
             if not block:
                 break

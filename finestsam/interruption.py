@@ -1,4 +1,4 @@
-"""What Ctrl-C, SIGTERM and SIGUSR1 do: end the work where it stands, or at the next place where nothing is lost."""
+"""What Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 do: end the work where it stands, or where next nothing is lost."""
 
 import _thread
 import os
@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-# A scheduler that takes the machine away sends SIGTERM, or SIGUSR1 where it is asked to warn first.
-WATCHED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+# A scheduler that takes the machine away sends SIGTERM, or SIGUSR1 where it is asked to warn first; a terminal that is
+# closed, or loses its connection, SIGHUP.
+WATCHED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 WARNING = getattr(signal, "SIGUSR1", None)
+HANGUP = getattr(signal, "SIGHUP", None)
 # Modules whose functions Python calls when a process forks or an object goes.
 CALLED_BACK = ("logging", "weakref")
 # What an object is destroyed by: left in the middle, it would be closed again, and be no file any more.
@@ -48,6 +50,7 @@ class Interruption:
         self._is_held = False
         self._pid = os.getpid()
         self._previous: dict[int, object] = {}
+        self._terminals: list[int] = []  # what of stdout and stderr is shown on one
 
     def warn_each_other(self, exchange: Callable[[object], list]) -> None:
         """Let a signal to any process of a run reach all that are on its machine.
@@ -59,7 +62,10 @@ class Interruption:
         self._companions = [pid for host, pid in exchange(me) if host == me[0] and pid != me[1] and WARNING]
 
     def install(self) -> None:
-        self._previous = {number: signal.signal(number, self._receive) for number in WATCHED}
+        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)] if self._is_command else []
+        # nohup lets a process outlive its terminal: it ignores that signal already.
+        watched = [number for number in WATCHED if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._receive) for number in watched}
 
     def restore(self) -> None:
         for number, handler in self._previous.items():
@@ -98,16 +104,26 @@ class Interruption:
         is_first = self.received is None
         if is_first or self.received == WARNING:
             self.received = number
+        if number == HANGUP:
+            self._leave_terminal()
         if number != WARNING:  # which companions send each other, and which is no reason to hurry
-            for other in WATCHED:
-                if other != WARNING:
-                    signal.signal(other, signal.SIG_DFL if self._is_command else self._previous[other])
+            for other, before in self._previous.items():
+                if other not in (WARNING, HANGUP):
+                    signal.signal(other, signal.SIG_DFL if self._is_command else before)
         if is_first:
             for pid in self._companions:
                 with suppress(OSError):
                     os.kill(pid, WARNING)
             if not self._is_held:
                 raise Interrupted(number)
+
+    def _leave_terminal(self) -> None:
+        """Go on without a terminal that is gone, where writing would fail, and whose shell says so once more."""
+        signal.signal(HANGUP, signal.SIG_IGN)
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for descriptor in self._terminals:
+            os.dup2(nowhere, descriptor)
+        os.close(nowhere)
 
 
 def _must_end_first(frame: FrameType | None) -> bool:

@@ -1,6 +1,7 @@
 """What the tests build: drawn scenes, a SAM of 0.2 M weights, a run of two epochs."""
 
 import contextlib
+import ctypes
 import json
 import os
 import resource
@@ -44,8 +45,36 @@ def files_limited_to(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+class Capability(ctypes.Structure):
+    """A half of what Linux allows a thread."""
+
+    _fields_ = [(name, ctypes.c_uint32) for name in ("effective", "permitted", "inheritable")]
+
+
+@contextlib.contextmanager
+def read_only(folder: Path):
+    """Let nobody make a file in a folder; root, who may everywhere, gives that up meanwhile."""
+    libc, header, halves = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (Capability * 2)()
+    assert libc.capget(header, halves) == 0
+    effective, mode = halves[0].effective, folder.stat().st_mode
+    folder.chmod(0o500)
+    halves[0].effective &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+    assert libc.capset(header, halves) == 0
+    try:
+        yield
+    finally:
+        halves[0].effective = effective
+        assert libc.capset(header, halves) == 0
+        folder.chmod(mode)
+
+
 def list_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def list_shown(folder: Path) -> list[str]:
+    """Return the names of the files that a folder shows: not the note of which of them finestsam wrote."""
+    return [name for name in list_names(folder) if not name.startswith(".")]
 
 
 @pytest.fixture(autouse=True)

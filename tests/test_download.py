@@ -322,3 +322,62 @@ def test_the_hash_of_a_file_is_sha256(tmp_path):
     content = os.urandom(3_000_000)
     (tmp_path / "a").write_bytes(content)
     assert hash_file(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("shift", [-1000, 1, 1000])
+def test_other_bytes_than_those_asked_for_leave_no_hole(site, target, shift, monkeypatch):
+    site.cuts = [HALF]
+    find_start = Site._find_start
+    monkeypatch.setattr(Site, "_find_start", lambda *given: (found := find_start(*given)) and found + shift)
+
+    download(site.url, target, None, len(CONTENT))
+
+    assert target.read_bytes() == CONTENT
+    assert [request.get("Range") for request in site.requests] == [None, f"bytes={HALF}-", None]
+
+
+def test_the_rest_of_another_version_is_not_added(site, target, monkeypatch):
+    site.cuts = [HALF]
+    answer = Site.answer
+
+    def change(site, handler):
+        if "Range" in handler.headers:
+            site.content, site.headers = CONTENT[::-1], {"ETag": '"second"'}
+            handler.headers.replace_header("If-Range", '"second"')
+        answer(site, handler)
+
+    monkeypatch.setattr(Site, "answer", change)
+
+    download(site.url, target, None, len(CONTENT))
+
+    assert target.read_bytes() == CONTENT[::-1]
+
+
+def test_a_server_that_always_sends_other_bytes_is_an_error(site, target, monkeypatch):
+    site.cuts = [HALF]
+    monkeypatch.setattr(Site, "_find_start", lambda *_: 7)
+
+    with pytest.raises(UserError, match="the server sent other bytes than those from 0 on of the file"):
+        download(site.url, target, SHA256, len(CONTENT))
+
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("length", ["²", "-5", "1e6", "0x10", " ", "", "9" * 5000])
+def test_a_length_that_is_no_number_is_one_that_is_not_told(site, target, length):
+    site.headers = {"ETag": '"first"', "Content-Length": length}
+
+    download(site.url, target, SHA256, len(CONTENT))
+
+    assert target.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("length", [None, str(10**15)])
+def test_a_file_without_end_is_given_up(site, tmp_path, monkeypatch, length):
+    monkeypatch.setattr(download_module, "MAX_BYTES", 500_000)
+    site.headers = {"Content-Length": length or "?"}
+
+    with pytest.raises(UserError, match="more than 500,000 bytes, which is no such file; not fetched"):
+        download_all({tmp_path / "a.jpg": site.url}, "pictures")
+
+    assert not (tmp_path / "a.jpg").exists()

@@ -162,6 +162,49 @@ def test_the_second_signal_ends_a_command_even_within_its_cleaning_up():
     assert error == ""
 
 
+CLOSES_ITS_TERMINAL = """
+    import os, pty, signal, sys, time
+    child, terminal = pty.fork()  # the child leads a session whose terminal this is
+    if child == 0:
+        from finestsam.interruption import Interrupted, watch_signals
+        try:
+            with watch_signals(is_command=True) as interruption, interruption.held():
+                print("ready", flush=True)
+                while interruption.received is None:
+                    time.sleep(0.01)
+                os.kill(os.getpid(), signal.SIGHUP)  # a shell that ends says it once more
+                print("saved", flush=True)
+                with open(sys.argv[1], "w") as file:
+                    file.write("saved")
+                interruption.stop_if_received()
+        except Interrupted as error:
+            os._exit(error.exit_code)
+    os.read(terminal, 5)
+    os.close(terminal)
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how terminals are closed differs")
+def test_a_closed_terminal_lets_the_work_be_saved(tmp_path):
+    process = run_script(CLOSES_ITS_TERMINAL, tmp_path / "saved")
+
+    _, error = process.communicate(timeout=60)
+
+    assert (process.returncode, error) == (129, "")
+    assert (tmp_path / "saved").read_text() == "saved"
+
+
+def test_what_outlives_its_terminal_under_nohup_still_does():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with watch_signals() as interruption:
+            send(signal.SIGHUP)
+            assert interruption.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def list_processes(session: int) -> list[int]:
     """Return the processes of a session that live, those that only wait to be collected left out."""
     found = []

@@ -139,13 +139,55 @@ def test_all_json_is_made_without_nan(path):
             assert "allow_nan=False" in " ".join(lines), f"{path.name}:{node.lineno}"
 
 
-def test_only_the_unfinished_files_of_dead_processes_are_removed(tmp_path):
+WRITES_FOR_EVER = """
+import sys, time
+from pathlib import Path
+from finestsam.whole_files import replacing, unfinished_folder
+folder = Path(sys.argv[1])
+with replacing(folder / "last.ckpt") as file, unfinished_folder(folder / "export.json") as part:
+    file.write_text("half")
+    (part / "encoder.onnx").write_text("half")
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_only_what_killed_processes_left_unfinished_is_removed(tmp_path):
+    writer = subprocess.Popen([sys.executable, "-c", WRITES_FOR_EVER, tmp_path], stdout=subprocess.PIPE, text=True)
+    try:
+        assert writer.stdout.readline() == "ready\n"
+        unfinished = list_names(tmp_path)
+        assert len(unfinished) == 2
+        remove_unfinished(tmp_path)
+        assert list_names(tmp_path) == unfinished
+    finally:
+        writer.kill()
+        writer.wait()
+        writer.stdout.close()
+
+    with replacing(tmp_path / "own") as partial:  # of this very process
+        remove_unfinished(tmp_path)
+        assert list_names(tmp_path) == [partial.name]
+
+
+def test_what_only_looks_unfinished_is_somebody_s_and_stays(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    kept = [f".last.ckpt.{os.getppid()}.tmp", ".notes.tmp", "a.tmp", "last.ckpt"]
-    for name in [*kept, f".best.pth.{dead.pid}.tmp", f".last.ckpt.{os.getpid()}.tmp"]:
+    folders = [".thesis.4194303.tmp", f".export.json.{dead.pid}.tmp", f".thesis.{'0' * 16}.finestsam.tmp"]
+    for name in folders:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "chapter.tex").touch()
+    for name in (f".last.ckpt.{dead.pid}.tmp", ".notes.tmp", "a.tmp", ".a.finestsam.tmp"):
         (tmp_path / name).touch()
-    (tmp_path / f".export.json.{dead.pid}.tmp").mkdir()
-    (tmp_path / f".export.json.{dead.pid}.tmp" / "encoder.onnx").touch()
+    (tmp_path / f".link.{'1' * 16}.finestsam.tmp").symlink_to(tmp_path / "a.tmp")
+    before = sorted(tmp_path.rglob("*"))
+
     remove_unfinished(tmp_path)
-    assert list_names(tmp_path) == sorted(kept)
+
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_name_as_long_as_the_disk_allows_can_be_written(tmp_path):
+    write_text(tmp_path / ("é" * 127), "x")
+
+    assert list_names(tmp_path) == ["é" * 127]

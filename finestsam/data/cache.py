@@ -1,13 +1,17 @@
 """Keep what the check of a dataset found, so that a large one is read through once.
 
-Plain json, never code. A file is used for exactly the labels, pictures and settings that it was made of, and only as it
-was written: an edited one is made anew. It is safe to delete.
+Plain json, never code. A file is used for exactly the labels, pictures and settings that it was made of, and only as
+this user's finestsam wrote it, which signs it with a key of its own: an edited one, or somebody else's beside the
+dataset, is made anew. It is safe to delete.
 """
 
 import dataclasses
 import hashlib
+import hmac
 import json
 import os
+import secrets
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,10 +21,13 @@ from finestsam.data.index import Annotation, Index, Record
 from finestsam.data.layouts import Part
 from finestsam.data.report import DatasetReport, Finding
 from finestsam.data.yolo import read_names
+from finestsam.errors import Defect
+from finestsam.masks import segmentation_to_rle
 from finestsam.whole_files import write_text
 
 # Raised whenever reading gives another result for the same files.
 VERSION = 4
+SECRET_NAME, SECRET_BYTES = "cache.key", 32
 # What does not change how a picture and its labels are read.
 UNREAD_SETTINGS = {
     "path", "auto_split", "seed", "val_size", "use_cache", "sav", "positive_points", "negative_points", "use_center",
@@ -61,15 +68,25 @@ def compute_key(part: Part, settings: DatasetConfig, cache_file: Path) -> str:
     return digest.hexdigest()
 
 
-def read_index(path: Path, key: str) -> Index | None:
-    """Return the index that was kept, or None where there is none for this key, or it was changed since."""
+def read_index(path: Path, key: str, part: Part, settings: DatasetConfig) -> Index | None:
+    """Return the index that was kept, or None where there is none for this key, or it was changed since.
+
+    What would do harm is checked again all the same: pictures lie in the dataset, and run lengths fill their picture.
+    """
     try:
+        if not _is_own(path):
+            return None
         head, body = path.read_text(encoding="utf-8").split("\n", 1)
-        expected = json.loads(head)
-        if expected != {"key": key, "sha256": _hash(body)}:
+        signature = _sign(key, body)
+        if signature is None or json.loads(head) != {"key": key, "signature": signature}:
             return None
         content = json.loads(body)
         records = [_read_record(entry) for entry in content["records"]]
+        resolve = os.path.abspath if settings.follow_symlinks else os.path.realpath
+        places = (part.root, part.images_dir, cache_folder() / "pictures")  # the last has those of labelme's files
+        roots = tuple(f"{resolve(place)}{os.sep}" for place in places)
+        if not all(resolve(record.path).startswith(roots) and _has_sound_masks(record) for record in records):
+            return None
         findings = [Finding(**finding) for finding in content["report"].pop("findings")]
         categories = {int(number): name for number, name in content["categories"].items()}
         return Index(records, categories, DatasetReport(**content["report"], findings=findings))
@@ -87,7 +104,9 @@ def write_index(path: Path, key: str, index: Index) -> None:
     body = json.dumps(content, allow_nan=False)
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({"key": key, "sha256": _hash(body)}, allow_nan=False) + "\n" + body)
+        signature = _sign(key, body)
+        if signature is not None:
+            write_text(path, json.dumps({"key": key, "signature": signature}, allow_nan=False) + "\n" + body)
 
 
 def _read_record(entry: dict) -> Record:
@@ -123,5 +142,38 @@ def _write_record(record: Record) -> dict:
     }
 
 
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _has_sound_masks(record: Record) -> bool:
+    """Whether pycocotools, which believes whatever run lengths say, may be given those of a record."""
+    for counts in [*(found.counts for found in record.annotations), *record.crowds]:
+        try:
+            segmentation_to_rle({"size": list(record.size), "counts": counts}, record.size)
+        except Defect as defect:
+            if defect.code != "empty_mask":
+                return False
+    return True
+
+
+def _sign(key: str, body: str) -> str | None:
+    """Return what only this user can write below an index; None where the user's own key cannot be kept."""
+    try:
+        secret = _read_secret(cache_folder() / SECRET_NAME)
+    except OSError:
+        return None
+    return hmac.new(secret, f"{key}\n{body}".encode(), "sha256").hexdigest() if secret else None
+
+
+def _read_secret(path: Path) -> bytes | None:
+    """Return the user's key, which is made the first time; None while another process makes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(secrets.token_bytes(SECRET_BYTES))
+    content = path.read_bytes() if _is_own(path) else b""
+    return content if len(content) == SECRET_BYTES else None
+
+
+def _is_own(path: Path) -> bool:
+    """Whether this is a plain file of this user."""
+    status = path.lstat()
+    return stat.S_ISREG(status.st_mode) and (not hasattr(os, "geteuid") or status.st_uid == os.geteuid())

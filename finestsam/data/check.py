@@ -15,7 +15,7 @@ from finestsam.data.read import describe_dataset, list_categories, read_parts, r
 from finestsam.data.report import DatasetReport, merge_reports, write_report
 from finestsam.errors import printable
 from finestsam.images import write_image
-from finestsam.output_folder import make_output_folder
+from finestsam.output_folder import claim_output_folder
 
 REPORT_NAME, SHEET_NAME = "dataset_report.json", "samples.png"
 
@@ -26,7 +26,8 @@ def check(config: Config) -> int:
     Returns:
         0, or 2 where nothing can be trained on, or under `strict` anything is wrong.
     """
-    folder = make_output_folder(Path(config.out_dir), config.dataset.path)
+    names = [REPORT_NAME, SHEET_NAME] if config.check.samples else [REPORT_NAME]
+    folder = claim_output_folder(Path(config.out_dir), config.dataset.path, names)
     layout = find_layout(Path(config.dataset.path), config.dataset.auto_split)
     indexes = read_parts(layout, config.dataset, list(layout.parts))
     report = merge_reports(index.report for index in indexes.values())

@@ -166,9 +166,7 @@ def _read_categories(content: dict, part: Part, report: DatasetReport) -> dict[i
         report.remark("no_categories", part.labels.name, f"no categories; every object is `{UNNAMED_CATEGORY}`")
         return {}
     categories = {
-        _as_id(entry.get("id")): str(entry.get("name", UNNAMED_CATEGORY))
-        for entry in entries
-        if isinstance(entry, dict)
+        as_id(entry.get("id")): str(entry.get("name", UNNAMED_CATEGORY)) for entry in entries if isinstance(entry, dict)
     }
     categories.pop(None, None)
     return categories
@@ -180,7 +178,7 @@ def _list_pictures(entries: list, part: Part, settings: DatasetConfig, report: D
     find_file = FileFinder(part, settings)
     for entry in entries:
         values = entry if isinstance(entry, dict) else {}
-        image_id, file_name = _as_id(values.get("id")), values.get("file_name")
+        image_id, file_name = as_id(values.get("id")), values.get("file_name")
         name = file_name if isinstance(file_name, str) else "?"
         if image_id is None:
             report.image_count += 1
@@ -203,7 +201,7 @@ def _list_pictures(entries: list, part: Part, settings: DatasetConfig, report: D
 
 
 def _make_job(values: dict, image_id: int, name: str, find_file: FileFinder, settings: DatasetConfig) -> CocoJob:
-    size = (_as_id(values.get("height")), _as_id(values.get("width")))
+    size = (as_id(values.get("height")), as_id(values.get("width")))
     place, remarks = None, []
     try:
         if not isinstance(values.get("file_name"), str) or not name:
@@ -218,14 +216,14 @@ def _make_job(values: dict, image_id: int, name: str, find_file: FileFinder, set
 
 def _bring_to_picture(entry: object, jobs: dict[int, CocoJob], report: DatasetReport) -> None:
     values = entry if isinstance(entry, dict) else {}
-    job = jobs.get(_as_id(values.get("image_id")))
+    job = jobs.get(as_id(values.get("image_id")))
     if job is None:
         report.annotation_count += 1
         message = f"belongs to image {values.get('image_id')!r:.40}, which is not listed"
         report.skip_annotation("unknown_image", "?", as_source_id(values.get("id")), message)
         return
-    is_crowd = _as_id(values.get("iscrowd")) == 1 or values.get("iscrowd") is True
-    category_id = _as_id(values.get("category_id"))
+    is_crowd = as_id(values.get("iscrowd")) == 1 or values.get("iscrowd") is True
+    category_id = as_id(values.get("category_id"))
     job.entries.append(Entry(values.get("id"), category_id, is_crowd, values.get("segmentation"), values.get("bbox")))
 
 
@@ -256,7 +254,7 @@ def _compare_box(bbox: object, box: list[int]) -> list[Remark]:
     return []
 
 
-def _as_id(value: object) -> int | None:
+def as_id(value: object) -> int | None:
     """Return a whole number that may be written as text or as a float; None for anything else."""
     try:
         number = float(value) if isinstance(value, str) and not value.strip().lstrip("-").isdigit() else value

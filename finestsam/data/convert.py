@@ -17,7 +17,7 @@ from finestsam.data.split import split_records
 from finestsam.errors import UserError, printable
 from finestsam.masks import rle_area, rle_box, rle_to_json
 from finestsam.output_folder import make_output_folder
-from finestsam.whole_files import write_json
+from finestsam.whole_files import remove_unfinished, unfinished_folder, write_json
 
 # Not allowed in names on some system, or with a meaning to a shell or a terminal.
 UNSAFE = re.compile(r'[<>:"|?*\x00-\x1f\x7f\\]')
@@ -38,18 +38,18 @@ def convert(config: Config) -> int:
     categories = {name: number for number, name in enumerate(list_categories(indexes), start=1)}
     names = next(iter(indexes.values())).categories
     numbers = {category_id: categories[name] for category_id, name in names.items()}
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
-        for name, records in parts.items():
-            _write_part(unfinished / name, records, categories, numbers, config.convert.images == "link")
-        records = [record for records in parts.values() for record in records]
-        write_report(unfinished / "dataset_report.json", describe_dataset(report, records))
-        folder.rmdir()
-        unfinished.replace(folder)
+        remove_unfinished(folder.resolve().parent)
+        with unfinished_folder(folder.resolve()) as unfinished:
+            whole = unfinished / "dataset"
+            for name, records in parts.items():
+                _write_part(whole / name, records, categories, numbers, config.convert.images == "link")
+            records = [record for records in parts.values() for record in records]
+            write_report(whole / "dataset_report.json", describe_dataset(report, records))
+            folder.rmdir()
+            whole.replace(folder)
     except OSError as error:
         raise UserError(f"out_dir {printable(folder)}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     counts = ", ".join(f"{len(records)} in {name}/" for name, records in parts.items())
     print(f"pictures: {counts}\nto train on them: python -m finestsam --mode train --dataset {printable(folder)}")
     return 0

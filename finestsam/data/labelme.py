@@ -199,7 +199,7 @@ def _extract_picture(data: str, settings: DatasetConfig) -> Path:
     decode_image(content, settings=settings.images)  # nothing but a picture is written
     path = cache_folder() / "pictures" / hashlib.blake2b(content, digest_size=16).hexdigest()
     try:
-        if not path.is_file():
+        if not path.is_file() or path.read_bytes() != content:  # not there, or changed since
             path.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(path, content)
     except OSError as error:

@@ -175,7 +175,7 @@ def _read_part(name: str, part: Part, settings: DatasetConfig) -> Index:
         return _read_files(name, part, settings)
     cache_file = cache.find_cache_file(part, settings)
     key = cache.compute_key(part, settings, cache_file)
-    index = cache.read_index(cache_file, key)
+    index = cache.read_index(cache_file, key, part, settings)
     if index is None:
         index = _read_files(name, part, settings)
         cache.write_index(cache_file, key, index)

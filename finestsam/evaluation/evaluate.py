@@ -25,10 +25,11 @@ from finestsam.evaluation.store_thresholds import refuse_unwritable_card, store_
 from finestsam.evaluation.story import Story
 from finestsam.images import write_image
 from finestsam.model.load import LoadedModel, load_model
-from finestsam.output_folder import make_output_folder
+from finestsam.output_folder import claim_output_folder
 from finestsam.processor import set_processor
 
-FIGURES_NAME, IMAGES_NAME = "evaluation.json", "per_image.csv"
+FIGURES_NAME, IMAGES_NAME, DATASET_NAME = "evaluation.json", "per_image.csv", "dataset_report.json"
+OUTPUT_NAMES = (FIGURES_NAME, IMAGES_NAME, DATASET_NAME, REPORT_NAME, COMPARISON_NAME)
 
 
 def evaluate(config: Config) -> int:
@@ -38,7 +39,7 @@ def evaluate(config: Config) -> int:
     differences with their intervals), `per_image.csv` and `report.html` into out_dir.
     """
     set_processor(config)
-    folder = make_output_folder(Path(config.out_dir), config.dataset.path)
+    folder = claim_output_folder(Path(config.out_dir), config.dataset.path, OUTPUT_NAMES)
     run = find_own_run(config)
     data = _read_images(config, run, folder)
     if config.evaluate.predictions:
@@ -69,7 +70,7 @@ def _read_images(config: Config, run: OwnRun | None, folder: Path) -> LabelledSe
         data.refuse_defects()
     if not any(record.annotations for record in data.val):
         raise UserError(f"dataset {config.dataset.path}: no image with objects to evaluate on")
-    write_report(folder / "dataset_report.json", describe_dataset(data.report, data.val))
+    write_report(folder / DATASET_NAME, describe_dataset(data.report, data.val))
     print("\n".join([f"layout: {data.layout}", *data.report.list_lines()]))
     return data
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from finestsam.data.categories import number_categories
-from finestsam.data.coco import load_json
+from finestsam.data.coco import as_id, load_json
 from finestsam.data.index import Record
 from finestsam.data.semantic import ClassTable
 from finestsam.errors import Defect, UserError, printable
@@ -47,25 +47,28 @@ def read_results(
     places = _find_places(content, records, path)
     table = _find_categories(content, entries, categories, task, path)
     found: list[list[tuple[float, dict, int]]] = [[] for _ in records]
+    left_out = 0
     for number, entry in enumerate(entries):
-        place = places.get(entry.get("image_id"))
+        place = places.get(_read_id(entry, "image_id", f"result {number}", path, takes_text=isinstance(content, dict)))
         if place is None:
-            continue  # of another part of the dataset
+            left_out += 1  # of another part of the dataset
+            continue
         score = entry.get("score", 1.0)
         try:
-            if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+            if not _is_score(score):
                 raise Defect("score", f"its score is {score!r:.40}")
             rle = segmentation_to_rle(entry.get("segmentation"), records[place].size)
         except Defect as defect:
             if defect.code != "empty_mask":
                 raise UserError(f"{printable(path)}: result {number}: {defect.message}") from None
             rle = encode_mask(np.zeros(records[place].size, dtype=bool))  # found, and wrong
-        category_id = entry.get("category_id")
-        is_known = table is not None and isinstance(category_id, int)
-        number = table.by_category.get(category_id, UNKNOWN) if is_known else UNKNOWN
-        found[place].append((float(score), rle, number))
+        category_id = as_id(entry.get("category_id"))
+        is_known = table is not None and category_id is not None
+        found[place].append((float(score), rle, table.by_category.get(category_id, UNKNOWN) if is_known else UNKNOWN))
     if not any(found) and entries:
         raise UserError(f"{printable(path)}: none of its {len(entries)} results is of a picture of this set")
+    if left_out:
+        print(f"{printable(path)}: {left_out} of {len(entries)} results are of other pictures than these, left out")
     detections = []
     for one in found:
         one.sort(key=lambda entry: -entry[0])
@@ -83,9 +86,14 @@ def _find_categories(
     listed = content.get("categories") if isinstance(content, dict) else None
     own = categories
     if isinstance(listed, list):
-        entries_with_id = [one for one in listed if isinstance(one, dict) and isinstance(one.get("id"), int)]
-        own = {one["id"]: str(one.get("name")) for one in entries_with_id}
-    used = {entry["category_id"] for entry in entries if isinstance(entry.get("category_id"), int)}
+        own = {
+            _read_id(one, "id", f"category {number}", path): str(one.get("name")) for number, one in enumerate(listed)
+        }
+    used = {
+        _read_id(entry, "category_id", f"result {number}", path)
+        for number, entry in enumerate(entries)
+        if entry.get("category_id") is not None
+    }
     is_known = any(own.get(number) in categories.values() for number in used)
     knows_several = len(used) > 1 or len(categories) == 1 or own is not categories and len(own) > 1
     if is_known and (knows_several or task == "classes"):
@@ -96,7 +104,7 @@ def _find_categories(
     return None
 
 
-def _find_places(content: Any, records: Sequence[Record], path: Path) -> dict[Any, int]:
+def _find_places(content: Any, records: Sequence[Record], path: Path) -> dict[int | str, int]:
     """Return the place of each picture of the set by the id that the file has for it."""
     if not isinstance(content, dict):
         return {record.image_id: place for place, record in enumerate(records)}
@@ -107,23 +115,51 @@ def _find_places(content: Any, records: Sequence[Record], path: Path) -> dict[An
     for place, record in enumerate(records):
         by_name.setdefault(PurePosixPath(record.file_name).name, []).append(place)
     claims: dict[int, list[tuple[int, str, Any]]] = {}  # of a picture: the entries that may be it, by what they share
-    for image in images:
-        name = str(image.get("file_name")) if isinstance(image, dict) else ""
+    for number, image in enumerate(images):
+        image_id = _read_id(image, "id", f"image {number}", path, takes_text=True)
+        name = str(image.get("file_name"))
         candidates = by_name.get(PurePosixPath(name).name, [])
         common = [_count_common_parts(name, records[place].path) for place in candidates]
         if common and common.count(max(common)) > 1:
             raise UserError(f"{printable(path)}: several pictures of this set are called {printable(name)}")
         if common:
-            claims.setdefault(candidates[common.index(max(common))], []).append((max(common), name, image.get("id")))
-    places = {}
+            claims.setdefault(candidates[common.index(max(common))], []).append((max(common), name, image_id))
+    places: dict[int | str, int] = {}
     for place, entries in claims.items():
         most = max(common for common, _, _ in entries)
         names = sorted({name for common, name, _ in entries if common == most})
         if len(names) > 1:
             told = printable(records[place].file_name)
             raise UserError(f"{printable(path)}: {' and '.join(map(printable, names[:2]))} may both be {told}")
-        places |= {image_id: place for common, _, image_id in entries if common == most}
+        for image_id in (image_id for common, _, image_id in entries if common == most):
+            if places.setdefault(image_id, place) != place:
+                raise UserError(f"{printable(path)}: image id {image_id!r:.40} stands for several pictures")
     return places
+
+
+def _read_id(entry: Any, key: str, told: str, path: Path, takes_text: bool = False) -> int | str:
+    """Return an id, a whole number however it is written.
+
+    Args:
+        told: what the entry is, for the message.
+        takes_text: where both ends of a reference stand in the file, they may be any text.
+    """
+    value = entry.get(key) if isinstance(entry, dict) else None
+    number = as_id(value)
+    if number is not None:
+        return number
+    if takes_text and isinstance(value, str):
+        return value
+    raise UserError(f"{printable(path)}: {told}: its {key} is {printable(repr(value)):.40}, expected a whole number")
+
+
+def _is_score(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond 10^308
+        return False
 
 
 def _count_common_parts(name: str, path: Path) -> int:

@@ -22,8 +22,27 @@ from finestsam.whole_files import replacing
 WRAPPERS = ("module", "_forward_module", "_orig_mod", "model", "sam")  # parts of names that are not SAM's
 
 
+DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
 class CheckpointNotSaved(OSError):
-    """The disk is full or fails; what was there before is untouched, and training can go on."""
+    """The disk is full or fails; what was there before is untouched, and training can go on.
+
+    Args:
+        reason: what the system said, an `errno`.
+    """
+
+    def __init__(self, text: str, reason: int | None = None):
+        super().__init__(text)
+        self.reason = reason
+
+    @property
+    def advice(self) -> str:
+        """What is to be done before another try."""
+        if self.reason in DISK_IS_FULL:
+            return "make room there"
+        return "allow this user to write there" if self.reason in NOT_ALLOWED else "see what is wrong with that disk"
 
 
 def save_weights(path: Path, state_dict: Mapping[str, Tensor]) -> None:
@@ -62,7 +81,7 @@ def save_file(path: Path, content: object, previous: Path | None = None) -> None
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        raise CheckpointNotSaved(_describe_failure(cause, path.parent, needed)) from None
+        raise CheckpointNotSaved(_describe_failure(cause, path.parent, needed), cause.errno) from None
 
 
 def _count_bytes(content: object) -> int:
@@ -88,17 +107,31 @@ def is_damaged(path: Path) -> bool:
     """Whether the checksums of a file of torch.save are wrong, which torch.load does not look at."""
     try:
         with zipfile.ZipFile(path) as archive:
-            is_packed = any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
-            return is_packed or archive.testzip() is not None  # torch packs nothing
-    except (zipfile.BadZipFile, EOFError, RuntimeError, zlib.error, struct.error, *VALUE_ERRORS):
+            if list_packed(archive):
+                return True
+            has_checksums = any(member.CRC for member in archive.infolist())  # torch can leave them out
+            return has_checksums and archive.testzip() is not None
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, *VALUE_ERRORS):
         return True
 
 
+def list_packed(archive: zipfile.ZipFile) -> list[str]:
+    """Return the names of compressed tensors, of which torch.save writes none; TorchScript's code is no tensor."""
+    return [
+        member.filename
+        for member in archive.infolist()
+        if member.compress_type != zipfile.ZIP_STORED
+        and (member.filename.rpartition("/")[2] == "data.pkl" or "/data/" in member.filename)
+    ]
+
+
 def _describe_failure(error: OSError, folder: Path, needed: int) -> str:
+    reason = error.strerror or error
+    if error.errno in NOT_ALLOWED:  # however much room there is
+        return f"checkpoint not saved: {reason} (at {folder})"
     free = "nothing"
     with suppress(OSError):
         free = _format_size(shutil.disk_usage(folder).free)
-    reason = error.strerror or error
     return f"checkpoint not saved: {reason} (need {_format_size(needed)}, free {free} at {folder})"
 
 

@@ -22,6 +22,7 @@ from finestsam.errors import VALUE_ERRORS, UserError
 from finestsam.model.adapter_file import is_adapter, merge_adapter, read_config
 from finestsam.model.build import ARCHITECTURES
 from finestsam.model.card import Card, read_card
+from finestsam.model.saving import is_damaged, list_packed
 
 
 @dataclass(frozen=True)
@@ -168,10 +169,27 @@ def _check_file(path: Path) -> None:
         )
     if start.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: is a Git LFS pointer, not the checkpoint itself; fetch it with git lfs pull")
-    if start.startswith(b"PK") and not _is_zip(path):
-        raise UserError(_describe_truncated(path))
     if start.startswith(b"PK"):
-        _refuse_packed(path)
+        _check_zip(path)
+
+
+def _check_zip(path: Path) -> None:
+    """Raise unless a zip file is whole, as torch writes it, and has the bytes that were written."""
+    if not _is_zip(path):
+        raise UserError(_describe_truncated(path))
+    _refuse_packed(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = list_packed(archive)
+    except (zipfile.BadZipFile, NotImplementedError, *VALUE_ERRORS):
+        raise UserError(f"{path}: is damaged, its table of contents is broken; download or copy it again") from None
+    if packed:
+        raise UserError(
+            f"{path}: its tensors are packed, which torch.save does not do; unpack it, and zip it again without "
+            "compression (zip -0)"
+        )
+    if is_damaged(path):
+        raise UserError(f"{path}: is damaged, its checksums are wrong{_expected_size(path)}; download or copy it again")
 
 
 def _refuse_packed(path: Path) -> None:

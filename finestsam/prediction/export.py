@@ -19,7 +19,7 @@ from finestsam.model.fft_attention import list_blocks
 from finestsam.model.load import LoadedModel, load_model
 from finestsam.model.lora import plain_state_dict
 from finestsam.model.saving import save_weights
-from finestsam.output_folder import make_output_folder
+from finestsam.output_folder import claim_output_folder, refuse_foreign
 from finestsam.prediction.generator import resolve_generator
 from finestsam.prediction.onnx_check import PICTURE_SIZES, OnnxSam, check_onnx
 from finestsam.prediction.onnx_files import DATA_SUFFIX, DECODER, ENCODER, require_packages, write_onnx
@@ -48,7 +48,7 @@ def export(config: Config) -> int:
     """
     form = FORMATS[config.export.format]
     form.require()
-    out_dir = make_output_folder(Path(config.out_dir), config.dataset.path)
+    out_dir = claim_output_folder(Path(config.out_dir), config.dataset.path)
     # Float32 on the CPU, as the files will be read.
     plain = dataclasses.replace(config, device="cpu", precision="32-true", compile=False)
     loaded = load_model(plain, prefer_runs=True)
@@ -84,6 +84,7 @@ def _refuse(loaded: LoadedModel, form: Format, config: Config, out_dir: Path) ->
                 raise UserError(
                     f"{printable(path)} is what is exported and would be overwritten; choose another --out_dir"
                 )
+    refuse_foreign(out_dir, form.names)
 
 
 def _list_sources(loaded: LoadedModel) -> list[Path]:

@@ -1,5 +1,9 @@
-"""What is done of a folder of pictures: a line for each, so that a prediction that was ended can go on."""
+"""What is done of a folder of pictures: a line for each, so that a prediction that was ended can go on.
 
+The folder is locked meanwhile. Where a disk has no locks each line still tells what weights and settings it is of.
+"""
+
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -21,14 +25,15 @@ class Journal:
     def __init__(self, folder: Path, origin: dict[str, Any]):
         self.path = folder / JOURNAL_NAME
         self._first_line = json.dumps({"origin": origin}, sort_keys=True, allow_nan=False)
+        self._mark = hashlib.blake2b(self._first_line.encode(), digest_size=8).hexdigest()
 
     def begin(self, entries: list[dict]) -> None:
         """Write the file anew, with what is kept of an earlier one."""
-        write_text(self.path, "\n".join([self._first_line, *map(_to_line, entries), ""]))
+        write_text(self.path, "\n".join([self._first_line, *map(self._to_line, entries), ""]))
 
     def add(self, entry: dict) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(_to_line(entry) + "\n")
+            file.write(self._to_line(entry) + "\n")
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -41,20 +46,28 @@ class Journal:
         """
         if not self.path.is_file():
             return None
-        first, *lines = self.path.read_text(encoding="utf-8").split("\n")
+        first, *lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
         if first != self._first_line:
             raise UserError(f"--resume: {printable(self.path.parent)} was predicted with other weights or settings")
         entries = []
         for line in lines:
             try:
-                entries.append(json.loads(line))
-            except ValueError:
-                break  # the line that was being written when the process was ended, or the end of the file
+                content = json.loads(line)
+            except (ValueError, RecursionError):
+                continue  # cut short when the process was ended, or the end of the file
+            if isinstance(content, dict) and content.pop("origin", None) == self._mark and _is_entry(content):
+                entries.append(content)
         return entries
 
+    def _to_line(self, entry: dict) -> str:
+        return json.dumps({"origin": self._mark} | entry, allow_nan=False)
 
-def _to_line(entry: dict) -> str:
-    return json.dumps(entry, allow_nan=False)
+
+def _is_entry(content: dict) -> bool:
+    image, annotations = content.get("image"), content.get("annotations")
+    if not isinstance(image, dict) or not isinstance(annotations, list):
+        return False
+    return isinstance(image.get("file_name"), str) and all(isinstance(one, dict) for one in annotations)
 
 
 def read_finished(path: Path, origin: dict[str, Any]) -> list[dict]:
@@ -72,6 +85,8 @@ def read_finished(path: Path, origin: dict[str, Any]) -> list[dict]:
         entries = {image["id"]: {"image": image, "annotations": []} for image in content["images"]}
         for annotation in content["annotations"]:
             entries[annotation["image_id"]]["annotations"].append(annotation)
-    except (OSError, ValueError, KeyError, TypeError):
+        if not all(map(_is_entry, entries.values())):
+            raise ValueError("an entry of another kind")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"--resume: {printable(path)} is not as finestsam wrote it; choose another --out_dir") from None
     return list(entries.values())

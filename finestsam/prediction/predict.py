@@ -23,13 +23,13 @@ from finestsam.images import IMAGE_SUFFIXES, hash_picture, read_hashed_image, wr
 from finestsam.model.card import Card
 from finestsam.model.load import LoadedModel, load_model
 from finestsam.out_of_memory import naming_what_needs_less
-from finestsam.output_folder import make_output_folder
+from finestsam.output_folder import claim_output_folder, is_replaceable, refuse_foreign
 from finestsam.prediction.generator import generate_masks, resolve_generator
 from finestsam.prediction.journal import Journal, read_finished
 from finestsam.prediction.overlay import draw_named_overlay, draw_overlay
 from finestsam.prediction.precompute import Embedder, hash_weights, open_store
 from finestsam.prediction.results import GeneratedMasks, Results
-from finestsam.prediction.semantic import LABELS_SUFFIX, predict_classes
+from finestsam.prediction.semantic import LABELS_SUFFIX, LEGEND_NAME, predict_classes
 from finestsam.processor import set_processor
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".wmv", ".flv", ".mpg", ".mpeg"}
@@ -48,11 +48,12 @@ def predict(config: Config) -> int:
     """
     set_processor(config)
     paths = find_pictures(config.input, Path(config.out_dir))
-    out_dir = make_output_folder(Path(config.out_dir), config.dataset.path)
+    out_dir = claim_output_folder(Path(config.out_dir), config.dataset.path)
     loaded = load_model(config, prefer_runs=True)
     print(f"model: {loaded.model_type}, {printable(loaded.source)}")
     embedder = Embedder(loaded.model, open_store(config.store, loaded.model))
     if loaded.model.semantic_head is not None:
+        refuse_foreign(out_dir, [LEGEND_NAME])
         outputs = name_outputs(paths, out_dir, (OVERLAY_SUFFIX, LABELS_SUFFIX))
         return predict_classes(paths, outputs, embedder, loaded.card.classes, config)
     settings = resolve_generator(config.generator, loaded.card)
@@ -64,6 +65,7 @@ def predict(config: Config) -> int:
     journal = Journal(out_dir, results.origin)
     jobs = _list_jobs(paths, name_overlays(paths, out_dir))
     left = _take_up(jobs, results, journal, out_dir, config) if config.resume else jobs
+    refuse_foreign(out_dir, [RESULTS_NAME])
     with _writing(journal.path):
         journal.begin(list(results.entries.values()))
     if len(left) < len(jobs):
@@ -191,23 +193,38 @@ def name_overlays(paths: list[Path], out_dir: Path) -> list[Path]:
 
 
 def name_outputs(paths: list[Path], out_dir: Path, suffixes: tuple[str, ...]) -> list[tuple[Path, ...]]:
-    """Return where the files of each picture go: named after it, no two alike, and none over an input.
+    """Return where the files of each picture go: named after it, no two alike, none over an input or a foreign file.
 
     Args:
         suffixes: of the files that each picture gets.
     """
-    # Without regard to case, as on Windows and macOS, where a.png is A.png.
-    taken = {path.name.casefold() for path in paths if path.parent.samefile(out_dir)}
-    mark = BESIDE_MARK if taken else ""
+    # Without regard to case, as on Windows and macOS, where a.png is A.png. An input may be a link to what lies there.
+    places = [place for path in paths for place in (path, path.resolve())]
+    taken = {place.name.casefold() for place in places if place.parent.samefile(out_dir)}
+    lies_beside = bool(taken)
     outputs = []
     for path in paths:
         stem = _sanitize(path.stem)
-        tails = itertools.chain([""], (f"_{number}" for number in itertools.count(2)))
-        choices = ([f"{stem}{tail}{mark}{suffix}" for suffix in suffixes] for tail in tails)
-        names = next(names for names in choices if taken.isdisjoint(map(str.casefold, names)))
+        names = next(names for names in _list_names(stem, "", suffixes) if taken.isdisjoint(map(str.casefold, names)))
+        if lies_beside or not _are_replaceable(out_dir, names):
+            names = next(
+                names
+                for names in _list_names(stem, BESIDE_MARK, suffixes)
+                if taken.isdisjoint(map(str.casefold, names)) and _are_replaceable(out_dir, names)
+            )
         outputs.append(tuple(out_dir / name for name in names))
         taken.update(map(str.casefold, names))
     return outputs
+
+
+def _list_names(stem: str, mark: str, suffixes: tuple[str, ...]) -> Iterator[list[str]]:
+    """Yield names of the files of a picture, without a number, then with 2, 3, ..."""
+    for tail in itertools.chain([""], (f"_{number}" for number in itertools.count(2))):
+        yield [f"{stem}{tail}{mark}{suffix}" for suffix in suffixes]
+
+
+def _are_replaceable(out_dir: Path, names: list[str]) -> bool:
+    return all(is_replaceable(out_dir / name) for name in names)
 
 
 def _sanitize(stem: str) -> str:

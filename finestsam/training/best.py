@@ -62,9 +62,18 @@ def keep_if_best(run: Run, kept_original: float = 0.0) -> bool:
 
 
 def refuse_lost_best(run: Run) -> None:
-    """Raise a UserError if best.pth could not be written when its weights were there."""
+    """Raise a UserError if best.pth could not be written when its weights were there, or is there no more."""
     if run.is_first_rank and run.progress.lost_best:
         raise UserError(f"best.pth does not hold the best weights of the run: {run.progress.lost_best}")
+    if run.is_first_rank and not (run.folder / "best.pth").is_file():
+        raise UserError(f"{run.folder / 'best.pth'} is gone, and with it the best weights of the run{_name_kept(run)}")
+
+
+def _name_kept(run: Run) -> str:
+    """Return where other weights of the run are."""
+    kept = [run.folder / name for name in run.top.state_dict() if (run.folder / name).is_file()]
+    last = f"the newest ones are in {run.folder / 'last.ckpt'}, for --resume"
+    return f"; others are {', '.join(map(str, kept))}; {last}" if kept else f"; {last}"
 
 
 def _save_best(run: Run, is_better: bool, kept_original: float) -> None:

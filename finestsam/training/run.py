@@ -48,7 +48,7 @@ from finestsam.training.probe import choose_chunk_objects, find_free_bytes, meas
 from finestsam.training.random_state import random_state, restore_random_state
 from finestsam.training.ranks import Ranks
 from finestsam.training.resume import check_settings, convert_batches, load_state, refuse_other_dataset
-from finestsam.training.run_folder import create_run_folder, lock_run
+from finestsam.training.run_folder import create_run_folder, lock_run, take_up_run
 from finestsam.training.schedules import build_optimizer, build_scheduler
 from finestsam.training.semantic import SemanticStepper, choose_classes
 from finestsam.training.step import Stepper
@@ -142,7 +142,7 @@ def build_run(fabric: Fabric, ranks: Ranks, config: Config) -> Run:
         Interrupted: a signal came; there is nothing to save yet.
         UserError: the settings, the data or the checkpoint cannot be used.
     """
-    lock = ranks.join(lambda: lock_run(Path(config.resume)) if config.resume and ranks.rank == 0 else None)
+    lock = ranks.join(lambda: take_up_run(Path(config.resume)) if config.resume and ranks.rank == 0 else None)
     state = ranks.join(lambda: _load_state(config, ranks))
     # The others find what the first one has kept, and what it has downloaded.
     data, loaded = ranks.join_after_first(lambda: _load_data_and_weights(fabric, config, state))

@@ -2,15 +2,16 @@
 
 import itertools
 import os
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from finestsam.errors import UserError
-from finestsam.output_folder import make_output_folder
+from finestsam.output_folder import lock_folder, make_output_folder, try_to_write
+
+SUBFOLDERS = ("adapter", "plots", "previous_logits")
 
 
 def create_run_folder(sav_dir: Path, name: str | None, dataset: str | None = None) -> Path:
@@ -28,9 +29,22 @@ def create_run_folder(sav_dir: Path, name: str | None, dataset: str | None = Non
         folder = _create_dated_folder(sav_dir) if name is None else _create_named_folder(sav_dir, name)
     except OSError as error:
         raise UserError(f"sav_dir {sav_dir}: cannot make the run's folder in it: {error.strerror}") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{folder} is not writable; choose another --sav_dir")
+    if problem := try_to_write(folder):
+        raise UserError(f"{folder} is not writable: {problem}; choose another --sav_dir")
     return folder
+
+
+def take_up_run(folder: Path) -> FileLock | None:
+    """Lock a run that is to be continued, as `lock_run` does.
+
+    Raises:
+        UserError: what it would learn could not be kept, or another process has it.
+    """
+    for place in (folder, *(folder / name for name in SUBFOLDERS)):
+        problem = try_to_write(place) if place == folder or os.path.lexists(place) else ""
+        if problem:
+            raise UserError(f"--resume: {place} cannot be written: {problem}; what it learns could not be kept")
+    return lock_run(folder)
 
 
 def lock_run(folder: Path) -> FileLock | None:
@@ -39,15 +53,7 @@ def lock_run(folder: Path) -> FileLock | None:
     Raises:
         UserError: another process has it.
     """
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"{folder}: another process trains this run; wait for its end, or stop it") from None
-    except (OSError, NotImplementedError) as error:
-        print(f"warning: {folder} cannot be locked ({error}): start no second process on this run", file=sys.stderr)
-        return None
-    return lock
+    return lock_folder(folder / ".lock", f"{folder}: another process trains this run")
 
 
 def _create_dated_folder(sav_dir: Path) -> Path:

@@ -323,14 +323,14 @@ def _save_surely(run: Run) -> None:
     """Save the last checkpoint of a run.
 
     Raises:
-        UserError: there is no room for it.
+        UserError: the disk does not take it.
     """
 
     def save() -> None:
         try:
             save_last(run)
         except CheckpointNotSaved as error:
-            raise UserError(f"{error}; make room there, then go on with --mode train --resume {run.folder}") from None
+            raise UserError(f"{error}; {error.advice}, then go on with --mode train --resume {run.folder}") from None
 
     run.ranks.join(save, may_stop=False)
 

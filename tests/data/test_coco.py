@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import tracemalloc
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 
 from finestsam.config import DatasetConfig
+from finestsam.data import cache
 from finestsam.data.coco import load_json
 from finestsam.data.files import FileFinder
 from finestsam.data.layouts import Part, find_layout
@@ -170,6 +172,93 @@ def test_a_poisoned_cache_is_made_anew(coco_folder, poison):
     (annotation,) = read_plain(folder, **kept).records[0].annotations
 
     assert (annotation.id, annotation.box) == (5, [1, 1, 3, 3])
+
+
+def forge(path, change, sign):
+    """Change what a cached index says, and sign it."""
+    head, body = path.read_text().split("\n", 1)
+    content = json.loads(body)
+    change(content["records"][0])
+    key, body = json.loads(head)["key"], json.dumps(content)
+    path.write_text(json.dumps({"key": key} | sign(key, body)) + "\n" + body)
+
+
+def sign_by_hash(key, body):
+    return {"sha256": hashlib.sha256(body.encode()).hexdigest()}
+
+
+def sign_by_guess(key, body):
+    return {"signature": hashlib.sha256(body.encode()).hexdigest()}
+
+
+def sign_by_own_key(key, body):
+    return {"signature": cache._sign(key, body)}
+
+
+def move_box(record):
+    record["annotations"][0][4] = [0, 0, 9, 9]
+
+
+@pytest.mark.parametrize("sign", [sign_by_hash, sign_by_guess])
+def test_a_cache_whose_hash_was_computed_again_is_made_anew(coco_folder, sign):
+    folder = coco_folder([make_annotation(5)])
+    kept = {"use_cache": True, "sav": "index.json"}
+    read_plain(folder, **kept)
+    forge(folder / "index.json", move_box, sign)
+
+    assert read_plain(folder, **kept).records[0].annotations[0].box == [1, 1, 3, 3]
+
+
+@pytest.mark.parametrize("counts", ["", "0", "oooo", "P3", "Z?d0l0", "é", "0" * 99])
+def test_run_lengths_of_a_cache_are_checked_whoever_signed_them(coco_folder, counts):
+    folder = coco_folder([make_annotation(5)])
+    kept = {"use_cache": True, "sav": "index.json"}
+    whole = read_plain(folder, **kept).records
+    for change in (
+        lambda record: record["annotations"][0].__setitem__(2, counts),
+        lambda record: record.update(crowds=[counts]),
+    ):
+        forge(folder / "index.json", change, sign_by_own_key)
+        assert read_plain(folder, **kept).records == whole
+
+
+@pytest.mark.parametrize("place", ["../secret.png", "images/link.png", "images/../../secret.png"])
+def test_pictures_of_a_cache_lie_in_the_dataset_whoever_signed_them(coco_folder, place):
+    folder = coco_folder([make_annotation(5)])
+    secret = folder.parent / "secret.png"
+    secret.write_bytes((folder / "images" / "a.png").read_bytes())
+    (folder / "images" / "link.png").symlink_to(secret)
+    kept = {"use_cache": True, "sav": "index.json"}
+    read_plain(folder, **kept)
+    forge(folder / "index.json", lambda record: record.update(path=str(folder / place)), sign_by_own_key)
+
+    assert read_plain(folder, **kept).records[0].path.name == "a.png"
+
+
+def test_the_cache_of_another_user_is_not_believed(coco_folder, tmp_path_factory, monkeypatch):
+    folder = coco_folder([make_annotation(5)])
+    kept = {"use_cache": True, "sav": "index.json"}
+    read_plain(folder, **kept)
+    with monkeypatch.context() as other:
+        other.setenv("FINESTSAM_CACHE", str(tmp_path_factory.mktemp("other")))
+        forge(folder / "index.json", move_box, sign_by_own_key)
+
+    assert read_plain(folder, **kept).records[0].annotations[0].box == [1, 1, 3, 3]
+
+
+def test_a_cache_that_is_no_plain_file_is_not_opened(coco_folder, tmp_path_factory):
+    folder = coco_folder([make_annotation(5)])
+    kept = {"use_cache": True, "sav": "index.json"}
+    read_plain(folder, **kept)
+    moved = (folder / "index.json").rename(tmp_path_factory.mktemp("other") / "index.json")
+    (folder / "index.json").symlink_to(moved)
+    before = moved.read_bytes()
+    assert len(read_plain(folder, **kept).records) == 1
+    assert moved.read_bytes() == before and not (folder / "index.json").is_symlink()
+
+    (folder / "index.json").unlink()
+    os.mkfifo(folder / "index.json")
+    assert len(read_plain(folder, **kept).records) == 1
 
 
 @pytest.mark.slow

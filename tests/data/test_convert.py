@@ -1,6 +1,10 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +144,25 @@ def test_an_interrupted_conversion_leaves_nothing_that_looks_complete(mixed, tmp
     assert convert(mixed, tmp_path / "out") == 130
     assert [path.name for path in tmp_path.iterdir() if path.name != "mixed"] == ["out"]
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next(mixed, tmp_path):
+    script = f"""
+        import os, signal
+        from finestsam.cli import main
+        from finestsam.data import convert
+        convert.write_report = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+        main(["--mode=convert", "--dataset={mixed}", "--out_dir={tmp_path / "out"}"])
+    """
+    (tmp_path / ".out.4194303.part").mkdir()  # somebody else's
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], timeout=60, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 4
+
+    assert convert(mixed, tmp_path / "out") == 0
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.4194303.part", "mixed", "out"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["data", "dataset_report.json"]
 
 
 def test_nothing_usable_and_strict_write_nothing(mixed, coco_folder, tmp_path_factory, capsys):

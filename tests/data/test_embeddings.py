@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from conftest import files_limited_to
 
-from finestsam.data.embeddings import EmbeddingStore, picture_key
+from finestsam.data.embeddings import CHECKSUM_BYTES, EmbeddingStore, picture_key
 
 SHAPE = (4, 3, 3)
-ENTRY_BYTES = 2 * 36
+ENTRY_BYTES = 2 * 36 + CHECKSUM_BYTES
 
 
 @pytest.fixture
@@ -37,6 +37,67 @@ def test_what_is_not_there_or_half_there_is_not_read(store):
 
     assert store.read("aa") is None
     assert not store.holds("aa")
+
+
+def reopen(store: EmbeddingStore, encoder_key: str = "encoder") -> EmbeddingStore:
+    """Return the store as another process sees it."""
+    return EmbeddingStore(store.folder, encoder_key, SHAPE, store.max_bytes)
+
+
+@pytest.mark.parametrize("place", [0, 71, 72, ENTRY_BYTES - 1])
+@pytest.mark.parametrize("bit", [1, 0x80])
+def test_an_embedding_whose_bytes_changed_is_not_used_and_made_again(store, capsys, place, bit):
+    store.write("aa", make_embedding(1))
+    path = next(store.folder.glob("*/*/*.f16"))
+    content = bytearray(path.read_bytes())
+    content[place] ^= bit
+    path.write_bytes(content)
+
+    other = reopen(store)
+    assert other.read("aa") is None
+    assert "aa.f16 was damaged since it was written; it is made again" in capsys.readouterr().err
+    assert not other.holds("aa") and other.make_room(["aa"]) == 1
+    other.write("aa", make_embedding(2))
+    assert (reopen(store).read("aa") == 2).all()
+
+
+def test_an_embedding_of_another_picture_or_encoder_under_this_name_is_not_used(store):
+    store.write("aa", make_embedding(1))
+    path = next(store.folder.glob("*/*/*.f16"))
+    path.with_name("ab.f16").write_bytes(path.read_bytes())
+    (store.folder / "other" / "aa").mkdir(parents=True)
+    (store.folder / "other" / "aa" / "aa.f16").write_bytes(path.read_bytes())
+
+    assert reopen(store).read("ab") is None
+    assert reopen(store, "other").read("aa") is None
+    assert (reopen(store).read("aa") == 1).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])
+def test_what_half_precision_cannot_hold_is_not_kept(store, value):
+    store.write("aa", make_embedding(value))
+
+    assert not store.holds("aa")
+
+
+def test_what_is_no_number_is_not_read_even_with_its_checksum(store):
+    store.write("aa", make_embedding(1))
+    content = make_embedding(np.nan).astype(np.float16).tobytes()
+    next(store.folder.glob("*/*/*.f16")).write_bytes(content + store._checksum("aa", content))
+
+    assert reopen(store).read("aa") is None
+
+
+def test_a_checksum_is_verified_once_a_process(store, monkeypatch):
+    store.write("aa", make_embedding(1))
+    other, verified = reopen(store), []
+    checksum = EmbeddingStore._checksum
+    monkeypatch.setattr(EmbeddingStore, "_checksum", lambda *given: (verified.append(1), checksum(*given))[1])
+
+    for _ in range(3):
+        assert (other.read("aa") == 1).all()
+
+    assert len(verified) == 1
 
 
 def test_another_encoder_finds_nothing(store):

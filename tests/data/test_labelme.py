@@ -94,6 +94,9 @@ def test_case_86_a_picture_that_is_only_inside_the_file_is_read_from_there(read,
 
     assert (np.asarray(Image.open(record.path)) == pixels).all()
     assert tmp_path not in record.path.parents  # nothing is written into the dataset
+    Image.fromarray(pixels[::-1]).save(record.path, format="png")
+    (again,) = read_folder(tmp_path).records
+    assert (np.asarray(Image.open(again.path)) == pixels).all()
 
 
 @pytest.mark.parametrize("points", [[[10, 5], [30, 25]], [[30, 25], [10, 5]], [[30, 5], [10, 25]]])

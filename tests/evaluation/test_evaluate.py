@@ -131,7 +131,7 @@ def test_the_generator_is_scored_on_every_picture_that_can_be_read(tiny_sam, rec
 
 
 @pytest.mark.parametrize("generator", ["true", "false"])
-def test_a_picture_too_thin_for_the_model_is_skipped(generator, coco_folder, tmp_path, capsys):
+def test_a_picture_too_thin_for_the_model_is_skipped(generator, coco_folder, tmp_path_factory, capsys):
     square = {"category_id": 1, "segmentation": [[1, 1, 9, 1, 9, 9, 1, 9]]}
     line = {"category_id": 1, "segmentation": [[1, 0, 90, 0, 90, 2, 1, 2]]}
     images = [
@@ -141,10 +141,12 @@ def test_a_picture_too_thin_for_the_model_is_skipped(generator, coco_folder, tmp
     folder = coco_folder([{"id": 1, "image_id": 1} | square, {"id": 2, "image_id": 2} | line], images=images)
     write_image(folder / "images" / "line.png", np.full((2, 300, 3), 128, dtype=np.uint8))
 
-    figures = run_evaluation(folder, tmp_path / "out", f"--evaluate.generator={generator}")
+    out = tmp_path_factory.mktemp("out")
+
+    figures = run_evaluation(folder, out, f"--evaluate.generator={generator}")
 
     assert figures["point/objects"] == 1 and ("generator/ap" in figures) == (generator == "true")
-    with open(tmp_path / "out" / "per_image.csv") as file:
+    with open(out / "per_image.csv") as file:
         assert [row["file_name"] for row in csv.DictReader(file)] == ["a.png"]
     error = capsys.readouterr().err
     assert "line.png: 300 x 2 pixels shrink to nothing at 64" in error and "Traceback" not in error

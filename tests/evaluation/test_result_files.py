@@ -5,6 +5,8 @@ from test_evaluate import run_evaluation
 
 from finestsam.cli import main
 from finestsam.data.read import DatasetConfig, read_evaluation_set
+from finestsam.errors import UserError
+from finestsam.evaluation.result_files import read_results
 from finestsam.masks import rle_to_json
 
 
@@ -100,3 +102,100 @@ def test_a_file_that_is_none_is_told(scenes, everything, tmp_path, capsys, conte
 
     assert code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def read(everything, tmp_path, capsys):
+    """Read a file of this content as results of the scenes; return the number of masks by picture, and what is said."""
+
+    def read(content: object, task: str = "auto") -> tuple[list[int], str]:
+        path = tmp_path / "results.json"
+        path.write_text(json.dumps(content))
+        detections, _ = read_results(path, everything, {7: "thing", 8: "other"}, task)
+        return [len(found.rles) for found in detections], capsys.readouterr().out
+
+    return read
+
+
+@pytest.mark.parametrize("write", [str, float, lambda number: f"{number}.0"])
+@pytest.mark.parametrize("key", ["image_id", "category_id"])
+def test_ids_are_numbers_however_they_are_written(everything, read, write, key):
+    results = list_results(everything)
+    for entry in results[1::2]:  # mixed, as programs that join files write them
+        entry[key] = write(entry[key])
+
+    assert read(results, task="classes") == ([len(record.annotations) for record in everything], "")
+
+
+@pytest.mark.parametrize("value", [[1], {"a": 1}, True, None, "scene", "", 1.5, float("nan"), float("inf")])
+def test_an_id_that_is_none_is_told(everything, read, value):
+    results = list_results(everything)
+    results[3]["image_id"] = value
+    with pytest.raises(UserError, match=r"results.json: result 3: its image_id is .*, expected a whole number"):
+        read(results)
+    if value is None:
+        return
+    results = list_results(everything)
+    results[3]["category_id"] = value
+    with pytest.raises(UserError, match=r"results.json: result 3: its category_id is .*, expected a whole number"):
+        read(results)
+    assert sum(read(results, task="masks")[0]) == len(results)  # where nobody asks for it
+
+
+def test_an_id_beyond_all_pictures_is_counted_and_said(everything, read):
+    results = list_results(everything)
+    results[0]["image_id"], results[1]["image_id"] = 10**300, 99
+
+    counts, out = read(results)
+
+    assert sum(counts) == len(results) - 2
+    assert f"results.json: 2 of {len(results)} results are of other pictures than these, left out" in out
+
+
+def test_a_category_beyond_all_is_of_no_category(everything, read):
+    results = list_results(everything)
+    results[0]["category_id"] = 10**300
+
+    assert sum(read(results)[0]) == len(results)
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), True, "0.5", None, [1], float("nan")])
+def test_a_score_that_is_none_is_told(everything, read, value):
+    results = list_results(everything)
+    results[2]["score"] = value
+
+    with pytest.raises(UserError, match="results.json: result 2: its score is "):
+        read(results)
+
+
+def list_images(records) -> list[dict]:
+    return [{"id": record.image_id, "file_name": record.file_name} for record in records]
+
+
+@pytest.mark.parametrize("entry", [{"id": [1], "file_name": "a.png"}, {"id": True}, {}, 7, None])
+@pytest.mark.parametrize("part", ["images", "categories"])
+def test_what_a_file_lists_without_an_id_is_told(everything, read, entry, part):
+    content = {"images": list_images(everything), "annotations": list_results(everything)}
+    content[part] = [*content.get(part, []), entry]
+    name = {"images": f"image {len(everything)}", "categories": "category 0"}[part]
+
+    with pytest.raises(UserError, match=f"results.json: {name}: its id is .*, expected a whole number"):
+        read(content)
+
+
+def test_text_may_be_the_id_of_a_picture_that_the_file_lists(everything, read):
+    images, results = list_images(everything), list_results(everything)
+    for entry, key in [(image, "id") for image in images] + [(result, "image_id") for result in results]:
+        entry[key] = f"picture {entry[key]}"
+
+    assert read({"images": images, "annotations": results})[0] == [len(record.annotations) for record in everything]
+
+
+def test_an_id_of_several_pictures_is_told(records, tmp_path):
+    images = list_images(records)
+    images[1]["id"] = str(images[0]["id"])
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"images": images, "annotations": list_results(records)}))
+
+    with pytest.raises(UserError, match="results.json: image id .* stands for several pictures"):
+        read_results(path, records, {7: "thing"})

@@ -65,6 +65,46 @@ def assert_same_weights(actual, expected):
     torch.testing.assert_close(actual, dict(expected), rtol=0, atol=0)
 
 
+# Files that changed on the way
+
+
+@pytest.fixture
+def whole_file(tiny_weights, tmp_path):
+    return save(tiny_weights, tmp_path / "best.pth")
+
+
+@pytest.mark.parametrize("member", ["data.pkl", "data/0", "data/7", "version"])
+def test_a_file_with_a_flipped_bit_is_damaged(whole_file, member):
+    with zipfile.ZipFile(whole_file) as archive:
+        content = archive.read(f"best/{member}")
+    data = bytearray(whole_file.read_bytes())
+    data[data.index(content) + len(content) // 2] ^= 0x40
+    whole_file.write_bytes(data)
+
+    with pytest.raises(UserError, match="best.pth: is damaged, its checksums are wrong; download or copy it again"):
+        load_state_dict(whole_file)
+
+
+def test_a_file_whose_members_are_packed_is_not_read_as_it_lies_there(whole_file):
+    packed = whole_file.with_name("packed.pth")
+    with zipfile.ZipFile(whole_file) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+
+    with pytest.raises(UserError, match="packed.pth: its tensors are packed, which torch.save does not do"):
+        load_state_dict(packed)
+
+
+def test_a_file_that_torch_wrote_without_checksums_is_read(tiny_weights, tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = save(tiny_weights, tmp_path / "best.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+
+    assert_same_weights(load_state_dict(path), tiny_weights)
+
+
 # Where Meta's files are
 
 

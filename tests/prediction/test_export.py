@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import build_vivid_sam, files_limited_to, list_names, run_training
+from conftest import build_vivid_sam, files_limited_to, list_shown, run_training
 from segment_anything import SamPredictor
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
@@ -111,7 +111,7 @@ def test_the_description_says_what_a_program_must_know(exported, weights):
 
     description = json.loads((exported / "export.json").read_text())
 
-    assert list_names(exported) == ONNX_NAMES
+    assert list_shown(exported) == ONNX_NAMES
     assert (description["model_type"], description["image_size"]) == ("vit_tiny_test", 64)
     assert description["pixel_mean"] == [123.675, 116.28, 103.53]
     assert (description["mask_threshold"], description["masks"], description["categories"]) == (0.0, [0], ["nail"])
@@ -155,7 +155,7 @@ def test_weights_too_large_for_the_file_lie_beside_it(exported, sam, tmp_path, m
 
     moved = tmp_path.rename(tmp_path.with_name("moved"))
 
-    assert list_names(moved) == ["decoder.onnx", "decoder.onnx.data", "encoder.onnx", "encoder.onnx.data"]
+    assert list_shown(moved) == ["decoder.onnx", "decoder.onnx.data", "encoder.onnx", "encoder.onnx.data"]
     assert onnx_check.check_onnx(onnx_check.OnnxSam(moved), FinestSam(sam)).difference < 1e-4
 
 
@@ -221,7 +221,7 @@ def test_the_single_mask_is_asked_for_where_it_was_trained(weights, tmp_path, ca
     assert export(weights, tmp_path, "huggingface") == 0
 
     assert "these weights are asked with multimask_output=False" in capsys.readouterr().out
-    assert list_names(tmp_path) == ["config.json", "model.safetensors", "preprocessor_config.json"]
+    assert list_shown(tmp_path) == ["config.json", "model.safetensors", "preprocessor_config.json"]
 
 
 def test_without_safetensors_the_message_says_what_to_install(weights, tmp_path, monkeypatch, capsys):
@@ -253,7 +253,7 @@ def test_segment_anything_loads_the_plain_file_strictly(weights, sam, tmp_path, 
 
     assert export(half, tmp_path / "out", "sam") == 0
 
-    assert list_names(tmp_path / "out") == ["sam.json", "sam.pth"]
+    assert list_shown(tmp_path / "out") == ["sam.json", "sam.pth"]
     state = torch.load(tmp_path / "out" / "sam.pth", weights_only=True)
     build_stock_sam().load_state_dict(state)
     assert all(value.dtype == torch.float32 and value.is_contiguous() for value in state.values())
@@ -295,7 +295,7 @@ def test_fft_attention_is_refused(sam, tmp_path, capsys, form):
 
     error = capsys.readouterr().err
     assert "FFT attention, which is in blocks [1] of" in error and error.count("\n") == 1
-    assert list_names(tmp_path / "out") == []
+    assert list_shown(tmp_path / "out") == []
 
 
 def test_mobile_sam_is_no_sam_of_transformers(tmp_path, capsys):
@@ -339,14 +339,13 @@ def test_what_is_exported_is_never_overwritten(weights, tmp_path, capsys):
 
 
 def test_an_interruption_leaves_the_files_before_and_nothing_else(weights, tmp_path, monkeypatch):
-    for name in ("sam.pth", "sam.json"):
-        (tmp_path / name).write_text("old")
+    assert export(weights, tmp_path, "sam") == 0
+    before = {name: (tmp_path / name).read_bytes() for name in list_shown(tmp_path)}
     monkeypatch.setattr(os, "fsync", lambda descriptor: os.kill(os.getpid(), signal.SIGINT))
 
     assert export(weights, tmp_path, "sam") == 130
 
-    assert list_names(tmp_path) == ["sam.json", "sam.pth"]
-    assert {(tmp_path / name).read_text() for name in list_names(tmp_path)} == {"old"}
+    assert {name: (tmp_path / name).read_bytes() for name in list_shown(tmp_path)} == before
 
 
 @pytest.mark.parametrize(
@@ -360,10 +359,22 @@ def test_an_interruption_leaves_the_files_before_and_nothing_else(weights, tmp_p
 def test_a_full_disk_leaves_the_files_before_and_nothing_else(weights, tmp_path, capsys, form, name, packages):
     for package in packages:
         pytest.importorskip(package)
-    (tmp_path / name).write_text("old")
+    assert export(weights, tmp_path, form) == 0
+    before = {name: (tmp_path / name).read_bytes() for name in list_shown(tmp_path)}
+    assert name in before
 
     with files_limited_to(100_000):
         assert export(weights, tmp_path, form) == 2
 
     assert f"out_dir {tmp_path}: cannot be written: " in capsys.readouterr().err
-    assert (list_names(tmp_path), (tmp_path / name).read_text()) == ([name], "old")
+    assert {name: (tmp_path / name).read_bytes() for name in list_shown(tmp_path)} == before
+
+
+@pytest.mark.parametrize("name", ["sam.pth", "sam.json"])
+def test_weights_of_somebody_are_not_replaced(weights, tmp_path, capsys, name):
+    (tmp_path / name).write_text("theirs")
+
+    assert export(weights, tmp_path, "sam") == 2
+
+    assert f"{tmp_path / name} is not replaced: it is no result of finestsam's" in capsys.readouterr().err
+    assert (list_shown(tmp_path), (tmp_path / name).read_text()) == ([name], "theirs")

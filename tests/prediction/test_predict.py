@@ -4,12 +4,14 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import build_vivid_sam
+from conftest import build_vivid_sam, files_limited_to, list_shown
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -74,7 +76,7 @@ def test_one_picture_gives_an_overlay_of_its_size_and_a_json(predict, folder):
     code, out, err = predict("pictures/scene_0.png")
 
     assert (code, err) == (0, "")
-    assert sorted(path.name for path in (folder / "out").iterdir()) == ["predictions.json", "scene_0.png"]
+    assert list_shown(folder / "out") == ["predictions.json", "scene_0.png"]
     image, overlay = (read_image(folder / place / "scene_0.png") for place in ("pictures", "out"))
     assert overlay.shape == image.shape and (overlay != image).any()
     count = len(load(folder / "out/predictions.json")["annotations"])
@@ -151,8 +153,8 @@ def test_a_second_reader_of_coco_files_finds_the_same_masks(predict, folder, pol
 def test_the_same_pictures_give_the_same_bytes(predict, folder):
     first, second = (predict("pictures", out_dir=name) and (folder / name) for name in ("first", "second"))
 
-    for path in first.iterdir():
-        assert path.read_bytes() == (second / path.name).read_bytes()
+    for name in list_shown(first):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
 def test_an_exif_rotated_picture_is_predicted_upright(predict, folder):
@@ -201,7 +203,7 @@ def test_one_broken_picture_among_many_is_named_and_the_rest_is_done(predict, fo
 
     assert code == 0
     assert err.count("\n") == 1 and "finestsam: skipped pictures/scene_1.png: truncated or broken image" in err
-    assert sorted(path.name for path in (folder / "out").iterdir()) == [
+    assert list_shown(folder / "out") == [
         "predictions.json",
         "scene_0.png",
         "scene_2.png",
@@ -239,7 +241,7 @@ def test_outputs_beside_the_pictures_overwrite_none_and_are_not_predicted_the_ne
     after = {path.name: path.read_bytes() for path in (folder / "pictures").iterdir()}
     assert codes == [0, 0]
     assert {name: after[name] for name in before} == before
-    assert sorted(after.keys() - before.keys()) == [
+    assert [name for name in sorted(after.keys() - before.keys()) if not name.startswith(".")] == [
         "predictions.json",
         "scene_0.finestsam.png",
         "scene_1.finestsam.png",
@@ -302,12 +304,126 @@ def test_an_out_dir_that_is_a_file_is_an_error(predict, folder):
 
 
 def test_an_overlay_that_cannot_be_written_is_an_error(predict, folder):
-    (folder / "out/scene_0.png").mkdir(parents=True)
-
-    code, _, err = predict("pictures/scene_0.png")
+    with files_limited_to(1000):
+        code, _, err = predict("pictures/scene_0.png", **{"store.enabled": "false"})
 
     assert code == 2
-    assert err == "finestsam: out/scene_0.png: cannot be written: Is a directory\n"
+    assert err == "finestsam: out/scene_0.png: cannot be written: File too large\n"
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", ["link", "hard link", "link to a link"])
+def test_links_to_pictures_in_the_out_dir_leave_these_as_they_are(predict, folder, kind):
+    (folder / "links").mkdir()
+    for path in (folder / "pictures").iterdir():
+        if kind == "hard link":
+            (folder / "links" / path.name).hardlink_to(path)
+        else:
+            (folder / "links" / path.name).symlink_to(path)
+    if kind == "link to a link":
+        (folder / "more").symlink_to(folder / "links")
+    before = snapshot(folder)
+
+    code, _, _ = predict("more" if kind == "link to a link" else "links", out_dir="pictures")
+
+    assert code == 0
+    assert {path: content for path, content in snapshot(folder).items() if path in before} == before
+    assert [f"scene_{number}.finestsam.png" for number in range(3)] == [
+        name for name in list_shown(folder / "pictures") if ".finestsam" in name
+    ]
+
+
+@pytest.mark.parametrize("taken", ["scene_0.png", "scene_0.PNG", "a link", "a folder"])
+def test_a_file_of_somebody_in_the_out_dir_is_not_replaced_by_an_overlay(predict, folder, taken):
+    (folder / "out").mkdir()
+    theirs = folder / "out" / (taken if taken.startswith("scene") else "scene_0.png")
+    if taken == "a link":
+        theirs.symlink_to(folder / "pictures/scene_2.png")
+    elif taken == "a folder":
+        theirs.mkdir()
+        (theirs / "holiday.png").touch()
+    else:
+        shutil.copy("pictures/scene_1.png", theirs)
+    before = snapshot(folder)
+
+    first = predict("pictures/scene_0.png")[0]
+    shown = list_shown(folder / "out")
+    second = predict("pictures/scene_0.png")[0]
+
+    assert (first, second) == (0, 0)
+    after = snapshot(folder)
+    assert {path: after[path] for path in before} == before
+    if taken != "scene_0.PNG":  # another file here, and the same on other systems
+        assert shown == ["predictions.json", "scene_0.finestsam.png", "scene_0.png"]
+    assert list_shown(folder / "out") == shown  # what finestsam wrote is replaced
+
+
+def test_an_overlay_that_was_painted_over_is_not_replaced(predict, folder):
+    predict("pictures/scene_0.png")
+    shutil.copy("pictures/scene_1.png", "out/scene_0.png")
+    painted = (folder / "out/scene_0.png").read_bytes()
+
+    assert predict("pictures/scene_0.png")[0] == 0
+
+    assert (folder / "out/scene_0.png").read_bytes() == painted
+    assert list_shown(folder / "out") == ["predictions.json", "scene_0.finestsam.png", "scene_0.png"]
+
+
+@pytest.mark.parametrize("text", ["mine", None])
+def test_results_of_somebody_are_told_before_the_work_and_stay(predict, folder, text):
+    predict("pictures/scene_0.png")
+    path = folder / "out/predictions.json"
+    path.write_text(path.read_text().replace('"score"', '"my_score"') if text is None else text)
+    before = snapshot(folder / "out")
+
+    code, _, err = predict("pictures/scene_1.png")
+
+    assert code == 2
+    assert err == (
+        "finestsam: out/predictions.json is not replaced: it is no result of finestsam's, or was changed since; move "
+        "it away, or choose another --out_dir\n"
+    )
+    assert snapshot(folder / "out") == before
+
+
+def test_a_second_process_does_not_write_into_the_same_folder(predict, folder):
+    script = "from finestsam.output_folder import claim_output_folder\nfrom pathlib import Path\n"
+    script += "claim_output_folder(Path('out'), None)\nprint('ready', flush=True)\ninput()"
+    other = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "ready\n"
+        code, _, err = predict("pictures")
+    finally:
+        other.communicate("\n")
+
+    assert code == 2
+    assert err == "finestsam: another process writes into out_dir out; wait for its end, or stop it\n"
+    assert predict("pictures")[0] == 0
+
+
+def test_what_another_process_wrote_into_the_same_journal_is_not_taken_up(predict, folder, weights, monkeypatch):
+    """As on a disk without locks: two began, one line of each came, both were killed."""
+    torch.manual_seed(1)
+    torch.save({name: value + 0.01 for name, value in torch.load(weights).items()}, "other.pth")
+    predict("pictures", out_dir="unbroken")
+    journals = []
+    for checkpoint in ("other.pth", weights):
+        with monkeypatch.context() as patched:
+            end_after(2, patched)
+            assert predict("pictures", **{"model.checkpoint": checkpoint})[0] == 143
+        journals.append((folder / "out/.predictions.jsonl").read_text().splitlines())
+    (_, *theirs), (first, ours, *_) = journals
+    (folder / "out/.predictions.jsonl").write_text("\n".join([first, ours, theirs[1], "[]", '{"image": 1}', "half"]))
+
+    code, out, err = predict("pictures", resume="auto")
+
+    assert (code, err) == (0, "")
+    assert "1 of 3 pictures are done already" in out
+    for name in list_shown(folder / "unbroken"):
+        assert (folder / "unbroken" / name).read_bytes() == (folder / "out" / name).read_bytes()
 
 
 def test_folders_and_patterns_are_expanded_in_order_without_repeats(folder):
@@ -437,11 +553,7 @@ def test_a_prediction_that_was_interrupted_goes_on_where_it_stopped(predict, fol
     monkeypatch.setattr("finestsam.prediction.predict.generate_masks", interrupt)
     code, out, err = predict("pictures")
     assert (code, err) == (143, "finestsam: interrupted\n")
-    assert sorted(path.name for path in (folder / "out").iterdir()) == [
-        ".predictions.jsonl",
-        "scene_0.png",
-        "scene_1.png",
-    ]
+    assert list_shown(folder / "out") == ["scene_0.png", "scene_1.png"]
     (folder / "out/.predictions.jsonl").open("a").write('{"image": {"file_na')  # as a kill leaves it
     calls.clear()
 
@@ -449,11 +561,9 @@ def test_a_prediction_that_was_interrupted_goes_on_where_it_stopped(predict, fol
 
     assert (code, len(calls)) == (0, 1)
     assert "2 of 3 pictures are done already" in out
-    assert sorted(path.name for path in (folder / "out").iterdir()) == sorted(
-        path.name for path in (folder / "unbroken").iterdir()
-    )
-    for path in (folder / "unbroken").iterdir():
-        assert path.read_bytes() == (folder / "out" / path.name).read_bytes()
+    assert list_shown(folder / "out") == list_shown(folder / "unbroken")
+    for name in list_shown(folder / "unbroken"):
+        assert (folder / "unbroken" / name).read_bytes() == (folder / "out" / name).read_bytes()
 
 
 def test_a_finished_prediction_is_resumed_for_what_changed_alone(predict, folder, monkeypatch):
@@ -516,8 +626,8 @@ def test_an_interrupted_prediction_goes_on_over_a_finished_one_of_other_settings
 
     assert (code, err) == (0, "")
     assert "1 of 3 pictures are done already" in out and len(asked) == 2 + 2
-    for path in (folder / "unbroken").iterdir():
-        assert path.read_bytes() == (folder / "out" / path.name).read_bytes()
+    for name in list_shown(folder / "unbroken"):
+        assert (folder / "unbroken" / name).read_bytes() == (folder / "out" / name).read_bytes()
 
 
 def test_overlays_that_another_prediction_has_overwritten_are_drawn_again(predict, folder, monkeypatch):
@@ -551,8 +661,8 @@ def test_overlays_follow_the_order_of_the_pictures_and_the_opacity(predict, fold
     _, out, _ = predict(second, first, resume="auto", opacity=0.9)
     assert "2 of 2 pictures are done already" in out
 
-    for path in (folder / "turned").iterdir():
-        assert path.read_bytes() == (folder / "out" / path.name).read_bytes()
+    for name in list_shown(folder / "turned"):
+        assert (folder / "turned" / name).read_bytes() == (folder / "out" / name).read_bytes()
 
 
 def test_deep_pictures_are_encoded_and_predicted_anew_in_another_range(predict, folder):

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import build_vivid_sam, list_names
+from conftest import build_vivid_sam, list_shown
 from PIL import Image
 
 from finestsam.cli import main
@@ -58,7 +58,7 @@ def test_each_picture_gets_an_overlay_and_a_label_map(predict, folder):
 
     assert (code, err) == (0, "")
     names = ["classes.json", "scene_0.classes.png", "scene_0.png", "scene_1.classes.png", "scene_1.png"]
-    assert list_names(folder / "out") == names
+    assert list_shown(folder / "out") == names
     assert [entry["name"] for entry in json.loads((folder / "out/classes.json").read_text())] == CLASSES
     with Image.open(folder / "out/scene_0.classes.png") as labels:
         assert labels.size == (96, 64) and np.asarray(labels).max() < len(CLASSES)
@@ -72,7 +72,7 @@ def test_a_broken_picture_fails_a_strict_prediction_after_the_others_are_done(pr
     code, out, _ = predict("pictures", strict="true")
 
     assert code == 2 and "1 pictures" in out
-    assert list_names(folder / "out") == ["classes.json", "scene_1.classes.png", "scene_1.png"]
+    assert list_shown(folder / "out") == ["classes.json", "scene_1.classes.png", "scene_1.png"]
 
 
 def test_resume_is_refused_in_one_line(predict, folder):
@@ -84,12 +84,12 @@ def test_resume_is_refused_in_one_line(predict, folder):
 
 def test_outputs_beside_the_pictures_are_not_predicted_the_next_time(predict, folder):
     shutil.copy("pictures/scene_0.png", "pictures/scene_0.jpg")
-    before = set(list_names(folder / "pictures"))
+    before = set(list_shown(folder / "pictures"))
 
     outs = [predict("pictures", out_dir="pictures")[1] for _ in range(2)]
 
     assert all("3 pictures, " in out for out in outs)
-    assert sorted(set(list_names(folder / "pictures")) - before) == [
+    assert sorted(set(list_shown(folder / "pictures")) - before) == [
         "classes.json",
         "scene_0.finestsam.classes.png",
         "scene_0.finestsam.png",

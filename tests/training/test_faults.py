@@ -7,12 +7,13 @@ import os
 import resource
 import shutil
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FROM_SCRATCH, run_training
+from conftest import FROM_SCRATCH, read_only, run_training
 
 from finestsam.cli import main
 from finestsam.interruption import WATCHED
@@ -398,6 +399,59 @@ def stopped(scenes, tmp_path) -> Path:
     """The folder of runs with one that was stopped after its first step."""
     assert start(scenes, tmp_path, "--max_steps=1") == 0
     return tmp_path
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux takes rights from root")
+def test_a_run_that_cannot_be_written_is_told_before_it_is_continued(scenes, tmp_path, capsys):
+    run = tmp_path / "run"
+    (run / "plots").mkdir(parents=True)
+    (run / "config.yaml").write_text(f"dataset: {scenes}\ndevice: cpu\nmodel:\n  type: vit_tiny_test\n")
+    told = "cannot be written: Permission denied; what it learns could not be kept\n"
+
+    for place in (run, run / "plots"):
+        with read_only(place):
+            assert resume(tmp_path) == 2
+        assert capsys.readouterr().err == f"finestsam: --resume: {place} {told}"
+    (run / "plots").rmdir()
+    (run / "plots").touch()
+    assert resume(tmp_path) == 2
+    assert f"{run / 'plots'} cannot be written: Not a directory" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux takes rights from root")
+def test_a_run_that_cannot_be_written_any_more_says_what_helps(scenes, tmp_path, monkeypatch, capsys):
+    save = checkpoint.save_last
+
+    def save_without_rights(path, state):
+        with read_only(path.parent):
+            save(path, state)
+
+    monkeypatch.setattr(checkpoint, "save_last", save_without_rights)
+
+    assert start(scenes, tmp_path, "--max_steps=1") == 2
+
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(
+        f"finestsam: checkpoint not saved: Permission denied (at {tmp_path / 'run'}); allow this user"
+    )
+    assert "make room" not in error and "GB" not in error
+
+
+def test_best_weights_that_are_gone_are_told_at_the_end(scenes, tmp_path, monkeypatch, capsys):
+    finish = train.finish_epoch
+
+    def finish_and_lose(run, log):
+        finish(run, log)
+        (run.folder / "best.pth").unlink(missing_ok=True)
+
+    monkeypatch.setattr(train, "finish_epoch", finish_and_lose)
+
+    assert start(scenes, tmp_path) == 2
+
+    out, error = capsys.readouterr()
+    told = f"finestsam: {tmp_path / 'run' / 'best.pth'} is gone, and with it the best weights of the run; "
+    assert error.splitlines()[-1].startswith(told) and "the newest ones are in" in error
+    assert f"weights: {tmp_path}" not in out
 
 
 def test_two_processes_do_not_train_one_run(stopped, capsys):

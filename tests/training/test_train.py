@@ -204,12 +204,12 @@ def test_every_way_to_train_runs(scenes, tmp_path, flags):
     assert (run / "best.pth").is_file()
 
 
-def test_a_strict_run_refuses_a_dataset_with_a_defect(coco_folder, capsys):
+def test_a_strict_run_refuses_a_dataset_with_a_defect(coco_folder, tmp_path_factory, capsys):
     square = {"id": 1, "image_id": 1, "category_id": 1, "segmentation": [[1, 1, 9, 1, 9, 9, 1, 9]]}
     folder = coco_folder([square, {"id": 2, "image_id": 1, "category_id": 1, "segmentation": []}])
 
     flags = ["--mode=train", f"--dataset={folder}", "--dataset.val_size=0", "--model.type=vit_tiny_test", "--strict"]
-    assert main([*flags, "--device=cpu", f"--sav_dir={folder / 'sav'}", *FROM_SCRATCH]) == 2
+    assert main([*flags, "--device=cpu", f"--sav_dir={tmp_path_factory.mktemp('sav')}", *FROM_SCRATCH]) == 2
     assert "1 skipped (1 empty segmentation)" in capsys.readouterr().err
 
 

@@ -8,11 +8,13 @@ import json
 import os
 import pickle
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conformance_zoo import assert_refused
+from conftest import list_shown, read_only
 from test_conformance_structure import SOUND
 
 from finestsam.cli import main
@@ -263,12 +265,44 @@ def test_case_77_a_folder_that_cannot_take_results_is_told_before_the_work(zoo, 
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_case_77_a_folder_that_may_not_be_written_is_told(zoo, tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux takes rights from root")
+def test_case_77_a_folder_that_may_not_be_written_is_told(zoo):
     zoo.out_dir.mkdir()
-    zoo.out_dir.chmod(0o500)
 
-    assert_refused(zoo.check(), "not writable")
+    with read_only(zoo.out_dir):
+        assert_refused(zoo.check(), "not writable")
+
+
+@pytest.mark.parametrize("mode", ["check", "evaluate", "convert", "train"])
+@pytest.mark.parametrize("place", ["images", "images/new", "new"])
+def test_case_77_results_do_not_lie_in_the_dataset(zoo, capsys, mode, place):
+    zoo.write()
+    before = sorted(zoo.root.rglob("*"))
+    setting = "sav_dir" if mode == "train" else "out_dir"
+    arguments = [f"--mode={mode}", f"--dataset={zoo.root}", f"--{setting}={zoo.root / place}", "--device=cpu"]
+
+    assert main([*arguments, "--model.type=vit_tiny_test", "--model.checkpoint=none"]) == 2
+
+    assert "the dataset, into which nothing is written" in capsys.readouterr().err
+    assert sorted(zoo.root.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [(mode, "dataset_report.json") for mode in ("check", "evaluate")] + [("check", "samples.png")]
+    + [("evaluate", name) for name in ("evaluation.json", "per_image.csv", "report.html", "comparison.png")],
+)  # fmt: skip
+def test_case_127_what_somebody_wrote_is_not_replaced(zoo, capsys, mode, name):
+    zoo.write()
+    zoo.out_dir.mkdir()
+    (zoo.out_dir / name).write_text("theirs")
+    arguments = [f"--mode={mode}", f"--dataset={zoo.root}", f"--out_dir={zoo.out_dir}", "--device=cpu"]
+
+    assert main([*arguments, "--model.type=vit_tiny_test", "--model.checkpoint=none", "--check.samples=2"]) == 2
+
+    told = f"finestsam: {zoo.out_dir / name} is not replaced: it is no result of finestsam's, or was changed since; "
+    assert capsys.readouterr().err.startswith(told)
+    assert (zoo.out_dir / name).read_text() == "theirs"
 
 
 def test_nothing_is_written_into_the_dataset(zoo):
@@ -278,4 +312,4 @@ def test_nothing_is_written_into_the_dataset(zoo):
     zoo.check("--dataset.use_cache=true", "--check.samples=2")
 
     assert sorted(path for path in zoo.root.rglob("*")) == before
-    assert sorted(path.name for path in zoo.out_dir.iterdir()) == ["dataset_report.json", "samples.png"]
+    assert list_shown(zoo.out_dir) == ["dataset_report.json", "samples.png"]
