@@ -106,8 +106,8 @@ def make_output_folder(folder: Path, dataset: str | None, setting: str = "out_di
     place = folder.resolve()
     if place == Path(place.anchor):
         raise UserError(f"{name} is the root of the disk, expected a folder below it")
-    if dataset and _lies_in_dataset(place, Path(dataset).resolve()):
-        is_it = "is" if place == Path(dataset).resolve() else "lies in"
+    if dataset and _lies_in_dataset(place, _find_dataset(Path(dataset))):
+        is_it = "is" if place == _find_dataset(Path(dataset)) else "lies in"
         raise UserError(f"{name} {is_it} the dataset, into which nothing is written; choose another --{setting}")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{name} is a file, expected a folder")
@@ -134,6 +134,11 @@ def try_to_write(folder: Path) -> str:
         with suppress(OSError):
             trial.unlink()
     return ""
+
+
+def _find_dataset(dataset: Path) -> Path:
+    """Return the folder behind links; of an annotation file the place where it is named, as its images lie there."""
+    return dataset.parent.resolve() / dataset.name if dataset.is_file() else dataset.resolve()
 
 
 def _lies_in_dataset(place: Path, dataset: Path) -> bool:

@@ -338,11 +338,11 @@ def test_every_wrong_setting_of_a_whole_file_is_told_and_no_other(tmp_path):
     path.write_text(json.dumps(settings))
 
     with pytest.raises(UserError) as caught:
-        parse_command_line(["--mode=check", "--dataset=d", f"--config={path}"])
+        parse_command_line(["--mode=check", f"--config={path}", "--dataset=d"])
 
     lines = str(caught.value).splitlines()
     assert len(lines) == 3
-    for line, name in zip(lines, ("batch_size", "opt.rates.heads", "strict"), strict=True):
+    for line, name in zip(lines, ("strict", "batch_size", "opt.rates.heads"), strict=True):
         assert f"c.yaml: {name} must be" in line
 
 

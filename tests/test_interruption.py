@@ -18,6 +18,14 @@ ROOT = Path(__file__).parents[1]
 needs_two_cores = pytest.mark.skipif(count_cores() < 2, reason="no other process is started on one core")
 
 
+@pytest.fixture(autouse=True)
+def in_a_terminal():
+    """Let a signal of a closed terminal arrive, also where the tests themselves run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def send(number: int) -> None:
     os.kill(os.getpid(), number)
     time.sleep(0.01)  # Python runs a handler between two of its own instructions

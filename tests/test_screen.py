@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import list_shown
 
 from finestsam.cache_folder import cache_folder
 from finestsam.cli import main
@@ -42,7 +43,7 @@ def test_an_output_that_nobody_reads_ends_no_work(scenes, tmp_path, command):
     assert b"Traceback" not in result.stderr
     assert b"BrokenPipe" not in result.stderr
     assert (tmp_path / "out" / "dataset_report.json").is_file()
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["dataset_report.json"]
+    assert list_shown(tmp_path / "out") == ["dataset_report.json"]
 
 
 def test_a_mistake_is_told_by_the_exit_code_where_nobody_reads(scenes, tmp_path):

@@ -111,7 +111,15 @@ def is_damaged(path: Path) -> bool:
                 return True
             has_checksums = any(member.CRC for member in archive.infolist())  # torch can leave them out
             return has_checksums and archive.testzip() is not None
-    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, *VALUE_ERRORS):
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        struct.error,
+        EOFError,
+        OSError,
+        RuntimeError,
+        *VALUE_ERRORS,
+    ):
         return True
 
 

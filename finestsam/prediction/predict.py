@@ -199,7 +199,7 @@ def name_outputs(paths: list[Path], out_dir: Path, suffixes: tuple[str, ...]) ->
         suffixes: of the files that each picture gets.
     """
     # Without regard to case, as on Windows and macOS, where a.png is A.png. An input may be a link to what lies there.
-    places = [place for path in paths for place in (path, path.resolve())]
+    places = [place for path in paths for place in (path, Path(os.path.realpath(path)))]
     taken = {place.name.casefold() for place in places if place.parent.samefile(out_dir)}
     lies_beside = bool(taken)
     outputs = []

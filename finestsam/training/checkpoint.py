@@ -70,6 +70,8 @@ def _read_state(path: Path, find_problem: Callable[[dict[str, Any]], str | None]
         raise UserError(f"{path} is not a checkpoint that torch can read") from None
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not the state of a run")
+    if any(value.layout != torch.strided for value in _list_tensors(state)):
+        raise UserError(f"{path} holds sparse tensors, not the state of a run")
     refuse_inflated(path, _list_tensors(state))
     problem = find_problem(state) if find_problem else None
     if problem:

@@ -42,7 +42,7 @@ def run_evaluation(scenes, folder, *flags):
 
 @pytest.fixture
 def dataset(records):
-    config = build_config({})
+    config = build_config({"prompts.use_boxes": False})
     return SampleDataset(records, SampleSettings(64, 16, 0, config.prompts, config.dataset))
 
 

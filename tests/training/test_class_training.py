@@ -34,6 +34,7 @@ TASK = "--task=classes"
 QUICK = ["--losses.resolution=low", "--generator.points_per_side=4", "--dataset.val_size=0.2"]
 NAMES = ["ball <b> & co", "crate"]
 BRIEF = [*QUICK, "--evaluate.generator=false", "--max_steps=2"]
+POINTS = ["--prompts.use_boxes=false", "--dataset.background_points=0"]
 ALL_TRAIN = {"model_layer.freeze.image_encoder": False, "model_layer.freeze.prompt_encoder": False}
 
 
@@ -46,7 +47,7 @@ def shapes(tmp_path_factory) -> Path:
 def finished(shapes, tmp_path_factory) -> Path:
     """A run of twelve epochs, whose classes are learnt and whose masks are rough."""
     flags = ["--num_epochs=12", "--eval_interval=0", "--opt.learning_rate=2e-3", "--sched.LambdaLR.warmup_steps=10"]
-    return run_training(shapes, tmp_path_factory.mktemp("sav"), TASK, *QUICK, *flags, "--save_top_k=1")
+    return run_training(shapes, tmp_path_factory.mktemp("sav"), TASK, *QUICK, *flags, *POINTS, "--save_top_k=1")
 
 
 @pytest.fixture(scope="module")

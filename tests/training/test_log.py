@@ -39,7 +39,7 @@ def test_every_epoch_has_a_row_and_the_untouched_model_only_its_validation(tmp_p
         "val_generator_ar_1000_small,val_generator_ar_1000_medium,val_generator_ar_1000_large,val_generator_f1,"
         "val_generator_masks,val_generator_objects"
     )
-    assert first == ["0", "0"] + [""] * 9 + ["0.21", "0.3", "0.4"] + [""] * 15
+    assert first == ["0", "0"] + [""] * 9 + ["0.21", "0.3", "0.4"] + [""] * 16
     assert second[:6] == ["1", "1234567", "1.125", "1.1875", "4e-05", "1.3125"]
 
 
@@ -192,10 +192,10 @@ def test_without_tensorboard_the_log_is_silent(tmp_path, monkeypatch, capsys):
 
 def test_an_epoch_and_its_validation_are_said_beside_the_baseline(tmp_path, capsys):
     row = {"total_loss": 0.4123, "iou": 0.607, "val_per_mask_iou": 0.58, "learning_rate": 4e-5, "seconds": 12.345}
-    row |= {"val_generator_ap": 0.44, "val_generator_masks,val_generator_objects": 7.25, "val_generator_objects": 6.9}
+    row |= {"val_generator_ap": 0.44, "val_generator_masks": 7.25, "val_generator_objects": 6.9}
     RunLog(tmp_path, num_epochs=30).log_epoch(
         {"epoch": 3, "step": 108, "validation_seconds": 6.0, **row},
-        floor={"val_per_mask_iou": 0.21, "val_generator_ap": 0.1, "val_generator_masks,val_generator_objects": 20},
+        floor={"val_per_mask_iou": 0.21, "val_generator_ap": 0.1, "val_generator_masks": 20},
     )
     assert capsys.readouterr().out.splitlines() == [
         "epoch 3/30 step 108 loss 0.412 iou 0.61 lr 4.0e-05 12.3 s",

@@ -155,7 +155,7 @@ def test_neither_a_second_time_nor_worker_processes_change_anything(scenes, tmp_
         arguments = ["--mode=predict", f"--input={picture}", f"--model.checkpoint={run}", "--device=cpu"]
         loose = ["--generator.pred_iou_thresh=0", "--generator.stability_score_thresh=0"]
         assert main([*arguments, *loose, f"--out_dir={tmp_path / name / 'out'}"]) == 0
-        written = [path.read_bytes() for path in sorted((tmp_path / name / "out").iterdir()) if path.is_file()]
+        written = [path.read_bytes() for path in sorted((tmp_path / name / "out").glob("[!.]*")) if path.is_file()]
         rows = [{name: value for name, value in row.items() if "seconds" not in name} for row in read_csv(run)]
         kept.append((load_last(run), torch.load(run / "best.pth"), rows, written))
 
