@@ -3,18 +3,17 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from finestsam.config import Config
 from finestsam.data.fingerprint import SPLIT, read_sides
 from finestsam.data.index import Record
 from finestsam.data.split import DIGITS
-from finestsam.errors import printable
+from finestsam.errors import Defect, printable
 from finestsam.evaluation.wording import name_count
+from finestsam.model.card import GOALS
 from finestsam.model.load import find_run_weights
+from finestsam.plain_yaml import read_yaml
 
 SETTINGS_NAME = "config.yaml"
-GOALS = ("f1", "recall")
 NAMED = 5
 
 
@@ -58,9 +57,9 @@ def find_own_run(config: Config) -> OwnRun | None:
 def _read_goal(folder: Path) -> str:
     """Return what a run chose thresholds for, where its card does not say; empty: for nothing, or it is not known."""
     try:
-        settings = yaml.safe_load((folder / SETTINGS_NAME).read_text(encoding="utf-8"))["evaluate"]
+        settings = read_yaml(folder / SETTINGS_NAME)["evaluate"]
         goal, is_tuned = settings["goal"], settings["search"] is not False
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+    except (Defect, KeyError, TypeError):
         return ""
     return goal if goal in GOALS and is_tuned else ""
 
