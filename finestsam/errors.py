@@ -29,3 +29,8 @@ class Defect(Exception):
 def printable(text: object) -> str:
     """Return a file's name or a dataset's text for the screen, so that it cannot move the cursor or forge a line."""
     return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in str(text))
+
+
+def name_count(count: int, noun: str) -> str:
+    """Return `1 mask`, `2 masks`, ..."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")

@@ -4,10 +4,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from finestsam.config import Config
-from finestsam.errors import Defect, printable
+from finestsam.errors import Defect, name_count, printable
 from finestsam.evaluation.measurement import Measurement
 from finestsam.evaluation.story import BASELINE, OURS, SAM_THRESHOLDS, Story
-from finestsam.evaluation.wording import name_count
 from finestsam.images import compute_input_size, read_image, resize_image
 from finestsam.masks import decode_rle, encode_mask
 from finestsam.prediction.overlay import draw_overlay

@@ -7,8 +7,7 @@ from finestsam.config import Config
 from finestsam.data.fingerprint import SPLIT, read_sides
 from finestsam.data.index import Record
 from finestsam.data.split import DIGITS
-from finestsam.errors import Defect, printable
-from finestsam.evaluation.wording import name_count
+from finestsam.errors import Defect, name_count, printable
 from finestsam.model.card import GOALS
 from finestsam.model.load import find_run_weights
 from finestsam.plain_yaml import read_yaml

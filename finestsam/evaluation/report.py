@@ -5,13 +5,13 @@ from pathlib import Path
 from string import Template
 
 from finestsam.config import Config, flatten_config
+from finestsam.errors import name_count
 from finestsam.evaluation.charts import draw_calibration, draw_clicks, draw_history, draw_precision
 from finestsam.evaluation.html_text import escape_text, write_row
 from finestsam.evaluation.measurement import FEWEST_IMAGES, TOO_FEW, Difference
 from finestsam.evaluation.report_images import write_images
 from finestsam.evaluation.report_tables import write_categories, write_mistakes
 from finestsam.evaluation.story import BASELINE, OURS, SAM_THRESHOLDS, Story
-from finestsam.evaluation.wording import name_count
 from finestsam.whole_files import write_text
 
 REPORT_NAME = "report.html"

@@ -6,11 +6,10 @@ import numpy as np
 
 from finestsam.config import Config
 from finestsam.data.index import Record
-from finestsam.errors import Defect
+from finestsam.errors import Defect, name_count
 from finestsam.evaluation.comparison import COLUMNS, describe_found, shrink_rle
 from finestsam.evaluation.html_text import escape_text
 from finestsam.evaluation.story import Story
-from finestsam.evaluation.wording import name_count
 from finestsam.images import compute_input_size, encode_image, read_image, resize_image
 from finestsam.prediction.overlay import draw_layer
 

@@ -3,9 +3,8 @@
 from dataclasses import dataclass, replace
 
 from finestsam.config import GENERATOR_DEFAULTS, Config, GeneratorConfig
-from finestsam.errors import printable
+from finestsam.errors import name_count, printable
 from finestsam.evaluation.generator_scores import list_fixed
-from finestsam.evaluation.wording import name_count
 from finestsam.model.card import Card
 from finestsam.prediction.generator import resolve_generator
 

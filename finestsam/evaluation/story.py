@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+from finestsam.errors import name_count
 from finestsam.evaluation.history import History
 from finestsam.evaluation.measurement import Difference, Measurement
 from finestsam.evaluation.mistakes import Mistakes, sum_mistakes
-from finestsam.evaluation.wording import name_count
 
 OURS, BASELINE, SAM_THRESHOLDS = "this model", "baseline", "baseline, SAM's thresholds"
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from finestsam.config import Config
 from finestsam.data.embeddings import picture_key
-from finestsam.errors import Defect, UserError, printable
+from finestsam.errors import Defect, UserError, name_count, printable
 from finestsam.images import IMAGE_SUFFIXES, hash_picture, read_hashed_image, write_image
 from finestsam.model.card import Card
 from finestsam.model.load import LoadedModel, load_model
@@ -69,7 +69,7 @@ def predict(config: Config) -> int:
     with _writing(journal.path):
         journal.begin(list(results.entries.values()))
     if len(left) < len(jobs):
-        print(f"{len(jobs) - len(left)} of {_count(len(jobs), 'picture')} are done already")
+        print(f"{len(jobs) - len(left)} of {name_count(len(jobs), 'picture')} are done already")
     start = time.perf_counter()
     predicted = _predict_all(left, embedder, config, results, journal) if left else 0
     seconds = (time.perf_counter() - start) / max(predicted, 1)
@@ -83,7 +83,9 @@ def predict(config: Config) -> int:
     shown = overlays[0] if len(overlays) == 1 else f"{out_dir}{os.sep} ({len(overlays)} overlays)"
     print(f"pictures: {printable(shown)}")
     print(f"COCO json: {printable(out_dir / RESULTS_NAME)}")
-    print(f"{_count(results.mask_count, 'mask')} in {_count(len(overlays), 'picture')}, {seconds:.2f} s a picture")
+    print(
+        f"{name_count(results.mask_count, 'mask')} in {name_count(len(overlays), 'picture')}, {seconds:.2f} s a picture"
+    )
     return 2 if config.strict and len(overlays) < len(jobs) else 0
 
 
@@ -166,7 +168,9 @@ def _leave_out(pictures: list[Path], pattern: Path, out_dir: Path) -> list[Path]
         return pictures
     left = [path for path in pictures if not Path(os.path.realpath(path)).is_relative_to(root)]
     if len(left) < len(pictures):
-        print(f"{printable(out_dir)}: {_count(len(pictures) - len(left), 'picture')} left out: there the results go")
+        print(
+            f"{printable(out_dir)}: {name_count(len(pictures) - len(left), 'picture')} left out: there the results go"
+        )
     return left
 
 
@@ -399,7 +403,3 @@ def _number_categories(loaded: LoadedModel) -> dict[int, str]:
     if loaded.model.class_head is not None:
         return dict(zip(card.category_ids, card.categories, strict=True))
     return {1: card.categories[0] if card and len(card.categories) == 1 else "object"}
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
