@@ -15,7 +15,7 @@ $(VENV)/ready: requirements.txt pyproject.toml
 	$(RUN) -m pip install --quiet -e ".[test]"
 	touch $@
 
-# From the built-in weights in a few minutes: the windows of house fronts, before and after. The pictures have 256 pixels;
+# From the built-in weights in a few minutes: the windows of house fronts, before and after. The images have 256 pixels;
 # seen at 384, not at the model's 768, a step takes a fraction of the time, which leaves time for more of them.
 demo: setup
 	rm -rf $(DEMO)

@@ -1,4 +1,4 @@
-"""What each way to adapt SAM trains, costs and brings: the same steps on the same pictures, as a table.
+"""What each way to adapt SAM trains, costs and brings: the same steps on the same images, as a table.
 
     python -m benchmarks.adapters DATASET [--epochs 12] [--only WORD ...] [-- SETTINGS OF ALL RUNS]
 

@@ -24,23 +24,30 @@ import torch
 import yaml
 
 from benchmarks.mutations import (
-    draw_outline,
-    encode_pictures,
+    encode_images,
     mutate_bytes,
-    mutate_picture,
+    mutate_image,
     mutate_tree,
     mutate_yaml,
+    render_outline,
 )
 from finestsam.cli import main, parse_command_line
 from finestsam.config import Config, DatasetConfig, build_config, flatten_config
-from finestsam.data.layouts import find_layout
-from finestsam.data.yolo import read_names
 from finestsam.errors import Defect, UserError
 from finestsam.evaluation.result_files import read_results
-from finestsam.images import inspect_image, read_hashed_image, read_image, read_image_size, read_labels, write_image
+from finestsam.formats.layouts import find_layout
+from finestsam.formats.yolo import read_names
+from finestsam.images.read import (
+    inspect_image,
+    read_hashed_image,
+    read_image,
+    read_image_size,
+    read_labels,
+    write_image,
+)
 from finestsam.masks import rle_area
 from finestsam.model.adapter_file import write_adapter
-from finestsam.model.build import build_sam
+from finestsam.model.architectures import build_sam
 from finestsam.model.card import Card, write_card
 from finestsam.model.load import load_model
 from finestsam.model.lora import mount_lora_
@@ -161,16 +168,16 @@ class BrokenFiles:
         self.folder, self.generator, self.train_briefly = folder / "broken", generator, train_briefly
         self.folder.mkdir(parents=True)
 
-    def read_pictures(self, count: int) -> tuple[str, Tally]:
-        """Broken pictures of every kind that is read: what the check lets pass is read, with the size that it said."""
+    def read_images(self, count: int) -> tuple[str, Tally]:
+        """Broken images of every kind that is read: what the check lets pass is read, with the size that it said."""
         image = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
         image[10:30, 10:40] = (200, 30, 30)
-        kinds = list(encode_pictures(image).items())
+        kinds = list(encode_images(image).items())
 
         def draw() -> Iterator[Trial]:
             for number in range(count):
                 name, data = kinds[number % len(kinds)]
-                yield Trial(name, mutate_picture(data, self.generator))
+                yield Trial(name, mutate_image(data, self.generator))
 
         def read(trial: Trial, path: Path) -> str:
             for look in (read_image_size, read_labels, read_hashed_image):
@@ -181,7 +188,7 @@ class BrokenFiles:
                 raise Difference("the check says another size")
             return READ
 
-        return "pictures", read_all(draw(), self.folder / "picture", read)
+        return "images", read_all(draw(), self.folder / "image", read)
 
     def read_checkpoints(self, count: int) -> tuple[str, Tally]:
         """Broken weights, cards, adapters and states: what loads is what was saved, and what does not is told."""
@@ -279,7 +286,7 @@ class BrokenFiles:
         def draw() -> Iterator[Trial]:
             for number in range(count):
                 kind = ("coco", "labelme", "yolo", "results")[number % 4]
-                yield Trial(kind, json.dumps(draw_outline(size, self.generator)).encode())
+                yield Trial(kind, json.dumps(render_outline(size, self.generator)).encode())
 
         def read(trial: Trial, path: Path) -> str:
             polygon = json.loads(path.read_text())
@@ -308,7 +315,7 @@ def _nest(flat: dict) -> dict:
 
 
 def _write_outline(folder: Path, kind: str, polygon: list[float], size: tuple[int, int]) -> None:
-    """Write a dataset of one picture with one polygon."""
+    """Write a dataset of one image with one polygon."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     if not (folder / "images" / "a.png").exists():
         write_image(folder / "images" / "a.png", np.zeros((*size, 3), dtype=np.uint8))

@@ -52,7 +52,7 @@ SEARCH_FIGURES = {
     "AP": "generator/ap",
     "AR 100": "generator/ar_100",
     "AR 1000": "generator/ar_1000",
-    "masks a picture": "generator/masks_per_image",
+    "masks an image": "generator/masks_per_image",
 }
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.dataset
 
-Pictures and outlines are drawn: 640 x 480 JPEGs, each different, with 36 000 outlines in COCO's mixture of sizes.
+Images and outlines are drawn: 640 x 480 JPEGs, each different, with 36 000 outlines in COCO's mixture of sizes.
 """
 
 import argparse
@@ -26,30 +26,30 @@ DECODE = "; [coco.annToRLE(each) for each in coco.dataset['annotations']]"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=5000)
+    parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--objects", type=int, default=36_000)
     given = parser.parse_args()
     print(describe_machine())
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        annotations = draw_dataset(root / "dataset", given.pictures, given.objects)
+        annotations = render_dataset(root / "dataset", given.images, given.objects)
         check = ["-m", "finestsam", "--mode", "check", "--dataset", str(annotations.parent)]
         check += ["--out_dir", str(root / "out"), "--check.samples", "0"]
         kept = {"FINESTSAM_CACHE": str(root / "cache")}
         load = LOAD.format(path=str(annotations))
         costs = {
-            "check, every picture read": run_process(check, kept),
+            "check, every image read": run_process(check, kept),
             "check, read before": run_process(check, kept),
             "pycocotools, file only": run_process(["-c", load]),
             "pycocotools, and each mask as run lengths": run_process(["-c", load + DECODE]),
         }
         report = json.loads((root / "out" / "dataset_report.json").read_text())
-    print(f"{len(report['usable'])} usable objects of {given.objects} in {given.pictures} pictures")
+    print(f"{len(report['usable'])} usable objects of {given.objects} in {given.images} images")
     print_table(["work", "s", "cores busy", "peak MB"], [_make_row(name, cost) for name, cost in costs.items()])
 
 
-def draw_dataset(folder: Path, picture_count: int, object_count: int) -> Path:
-    """Write pictures and a COCO file.
+def render_dataset(folder: Path, image_count: int, object_count: int) -> Path:
+    """Write images and a COCO file.
 
     Returns:
         The annotation file.
@@ -58,11 +58,11 @@ def draw_dataset(folder: Path, picture_count: int, object_count: int) -> Path:
     images_dir.mkdir(parents=True)
     generator = np.random.default_rng(0)
     images = []
-    for number in range(picture_count):
+    for number in range(image_count):
         coarse = generator.integers(0, 256, (24, 32, 3), dtype=np.uint8)
-        picture = cv2.resize(coarse, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
-        picture = cv2.add(picture, generator.integers(0, 24, picture.shape, dtype=np.uint8))
-        cv2.imwrite(str(images_dir / f"{number:05}.jpg"), picture)
+        image = cv2.resize(coarse, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
+        image = cv2.add(image, generator.integers(0, 24, image.shape, dtype=np.uint8))
+        cv2.imwrite(str(images_dir / f"{number:05}.jpg"), image)
         images.append({"id": number, "file_name": f"{number:05}.jpg", "width": WIDTH, "height": HEIGHT})
     angles = np.linspace(0, 2 * np.pi, CORNERS, endpoint=False)
     circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
@@ -75,7 +75,7 @@ def draw_dataset(folder: Path, picture_count: int, object_count: int) -> Path:
         annotations.append(
             {
                 "id": number + 1,
-                "image_id": number % picture_count,
+                "image_id": number % image_count,
                 "category_id": number % 80 + 1,
                 "segmentation": [outline.flatten().tolist()],
                 "bbox": [*corner.tolist(), *(outline.max(axis=0) - corner).tolist()],

@@ -2,7 +2,7 @@
 
     python -m benchmarks.encoder
 
-One picture of 1024 pixels through vit_b with random weights. Every variant is a process of its own; segment_anything
+One image of 1024 pixels through vit_b with random weights. Every variant is a process of its own; segment_anything
 runs as it is and with glibc's allocator told to keep memory.
 """
 
@@ -18,8 +18,8 @@ from segment_anything.modeling import ImageEncoderViT
 from benchmarks.generator import TUNED
 from benchmarks.measure import describe_machine, print_table, run_process
 from benchmarks.synthetic import stir_
-from finestsam.model.build import build_sam
-from finestsam.processor import keep_freed_memory
+from finestsam.model.architectures import build_sam
+from finestsam.runtime.cpu import keep_freed_memory
 
 VARIANTS = {
     "segment_anything": ("stock", "float32", {}),
@@ -73,13 +73,13 @@ def _encode(given: argparse.Namespace) -> None:
         keep_freed_memory()
     else:
         encoder.__class__ = ImageEncoderViT
-    picture = torch.randn(1, 3, encoder.img_size, encoder.img_size)
+    image = torch.randn(1, 3, encoder.img_size, encoder.img_size)
     dtype = getattr(torch, given.dtype)
     seconds = []
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         for _ in range(2):
             start = time.perf_counter()
-            embedding = encoder(picture).float()
+            embedding = encoder(image).float()
             seconds.append(time.perf_counter() - start)
     torch.save({"seconds": seconds[-1], "embedding": embedding}, given.result)
 

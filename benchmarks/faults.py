@@ -32,7 +32,7 @@ from benchmarks.lying_servers import try_servers
 from benchmarks.mutations import mutate_annotations, mutate_bytes
 from finestsam.cli import main
 from finestsam.data.scenes import write_scenes
-from finestsam.model.build import build_sam
+from finestsam.model.architectures import build_sam
 from finestsam.training.checkpoint import load_state
 from finestsam.training.train import train
 
@@ -41,7 +41,7 @@ SECONDS_TO_STOP = 20  # of a machine that does other work as well
 SECONDS_TO_CHECK = 30
 PEAK_BYTES = 2_000_000_000  # of a process that reads broken files, this one's own beside it
 CHECK_BYTES = 2_000_000_000  # that a check may take beside what this process has
-PICTURE_KINDS = (("PNG", {}), ("JPEG", {}), ("GIF", {}), ("BMP", {}), ("TIFF", {}), ("WEBP", {}))
+IMAGE_KINDS = (("PNG", {}), ("JPEG", {}), ("GIF", {}), ("BMP", {}), ("TIFF", {}), ("WEBP", {}))
 PARTS = ("last.ckpt", "best.pth", "rows", "names")  # of a finished run, which are compared
 SUBREAPER = 36  # prctl's: processes that lose their parent become ours, and are found
 
@@ -164,7 +164,7 @@ class Course:
             "--best_metric=val_per_mask_iou",
         ]  # fmt: skip
 
-    def draw_moment(self) -> float:
+    def sample_moment(self) -> float:
         """Return the seconds until a run is hit: most come before its end, on a fast machine and on a slow one."""
         return self.generator.uniform(0.2, 0.4 * self.seconds)
 
@@ -181,7 +181,7 @@ class Course:
         """Kill runs at `count` random moments, continue them each time, and compare those that come to their end."""
         moments, finished = Counter(), 0
         while moments.total() < count:
-            end = run_apart(self.begin("killed"), number=signal.SIGKILL, delay=self.draw_moment())
+            end = run_apart(self.begin("killed"), number=signal.SIGKILL, delay=self.sample_moment())
             self.findings.expect(
                 end.code in (-signal.SIGKILL, 0), f"killed: ended with {end.code}: {end.output[-500:]}"
             )
@@ -200,7 +200,7 @@ class Course:
         codes, slowest, finished = Counter(), 0.0, 0
         while codes.total() < count:
             number = int(self.generator.choice([signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]))
-            delay = self.draw_moment()
+            delay = self.sample_moment()
             end = run_apart(self.begin("signalled"), number=number, delay=delay)
             if end.code == 0:  # before it was hit
                 self.finish("signalled")
@@ -439,21 +439,21 @@ class Fuzz:
 
         return self._check_all("annotation files", count, write)
 
-    def break_pictures(self, count: int) -> str:
+    def break_dataset_images(self, count: int) -> str:
         self.annotations.write_text(json.dumps(self.content))
         path = self.dataset / "images" / self.content["images"][0]["file_name"]
         whole = Image.open(path).convert("RGB")
         whole.load()
 
         def write() -> bytes:
-            kind, options = PICTURE_KINDS[self.generator.integers(len(PICTURE_KINDS))]
+            kind, options = IMAGE_KINDS[self.generator.integers(len(IMAGE_KINDS))]
             data = io.BytesIO()
             whole.save(data, format=kind, **options)
             broken = mutate_bytes(data.getvalue(), self.generator)
             path.write_bytes(broken)
             return broken
 
-        return self._check_all("pictures", count, write)
+        return self._check_all("dataset_images", count, write)
 
     def _check_all(self, title: str, count: int, write: Callable[[], bytes]) -> str:
         own_bytes = 1024 * int(Path("/proc/self/status").read_text().split("VmSize:")[1].split()[0])
@@ -477,7 +477,7 @@ class Fuzz:
 
 # Of each kind, how many are tried.
 COUNTS = {
-    "kills": 30, "signals": 30, "disks": 6, "annotations": 1000, "pictures": 300, "images": 5000, "checkpoints": 1000,
+    "kills": 30, "signals": 30, "disks": 6, "annotations": 1000, "dataset_images": 300, "images": 5000, "checkpoints": 1000,
     "yaml": 500, "outlines": 100, "servers": 100, "pairs": 4,
 }  # fmt: skip
 
@@ -514,8 +514,8 @@ def run() -> int:
             "signals": lambda count: course.signal(count),
             "disks": lambda count: course.fill_disk(count),
             "annotations": fuzz.break_annotations,
-            "pictures": fuzz.break_pictures,
-            "images": broken.read_pictures,
+            "dataset_images": fuzz.break_dataset_images,
+            "images": broken.read_images,
             "checkpoints": broken.read_checkpoints,
             "yaml": broken.read_yaml,
             "outlines": broken.read_outlines,

@@ -2,8 +2,8 @@
 
     python -m benchmarks.fft_attention [--part attention encoder]
 
-One attention of vit_b's width that sees the whole picture, projections included, at 1 024, 4 096 and 16 384 tokens,
-then vit_b's encoder with one picture of 1024 pixels. Every measurement is a process of its own, they take turns, and
+One attention of vit_b's width that sees the whole image, projections included, at 1 024, 4 096 and 16 384 tokens,
+then vit_b's encoder with one image of 1024 pixels. Every measurement is a process of its own, they take turns, and
 all of them keep freed memory, as finestsam does (`keep_memory`). Seconds are the processor's, so that other work beside
 it counts less. Memory is what a process held at most beyond what it held before. What would need more memory than there
 is does not run.
@@ -25,10 +25,10 @@ from torch.nn import functional as F
 
 from benchmarks.measure import describe_machine, print_table, run_process
 from benchmarks.synthetic import stir_
-from finestsam.model.build import build_sam
+from finestsam.model.architectures import build_sam
 from finestsam.model.encoder import attend
 from finestsam.model.fft_attention import FftAttention, choose_blocks, mount_fft_attention_
-from finestsam.processor import keep_freed_memory
+from finestsam.runtime.cpu import keep_freed_memory
 
 WIDTH, HEADS = 768, 12
 ROUNDS = {32: 3, 64: 2, 128: 1}  # of processes, by the side of the grid in tokens
@@ -135,7 +135,7 @@ def attend_fused(attention: Attention, x: Tensor) -> Tensor:
 
 
 def build_encoder(name: str) -> tuple[nn.Module, Tensor]:
-    """Return vit_b's encoder and a picture."""
+    """Return vit_b's encoder and an image."""
     sam = build_sam("vit_b")
     encoder = sam.image_encoder
     stir_(encoder)

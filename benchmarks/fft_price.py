@@ -2,10 +2,10 @@
 
     python -m benchmarks.fft_price FOLDER [FOLDER ...] [--task masks semantic] [--steps 120] [--seeds 1337]
 
-Each training is the real command on the built-in weights of vit_tiny, with the same pictures, order, steps and
+Each training is the real command on the built-in weights of vit_tiny, with the same images, order, steps and
 settings; the image encoder trains. FFT attention is distilled first (`model_layer.fft_attention.distill_steps`), which
 the processor's seconds include. `masks` measures the IoU of the masks that one point for each object gives, `semantic`
-mIoU and Dice of the classes of pixels, on the quarter of the pictures that is not trained on.
+mIoU and Dice of the classes of pixels, on the quarter of the images that is not trained on.
 """
 
 import argparse
@@ -32,9 +32,9 @@ FLAGS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("datasets", nargs="+", type=Path, help="folders of labelled pictures")
+    parser.add_argument("datasets", nargs="+", type=Path, help="folders of labelled images")
     parser.add_argument("--task", nargs="+", choices=FIGURES, default=["masks"])
-    parser.add_argument("--steps", type=int, default=120, help="of one picture each")
+    parser.add_argument("--steps", type=int, default=120, help="of one image each")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1337])
     given = parser.parse_args()
     print(describe_machine(), flush=True)

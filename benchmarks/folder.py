@@ -1,4 +1,4 @@
-"""A folder of pictures from file to overlay: how much of the time is not the model's.
+"""A folder of images from file to overlay: how much of the time is not the model's.
 
     python -m benchmarks.folder
 
@@ -17,11 +17,11 @@ from benchmarks.generator import list_points
 from benchmarks.measure import describe_machine, print_table
 from benchmarks.synthetic import FoldedWithObjects, SyntheticObjects
 from finestsam.config import GENERATOR_DEFAULTS, Config, GeneratorConfig, build_config
-from finestsam.data.scenes import draw_scene
-from finestsam.images import write_image
+from finestsam.data.scenes import render_scene
+from finestsam.images.read import write_image
 from finestsam.model.load import LoadedModel, load_model
 from finestsam.model.sam import FinestSam
-from finestsam.prediction import predict as predict_module
+from finestsam.modes import predict as predict_module
 
 SIZES = ((800, 1200), (1200, 800), (768, 1024), (1000, 1000))
 
@@ -29,22 +29,22 @@ SIZES = ((800, 1200), (1200, 800), (768, 1024), (1000, 1000))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--type", default="vit_tiny")
-    parser.add_argument("--pictures", type=int, default=20)
+    parser.add_argument("--images", type=int, default=20)
     given = parser.parse_args()
     print(describe_machine())
     seconds = {"encoder": 0.0, "decoder": 0.0, "all": 0.0}
     _time(FinestSam, "encode", seconds, "encoder")
     _time(FinestSam, "look", seconds, "decoder")
-    _time(FinestSam, "answer_above", seconds, "decoder")
+    _time(FinestSam, "predict_above", seconds, "decoder")
     _time(predict_module, "_predict_all", seconds, "all")
     predict_module.load_model = _load_with_objects
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        pictures = Path(folder) / "pictures"
-        pictures.mkdir()
-        for number in range(given.pictures):
-            write_image(pictures / f"{number:02}.jpg", draw_scene(0, number, SIZES[number % len(SIZES)]).image)
-        flags = {"input": [str(pictures)], "out_dir": f"{folder}/out", "store.folder": f"{folder}/store"}
+        images = Path(folder) / "images"
+        images.mkdir()
+        for number in range(given.images):
+            write_image(images / f"{number:02}.jpg", render_scene(0, number, SIZES[number % len(SIZES)]).image)
+        flags = {"input": [str(images)], "out_dir": f"{folder}/out", "store.folder": f"{folder}/store"}
         flags |= {"model.type": given.type, "model.checkpoint": "none"}
         predict_module.predict(build_config(flags))
     seconds["rest"] = seconds["all"] - seconds["encoder"] - seconds["decoder"]

@@ -1,9 +1,9 @@
 """The automatic mask generator against segment_anything's: same weights, same thresholds, same masks.
 
-    python -m benchmarks.generator                    vit_b, three shapes of pictures, float32
+    python -m benchmarks.generator                    vit_b, three shapes of images, float32
     python -m benchmarks.generator --precision bf16   the encoder in bfloat16
-    python -m benchmarks.generator --objects filling  masks that cover the picture
-    python -m benchmarks.generator --crop_layers 1    four crops as well, of one picture
+    python -m benchmarks.generator --objects filling  masks that cover the image
+    python -m benchmarks.generator --crop_layers 1    four crops as well, of one image
 
 Weights are random and the objects synthetic (synthetic.py). segment_anything runs twice, as it is and with glibc's
 allocator told by its environment to keep memory, which alone nearly halves its time. Every run is a process of its own,
@@ -24,13 +24,13 @@ from segment_anything import SamAutomaticMaskGenerator
 from benchmarks.measure import describe_machine, print_table, run_process
 from benchmarks.synthetic import FoldedWithObjects, StockWithObjects, SyntheticObjects, stir_
 from finestsam.config import GENERATOR_DEFAULTS, GeneratorConfig
-from finestsam.data.scenes import draw_scene
-from finestsam.images import build_crop_boxes, build_point_grid, compute_input_size, scale_points
+from finestsam.data.scenes import render_scene
+from finestsam.images.read import build_crop_boxes, build_point_grid, compute_input_size, scale_points
 from finestsam.masks import decode_rle
-from finestsam.model.build import build_sam
+from finestsam.model.architectures import build_sam
 from finestsam.model.sam import FinestSam
 from finestsam.prediction.generator import generate_masks
-from finestsam.processor import keep_freed_memory
+from finestsam.runtime.cpu import keep_freed_memory
 
 SIZES = ((1200, 1800), (960, 640), (768, 768))
 TUNED = {"MALLOC_MMAP_THRESHOLD_": str(8 << 30), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
@@ -86,9 +86,9 @@ def _compare(given: argparse.Namespace) -> None:
         ]
         for name, values in seconds.items()
     ]
-    print_table(["generator", "s a picture", "ratio", "peak MB"], rows)
+    print_table(["generator", "s an image", "ratio", "peak MB"], rows)
     same = sum(overlap == 1 for overlap in overlaps)
-    print(f"masks of both sides, by picture: {counts}")
+    print(f"masks of both sides, by image: {counts}")
     print(f"{same} of {len(overlaps)} identical, mean IoU {np.mean(overlaps):.6f}, smallest {min(overlaps):.4f}")
 
 
@@ -100,7 +100,7 @@ def _run_one_side(given: argparse.Namespace) -> None:
     sam = build_sam(given.type)
     stir_(sam.image_encoder)
     settings = GeneratorConfig(**GENERATOR_DEFAULTS | {"crop_n_layers": given.crop_layers})
-    image = draw_scene(0, 0, tuple(given.size)).image
+    image = render_scene(0, 0, tuple(given.size)).image
     sam.mask_decoder.__class__ = FoldedWithObjects if is_ours else StockWithObjects
     sam.mask_decoder.objects = SyntheticObjects(
         sam.prompt_encoder,

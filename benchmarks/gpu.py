@@ -25,9 +25,9 @@ from benchmarks.generator import compare_masks, list_points
 from benchmarks.measure import describe_machine, print_table
 from benchmarks.synthetic import FoldedWithObjects, StockWithObjects, SyntheticObjects, stir_
 from finestsam.config import GENERATOR_DEFAULTS, GeneratorConfig
-from finestsam.data.scenes import draw_scene
+from finestsam.data.scenes import render_scene
 from finestsam.model import attention
-from finestsam.model.build import ARCHITECTURES, build_sam
+from finestsam.model.architectures import ARCHITECTURES, build_sam
 from finestsam.model.sam import FinestSam
 from finestsam.prediction.generator import generate_masks
 
@@ -59,8 +59,8 @@ def _compare_encoders(model_type: str, device: torch.device, batch: int, peak: f
     compiled, flexible = copy.deepcopy(ours), copy.deepcopy(ours)
     compiled.compile()
     flexible.compile()
-    pictures = torch.randn(batch, 3, ours.img_size, ours.img_size, device=device)
-    exact = stock(pictures[:1])
+    images = torch.randn(batch, 3, ours.img_size, ours.img_size, device=device)
+    exact = stock(images[:1])
     variants: dict[str, Callable[[Tensor], Tensor]] = {
         "segment_anything, float32": stock,
         "segment_anything, bfloat16": _in_half(stock, device),
@@ -73,8 +73,8 @@ def _compare_encoders(model_type: str, device: torch.device, batch: int, peak: f
     rows, reference = [], None
     for name, encode in variants.items():
         try:
-            error = (encode(pictures[:1]).float() - exact).norm() / exact.norm()
-            seconds, megabytes = _measure(lambda encode=encode: encode(pictures), device)
+            error = (encode(images[:1]).float() - exact).norm() / exact.norm()
+            seconds, megabytes = _measure(lambda encode=encode: encode(images), device)
         except Exception as failure:  # a variant that this machine cannot do is a row of the table
             rows.append([name, "-", "-", "-", "-", type(failure).__name__])
             continue
@@ -84,8 +84,8 @@ def _compare_encoders(model_type: str, device: torch.device, batch: int, peak: f
             [name, f"{batch / seconds:.2f}", f"{reference / seconds:.1f} x", f"{megabytes:.0f}", f"{share:.0%}",
              f"{error:.1e}"]
         )  # fmt: skip
-    print(f"\n{model_type}, encoder, {batch} pictures of {ours.img_size} pixels")
-    print_table(["encoder", "pictures / s", "ratio", "peak MB", "of the limit", "relative error"], rows)
+    print(f"\n{model_type}, encoder, {batch} images of {ours.img_size} pixels")
+    print_table(["encoder", "images / s", "ratio", "peak MB", "of the limit", "relative error"], rows)
 
 
 def _compare_generators(model_type: str, device: torch.device) -> None:
@@ -93,7 +93,7 @@ def _compare_generators(model_type: str, device: torch.device) -> None:
     stock = build_sam(model_type)
     stir_(stock.image_encoder)
     settings = GeneratorConfig(**GENERATOR_DEFAULTS)
-    image = draw_scene(0, 0, (1200, 1800)).image
+    image = render_scene(0, 0, (1200, 1800)).image
     size = stock.image_encoder.img_size
     stock.to(device)
     points = list_points(image.shape[:2], settings, size)
@@ -119,13 +119,13 @@ def _compare_generators(model_type: str, device: torch.device) -> None:
             [name, f"{1 / seconds:.2f}", f"{reference / seconds:.1f} x", f"{megabytes:.0f}", f"{np.mean(overlaps):.5f}"]
         )
     print(f"\n{model_type}, generator, 32 x 32 points, 1800 x 1200")
-    print_table(["generator", "pictures / s", "ratio", "peak MB", "mean IoU"], rows)
+    print_table(["generator", "images / s", "ratio", "peak MB", "mean IoU"], rows)
 
 
 def _in_half(encode: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
-    def run(pictures: Tensor) -> Tensor:
+    def run(images: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            return encode(pictures)
+            return encode(images)
 
     return run
 
@@ -142,11 +142,11 @@ def _with_flex(encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
 
         return flex_attention(q[:, None], k[:, None], v[:, None], score_mod=add_positions, scale=1.0)[:, 0]
 
-    def run(pictures: Tensor) -> Tensor:
+    def run(images: Tensor) -> Tensor:
         usual = attention.attend_folded, attention.attend_in_pieces
         attention.attend_folded = attention.attend_in_pieces = attend
         try:
-            return encode(pictures)
+            return encode(images)
         finally:
             attention.attend_folded, attention.attend_in_pieces = usual
 
@@ -181,7 +181,7 @@ def _measure_peak(device: torch.device) -> float:
 
 
 def _count_flops(model_type: str, image_size: int) -> float:
-    """Return the arithmetic of one picture: linear layers and attention, windows without their padding."""
+    """Return the arithmetic of one image: linear layers and attention, windows without their padding."""
     shape = ARCHITECTURES[model_type]
     tokens = (image_size // 16) ** 2
     linear = 2 * tokens * shape.width**2 * 12 * shape.depth

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from finestsam import download as downloading
 from finestsam.errors import UserError
+from finestsam.runtime import download as downloading
 
 if TYPE_CHECKING:
     from benchmarks.faults import Findings

@@ -1,8 +1,8 @@
-"""One training step on a picture with many objects: memory that does not grow with them, and the gradient of the whole.
+"""One training step on an image with many objects: memory that does not grow with them, and the gradient of the whole.
 
     python -m benchmarks.memory
 
-vit_b with random weights, a picture of 2000 x 1500, one mask an object, losses at the picture's own size; the embedding
+vit_b with random weights, an image of 2000 x 1500, one mask an object, losses at the image's own size; the embedding
 is there. Against it stands the whole batch in one pass of autograd through segment_anything's modules, with 50 objects
 because more do not fit. Every run is a process of its own; memory is what it needs beside the loaded model.
 """
@@ -26,12 +26,12 @@ from benchmarks.measure import describe_machine, print_table, run_process
 from benchmarks.training import lose
 from finestsam.batch import Batch, Prompts, Sample
 from finestsam.config import build_config
-from finestsam.images import compute_input_size, scale_points
+from finestsam.images.read import compute_input_size, scale_points
 from finestsam.masks import encode_mask
-from finestsam.model.build import build_sam
+from finestsam.model.architectures import build_sam
 from finestsam.model.sam import FinestSam
-from finestsam.processor import keep_freed_memory
-from finestsam.training.schedules import build_optimizer
+from finestsam.runtime.cpu import keep_freed_memory
+from finestsam.training.optim import build_optimizer
 from finestsam.training.step import Stepper
 from finestsam.training.trainable import freeze_
 

@@ -42,12 +42,12 @@ def mutate_tree(content: dict, generator: np.random.Generator, tensors: bool = F
         else:
             places = list(_list_places(content))
             parent, key = places[generator.integers(len(places))]
-            odd = draw_odd_tensors()
+            odd = sample_odd_tensors()
             parent[key] = odd[generator.integers(len(odd))]
     return content
 
 
-def draw_odd_tensors() -> list[torch.Tensor]:
+def sample_odd_tensors() -> list[torch.Tensor]:
     """Return tensors of odd shapes and kinds, all of which are small in a file."""
     one = torch.ones(1)
     return [
@@ -81,11 +81,11 @@ def mutate_yaml(text: str, generator: np.random.Generator) -> bytes:
     return mutate_bytes(data, generator) if generator.random() < 0.3 else data
 
 
-def draw_outline(size: tuple[int, int], generator: np.random.Generator) -> list[float]:
+def render_outline(size: tuple[int, int], generator: np.random.Generator) -> list[float]:
     """Return a polygon [x0, y0, x1, y1, ...] that runs to and fro between two lines, of any length.
 
     Args:
-        size: (height, width) of the picture, which it may leave.
+        size: (height, width) of the image, which it may leave.
     """
     corners = int(10 ** generator.uniform(0.6, 4.5))
     reach = 10 ** generator.uniform(0, 5.5)
@@ -118,8 +118,8 @@ def _list_places(node: Any) -> list[tuple[Any, Any]]:
     return [place for key in keys for place in [(node, key), *_list_places(node[key])]]
 
 
-def mutate_picture(data: bytes, generator: np.random.Generator) -> bytes:
-    """Return the bytes of a broken picture; in most the first ones are left, by which its kind is told."""
+def mutate_image(data: bytes, generator: np.random.Generator) -> bytes:
+    """Return the bytes of a broken image; in most the first ones are left, by which its kind is told."""
     kept = 16 if generator.random() < 0.8 else 0
     return data[:kept] + mutate_bytes(data[kept:], generator)
 
@@ -146,7 +146,7 @@ def mutate_bytes(data: bytes, generator: np.random.Generator) -> bytes:
 
 
 # Pillow's name of a kind, the mode of its pixels, and how it is written: every way of storing pixels that is read.
-PICTURE_KINDS = (
+IMAGE_KINDS = (
     ("PNG", "RGB", {}), ("PNG", "P", {}), ("PNG", "1", {}), ("PNG", "LA", {}), ("PNG", "I;16", {}),
     ("JPEG", "RGB", {}), ("JPEG", "RGB", {"progressive": True}), ("JPEG", "CMYK", {}), ("JPEG", "L", {"exif": True}),
     ("MPO", "RGB", {"frames": 2}), ("GIF", "P", {}), ("GIF", "P", {"frames": 3}), ("BMP", "RGB", {}), ("BMP", "P", {}),
@@ -161,15 +161,15 @@ PICTURE_KINDS = (
 ORIENTATION = 0x0112  # of EXIF
 
 
-def encode_pictures(image: np.ndarray) -> dict[str, bytes]:
-    """Return the bytes of a picture's file by a name for each of `PICTURE_KINDS` that this Pillow writes, and one more.
+def encode_images(image: np.ndarray) -> dict[str, bytes]:
+    """Return the bytes of an image's file by a name for each of `IMAGE_KINDS` that this Pillow writes, and one more.
 
     Args:
         image: H x W x 3, uint8, RGB.
     """
     Image.init()
     encoded = {}
-    for kind, mode, options in PICTURE_KINDS:
+    for kind, mode, options in IMAGE_KINDS:
         if kind not in Image.SAVE:
             continue
         data, options = io.BytesIO(), dict(options)
@@ -186,7 +186,7 @@ def encode_pictures(image: np.ndarray) -> dict[str, bytes]:
     return encoded | {"PNG RGB;16": deep.tobytes()}
 
 
-def _convert(picture: Image.Image, mode: str) -> Image.Image:
+def _convert(image: Image.Image, mode: str) -> Image.Image:
     if mode == "I;16":
-        return Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
-    return picture.convert(mode)
+        return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    return image.convert(mode)

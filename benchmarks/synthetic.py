@@ -2,7 +2,7 @@
 
 Random weights answer every point with the same faint noise, which no filter keeps; the benchmarks need candidates that
 live, die and repeat each other as a trained model's do. Both sides of a comparison get the same numbers for the same
-point. The picture is a lattice of cells; a point in a cell is answered with three nested discs around the cell's
+point. The image is a lattice of cells; a point in a cell is answered with three nested discs around the cell's
 middle, each a little sharper or duller than its neighbours' and with a score of its own.
 """
 
@@ -10,12 +10,12 @@ import torch
 from segment_anything.modeling import MaskDecoder, PromptEncoder
 from torch import Tensor, nn
 
-from finestsam.model.decoder import FoldedMaskDecoder, PictureView
+from finestsam.model.decoder import FoldedMaskDecoder, ImageFeatures
 
 CELLS = 3  # a side
 OWN_SHARE = 0.1  # of the model's own scores, which differ by token more than by point
 RADII = (0.2, 0.32, 0.45)  # of the three discs, in cells
-FILLING_RADII = (0.9, 1.2, 1.6)  # discs that cover a large part of the picture
+FILLING_RADII = (0.9, 1.2, 1.6)  # discs that cover a large part of the image
 
 
 class SyntheticObjects:
@@ -24,7 +24,7 @@ class SyntheticObjects:
     Args:
         encoder: on `device`.
         points: P x 2, XY, input frame, all that will be asked for.
-        fills: discs as large as the picture instead of a cell.
+        fills: discs as large as the image instead of a cell.
     """
 
     def __init__(self, encoder: PromptEncoder, points: Tensor, side: int, fills: bool, device: str = "cpu"):
@@ -37,7 +37,7 @@ class SyntheticObjects:
         self.slopes = (10 + 800 * torch.rand(len(points), 3, 1, 1, generator=draw)).to(device)
         cells = (points / encoder.input_image_size[0] * CELLS).long().clamp(0, CELLS - 1)
         self.cells = (cells[:, 1] * CELLS + cells[:, 0]).to(device)
-        self.discs = _draw_discs(side, FILLING_RADII if fills else RADII).to(device)
+        self.discs = _render_discs(side, FILLING_RADII if fills else RADII).to(device)
 
     def find(self, sparse: Tensor) -> Tensor:
         """Return which points were asked for; batches of another size may round them differently."""
@@ -48,7 +48,7 @@ class SyntheticObjects:
         return self.discs[self.cells[places], masks] * self.slopes[places, masks]
 
 
-def _draw_discs(side: int, radii: tuple[float, ...]) -> Tensor:
+def _render_discs(side: int, radii: tuple[float, ...]) -> Tensor:
     """Return how far inside a disc each logit is, cells x 3 x side x side, in cells."""
     ticks = (torch.arange(side) + 0.5) / side * CELLS
     middles = torch.arange(CELLS) + 0.5
@@ -74,16 +74,16 @@ class FoldedWithObjects(FoldedMaskDecoder):
 
     objects: SyntheticObjects
 
-    def _attend(self, view: PictureView, sparse: Tensor, masks: slice) -> tuple[Tensor, Tensor]:
+    def _attend(self, view: ImageFeatures, sparse: Tensor, masks: slice) -> tuple[Tensor, Tensor]:
         self._asked = self.objects.find(sparse)
         return super()._attend(view, sparse, masks)
 
     def _score(self, tokens: Tensor, masks: slice) -> Tensor:
         return self.objects.scores[self._asked] + OWN_SHARE * super()._score(tokens, masks)
 
-    def _make_kept(self, picture: Tensor, filters: Tensor, is_kept: Tensor) -> list[Tensor]:
+    def _make_kept(self, image: Tensor, filters: Tensor, is_kept: Tensor) -> list[Tensor]:
         rows, masks = is_kept.nonzero(as_tuple=True)
-        logits = super()._make_kept(picture, filters, is_kept)
+        logits = super()._make_kept(image, filters, is_kept)
         return [torch.cat(logits) + self.objects.get(self._asked[rows], masks)] if logits else []
 
 

@@ -1,9 +1,9 @@
-"""A training run against a plain loop of segment_anything's modules: the same pictures, prompts, order and losses.
+"""A training run against a plain loop of segment_anything's modules: the same images, prompts, order and losses.
 
     python -m benchmarks.training
 
-vit_b with random weights, its encoder frozen, ten objects a picture of 640 x 480, losses at the pictures' own size. The
-plain loop encodes every picture in every epoch, decodes all its objects together and upscales all their masks at once,
+vit_b with random weights, its encoder frozen, ten objects an image of 640 x 480, losses at the images' own size. The
+plain loop encodes every image in every epoch, decodes all its objects together and upscales all their masks at once,
 as finestSAM and its relatives do. It runs twice, as it is and with glibc's allocator told to keep memory.
 """
 
@@ -29,11 +29,11 @@ from finestsam.config import GENERATOR_DEFAULTS, Config, LossesConfig, build_con
 from finestsam.data.dataset import SampleDataset, SampleSettings, StepSampler
 from finestsam.data.read import read_training_set
 from finestsam.data.scenes import describe_mask
-from finestsam.images import write_image
+from finestsam.images.read import write_image
 from finestsam.masks import decode_rle
-from finestsam.model.build import build_sam
+from finestsam.model.architectures import build_sam
 from finestsam.model.sam import FinestSam
-from finestsam.training.schedules import build_optimizer, build_scheduler
+from finestsam.training.optim import build_optimizer, build_scheduler
 from finestsam.training.trainable import freeze_
 
 HEIGHT, WIDTH, OBJECTS = 480, 640, 10
@@ -43,7 +43,7 @@ PLAIN_EPOCHS, OUR_EPOCHS = 3, 10
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--type", default="vit_b")
-    parser.add_argument("--pictures", type=int, default=4)
+    parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--precision", default="auto", help="of finestsam's side")
     parser.add_argument("--plain", help=argparse.SUPPRESS)  # the settings, in the process of the plain loop
     parser.add_argument("--result", help=argparse.SUPPRESS)
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def _compare(given: argparse.Namespace, folder: Path) -> None:
-    _draw_dataset(folder / "dataset", given.pictures)
+    _render_dataset(folder / "dataset", given.images)
     weights = folder / "random.pth"
     torch.manual_seed(0)
     sam = build_sam(given.type)
@@ -107,21 +107,21 @@ def _compare(given: argparse.Namespace, folder: Path) -> None:
         print(f"{name}: losses differ by {off:.1e} at most over {PLAIN_EPOCHS} epochs")
 
 
-def _draw_dataset(folder: Path, count: int) -> None:
-    """Write pictures with exactly ten discs."""
+def _render_dataset(folder: Path, count: int) -> None:
+    """Write images with exactly ten discs."""
     (folder / "images").mkdir(parents=True)
     draw = np.random.default_rng(0)
     rows, columns = np.mgrid[:HEIGHT, :WIDTH]
     images, annotations = [], []
     for number in range(count):
-        picture = draw.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+        image = draw.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
         for _ in range(OBJECTS):
             y, x, radius = draw.integers(60, 420), draw.integers(60, 580), draw.integers(20, 60)
             mask = (rows - y) ** 2 + (columns - x) ** 2 < radius**2
-            picture[mask] = picture[mask] // 4 + draw.integers(0, 190, 3, dtype=np.uint8)
+            image[mask] = image[mask] // 4 + draw.integers(0, 190, 3, dtype=np.uint8)
             ids = {"id": len(annotations) + 1, "image_id": number, "category_id": 1}
             annotations.append(ids | describe_mask(mask))
-        write_image(folder / "images" / f"{number}.png", picture)
+        write_image(folder / "images" / f"{number}.png", image)
         images.append({"id": number, "file_name": f"{number}.png", "height": HEIGHT, "width": WIDTH})
     content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "disc"}]}
     (folder / "annotations.json").write_text(json.dumps(content))
@@ -165,7 +165,7 @@ def embed(sam: Sam, sample: Sample) -> Tensor:
 
 
 def lose(sam: Sam, embedding: Tensor, sample: Sample, settings: LossesConfig, multimask_output: bool) -> Tensor:
-    """Return the loss of every object, all at once and at the picture's own size."""
+    """Return the loss of every object, all at once and at the image's own size."""
     prompts = sample.prompts
     sparse, dense = sam.prompt_encoder((prompts.points, prompts.labels), None, None)
     logits, scores = sam.mask_decoder(embedding, sam.prompt_encoder.get_dense_pe(), sparse, dense, multimask_output)

@@ -1,6 +1,6 @@
 """The one page that defines shapes, frames and orders of what travels between the rooms.
 
-N prompts of one picture, one for each of its objects or several, P points of a prompt, M masks of its answer. Points
+N prompts of one image, one for each of its objects or several, P points of a prompt, M masks of its answer. Points
 and boxes are pixels of the input frame (`images.py`), XY and XYXY, float32. g is the side of the embedding in tokens
 (64 at 1024 pixels): SAM's masks are 4g x 4g logits that cover the padded square.
 """
@@ -36,11 +36,11 @@ class Prompts:
 
 @dataclass
 class Sample:
-    """One picture with those of its objects that are trained on or scored, their masks still compressed."""
+    """One image with those of its objects that are trained on or scored, their masks still compressed."""
 
     image_id: int
     file_name: str
-    original_size: tuple[int, int]  # of the variant, where the picture is augmented
+    original_size: tuple[int, int]  # of the variant, where the image is augmented
     input_size: tuple[int, int]
     image: Tensor | None  # 3 x h x w, uint8, RGB, input frame before padding; None: there is an embedding
     prompts: Prompts
@@ -48,7 +48,7 @@ class Sample:
     annotation_ids: list[int] = field(default_factory=list)  # N; equal ones follow each other: prompts of one object
     rows: list[int] = field(default_factory=list)  # N, the objects' places in the whole set, counted through
     correction_clicks: int = 0  # how often training corrects the first answer
-    variant: int = 0  # which augmented variant of the picture; 0: the plain one
+    variant: int = 0  # which augmented variant of the image; 0: the plain one
     embedding: Tensor | None = None  # C x g x g, float16, from the store
     background: Prompts = field(default_factory=Prompts)  # points where no object is; one label each, inside
     cells: Tensor | None = None  # 4g x 4g, int32: the object in each, from 1; as `data.cells`. None: not asked for
@@ -88,7 +88,7 @@ class Sample:
 
 @dataclass
 class Batch:
-    """The pictures of one forward pass; empty on a rank that has no picture left in the step."""
+    """The images of one forward pass; empty on a rank that has no image left in the step."""
 
     samples: list[Sample]
 
@@ -102,7 +102,7 @@ class Batch:
 
 @dataclass
 class Predictions:
-    """What the decoder answers to N prompts of one picture. M is 3, or 1 where one mask is asked for."""
+    """What the decoder answers to N prompts of one image. M is 3, or 1 where one mask is asked for."""
 
     logits: Tensor  # N x M x 4g x 4g, float32, inside where above 0
     scores: Tensor  # N x M, float32: the IoU that the model expects

@@ -22,10 +22,10 @@ from finestsam.config import (
     list_settings,
 )
 from finestsam.errors import VALUE_ERRORS, Defect, UserError, printable
-from finestsam.interruption import Interrupted, end_with_parent, watch_signals
 from finestsam.model.card import read_card
-from finestsam.plain_yaml import parse_yaml, read_yaml
-from finestsam.screen import prepare_screen
+from finestsam.runtime.plain_yaml import parse_yaml, read_yaml
+from finestsam.runtime.screen import prepare_screen
+from finestsam.runtime.signals import Interrupted, end_with_parent, watch_signals
 
 SHORT_NAMES = {
     "--dataset": "--dataset.path",
@@ -34,7 +34,7 @@ SHORT_NAMES = {
 }
 MAX_SHOWN_LETTERS = 200  # of a value that cannot be used
 DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-DESCRIPTION = "Fine-tune Segment Anything on your labelled pictures, and find their objects in new ones."
+DESCRIPTION = "Fine-tune Segment Anything on your labelled images, and find their objects in new ones."
 USAGE = """
   python -m finestsam --mode train --dataset path [--setting value ...]
   python -m finestsam --mode predict --input img.png [--setting value ...]
@@ -131,23 +131,23 @@ def _run(mode: str, config: Config) -> int:
     if os.environ.get("LOCAL_RANK", "0") != "0":  # one of several processes, which the first has started
         end_with_parent()
     if config.dataset.download:
-        from finestsam.data.coco_download import fetch_coco
+        from finestsam.modes.download import fetch_coco
 
         fetch_coco(config.dataset.download, Path(config.dataset.path), config.dataset.download_images)
     # Imported here: torch and lightning take seconds, which --help and a mistyped flag must not wait for.
     if mode == "train":
         from finestsam.training.train import train as run
     elif mode == "predict":
-        from finestsam.prediction.predict import predict as run
+        from finestsam.modes.predict import predict as run
     elif mode == "evaluate":
-        from finestsam.evaluation.evaluate import evaluate as run
+        from finestsam.modes.evaluate import evaluate as run
     elif mode == "check":
-        from finestsam.data.check import check as run
+        from finestsam.modes.check import check as run
     elif mode == "export":
-        from finestsam.prediction.export import export as run
+        from finestsam.modes.export import export as run
     else:
-        from finestsam.data.convert import convert as run
-    from finestsam.output_folder import release_output_folders
+        from finestsam.modes.convert import convert as run
+    from finestsam.runtime.output_folder import release_output_folders
 
     try:
         return run(config)

@@ -82,7 +82,7 @@ class PromptsConfig:
     )
     correction_share: float = setting(
         0.5,
-        "share of the training pictures that are corrected, drawn anew in every epoch; the others are asked once",
+        "share of the training images that are corrected, drawn anew in every epoch; the others are asked once",
         "(0, 1]",
     )
     box_jitter_ratio: float = setting(0.1, "standard deviation of the noise on a box, as a share of its side", "[0, 1]")
@@ -180,12 +180,12 @@ class LossesConfig:
     )
     resolution: Literal["original", "input", "low"] = setting(
         "original",
-        "frame of the loss: the file's pixels, the resized picture's, or the decoder's own (a quarter of the input's "
+        "frame of the loss: the file's pixels, the resized image's, or the decoder's own (a quarter of the input's "
         "side: cheapest, but another gradient). vit_tiny: low",
     )
 
     @property
-    def asks_for_masks(self) -> bool:
+    def prompts_with_masks(self) -> bool:
         return self.focal_ratio > 0 or self.dice_ratio > 0 or self.iou_ratio > 0
 
 
@@ -241,12 +241,12 @@ class FftAttentionConfig:
     blocks: Literal["none", "global", "windowed", "all"] = setting(
         "none",
         "blocks of the image encoder whose attention training replaces by one through the Fourier transform, which "
-        "costs N log N instead of N^2 for N tokens and gives other answers: those that see the whole picture, windows "
+        "costs N log N instead of N^2 for N tokens and gives other answers: those that see the whole image, windows "
         "of it, or all. Weights that have some keep them. segment_anything refuses such weights",
     )
     distill_steps: int = setting(
         100,
-        "before training, steps of one picture each in which the replaced blocks learn to answer what the original "
+        "before training, steps of one image each in which the replaced blocks learn to answer what the original "
         "ones do, frozen encoder or not; afterwards freeze.image_encoder decides. Not from random weights",
         "[0, inf)",
     )
@@ -274,14 +274,14 @@ class ImagesConfig:
     max_pixels: int = setting(178_956_970, "a file that claims more pixels is refused before it is decoded", "[1, inf)")
     deep_range: Literal["percentile", "full"] = setting(
         "percentile",
-        "how 16-bit and float pictures become 8-bit: percentile: stretched between the picture's own 0.1 and 99.9 "
+        "how 16-bit and float images become 8-bit: percentile: stretched between the image's own 0.1 and 99.9 "
         "percentiles; full: the whole range of the number type",
     )
 
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    path: str | None = setting(None, "folder of the labelled pictures; --dataset is short for it")
+    path: str | None = setting(None, "folder of the labelled images; --dataset is short for it")
     labels: Literal["complete", "partial"] = setting(
         "complete",
         "complete: every object of an image is annotated, so a mask that fits no annotation is wrong: training teaches "
@@ -293,33 +293,31 @@ class DatasetConfig:
         None, "true: split data/; false: read train/ and val/; default: whichever of the two is there"
     )
     seed: int = setting(42, "seed of the split", "[0, inf)")
-    val_size: float = setting(0.1, "share of the pictures that are validated on, at least one; 0: none", "[0, 1)")
+    val_size: float = setting(0.1, "share of the images that are validated on, at least one; 0: none", "[0, 1)")
     use_cache: bool = setting(True, "keep what the check of the dataset found, made anew when a file changes")
     sav: str | None = setting(
         None, "name of a file beside the annotations to keep it in; default: in the user's cache folder"
     )
     masks_from_boxes: bool = setting(False, "take the box for the mask where an annotation has nothing else")
     include_crowd: bool = setting(False, "train on crowd regions (iscrowd 1) as if each were one object")
-    dedup: bool = setting(False, "of annotations with exactly the same mask in one picture keep the first")
+    dedup: bool = setting(False, "of annotations with exactly the same mask in one image keep the first")
     follow_symlinks: bool = setting(False, "read files that are links to places outside the dataset")
     mask_instances: Literal["auto", "components", "values", "classes"] = setting(
         "auto",
-        "objects of a mask picture: its connected components, or its different grey values; auto: values where a "
+        "objects of a mask image: its connected components, or its different grey values; auto: values where a "
         "lossless file has more than two of them; classes: values, and each is a category of its own",
     )
-    min_region_pixels: int = setting(
-        16, "components of a mask picture that are smaller are specks, dropped", "[0, inf)"
-    )
+    min_region_pixels: int = setting(16, "components of a mask image that are smaller are specks, dropped", "[0, inf)")
     download: Literal["coco-val2017", "coco-train2017"] | None = setting(
         None, "fetch this part of COCO into the folder first; --download is short for it"
     )
-    download_images: int | None = setting(None, "only so many of its pictures", "[1, inf)")
+    download_images: int | None = setting(None, "only so many of its images", "[1, inf)")
     images: ImagesConfig = section(ImagesConfig)
     positive_points: int = setting(1, "points inside each object", "[0, 1000]")
     negative_points: int = setting(0, "points outside each object, inside its box where there is room", "[0, 1000]")
     prompts_per_object: int = setting(
         1,
-        "times that each object of a training picture is asked for in a step, each time with other points, on the grid "
+        "times that each object of a training image is asked for in a step, each time with other points, on the grid "
         "at most as often as it has points there: the generator asks it at every one of them. They share the object's "
         "weight, and take so many times as long",
         "[1, 1024]",
@@ -339,33 +337,33 @@ class DatasetConfig:
     min_area_pixels: float = setting(1.0, "objects of a smaller area in the input frame are left out", "[0, inf)")
     max_objects: int = setting(
         64,
-        "objects of a picture in a training step, a random choice where there are more; 0: all; vit_tiny: 16",
+        "objects of an image in a training step, a random choice where there are more; 0: all; vit_tiny: 16",
         "[0, inf)",
     )
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """How training pictures vary; each setting's default leaves them alone. Validation never varies them."""
+    """How training images vary; each setting's default leaves them alone. Validation never varies them."""
 
-    flip_horizontal: float = setting(0.0, "probability that a picture is mirrored, left to right", "[0, 1]")
-    flip_vertical: float = setting(0.0, "probability that a picture is mirrored, top to bottom", "[0, 1]")
-    turn: float = setting(0.0, "probability that a picture is turned, by 90, 180 or 270 degrees", "[0, 1]")
+    flip_horizontal: float = setting(0.0, "probability that an image is mirrored, left to right", "[0, 1]")
+    flip_vertical: float = setting(0.0, "probability that an image is mirrored, top to bottom", "[0, 1]")
+    turn: float = setting(0.0, "probability that an image is turned, by 90, 180 or 270 degrees", "[0, 1]")
     scale_min: float = setting(
-        1.0, "smallest size that a picture is shown at: 0.5 fills half the side that the model sees", "[0.1, 1]"
+        1.0, "smallest size that an image is shown at: 0.5 fills half the side that the model sees", "[0.1, 1]"
     )
     scale_max: float = setting(
-        1.0, "largest size that a picture is shown at: 2 shows a part of half its sides, twice as large", "[1, 10]"
+        1.0, "largest size that an image is shown at: 2 shows a part of half its sides, twice as large", "[1, 10]"
     )
     crop_min: float = setting(
-        1.0, "smallest share of the picture's area that a crop keeps, a little narrower or wider; 1: no crop", "(0, 1]"
+        1.0, "smallest share of the image's area that a crop keeps, a little narrower or wider; 1: no crop", "(0, 1]"
     )
     brightness: float = setting(0.0, "largest change of brightness: 0.2 multiplies it by 0.8 to 1.2", "[0, 1)")
     contrast: float = setting(0.0, "largest change of contrast: 0.2 multiplies it by 0.8 to 1.2", "[0, 1)")
     saturation: float = setting(0.0, "largest change of saturation: 0.2 multiplies it by 0.8 to 1.2", "[0, 1)")
     hue: float = setting(0.0, "largest shift of hue, in turns of the colour circle", "[0, 0.5]")
     variants: int = setting(
-        0, "variants of each picture, which the epochs see in turn; 0: another one in each epoch", "[0, inf)"
+        0, "variants of each image, which the epochs see in turn; 0: another one in each epoch", "[0, inf)"
     )
 
     @property
@@ -431,10 +429,10 @@ GENERATOR_DEFAULTS = {
 
 @dataclass(frozen=True)
 class StoreConfig:
-    enabled: bool = setting(True, "keep what a frozen image encoder answers for each picture, so that it runs once")
+    enabled: bool = setting(True, "keep what a frozen image encoder answers for each image, so that it runs once")
     folder: str | None = setting(None, "where; default: in the user's cache folder")
     max_gigabytes: float = setting(
-        20.0, "of the disk at most (2 MB a picture at 1024 pixels); the least recently used go first", "[0, inf)"
+        20.0, "of the disk at most (2 MB an image at 1024 pixels); the least recently used go first", "[0, inf)"
     )
 
 
@@ -456,14 +454,14 @@ class EvaluateConfig:
     clicks: int = setting(
         8, "corrective clicks on each object in --mode evaluate, as an annotator sets them; 0: none", "[0, 20]"
     )
-    battery: bool = setting(
+    all_prompts: bool = setting(
         False,
         "in each validation of a training as well, ask for every object with a box, and correct the model on it with "
         "so many clicks: an answer more for each object and click",
     )
     background_points: int = setting(
         32,
-        "points of the grid in each picture where no object is, asked for in --mode evaluate: where every object is "
+        "points of the grid in each image where no object is, asked for in --mode evaluate: where every object is "
         "labelled the predicted IoU should be low there; 0: none",
         "[0, 1024]",
     )
@@ -472,7 +470,7 @@ class EvaluateConfig:
     )
     search: bool | None = setting(
         None,
-        "choose the generator's thresholds, those that are not given, on the same pictures; default: in training, "
+        "choose the generator's thresholds, those that are not given, on the same images; default: in training, "
         "which stores them beside the weights; not in --mode evaluate, which takes the stored ones",
     )
     goal: Literal["recall", "f1"] = setting(
@@ -486,7 +484,7 @@ class EvaluateConfig:
         "are stored there",
     )
     max_images: int = setting(
-        0, "pictures that the generator runs on in training's validation, the first ones; 0: all", "[0, inf)"
+        0, "images that the generator runs on in training's validation, the first ones; 0: all", "[0, inf)"
     )
 
 
@@ -496,13 +494,13 @@ class SemanticConfig:
 
     unlabelled: Literal["background", "ignore"] = setting(
         "background",
-        "what pixels of no object are; ignore: not trained on and not scored, for pictures that are partly labelled",
+        "what pixels of no object are; ignore: not trained on and not scored, for images that are partly labelled",
     )
     head_learning_rate: float = setting(
         1e-3, "peak learning rate of the head, which starts from nothing; opt.learning_rate is the rest's", "(0, 1]"
     )
     cross_entropy_ratio: float = setting(1.0, "weight of the cross-entropy", "[0, inf)")
-    dice_ratio: float = setting(1.0, "weight of the Dice loss, the mean over a picture's classes", "[0, inf)")
+    dice_ratio: float = setting(1.0, "weight of the Dice loss, the mean over an image's classes", "[0, inf)")
 
 
 @dataclass(frozen=True)
@@ -522,7 +520,7 @@ class ClassesConfig:
 
 @dataclass(frozen=True)
 class CheckConfig:
-    samples: int = setting(12, "pictures drawn with masks and prompts on the contact sheet; 0: no sheet", "[0, 1000]")
+    samples: int = setting(12, "images drawn with masks and prompts on the contact sheet; 0: no sheet", "[0, 1000]")
     points: Literal["grid", "center", "random", "box"] = setting(
         "grid",
         "the prompts on it: points of the generator's grid inside the object, its centre, any pixel inside, or its box",
@@ -563,7 +561,7 @@ class Config:
     num_nodes: int = setting(1, "machines that train together", "[1, inf)")
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = setting(
         "auto",
-        "of the image encoder, and of the pictures that the mask generator's decoder looks at; points, boxes, scores, "
+        "of the image encoder, and of the images that the mask generator's decoder looks at; points, boxes, scores, "
         "training's decoder and losses are always float32. auto: bf16-mixed on GPUs and CPUs that compute in it, "
         "else 32-true",
     )
@@ -591,10 +589,10 @@ class Config:
     strict: bool = setting(False, "refuse a dataset with any defect, where else it is skipped and reported")
     resume: str | None = setting(
         None,
-        "continue a run: its folder, or auto for the newest of sav_dir; in predict, auto: leave out the pictures that "
+        "continue a run: its folder, or auto for the newest of sav_dir; in predict, auto: leave out the images that "
         "out_dir has the results of (not with weights for classes of pixels). auto is also what the flag alone means",
     )
-    input: list[str] = setting([], "pictures to predict: files, folders, patterns")
+    input: list[str] = setting([], "images to predict: files, folders, patterns")
     polygons: bool = setting(
         False,
         "write outlines into predictions.json instead of run lengths, for tools that read no others, such as Label "
@@ -603,13 +601,13 @@ class Config:
     correct_scores: bool = setting(
         False, "report scores as corrected by the map stored beside the weights, the IoU to be expected of them"
     )
-    opacity: float = setting(0.6, "of the masks laid over the picture, 0 invisible, 1 solid", "[0, 1]")
+    opacity: float = setting(0.6, "of the masks laid over the image, 0 invisible, 1 solid", "[0, 1]")
 
     model: ModelConfig = section(ModelConfig)
     seed_dataloader: int | None = setting(None, "seed of order and prompts; default: seed_device", "[0, inf)")
-    batch_size: int = setting(1, "pictures per step and device", "[1, inf)")
-    num_workers: int = setting(2, "processes that read pictures ahead; 0: none", "[0, inf)")
-    num_epochs: int = setting(30, "times that every picture is seen; vit_tiny: 12", "[1, inf)")
+    batch_size: int = setting(1, "images per step and device", "[1, inf)")
+    num_workers: int = setting(2, "processes that read images ahead; 0: none", "[0, inf)")
+    num_epochs: int = setting(30, "times that every image is seen; vit_tiny: 12", "[1, inf)")
     max_steps: int = setting(0, "stop after this many optimizer steps even so; 0: never", "[0, inf)")
     eval_interval: int = setting(1, "epochs between validations, vit_tiny: 12; 0: only before and after", "[0, inf)")
     early_stop_evaluations: int = setting(
@@ -628,7 +626,7 @@ class Config:
     ] = setting(
         "auto",
         "what the best weights are chosen by, and ReduceLROnPlateau waits for. ar_100, the share of the objects that "
-        "the generator's 100 best masks of a picture find, also holds where pictures are partly labelled: a mask that "
+        "the generator's 100 best masks of an image find, also holds where images are partly labelled: a mask that "
         "fits no label costs nothing but its place among them. ap and f1 count it as wrong. auto: "
         "val_generator_ar_100, and in --task classes val_classes_ar_100, the mean over categories of the objects found "
         "under their own. Of equals, and where the generator does not run, val_per_mask_iou decides",
@@ -766,7 +764,7 @@ def find_problems(mode: str, values: dict[str, Any]) -> list[str]:
     if mode == "predict" and values["resume"] not in (None, "auto"):
         problems.append(f"--mode predict goes on in its --out_dir: --resume takes no value, got {values['resume']}")
     if mode == "predict" and not values["input"]:
-        problems.append("--mode predict needs --input PICTURE, a folder or a pattern")
+        problems.append("--mode predict needs --input IMAGE, a folder or a pattern")
     if mode == "evaluate":
         problems += _find_storing_problems(build_config(values).evaluate)
     if mode == "export" and values["task"] in ("classes", "semantic"):
@@ -798,7 +796,7 @@ def _find_training_problems(config: Config) -> list[str]:
         problems.append("dataset.prompts_per_object above 1 needs prompts.use_points: they differ in their points")
     if prompts.use_logits and config.augment.moves_pixels:
         problems.append(
-            "prompts.use_logits needs pictures that stay in place: leave augment.flip_horizontal, flip_vertical, "
+            "prompts.use_logits needs images that stay in place: leave augment.flip_horizontal, flip_vertical, "
             "turn, scale_min, scale_max and crop_min as they are by default"
         )
     if prompts.mix and prompts.use_logits:
@@ -806,7 +804,7 @@ def _find_training_problems(config: Config) -> list[str]:
     has_head = config.task == "classes"
     if has_head and losses.class_ratio == 0:
         problems.append("no classes are learnt: losses.class_ratio is 0; --task masks trains masks alone")
-    if not (losses.asks_for_masks or has_head):
+    if not (losses.prompts_with_masks or has_head):
         if losses.affinity_ratio == 0:
             problems.append("nothing is learnt: losses.focal_ratio, dice_ratio, iou_ratio and affinity_ratio are all 0")
         elif not config.model_layer.trains_encoder:

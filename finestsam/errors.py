@@ -5,7 +5,7 @@ VALUE_ERRORS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticEr
 
 
 class UserError(Exception):
-    """A setting, dataset, picture or checkpoint that cannot be used.
+    """A setting, dataset, image or checkpoint that cannot be used.
 
     The text is one line that says what is wrong, with which value, in which file, and what would be right. The command
     prints it without a traceback and exits with 2.
@@ -13,7 +13,7 @@ class UserError(Exception):
 
 
 class Defect(Exception):
-    """One picture or annotation that cannot be used: skipped, counted and reported, never fatal by itself.
+    """One image or annotation that cannot be used: skipped, counted and reported, never fatal by itself.
 
     Args:
         code: short name of the kind of defect, the same in every report: `truncated_image`, `empty_segmentation`.

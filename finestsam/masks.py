@@ -18,14 +18,14 @@ from finestsam.errors import Defect
 if TYPE_CHECKING:  # torch takes seconds to import, which the processes that only read annotations must not pay
     from torch import Tensor
 
-# A coordinate further out than this is a broken file, not an object that leaves the picture: pycocotools allocates
+# A coordinate further out than this is a broken file, not an object that leaves the image: pycocotools allocates
 # memory in proportion to it (60 bytes a pixel) until the process is killed.
 MAX_COORDINATE_PIXELS = 100_000
-# pycocotools follows an outline pixel by pixel, with 50 bytes for each. None in a picture is longer than twice its
+# pycocotools follows an outline pixel by pixel, with 50 bytes for each. None in an image is longer than twice its
 # pixels, unless it runs over the same ones again and again.
 OUTLINE_PER_PIXEL = 4
 MIN_OUTLINE_LIMIT, MAX_OUTLINE_LIMIT = 1_000_000, 10_000_000
-# Of the picture's diagonal, how thick a boundary is.
+# Of the image's diagonal, how thick a boundary is.
 BOUNDARY_SHARE = 0.02
 
 Remark = tuple[str, str]  # code and message of something that is used all the same
@@ -36,7 +36,7 @@ def segmentation_to_rle(segmentation: object, size: tuple[int, int], remarks: li
 
     Args:
         segmentation: a list of polygons [x0, y0, x1, y1, ...], one such polygon, or {"size": ..., "counts": ...}.
-        size: (height, width) of the picture.
+        size: (height, width) of the image.
         remarks: what was read though it was written in an unusual way is added to it.
 
     Raises:
@@ -48,7 +48,7 @@ def segmentation_to_rle(segmentation: object, size: tuple[int, int], remarks: li
     else:
         rle = polygons_to_rle(_list_polygons(segmentation, size, [] if remarks is None else remarks), size)
     if rle_area(rle) == 0:
-        raise Defect("empty_mask", "the mask has no pixel inside the picture")
+        raise Defect("empty_mask", "the mask has no pixel inside the image")
     return rle
 
 
@@ -80,7 +80,7 @@ def _refuse_long_outline(polygons: list[list[float]], size: tuple[int, int]) -> 
     limit = min(max(OUTLINE_PER_PIXEL * size[0] * size[1], MIN_OUTLINE_LIMIT), MAX_OUTLINE_LIMIT)
     length = sum(map(_measure_outline, polygons))
     if length > limit:
-        told = f"an outline of {length:.3g} pixels in a picture of {size[1]} x {size[0]}"
+        told = f"an outline of {length:.3g} pixels in an image of {size[1]} x {size[0]}"
         raise Defect("long_outline", f"{told}, at most {limit}: it runs to and fro")
 
 
@@ -97,7 +97,7 @@ def _read_polygon(part: object, size: tuple[int, int], remarks: list[Remark]) ->
     except (TypeError, ValueError):
         raise Defect("not_a_number", f"a polygon holds something that is not a number: {str(part)[:60]}") from None
     except OverflowError:  # an integer beyond 10^308
-        raise Defect("far_outside", f"a polygon has a coordinate beyond any picture: {str(part)[:60]}") from None
+        raise Defect("far_outside", f"a polygon has a coordinate beyond any image: {str(part)[:60]}") from None
     if any(isinstance(number, str) for number in part):
         remarks.append(("text_coordinates", "coordinates written as text, read as numbers"))
     if len(numbers) % 2:
@@ -106,9 +106,9 @@ def _read_polygon(part: object, size: tuple[int, int], remarks: list[Remark]) ->
         raise Defect("not_finite", "a polygon has a coordinate that is not finite")
     farthest = max(map(abs, numbers), default=0)
     if farthest > max(MAX_COORDINATE_PIXELS, 10 * max(size)):
-        raise Defect("far_outside", f"coordinate {farthest:g} in a picture of {size[1]} x {size[0]} pixels")
+        raise Defect("far_outside", f"coordinate {farthest:g} in an image of {size[1]} x {size[0]} pixels")
     if numbers and (min(numbers) < -1 or max(numbers[::2]) > size[1] + 1 or max(numbers[1::2]) > size[0] + 1):
-        remarks.append(("clipped", "reaches out of the picture, cut at its edge"))
+        remarks.append(("clipped", "reaches out of the image, cut at its edge"))
     return numbers
 
 
@@ -117,7 +117,7 @@ def _run_lengths_to_rle(segmentation: dict, size: tuple[int, int]) -> dict:
     if not isinstance(rle_size, list) or list(rle_size) != list(size):
         hint = "; height and width look exchanged" if rle_size == list(size[::-1]) else ""
         raise Defect(
-            "rle_size", f"run lengths of size {rle_size!s:.40} in a picture of height and width {list(size)}{hint}"
+            "rle_size", f"run lengths of size {rle_size!s:.40} in an image of height and width {list(size)}{hint}"
         )
     pixel_count = size[0] * size[1]
     if isinstance(counts, str | bytes):
@@ -129,7 +129,7 @@ def _run_lengths_to_rle(segmentation: dict, size: tuple[int, int]) -> dict:
         raise Defect("rle_counts", f"run lengths must be a string or a list of integers: {str(counts)[:60]}")
     # Before they are added: the sum of longer ones can wrap around to what fits.
     if ((runs < 0) | (runs > pixel_count)).any():
-        raise Defect("rle_counts", f"run lengths below 0 or above the {pixel_count} pixels of the picture")
+        raise Defect("rle_counts", f"run lengths below 0 or above the {pixel_count} pixels of the image")
     if int(runs.sum()) != pixel_count:
         raise Defect("rle_counts", f"run lengths cover {int(runs.sum())} of {pixel_count} pixels")
     if isinstance(counts, bytes):
@@ -148,7 +148,7 @@ def _decode_counts(text: bytes) -> np.ndarray:
     ends = np.flatnonzero((codes & 0x20) == 0)
     starts = np.concatenate([[0], ends[:-1] + 1])
     if (ends - starts).max() > 8:
-        raise Defect("rle_counts", "a run length is longer than any picture")
+        raise Defect("rle_counts", "a run length is longer than any image")
     places = np.arange(len(codes)) - np.repeat(starts, ends - starts + 1)
     values = np.add.reduceat((codes & 0x1F) << (5 * places), starts)
     values -= np.where(codes[ends] & 0x10, 1 << (5 * (ends - starts + 1)), 0)
@@ -163,7 +163,7 @@ def join_rles(rles: list[dict]) -> dict:
 
 
 def box_to_rle(box: list[int], size: tuple[int, int]) -> dict:
-    """Return the rectangle of a box, XYWH, whole pixels, in a picture of a (height, width)."""
+    """Return the rectangle of a box, XYWH, whole pixels, in an image of a (height, width)."""
     return coco_mask.frPyObjects(np.array([box], dtype=np.float64), *size)[0]
 
 
@@ -173,7 +173,7 @@ def shared_area(rle: dict, other: dict) -> int:
 
 
 def labels_to_rles(labels: np.ndarray) -> dict[int, dict]:
-    """Return the mask of every number but 0 in a picture of numbers (H x W, int), by number.
+    """Return the mask of every number but 0 in an image of numbers (H x W, int), by number.
 
     All from one pass over the pixels: thousands of objects cost what one costs.
     """
@@ -187,7 +187,7 @@ def labels_to_rles(labels: np.ndarray) -> dict[int, dict]:
     rles = {}
     for number, runs in zip(found.tolist(), np.split(order, firsts[1:]), strict=True):
         if number != 0:
-            # Outside, inside, outside, ... and what is left of the picture.
+            # Outside, inside, outside, ... and what is left of the image.
             edges = np.stack([starts[runs], ends[runs]], axis=1).ravel()
             counts = np.diff(edges, prepend=0, append=flat.size).tolist()
             rles[number] = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
@@ -211,7 +211,7 @@ def decode_rle(rle: dict) -> np.ndarray:
 
 
 def decode_rles(rles: list[dict]) -> Tensor:
-    """Return the masks of one picture, N x H x W, bool; they must be of one size and at least one."""
+    """Return the masks of one image, N x H x W, bool; they must be of one size and at least one."""
     import torch
 
     masks = coco_mask.decode(rles)  # H x W x N
@@ -294,7 +294,7 @@ def find_largest_component(mask: np.ndarray) -> tuple[np.ndarray, tuple[int, int
     Where the mask is empty, so is what is returned.
     """
     _, labels, boxes, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
-    if len(boxes) == 1:  # the rest of the picture alone
+    if len(boxes) == 1:  # the rest of the image alone
         return mask[:0, :0], (0, 0)
     largest = 1 + int(boxes[1:, cv2.CC_STAT_AREA].argmax())
     x, y, width, height = boxes[largest, :4].tolist()
@@ -312,7 +312,7 @@ def rasterize(polygon: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def distance_inside(mask: np.ndarray) -> np.ndarray:
     """Return how far each pixel inside is from the nearest pixel outside, H x W, float32, pixels.
 
-    Beyond the picture's edge counts as outside, so that an object cut by the edge does not have its centre there.
+    Beyond the image's edge counts as outside, so that an object cut by the edge does not have its centre there.
     """
     framed = np.pad(mask.astype(np.uint8), 1)
     return cv2.distanceTransform(framed, cv2.DIST_L2, 5)[1:-1, 1:-1]
@@ -321,7 +321,7 @@ def distance_inside(mask: np.ndarray) -> np.ndarray:
 def find_boundary(mask: np.ndarray, thickness: int) -> np.ndarray:
     """Return the pixels of a mask (H x W, bool) that are less than `thickness` + 1 steps from one outside.
 
-    Beyond the picture's edge counts as outside. Steps go to all eight neighbours.
+    Beyond the image's edge counts as outside. Steps go to all eight neighbours.
     """
     framed = np.pad(mask.astype(np.uint8), 1)
     inner = cv2.erode(framed, np.ones((3, 3), np.uint8), iterations=thickness, borderValue=0)[1:-1, 1:-1]
@@ -329,7 +329,7 @@ def find_boundary(mask: np.ndarray, thickness: int) -> np.ndarray:
 
 
 def boundary_iou(mask: np.ndarray, truth: np.ndarray) -> float:
-    """Return the IoU of the boundaries of two masks, H x W, bool, each of 2 % of the picture's diagonal inwards.
+    """Return the IoU of the boundaries of two masks, H x W, bool, each of 2 % of the image's diagonal inwards.
 
     Source: Cheng et al., Boundary IoU (arXiv 2103.16562), with their thickness. 1 where both masks are empty.
     """

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from finestsam.cli import main
-from finestsam.images import write_image
+from finestsam.images.read import write_image
 
 HEIGHT, WIDTH = 120, 160
-# Rectangles as x, y, width, height: three on the first picture, one on the second.
+# Rectangles as x, y, width, height: three on the first image, one on the second.
 BOXES = {1: (10, 20, 40, 30), 2: (80, 20, 30, 50), 3: (20, 70, 50, 40), 4: (30, 30, 60, 60)}
 MEMORY_BYTES = 3_000_000_000
 
@@ -58,7 +58,7 @@ def polygon(box: tuple[int, int, int, int]) -> list[float]:
 
 
 class Zoo:
-    """A dataset of two pictures in finestSAM's layout, whose parts tests change before `check` writes and reads it."""
+    """A dataset of two images in finestSAM's layout, whose parts tests change before `check` writes and reads it."""
 
     def __init__(self, root: Path, capsys):
         self.root = root / "dataset"
@@ -67,7 +67,7 @@ class Zoo:
         self.annotation_file = self.root / "data" / "annotations.json"
         self.images_dir.mkdir(parents=True)
         for seed, name in enumerate(("a.png", "b.png")):
-            self.write_picture(name, seed)
+            self.write_image(name, seed)
         self.content = {
             "images": [
                 {"id": number, "file_name": name, "width": WIDTH, "height": HEIGHT}
@@ -89,7 +89,7 @@ class Zoo:
         }
         self._capsys = capsys
 
-    def write_picture(self, name: str, seed: int = 0, size: tuple[int, int] = (HEIGHT, WIDTH)) -> Path:
+    def save_image(self, name: str, seed: int = 0, size: tuple[int, int] = (HEIGHT, WIDTH)) -> Path:
         pixels = np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8)
         path = self.images_dir / name
         path.parent.mkdir(parents=True, exist_ok=True)

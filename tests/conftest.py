@@ -21,8 +21,8 @@ from finestsam.config import DatasetConfig
 from finestsam.data.index import Record
 from finestsam.data.read import read_training_set
 from finestsam.data.scenes import write_scenes
-from finestsam.images import write_image
-from finestsam.model.build import build_sam
+from finestsam.images.read import write_image
+from finestsam.model.architectures import build_sam
 from finestsam.model.sam import FinestSam
 
 FROM_SCRATCH = [
@@ -123,7 +123,7 @@ def tiny_sam() -> FinestSam:
 
 @pytest.fixture
 def coco_folder(tmp_path):
-    """Return a function that writes a plain dataset of one 12 x 10 picture with the annotations given to it."""
+    """Return a function that writes a plain dataset of one 12 x 10 image with the annotations given to it."""
 
     def write(annotations: object, **changes: object) -> Path:
         (tmp_path / "images").mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Drawn pictures of two categories that look different: dark red balls, bright green crates."""
+"""Drawn images of two categories that look different: dark red balls, bright green crates."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from finestsam.data.scenes import describe_mask
-from finestsam.images import write_image
+from finestsam.images.read import write_image
 
 SIDE, CELL = 96, 48
 # Names that a careless page would take for HTML, and ids that are neither 1, 2 nor in the order of the list.
@@ -14,7 +14,7 @@ CATEGORIES = {7: "crate", 3: "ball <b> & co"}
 
 
 def write_named_shapes(root: Path, count: int, seed: int = 0, categories: dict[int, str] | None = None) -> Path:
-    """Write a COCO dataset into `root`, in finestSAM's auto-split layout: in each quarter of a picture one or none."""
+    """Write a COCO dataset into `root`, in finestSAM's auto-split layout: in each quarter of an image one or none."""
     draw = np.random.default_rng(seed)
     folder = root / "data" / "images"
     folder.mkdir(parents=True)
@@ -25,7 +25,7 @@ def write_named_shapes(root: Path, count: int, seed: int = 0, categories: dict[i
             if draw.random() < 0.15:
                 continue
             category = int(draw.choice([3, 7]))
-            mask = _draw_shape(draw, category, cell)
+            mask = _render_shape(draw, category, cell)
             colour = {3: (120, 30, 30), 7: (90, 220, 90)}[category] + draw.normal(0, 10, 3)
             image[mask] = colour + draw.normal(0, 6, (int(mask.sum()), 3))
             ids = {"id": len(annotations) + 1, "image_id": number, "category_id": category}
@@ -39,8 +39,8 @@ def write_named_shapes(root: Path, count: int, seed: int = 0, categories: dict[i
     return root
 
 
-def _draw_shape(draw: np.random.Generator, category: int, cell: int) -> np.ndarray:
-    """Return the mask of a disc or a square in a quarter of the picture, SIDE x SIDE, bool."""
+def _render_shape(draw: np.random.Generator, category: int, cell: int) -> np.ndarray:
+    """Return the mask of a disc or a square in a quarter of the image, SIDE x SIDE, bool."""
     radius = draw.uniform(12, 20)
     y, x = (CELL * place + draw.uniform(radius + 1, CELL - radius - 1) for place in divmod(cell, 2))
     rows, columns = np.mgrid[:SIDE, :SIDE]

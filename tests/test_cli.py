@@ -111,9 +111,9 @@ def test_a_file_may_say_what_flags_say(tmp_path):
     assert (config.dataset.path, config.run_name, config.resume, config.num_devices) == ("plans", "7", None, [0, 1])
     assert config.opt.learning_rate == 1e-3
 
-    path.write_text("mode: predict\ninput: a picture.png\n")
+    path.write_text("mode: predict\ninput: an image.png\n")
     mode, config = parse_command_line(["--config", str(path)])
-    assert (mode, config.input) == ("predict", ["a picture.png"])
+    assert (mode, config.input) == ("predict", ["an image.png"])
 
 
 @pytest.mark.parametrize("source", ["flag", "file"])

@@ -30,13 +30,13 @@ from finestsam.masks import (
 SIZE = (10, 12)
 
 
-def draw_random_mask(seed: int, size: tuple[int, int] = SIZE) -> np.ndarray:
+def sample_random_mask(seed: int, size: tuple[int, int] = SIZE) -> np.ndarray:
     return np.random.default_rng(seed).random(size) > 0.5
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_every_form_of_run_lengths_gives_the_mask_that_pycocotools_encoded(seed):
-    mask = draw_random_mask(seed)
+    mask = sample_random_mask(seed)
     compressed = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
     columns = mask.T.flatten()
     edges = np.flatnonzero(np.diff(np.concatenate([[0], columns, [1 - columns[-1]]]))).tolist()
@@ -50,7 +50,7 @@ def test_every_form_of_run_lengths_gives_the_mask_that_pycocotools_encoded(seed)
 
 
 def test_long_runs_with_falling_differences_are_decoded_like_pycocotools(seed=3):
-    mask = draw_random_mask(seed, (500, 700))
+    mask = sample_random_mask(seed, (500, 700))
     mask[100:400, 50:650] = True
     mask[200:210, 300:310] = False
     rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
@@ -58,8 +58,8 @@ def test_long_runs_with_falling_differences_are_decoded_like_pycocotools(seed=3)
     assert segmentation_to_rle(rle_to_json(rle), (500, 700)) == rle
 
 
-def draw_zigzag(corners: int, width: float, height: float = 1.0) -> list[float]:
-    """A polygon whose every edge crosses the picture."""
+def render_zigzag(corners: int, width: float, height: float = 1.0) -> list[float]:
+    """A polygon whose every edge crosses the image."""
     across = np.arange(corners) % 2 * width
     return np.stack([across, np.linspace(0, height, corners)], axis=1).ravel().tolist()
 
@@ -67,14 +67,14 @@ def draw_zigzag(corners: int, width: float, height: float = 1.0) -> list[float]:
 @pytest.mark.parametrize(
     "parts",
     [
-        [draw_zigzag(4000, 999)],
-        [draw_zigzag(40, 99_999)],
-        [draw_zigzag(200, 999)] * 20,
+        [render_zigzag(4000, 999)],
+        [render_zigzag(40, 99_999)],
+        [render_zigzag(200, 999)] * 20,
     ],
-    ids=["within the picture", "far out", "in many parts"],
+    ids=["within the image", "far out", "in many parts"],
 )
 def test_an_outline_that_runs_to_and_fro_is_refused_before_it_is_followed(parts):
-    with pytest.raises(Defect, match=r"an outline of [\d.e+]+ pixels in a picture of 1000 x 500, at most 2000000"):
+    with pytest.raises(Defect, match=r"an outline of [\d.e+]+ pixels in an image of 1000 x 500, at most 2000000"):
         segmentation_to_rle(parts, (500, 1000))
 
 
@@ -105,7 +105,7 @@ def test_a_flat_list_of_numbers_and_numbers_as_text_are_one_polygon():
     assert segmentation_to_rle([[str(number) for number in polygon]], SIZE) == segmentation_to_rle([polygon], SIZE)
 
 
-def test_a_polygon_far_larger_than_the_picture_is_clipped_to_it():
+def test_a_polygon_far_larger_than_the_image_is_clipped_to_it():
     assert rle_area(segmentation_to_rle([[-9000, -9000, 9000, -9000, 9000, 9000, -9000, 9000]], SIZE)) == 120
 
 
@@ -151,14 +151,14 @@ def test_a_segmentation_without_a_mask_is_named_before_pycocotools_sees_it(segme
 
 @pytest.mark.parametrize("cut", range(1, 8))
 def test_a_cut_string_of_run_lengths_never_gives_a_mask(cut):
-    counts = encode_mask(draw_random_mask(5))["counts"].decode()
+    counts = encode_mask(sample_random_mask(5))["counts"].decode()
 
     with pytest.raises(Defect, match="run lengths"):
         segmentation_to_rle({"size": list(SIZE), "counts": counts[:-cut]}, SIZE)
 
 
 def test_masks_come_back_from_run_lengths_and_from_json():
-    masks = torch.from_numpy(np.stack([draw_random_mask(seed) for seed in range(3)]))
+    masks = torch.from_numpy(np.stack([sample_random_mask(seed) for seed in range(3)]))
 
     rles = [encode_mask(mask.numpy()) for mask in masks]
 
@@ -205,7 +205,7 @@ def test_the_largest_island_stays_however_small():
     assert cleaned[5, 5]
 
 
-def test_boundaries_are_as_thick_as_the_picture_asks_and_their_iou_is_that_of_plain_loops():
+def test_boundaries_are_as_thick_as_the_image_asks_and_their_iou_is_that_of_plain_loops():
     rng = np.random.default_rng(0)
     shape = (60, 80)  # 2 % of its diagonal of 100: 2 pixels
     truth = rasterize(np.array([[5.0, 5.0], [60.0, 10.0], [70.0, 50.0], [10.0, 59.0]]), shape)

@@ -16,7 +16,7 @@ def test_the_notebook_runs_top_to_bottom(monkeypatch, tmp_path):
 
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
 
-    pictures = [
+    images = [
         output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
     ]
-    assert len(pictures) == 5
+    assert len(images) == 5

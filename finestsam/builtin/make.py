@@ -27,7 +27,7 @@ COMMON = (
     "--dataset.val_size", "0.01", "--evaluate.max_images", "2", "--dataset.labels", "partial",
     "--augment.flip_horizontal", "0.5", "--augment.turn", "0.75", "--augment.hue", "0.1", "--augment.saturation", "0.5",
 )  # fmt: skip
-# Crops of large pictures, seen small.
+# Crops of large images, seen small.
 SMALL = ("--model.image_size", "256", "--augment.crop_min", "0.2")
 # The image encoder alone learns which places belong together.
 AFFINITIES = (
@@ -51,7 +51,7 @@ LARGE = (*WHOLE, "--augment.crop_min", "0.3", "--opt.learning_rate", "6e-4")
 CLOSE = (*WHOLE, "--augment.crop_min", "0.12", "--opt.learning_rate", "8e-4")
 AFAR = (*WHOLE, "--augment.crop_min", "0.35", "--opt.learning_rate", "6e-4")
 NATURAL = (*WHOLE, "--augment.crop_min", "0.25", "--opt.learning_rate", "8e-4")
-# As large as the model is to see its pictures.
+# As large as the model is to see its images.
 FINE = (
     *MASKS, "--model.image_size", "768", "--batch_size", "2", "--dataset.max_objects", "20",
     "--dataset.background_points", "12", "--augment.crop_min", "0.35", "--opt.learning_rate", "5e-4",

@@ -1,38 +1,38 @@
-"""From checked pictures to an index: ids, categories, duplicates, counts."""
+"""From checked images to an index: ids, categories, duplicates, counts."""
 
 from collections.abc import Iterable
 
 from finestsam.config import DatasetConfig
 from finestsam.data.index import UNNAMED_CATEGORY, Annotation, Index, Record
-from finestsam.data.picture import CheckedPicture
 from finestsam.data.report import DatasetReport
+from finestsam.formats.found import CheckedImage
 from finestsam.masks import Remark
 
 
 def assemble(
-    pictures: Iterable[CheckedPicture],
+    images: Iterable[CheckedImage],
     categories: dict[int, str] | None,
     settings: DatasetConfig,
     report: DatasetReport,
 ) -> Index:
-    """Join the pictures of one part of a dataset.
+    """Join the images of one part of a dataset.
 
     Args:
-        categories: names by id; None: the objects carry names, or the values that mask pictures have for them.
-        report: what was found so far; what is found here and in the pictures is added.
+        categories: names by id; None: the objects carry names, or the values that mask images have for them.
+        report: what was found so far; what is found here and in the images is added.
     """
     records: list[Record] = []
     table = _CategoryTable(categories)
-    for picture in pictures:
+    for image in images:
         report.image_count += 1
-        report.annotation_count += picture.annotation_count
-        report.findings += picture.findings
-        if picture.size is None:
+        report.annotation_count += image.annotation_count
+        report.findings += image.findings
+        if image.size is None:
             continue
-        image_id = report.image_count if picture.image_id is None else picture.image_id
-        record = Record(image_id, picture.file_name, picture.path, picture.size, [], picture.crowds, picture.digest)
-        _add_objects(record, picture, table, settings, report)
-        record.crowd_categories = [number if number in table.names else None for number in picture.crowd_categories]
+        image_id = report.image_count if image.image_id is None else image.image_id
+        record = Record(image_id, image.file_name, image.path, image.size, [], image.crowds, image.digest)
+        _add_objects(record, image, table, settings, report)
+        record.crowd_categories = [number if number in table.names else None for number in image.crowd_categories]
         records.append(record)
     _number_annotations(records, report)
     report.background_image_count = sum(not record.annotations for record in records)
@@ -42,11 +42,11 @@ def assemble(
 
 
 def _add_objects(
-    record: Record, picture: CheckedPicture, table: "_CategoryTable", settings: DatasetConfig, report: DatasetReport
+    record: Record, image: CheckedImage, table: "_CategoryTable", settings: DatasetConfig, report: DatasetReport
 ) -> None:
-    has_ids = picture.image_id is not None  # other formats number their objects from the first in each picture
+    has_ids = image.image_id is not None  # other formats number their objects from the first in each image
     seen: dict[bytes, object] = {}
-    for found in picture.objects:
+    for found in image.objects:
         if found.counts in seen:
             message = f"the same mask as annotation {seen[found.counts]}"
             if settings.dedup:

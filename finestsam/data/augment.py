@@ -1,8 +1,8 @@
-"""Variants of a training picture: a part of it, turned, flipped, shown smaller, in other colours.
+"""Variants of a training image: a part of it, turned, flipped, shown smaller, in other colours.
 
-A `View` says what one variant shows. It is drawn from a random generator and applied to the picture and its masks
-alike. Nothing is resampled on the way: every pixel of a variant, and of its masks, is a pixel of the plain picture.
-Size changes only where any picture is resized for the model, and the variant's own pixels are the `original` frame.
+A `View` says what one variant shows. It is drawn from a random generator and applied to the image and its masks
+alike. Nothing is resampled on the way: every pixel of a variant, and of its masks, is a pixel of the plain image.
+Size changes only where any image is resized for the model, and the variant's own pixels are the `original` frame.
 """
 
 import math
@@ -17,7 +17,7 @@ from finestsam.config import AugmentConfig
 from finestsam.data.index import Annotation, Record
 from finestsam.masks import box_to_rle, decode_rle, encode_mask, rle_box, shared_area
 
-# A crop's width over its height is at most this much more, or less, than the picture's: shapes stay likely.
+# A crop's width over its height is at most this much more, or less, than the image's: shapes stay likely.
 MAX_ASPECT_CHANGE = 4 / 3
 # Of an object's pixels; a crop that leaves less shows a sliver, from which nobody could tell the object.
 MIN_REMAINING_SHARE = 0.1
@@ -25,9 +25,9 @@ MIN_REMAINING_SHARE = 0.1
 
 @dataclass(frozen=True)
 class View:
-    """What a variant shows: a window of the plain picture, turned, then flipped, then recoloured."""
+    """What a variant shows: a window of the plain image, turned, then flipped, then recoloured."""
 
-    window: tuple[int, int, int, int]  # x, y, width, height, pixels of the plain picture
+    window: tuple[int, int, int, int]  # x, y, width, height, pixels of the plain image
     quarter_turns: int = 0  # counter-clockwise
     flip_horizontal: bool = False
     flip_vertical: bool = False
@@ -42,13 +42,13 @@ class View:
         _, _, width, height = self.window
         return (width, height) if self.quarter_turns % 2 else (height, width)
 
-    def leaves_pixels(self, picture_size: tuple[int, int]) -> bool:
-        """Tell whether every pixel of a picture of that (height, width) is shown where it lies."""
-        window = (0, 0, picture_size[1], picture_size[0])
+    def leaves_pixels(self, original_size: tuple[int, int]) -> bool:
+        """Tell whether every pixel of an image of that (height, width) is shown where it lies."""
+        window = (0, 0, original_size[1], original_size[0])
         return self.window == window and not (self.quarter_turns or self.flip_horizontal or self.flip_vertical)
 
     def meets(self, box: list[int]) -> bool:
-        """Tell whether any pixel of a box, XYWH, of the plain picture lies in the window."""
+        """Tell whether any pixel of a box, XYWH, of the plain image lies in the window."""
         x, y, width, height = self.window
         left, top, box_width, box_height = box
         return left < x + width and x < left + box_width and top < y + height and y < top + box_height
@@ -69,21 +69,21 @@ class ShownObject:
 
 
 def choose_variant(augment: AugmentConfig, epoch: int) -> int:
-    """Return which variant of the pictures an epoch sees, counted from 1; 0: the plain pictures."""
+    """Return which variant of the images an epoch sees, counted from 1; 0: the plain images."""
     if not augment.is_active:
         return 0
     return 1 + (epoch % augment.variants if augment.variants else epoch)
 
 
 def show_all(record: Record) -> tuple[View, np.ndarray]:
-    """Return the view that leaves a picture as it is, and the places of its objects in `record.annotations`."""
+    """Return the view that leaves an image as it is, and the places of its objects in `record.annotations`."""
     return View((0, 0, record.size[1], record.size[0])), np.arange(len(record.annotations))
 
 
 def choose_view(
     record: Record, augment: AugmentConfig, image_size: int, min_area_pixels: float, generator: np.random.Generator
 ) -> tuple[View, np.ndarray]:
-    """Draw how a variant shows a picture; one that would show no object shows the whole picture instead.
+    """Draw how a variant shows an image; one that would show no object shows the whole image instead.
 
     Args:
         min_area_pixels: objects of a smaller area in the input frame do not count as shown.
@@ -91,7 +91,7 @@ def choose_view(
     Returns:
         The view, and the places in `record.annotations` of the objects that it shows, rising.
     """
-    view = draw_view(augment, record.size, generator)
+    view = sample_view(augment, record.size, generator)
     places = find_shown(record, view, image_size, min_area_pixels)
     if len(places) == 0:
         whole, places = show_all(record)
@@ -99,15 +99,15 @@ def choose_view(
     return view, places
 
 
-def draw_view(augment: AugmentConfig, size: tuple[int, int], generator: np.random.Generator) -> View:
-    """Draw a view of a picture of a (height, width)."""
+def sample_view(augment: AugmentConfig, size: tuple[int, int], generator: np.random.Generator) -> View:
+    """Draw a view of an image of a (height, width)."""
     # All are drawn whatever is asked for: turning one setting on does not change what the others do.
     mirror, upend, turn, angle, zoom, share, aspect, left, top, *colours = generator.random(13).tolist()
     # Evenly by ratio: half as large is as likely as twice as large.
     scale = augment.scale_min * (augment.scale_max / augment.scale_min) ** zoom
     brightness, contrast, saturation, hue = (2 * draw - 1 for draw in colours)
     return View(
-        window=_draw_window(size, scale, augment.crop_min + (1 - augment.crop_min) * share, (aspect, left, top)),
+        window=_render_window(size, scale, augment.crop_min + (1 - augment.crop_min) * share, (aspect, left, top)),
         quarter_turns=1 + int(3 * angle) if turn < augment.turn else 0,
         flip_horizontal=mirror < augment.flip_horizontal,
         flip_vertical=upend < augment.flip_vertical,
@@ -119,19 +119,19 @@ def draw_view(augment: AugmentConfig, size: tuple[int, int], generator: np.rando
     )
 
 
-def _draw_window(
+def _render_window(
     size: tuple[int, int], scale: float, share: float, draws: tuple[float, float, float]
 ) -> tuple[int, int, int, int]:
     """Return x, y, width, height of a window.
 
     Args:
         scale: above 1 the window's sides are divided by it.
-        share: of the picture's area, before that.
+        share: of the image's area, before that.
         draws: of the aspect ratio and the place, each in [0, 1).
     """
     aspect_draw, left, top = draws
     height, width = size
-    # A crop that keeps nearly all of the picture has little room to change its shape.
+    # A crop that keeps nearly all of the image has little room to change its shape.
     limit = min(MAX_ASPECT_CHANGE, 1 / share)
     aspect = limit ** (2 * aspect_draw - 1)
     window_width = max(1, round(width * math.sqrt(share * aspect) / max(scale, 1.0)))
@@ -154,7 +154,7 @@ def find_shown(record: Record, view: View, image_size: int, min_area_pixels: flo
 
 
 def show_image(image: np.ndarray, view: View) -> np.ndarray:
-    """Return what a view shows of a picture (H x W x 3), in the picture's own colours."""
+    """Return what a view shows of an image (H x W x 3), in the image's own colours."""
     if view.leaves_pixels(image.shape[:2]):
         return image
     shown = show(torch.from_numpy(image).permute(2, 0, 1), view)
@@ -181,7 +181,7 @@ def show(pixels: Tensor, view: View) -> Tensor:
 
 
 def recolour(image: Tensor, view: View) -> Tensor:
-    """Return a picture (3 x H x W, uint8, RGB) in the view's colours."""
+    """Return an image (3 x H x W, uint8, RGB) in the view's colours."""
     for change, amount, neutral in (
         (F.adjust_brightness, view.brightness, 1),
         (F.adjust_contrast, view.contrast, 1),

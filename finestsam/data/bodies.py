@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from finestsam.data.drawing import SQUARE, point_at, turn, widen
-from finestsam.data.surfaces import Surface, draw_colour, draw_surface
+from finestsam.data.surfaces import Surface, sample_colour, sample_surface
 
 FACES = (1.1, 0.7, 0.9)  # how bright the faces of a box are: top, flank, front
 
@@ -32,64 +32,64 @@ class Species:
         return self.bands > 0 or any(surface is not self.surfaces[0] for surface in self.surfaces)
 
 
-def draw_species(rng: np.random.Generator) -> Species:
+def sample_species(rng: np.random.Generator) -> Species:
     """Draw a kind of body."""
     draw = SPECIES[rng.choice(len(SPECIES), p=SHARES)]
     parts = draw(rng)
-    surfaces = [draw_surface(rng)] * len(parts)
+    surfaces = [sample_surface(rng)] * len(parts)
     relief, bands = rng.choice((0, 0.5, 1), p=(0.2, 0.4, 0.4)), 0
     if rng.random() < 0.6:
-        surfaces = [draw_surface(rng) if rng.random() < 0.5 else surface for surface in surfaces]
-    if draw is _draw_box:  # its faces are flat, and each is lit in its own way
+        surfaces = [sample_surface(rng) if rng.random() < 0.5 else surface for surface in surfaces]
+    if draw is _sample_box:  # its faces are flat, and each is lit in its own way
         surfaces, relief = [surface.dim(shade) for surface, shade in zip(surfaces, FACES, strict=True)], 0
     elif rng.random() < 0.2:
         surfaces, bands = surfaces[:1], int(rng.integers(1, 4))
     kind = Species(parts, surfaces, relief, bands)
     for _ in range(rng.integers(0, 8) if rng.random() < 0.5 else 0):
-        mark = draw_lump(rng, 0.2) * rng.uniform(0.02, 0.12) + rng.uniform(-0.5, 0.5, 2)
-        kind.features.append((mark, np.float32(draw_colour(rng))))
+        mark = sample_lump(rng, 0.2) * rng.uniform(0.02, 0.12) + rng.uniform(-0.5, 0.5, 2)
+        kind.features.append((mark, np.float32(sample_colour(rng))))
     return kind
 
 
-def draw_lump(rng: np.random.Generator, roughness: float, corners: int = 64) -> Polygon:
+def sample_lump(rng: np.random.Generator, roughness: float, corners: int = 64) -> Polygon:
     """Return a closed curve about the unit circle whose waves weaken with their number."""
     angles, waves = np.linspace(0, 2 * np.pi, corners, endpoint=False), np.arange(2, 9)[:, None]
     heights = rng.normal(0, roughness, (7, 1)) / waves * np.cos(waves * angles + rng.uniform(0, 2 * np.pi, (7, 1)))
     return point_at(angles) * np.exp(heights.sum(axis=0))[:, None]
 
 
-def _draw_stone(rng: np.random.Generator) -> list[Part]:
-    return [[draw_lump(rng, rng.uniform(0.05, 0.7)) * [1, rng.uniform(0.4, 1)]]]
+def _render_stone(rng: np.random.Generator) -> list[Part]:
+    return [[sample_lump(rng, rng.uniform(0.05, 0.7)) * [1, rng.uniform(0.4, 1)]]]
 
 
-def _draw_fruit(rng: np.random.Generator) -> list[Part]:
+def _render_fruit(rng: np.random.Generator) -> list[Part]:
     stalk = widen(np.stack([np.linspace(0, rng.normal(0, 0.3), 6), np.linspace(-0.6, -1.2, 6)], axis=1), 0.06)
-    return [[stalk], [draw_lump(rng, 0.12) * [0.9, rng.uniform(0.7, 0.95)]]]
+    return [[stalk], [sample_lump(rng, 0.12) * [0.9, rng.uniform(0.7, 0.95)]]]
 
 
-def _draw_creature(rng: np.random.Generator) -> list[Part]:
+def _render_creature(rng: np.random.Generator) -> list[Part]:
     """A trunk with a head and limbs, upright or on all fours."""
     upright = rng.random() < 0.5
     length, girth = rng.uniform(0.45, 0.6), rng.uniform(0.2, 0.34)
-    trunk = draw_lump(rng, 0.12) * ([girth, length] if upright else [length, girth])
+    trunk = sample_lump(rng, 0.12) * ([girth, length] if upright else [length, girth])
     limbs = []
     for foot in range(rng.integers(2, 5)):
         start = np.array([girth if upright else length, length if upright else girth]) * [rng.uniform(-0.8, 0.8), 0.5]
         if upright and foot >= 2:  # an arm
             start = np.array([rng.choice((-1, 1)) * girth * 0.8, -0.6 * length])
         end = start + [rng.normal(0, 0.25) + 0.3 * np.sign(start[0]) * (foot >= 2), rng.uniform(0.4, 0.75)]
-        limbs.append(draw_limb(rng, start, end, rng.uniform(0.07, 0.13)))
+        limbs.append(sample_limb(rng, start, end, rng.uniform(0.07, 0.13)))
     head_at = np.array([0, -length - 0.15]) if upright else np.array([length + 0.1, -girth - rng.uniform(0, 0.3)])
-    head = draw_lump(rng, 0.15) * rng.uniform(0.16, 0.28) * [1, rng.uniform(0.7, 1.3)] + head_at
-    neck = draw_limb(rng, 0.6 * head_at, head_at, 0.1)
+    head = sample_lump(rng, 0.15) * rng.uniform(0.16, 0.28) * [1, rng.uniform(0.7, 1.3)] + head_at
+    neck = sample_limb(rng, 0.6 * head_at, head_at, 0.1)
     parts = [limbs, [trunk, neck], [head]]
     if not upright and rng.random() < 0.7:
         tail = np.array([-length, -0.3 * girth])
-        parts[0].append(draw_limb(rng, tail, tail + [-0.4, rng.normal(0, 0.3)], 0.05))
+        parts[0].append(sample_limb(rng, tail, tail + [-0.4, rng.normal(0, 0.3)], 0.05))
     return [[0.85 * polygon for polygon in part] for part in parts]
 
 
-def draw_limb(rng: np.random.Generator, start: np.ndarray, end: np.ndarray, half_width: float) -> Polygon:
+def sample_limb(rng: np.random.Generator, start: np.ndarray, end: np.ndarray, half_width: float) -> Polygon:
     """Return a bent band from a point to another that is narrower at its end."""
     share = np.linspace(0, 1, 10)[:, None]
     aside = turn((end - start)[None], np.pi / 2) * rng.normal(0, 0.15)
@@ -97,7 +97,7 @@ def draw_limb(rng: np.random.Generator, start: np.ndarray, end: np.ndarray, half
     return widen(line, half_width * (1 - 0.5 * share))
 
 
-def _draw_vessel(rng: np.random.Generator) -> list[Part]:
+def _render_vessel(rng: np.random.Generator) -> list[Part]:
     """A body of revolution seen from the side, with or without a handle and a foot."""
     along = np.linspace(-1, 1, 24)
     knots = rng.uniform(0.15, 0.6, 5)
@@ -115,7 +115,7 @@ def _draw_vessel(rng: np.random.Generator) -> list[Part]:
     return parts
 
 
-def _draw_box(rng: np.random.Generator) -> list[Part]:
+def _sample_box(rng: np.random.Generator) -> list[Part]:
     """A box seen from a corner: two or three faces."""
     width, height, depth = rng.uniform(0.3, 0.9), rng.uniform(0.3, 0.9), rng.uniform(0.1, 0.5)
     aside, up = np.array([width, rng.uniform(-0.25, 0.1)]), np.array([0.0, -height])
@@ -127,7 +127,7 @@ def _draw_box(rng: np.random.Generator) -> list[Part]:
     return [[top], [flank], [front]]
 
 
-def _draw_furniture(rng: np.random.Generator) -> list[Part]:
+def _render_furniture(rng: np.random.Generator) -> list[Part]:
     """A board or a seat on legs, or wheels below a body."""
     width, thickness, level = rng.uniform(0.6, 1), rng.uniform(0.05, 0.4), rng.uniform(-0.4, 0.2)
     board = _round_off(SQUARE * [width, thickness]) + [0, level]
@@ -158,17 +158,25 @@ def _round_off(polygon: Polygon) -> Polygon:
     return polygon
 
 
-def _draw_plant(rng: np.random.Generator) -> list[Part]:
+def _render_plant(rng: np.random.Generator) -> list[Part]:
     """Leaves on stems from one foot."""
     leaves, stems = [], []
     for _ in range(rng.integers(3, 12)):
         lean = rng.normal(0, 0.5)
         tip = np.array([math.sin(lean), 1 - 1.7 * math.cos(lean)]) * rng.uniform(0.6, 1)
-        stems.append(draw_limb(rng, np.array([0.0, 0.9]), tip, 0.035))
-        leaf = draw_lump(rng, 0.15) * [rng.uniform(0.1, 0.25), rng.uniform(0.2, 0.45)]
+        stems.append(sample_limb(rng, np.array([0.0, 0.9]), tip, 0.035))
+        leaf = sample_lump(rng, 0.15) * [rng.uniform(0.1, 0.25), rng.uniform(0.2, 0.45)]
         leaves.append(turn(leaf, lean + rng.normal(0, 0.3)) + tip)
     return [stems, leaves]
 
 
-SPECIES = (_draw_stone, _draw_fruit, _draw_creature, _draw_vessel, _draw_box, _draw_furniture, _draw_plant)
+SPECIES = (
+    _render_stone,
+    _render_fruit,
+    _render_creature,
+    _render_vessel,
+    _sample_box,
+    _render_furniture,
+    _render_plant,
+)
 SHARES = (0.2, 0.1, 0.25, 0.13, 0.12, 0.12, 0.08)

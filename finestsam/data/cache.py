@@ -1,6 +1,6 @@
 """Keep what the check of a dataset found, so that a large one is read through once.
 
-Plain json, never code. A file is used for exactly the labels, pictures and settings that it was made of, and only as
+Plain json, never code. A file is used for exactly the labels, images and settings that it was made of, and only as
 this user's finestsam wrote it, which signs it with a key of its own: an edited one, or somebody else's beside the
 dataset, is made anew. It is safe to delete.
 """
@@ -15,20 +15,20 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from finestsam.cache_folder import cache_folder
 from finestsam.config import DatasetConfig
 from finestsam.data.index import Annotation, Index, Record
-from finestsam.data.layouts import Part
 from finestsam.data.report import DatasetReport, Finding
-from finestsam.data.yolo import read_names
 from finestsam.errors import Defect
+from finestsam.formats.layouts import Part
+from finestsam.formats.yolo import read_names
 from finestsam.masks import segmentation_to_rle
-from finestsam.whole_files import write_text
+from finestsam.runtime.cache_folder import cache_folder
+from finestsam.runtime.whole_files import write_text
 
 # Raised whenever reading gives another result for the same files.
 VERSION = 4
 SECRET_NAME, SECRET_BYTES = "cache.key", 32
-# What does not change how a picture and its labels are read.
+# What does not change how an image and its labels are read.
 UNREAD_SETTINGS = {
     "path", "auto_split", "seed", "val_size", "use_cache", "sav", "positive_points", "negative_points", "use_center",
     "snap_to_grid", "min_area_pixels", "max_objects", "download", "download_images", "background_points", "labels",
@@ -46,7 +46,7 @@ def find_cache_file(part: Part, settings: DatasetConfig) -> Path:
 
 
 def compute_key(part: Part, settings: DatasetConfig, cache_file: Path) -> str:
-    """Return a hash of everything that the index depends on; of pictures the size and time of change."""
+    """Return a hash of everything that the index depends on; of images the size and time of change."""
     wanted = {name: value for name, value in dataclasses.asdict(settings).items() if name not in UNREAD_SETTINGS}
     digest = hashlib.sha256(json.dumps([VERSION, part.kind, wanted], sort_keys=True, allow_nan=False).encode())
     if part.labels.is_file():
@@ -71,7 +71,7 @@ def compute_key(part: Part, settings: DatasetConfig, cache_file: Path) -> str:
 def read_index(path: Path, key: str, part: Part, settings: DatasetConfig) -> Index | None:
     """Return the index that was kept, or None where there is none for this key, or it was changed since.
 
-    What would do harm is checked again all the same: pictures lie in the dataset, and run lengths fill their picture.
+    What would do harm is checked again all the same: images lie in the dataset, and run lengths fill their image.
     """
     try:
         if not _is_own(path):
@@ -83,7 +83,7 @@ def read_index(path: Path, key: str, part: Part, settings: DatasetConfig) -> Ind
         content = json.loads(body)
         records = [_read_record(entry) for entry in content["records"]]
         resolve = os.path.abspath if settings.follow_symlinks else os.path.realpath
-        places = (part.root, part.images_dir, cache_folder() / "pictures")  # the last has those of labelme's files
+        places = (part.root, part.images_dir, cache_folder() / "images")  # the last has those of labelme's files
         roots = tuple(f"{resolve(place)}{os.sep}" for place in places)
         if not all(resolve(record.path).startswith(roots) and _has_sound_masks(record) for record in records):
             return None

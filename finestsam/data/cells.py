@@ -20,7 +20,7 @@ def label_cells(record: Record, view: View, input_size: tuple[int, int], side: i
     cell lies in the padding. -2: none, and in a crowd region.
 
     Args:
-        input_size: (height, width) of the picture in the input frame.
+        input_size: (height, width) of the image in the input frame.
     """
     labels = np.full((side, side), PADDING, dtype=np.int32)
     rows, columns = (find_middles(cells, shown) for cells, shown in zip(input_size, view.size, strict=True))
@@ -44,6 +44,6 @@ def sort_by_area(annotations: list[Annotation]) -> list[Annotation]:
 
 
 def find_middles(input_length: int, shown_length: int) -> np.ndarray:
-    """Return the shown pixels, along one side, in the middles of the cells that hold any of the picture."""
+    """Return the shown pixels, along one side, in the middles of the cells that hold any of the image."""
     middles = np.arange(0, input_length, CELL_PIXELS) + CELL_PIXELS / 2
     return np.minimum(middles * shown_length / input_length, shown_length - 1).astype(np.int64)

@@ -1,4 +1,4 @@
-"""A sheet of pictures with their masks and the prompts that training would ask with: look at your data first."""
+"""A sheet of images with their masks and the prompts that training would ask with: look at your data first."""
 
 import hashlib
 import math
@@ -18,14 +18,14 @@ from finestsam.data.prompts import (
     sample_points,
 )
 from finestsam.errors import Defect, printable
-from finestsam.images import compute_input_size, read_image, resize_image, shrink_mask
+from finestsam.images.read import compute_input_size, read_image, resize_image, shrink_mask
 from finestsam.masks import decode_rle
 
-TILE_PIXELS = 384  # the longest side of a picture on a sheet of a few
+TILE_PIXELS = 384  # the longest side of an image on a sheet of a few
 CAPTION_PIXELS, LEGEND_PIXELS, MARGIN_PIXELS = 40, 34, 10
-# More than fits on a screen is for reading the report, not for looking; 30 Mpx is a picture of 90 MB.
+# More than fits on a screen is for reading the report, not for looking; 30 Mpx is an image of 90 MB.
 MAX_SHEET_PIXELS = 30_000_000
-MAX_OBJECTS = 400  # drawn of one picture
+MAX_OBJECTS = 400  # drawn of one image
 PAPER, INK, GREY = (250, 250, 250), (30, 30, 30), (150, 150, 150)
 INSIDE, OUTSIDE = (40, 230, 90), (240, 40, 40)
 OPACITY = 0.45
@@ -35,10 +35,10 @@ MOST_TINTED_SHARE = 0.25
 GOLDEN_TURN = 0.618034
 
 
-def draw_contact_sheet(
+def render_contact_sheet(
     records: list[Record], settings: CheckConfig, dataset: DatasetConfig, points_per_side: int
 ) -> np.ndarray:
-    """Return pictures, chosen without regard to their order, with masks and prompts, H x W x 3, uint8, RGB.
+    """Return images, chosen without regard to their order, with masks and prompts, H x W x 3, uint8, RGB.
 
     Args:
         points_per_side: of the generator's grid.
@@ -47,11 +47,11 @@ def draw_contact_sheet(
     columns = max(1, round(math.sqrt(len(shown) * 1.5)))
     rows = math.ceil(len(shown) / columns)
     side = min(TILE_PIXELS, int(math.sqrt(MAX_SHEET_PIXELS / (rows * columns))) - CAPTION_PIXELS - MARGIN_PIXELS)
-    tiles = [_draw_tile(record, settings, dataset, points_per_side, side) for record in shown]
+    tiles = [_render_tile(record, settings, dataset, points_per_side, side) for record in shown]
     heights = [max(tile.height for tile in tiles[row * columns : (row + 1) * columns]) for row in range(rows)]
     width = max(columns * (side + MARGIN_PIXELS) + MARGIN_PIXELS, 560)
     sheet = Image.new("RGB", (width, LEGEND_PIXELS + sum(heights) + MARGIN_PIXELS * (rows + 1)), PAPER)
-    _draw_legend(sheet, settings, dataset)
+    _render_legend(sheet, settings, dataset)
     top = LEGEND_PIXELS + MARGIN_PIXELS
     for row in range(rows):
         for column, tile in enumerate(tiles[row * columns : (row + 1) * columns]):
@@ -60,17 +60,17 @@ def draw_contact_sheet(
     return np.asarray(sheet)
 
 
-def draw_prompts(
+def sample_prompts(
     record: Record, annotation: Annotation, settings: CheckConfig, dataset: DatasetConfig, points_per_side: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the points that an object is asked with, P x 2, XY, pixels of the picture, and their labels."""
+    """Return the points that an object is asked with, P x 2, XY, pixels of the image, and their labels."""
     found = cut_out(decode_rle(record.rle(annotation)), annotation.box)
     generator = np.random.default_rng([dataset.seed, annotation.id & 0xFFFFFFFF])
     inside = None
     if settings.points == "center":
         return find_center(found)[None], np.array([POSITIVE])
     if settings.points == "grid":
-        # As if the model saw the picture in its own size: where a point falls differs by less than a pixel.
+        # As if the model saw the image in its own size: where a point falls differs by less than a pixel.
         inside = find_grid_points_inside(found, build_image_grid(points_per_side, record.size), scale=1.0)
     count = 0 if settings.points == "box" else settings.point_count
     points, labels = sample_points(found, PointCounts(count, dataset.negative_points, False, inside), generator)
@@ -78,11 +78,11 @@ def draw_prompts(
 
 
 def _rank(record: Record) -> str:
-    """Return what shuffles pictures the same way in any order and on any machine."""
+    """Return what shuffles images the same way in any order and on any machine."""
     return hashlib.blake2b(record.file_name.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _draw_tile(
+def _render_tile(
     record: Record, settings: CheckConfig, dataset: DatasetConfig, points_per_side: int, side: int
 ) -> Image.Image:
     try:
@@ -91,7 +91,7 @@ def _draw_tile(
     except Defect as defect:
         tile = Image.new("RGB", (side, side + CAPTION_PIXELS), GREY)
         ImageDraw.Draw(tile).text((10, side // 2), _shorten(printable(defect.message), side, 13), INK, _font(13))
-        _draw_caption(tile, record, side, 0)
+        _render_caption(tile, record, side, 0)
         return tile
     # Large objects first, so that what lies in them stays visible.
     annotations = sorted(record.annotations, key=lambda found: -found.area)[:MAX_OBJECTS]
@@ -107,8 +107,8 @@ def _draw_tile(
     pen = ImageDraw.Draw(tile)
     scale = size[1] / record.size[1]
     for annotation in annotations:
-        _draw_object(pen, record, annotation, settings, dataset, points_per_side, scale)
-    _draw_caption(tile, record, size[0], len(annotations))
+        _render_object(pen, record, annotation, settings, dataset, points_per_side, scale)
+    _render_caption(tile, record, size[0], len(annotations))
     return tile
 
 
@@ -128,7 +128,7 @@ def _lay_crowd(canvas: np.ndarray, inside: np.ndarray) -> None:
     canvas[ys[striped], xs[striped]] = 0.5 * canvas[ys[striped], xs[striped]] + 0.5 * np.array(GREY)
 
 
-def _draw_object(
+def _render_object(
     pen: ImageDraw.ImageDraw,
     record: Record,
     annotation: Annotation,
@@ -140,7 +140,7 @@ def _draw_object(
     if settings.points == "box":
         x, y, width, height = (length * scale for length in annotation.box)
         pen.rectangle((x, y, x + width, y + height), outline=INSIDE, width=2)
-    points, labels = draw_prompts(record, annotation, settings, dataset, points_per_side)
+    points, labels = sample_prompts(record, annotation, settings, dataset, points_per_side)
     for (x, y), label in zip((points + 0.5) * scale, labels, strict=True):
         if label == POSITIVE:
             pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=INSIDE, outline=INK)
@@ -149,7 +149,7 @@ def _draw_object(
             pen.line((x - 3, y + 3, x + 3, y - 3), fill=OUTSIDE, width=2)
 
 
-def _draw_caption(tile: Image.Image, record: Record, top: int, drawn: int) -> None:
+def _render_caption(tile: Image.Image, record: Record, top: int, drawn: int) -> None:
     pen = ImageDraw.Draw(tile)
     count = len(record.annotations)
     facts = f"{record.size[1]} x {record.size[0]}, {count} object{'' if count == 1 else 's'}"
@@ -159,7 +159,7 @@ def _draw_caption(tile: Image.Image, record: Record, top: int, drawn: int) -> No
     pen.text((2, top + 20), facts, GREY if top else INK, _font(13))
 
 
-def _draw_legend(sheet: Image.Image, settings: CheckConfig, dataset: DatasetConfig) -> None:
+def _render_legend(sheet: Image.Image, settings: CheckConfig, dataset: DatasetConfig) -> None:
     prompts = {
         "grid": "points of the generator's grid inside the object (its centre where none is)",
         "center": "the centre, the pixel deepest inside",

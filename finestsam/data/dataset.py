@@ -1,6 +1,6 @@
-"""Pictures with their objects and prompts, and the order in which training sees them.
+"""Images with their objects and prompts, and the order in which training sees them.
 
-A sample is a pure function of (seed, epoch, picture): worker processes, their number and a restart change nothing.
+A sample is a pure function of (seed, epoch, image): worker processes, their number and a restart change nothing.
 """
 
 import math
@@ -26,7 +26,6 @@ from finestsam.data.augment import (
     show_object,
 )
 from finestsam.data.cells import CELL_PIXELS, label_cells, sort_by_area
-from finestsam.data.embeddings import EmbeddingStore, picture_key
 from finestsam.data.index import Annotation, Record
 from finestsam.data.previous_logits import PreviousLogits
 from finestsam.data.prompts import (
@@ -39,10 +38,11 @@ from finestsam.data.prompts import (
     jitter_box,
     sample_point_sets,
 )
-from finestsam.data.semantic import ClassTable, draw_label_cells
+from finestsam.data.semantic import ClassTable, render_label_cells
 from finestsam.errors import Defect
-from finestsam.images import compute_input_size, read_image, resize_image, scale_boxes, scale_points
+from finestsam.images.read import compute_input_size, read_image, resize_image, scale_boxes, scale_points
 from finestsam.masks import decode_rle, join_rles
+from finestsam.model.embeddings import EmbeddingStore, image_key
 
 # What a random stream is for, the end of its seed: drawing one never changes another. None is 0, which at the end of a
 # seed counts for nothing in numpy.
@@ -52,14 +52,14 @@ PROMPT_KINDS = ("use_points", "use_boxes", "use_masks")
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """What a sample depends on besides its picture."""
+    """What a sample depends on besides its image."""
 
     image_size: int  # pixels of the longest side
     points_per_side: int  # of the generator's grid
     seed: int
     prompts: PromptsConfig
     dataset: DatasetConfig
-    max_objects: int = 0  # a random choice where a picture has more; 0: all
+    max_objects: int = 0  # a random choice where an image has more; 0: all
     augment: AugmentConfig = AugmentConfig()
     wants_cells: bool = False  # which object each cell of the decoder's grid belongs to
     classes: ClassTable | None = None  # a class for each of those cells is all that is asked for; None: objects are
@@ -67,12 +67,12 @@ class SampleSettings:
 
 
 class SampleDataset(Dataset):
-    """Samples by (epoch, position of the picture).
+    """Samples by (epoch, position of the image).
 
     Args:
-        records: pictures, each with at least one object.
+        records: images, each with at least one object.
         previous_logits: what the model answered an epoch ago, as mask prompts; None: not used.
-        store: where the embeddings of pictures may be, whose pixels are then not read; None: not used.
+        store: where the embeddings of images may be, whose pixels are then not read; None: not used.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class SampleDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample | Defect:
-        """Return the sample, or the defect of a picture that broke since the dataset was checked."""
+        """Return the sample, or the defect of an image that broke since the dataset was checked."""
         epoch, position = key
         record = self.records[position]
         variant = choose_variant(self.settings.augment, epoch)
@@ -106,7 +106,7 @@ class SampleDataset(Dataset):
             return Defect(defect.code, f"{record.file_name}: {defect.message}")
         side = self.settings.image_size // CELL_PIXELS
         if self.settings.classes is not None:
-            classes = draw_label_cells(record, self.settings.classes, view, input_size, side)
+            classes = render_label_cells(record, self.settings.classes, view, input_size, side)
             return Sample(
                 record.image_id, record.file_name, view.size, input_size, pixels, Prompts(),
                 variant=variant, embedding=embedding, classes=classes,
@@ -114,14 +114,14 @@ class SampleDataset(Dataset):
         cells = None
         if self.settings.wants_cells or self.settings.categories:
             cells = label_cells(record, view, input_size, side)
-        background = self._draw_background(record, view, input_size, epoch)
+        background = self._sample_background(record, view, input_size, epoch)
         places = self._choose_objects(record, places, epoch)
         asked = self._choose_kind(record, epoch)
         frames = _Frames(view.size, input_size, build_image_grid(self.settings.points_per_side, view.size))
         rles, prompts, counts = [], [], []
         for place in places:
             shown = show_object(record, record.annotations[place], view)
-            prompts.append(self._draw_prompts(asked, shown, frames, epoch))
+            prompts.append(self._sample_prompts(asked, shown, frames, epoch))
             counts.append(len(prompts[-1]))
             rles += [shown.rle] * counts[-1]
         places = np.repeat(places, counts)
@@ -150,10 +150,10 @@ class SampleDataset(Dataset):
         return [table.by_category[annotation.category_id] for annotation in annotations] if table else []
 
     def read_pixels(self, position: int, variant: int) -> Tensor:
-        """Return a picture's variant as the encoder sees it before the padding, 3 x h x w, uint8.
+        """Return an image's variant as the encoder sees it before the padding, 3 x h x w, uint8.
 
         Raises:
-            Defect: the picture broke since it was checked.
+            Defect: the image broke since it was checked.
         """
         record = self.records[position]
         view, _ = self._choose_view(record, variant)
@@ -162,7 +162,7 @@ class SampleDataset(Dataset):
         return recolour(pixels.contiguous(), view)
 
     def list_embedding_keys(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        """Yield the store's key of every picture's every variant, and its (position, variant)."""
+        """Yield the store's key of every image's every variant, and its (position, variant)."""
         augment = self.settings.augment
         variants = range(1, augment.variants + 1) if augment.is_active else (0,)
         for position, record in enumerate(self.records):
@@ -178,7 +178,7 @@ class SampleDataset(Dataset):
         return compute_input_size(view.size, view.compute_input_side(self.settings.image_size))
 
     def _choose_view(self, record: Record, variant: int) -> tuple[View, np.ndarray]:
-        """Return how the picture is shown, and the places of the objects that can be seen; the same in each epoch."""
+        """Return how the image is shown, and the places of the objects that can be seen; the same in each epoch."""
         if variant == 0:
             return show_all(record)
         settings = self.settings
@@ -192,7 +192,7 @@ class SampleDataset(Dataset):
         generator = self._open_stream(epoch, record.image_id, CHOICE)
         return np.sort(generator.choice(places, size=limit, replace=False))
 
-    def _draw_background(self, record: Record, view: View, input_size: tuple[int, int], epoch: int) -> Prompts:
+    def _sample_background(self, record: Record, view: View, input_size: tuple[int, int], epoch: int) -> Prompts:
         """Return points of the grid that lie in no object and no crowd region, at most as many as are asked for."""
         count = self.settings.dataset.background_points
         if count == 0:
@@ -214,7 +214,7 @@ class SampleDataset(Dataset):
         return Prompts(points[:, None], torch.ones(len(points), 1, dtype=torch.int64))
 
     def _choose_kind(self, record: Record, epoch: int) -> PromptsConfig:
-        """Return what a picture's objects are asked for with: all kinds that are turned on, or one of them."""
+        """Return what an image's objects are asked for with: all kinds that are turned on, or one of them."""
         asked = self.settings.prompts
         kinds = [name for name in PROMPT_KINDS if getattr(asked, name)]
         if not asked.mix or len(kinds) < 2:
@@ -223,30 +223,30 @@ class SampleDataset(Dataset):
         return replace(asked, **{name: name == chosen for name in PROMPT_KINDS})
 
     def _count_corrections(self, record: Record, epoch: int) -> int:
-        """Return how often the first answers on a picture's objects are corrected."""
+        """Return how often the first answers on an image's objects are corrected."""
         asked = self.settings.prompts
         if asked.correction_clicks == 0:
             return 0
         is_corrected = self._open_stream(epoch, record.image_id, CORRECTION).random() < asked.correction_share
         return asked.correction_clicks if is_corrected else 0
 
-    def _draw_prompts(self, asked: PromptsConfig, shown: ShownObject, frames: "_Frames", epoch: int) -> Prompts:
+    def _sample_prompts(self, asked: PromptsConfig, shown: ShownObject, frames: "_Frames", epoch: int) -> Prompts:
         """Return what one object is asked for with: S prompts with other points, and one box and one mask for all."""
         prompts, count = Prompts(), 1
         if asked.use_points:
             generator = self._open_stream(epoch, shown.annotation_id, POINTS)
-            points, labels = self._draw_points(shown, frames, generator)
+            points, labels = self._sample_points(shown, frames, generator)
             prompts.points, prompts.labels, count = torch.from_numpy(points), torch.from_numpy(labels), len(points)
         if asked.use_boxes:
             generator = self._open_stream(epoch, shown.annotation_id, BOX)
-            prompts.boxes = torch.from_numpy(self._draw_box(shown, frames, generator)).expand(count, -1)
+            prompts.boxes = torch.from_numpy(self._sample_box(shown, frames, generator)).expand(count, -1)
         if asked.use_masks or asked.use_logits:
             generator = self._open_stream(epoch, shown.annotation_id, MASK)
-            prompts.mask_logits = torch.from_numpy(self._draw_mask(shown, frames, generator)).expand(count, 1, -1, -1)
+            prompts.mask_logits = torch.from_numpy(self._sample_mask(shown, frames, generator)).expand(count, 1, -1, -1)
             prompts.has_mask = torch.full((count,), asked.use_masks)
         return prompts
 
-    def _draw_points(
+    def _sample_points(
         self, shown: ShownObject, frames: "_Frames", generator: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return S x P x 2 points, XY, input frame, and S x P labels."""
@@ -259,7 +259,7 @@ class SampleDataset(Dataset):
         points, labels = sample_point_sets(found, counts, dataset.prompts_per_object, generator)
         return scale_points(points, frames.original_size, frames.input_size).astype(np.float32), labels
 
-    def _draw_box(self, shown: ShownObject, frames: "_Frames", generator: np.random.Generator) -> np.ndarray:
+    def _sample_box(self, shown: ShownObject, frames: "_Frames", generator: np.random.Generator) -> np.ndarray:
         """Return the box with its noise, XYXY, input frame."""
         asked = self.settings.prompts
         x, y, width, height = shown.box
@@ -268,7 +268,7 @@ class SampleDataset(Dataset):
         box = jitter_box(box, frames.input_size, asked.box_jitter_ratio, asked.box_jitter_max_pixels, generator)
         return box.astype(np.float32)
 
-    def _draw_mask(self, shown: ShownObject, frames: "_Frames", generator: np.random.Generator) -> np.ndarray:
+    def _sample_mask(self, shown: ShownObject, frames: "_Frames", generator: np.random.Generator) -> np.ndarray:
         """Return a coarse mask as logits of the padded square, 4g x 4g; zeros where only its place is needed."""
         side = self.settings.image_size // 4
         square = np.zeros((side, side), dtype=np.float32)
@@ -279,7 +279,7 @@ class SampleDataset(Dataset):
         return square
 
     def _open_stream(self, number: int, identity: int, purpose: int) -> np.random.Generator:
-        """Return the generator for one purpose, a picture's or object's id, and the number of an epoch or variant."""
+        """Return the generator for one purpose, an image's or object's id, and the number of an epoch or variant."""
         # The low 32 bits: ids can pass 2^32, and can be negative.
         return np.random.default_rng([self.settings.seed, number, identity & 0xFFFFFFFF, purpose])
 
@@ -293,7 +293,7 @@ class SampleDataset(Dataset):
 
 @dataclass(frozen=True)
 class _Frames:
-    """What the objects of a shown picture have in common."""
+    """What the objects of a shown image have in common."""
 
     original_size: tuple[int, int]
     input_size: tuple[int, int]
@@ -307,17 +307,17 @@ def _scale_of(original_size: tuple[int, int], input_size: tuple[int, int]) -> fl
 
 def _embedding_key(record: Record, view: View) -> str:
     is_plain = view == show_all(record)[0]
-    return picture_key(record.digest, record.size, "" if is_plain else repr(view))
+    return image_key(record.digest, record.size, "" if is_plain else repr(view))
 
 
 def _stack_prompts(prompts: list[Prompts]) -> Prompts:
-    """Join the prompts of objects to those of a picture."""
+    """Join the prompts of objects to those of an image."""
     columns = {entry.name: [getattr(one, entry.name) for one in prompts] for entry in fields(Prompts)}
     return Prompts(**{name: torch.cat(values) for name, values in columns.items() if values[0] is not None})
 
 
 def collate(samples: list[Sample | Defect]) -> tuple[Batch, list[str]]:
-    """Return the batch, and what is to be said about pictures that could not be read."""
+    """Return the batch, and what is to be said about images that could not be read."""
     batch = Batch([sample for sample in samples if isinstance(sample, Sample)])
     return batch, [sample.message for sample in samples if isinstance(sample, Defect)]
 
@@ -325,7 +325,7 @@ def collate(samples: list[Sample | Defect]) -> tuple[Batch, list[str]]:
 class StepSampler:
     """The order of an epoch: batches of (epoch, position), the same number on every rank, the last ones maybe empty.
 
-    A pure function of (seed, epoch): the picture at place p of the shuffled epoch goes to the same optimizer step
+    A pure function of (seed, epoch): the image at place p of the shuffled epoch goes to the same optimizer step
     whatever the number of ranks, as long as batch_size x world_size is the same.
     """
 

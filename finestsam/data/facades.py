@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from finestsam.data.drawing import SQUARE, Drawn, draw_lines, draw_noise, fill, point_at, turn, turn_grid
+from finestsam.data.drawing import SQUARE, Drawn, fill, point_at, render_lines, render_noise, turn, turn_grid
 
 WALLS = ((164, 92, 72), (186, 120, 90), (214, 196, 160), (196, 178, 150), (226, 216, 200), (150, 150, 152))
 FRAMES = ((236, 234, 226), (222, 206, 176), (92, 66, 48), (54, 74, 66))
@@ -26,11 +26,11 @@ class Style:
     has_shutters: bool
 
 
-def draw_facades(rng: np.random.Generator, size: tuple[int, int]) -> Drawn:
+def render_facades(rng: np.random.Generator, size: tuple[int, int]) -> Drawn:
     """Draw rows of windows in a wall of bricks or plaster; doors, shutters, ledges and shrubs belong to no object."""
     height, width = size
     angle, middle = rng.normal(0, 0.05), np.array(size[::-1]) / 2
-    canvas, labels, label = draw_wall(rng, size, angle), np.zeros(size, np.int32), 0
+    canvas, labels, label = render_wall(rng, size, angle), np.zeros(size, np.int32), 0
     style = _choose_style(rng)
     floors, columns = rng.integers(3, 5), rng.integers(3, 6)
     cell = np.array([width / columns, height / floors]) * rng.uniform(0.9, 1.15)
@@ -47,24 +47,26 @@ def draw_facades(rng: np.random.Generator, size: tuple[int, int]) -> Drawn:
                 _paint(canvas, SQUARE * half * [0.8, 1.2] + centre, rng.choice(PAINTS), angle, middle)
                 continue
             label += 1
-            outline = draw_window(rng, canvas, style, half, centre, angle, middle)
+            outline = render_window(rng, canvas, style, half, centre, angle, middle)
             box, inside = fill(outline, size)
             labels[box][inside] = label
     for _ in range(rng.integers(0, 3)):
         shrub = point_at(np.linspace(0, 2 * np.pi, 32)) * min(size) * rng.uniform(0.06, 0.16, 2)
         box, inside = fill(shrub + [rng.random() * width, height * rng.uniform(0.85, 1)], size)
-        inside &= draw_noise(rng, inside.shape, 2.5) > 0.15
-        canvas[box][inside] = (np.float32(LEAVES) * (0.6 + 0.8 * draw_noise(rng, inside.shape, 1.2)[..., None]))[inside]
+        inside &= render_noise(rng, inside.shape, 2.5) > 0.15
+        canvas[box][inside] = (np.float32(LEAVES) * (0.6 + 0.8 * render_noise(rng, inside.shape, 1.2)[..., None]))[
+            inside
+        ]
         labels[box][inside] = 0
     across, _ = turn_grid(size, rng.uniform(0, 2 * np.pi))
     light = 1 + 0.25 * np.sin(across / max(size) * 3 + rng.uniform(0, 6))
     return canvas * np.float32(light)[..., None], [labels]
 
 
-def draw_wall(rng: np.random.Generator, size: tuple[int, int], angle: float) -> np.ndarray:
+def render_wall(rng: np.random.Generator, size: tuple[int, int], angle: float) -> np.ndarray:
     """Return plaster or bricks (H x W x 3, float32)."""
     colour = np.float32(rng.choice(WALLS) + rng.normal(0, 8, 3))
-    stains, grains = draw_noise(rng, size, 6), draw_noise(rng, size, 0.8)
+    stains, grains = render_noise(rng, size, 6), render_noise(rng, size, 0.8)
     canvas = colour + (14 * (stains - 0.5) + 8 * (grains - 0.5))[..., None]
     if rng.random() < 0.7:
         along, up = turn_grid(size, angle)
@@ -73,12 +75,12 @@ def draw_wall(rng: np.random.Generator, size: tuple[int, int], angle: float) -> 
         shifted = along + (row % 2) * course
         brick = (np.int64(np.floor(shifted / (2 * course))) * 7919 + np.int64(row) * 104729) % 997
         canvas += ((brick / 997 - 0.5) * np.float32(rng.uniform(10, 40)))[..., None]
-        mortar = draw_lines(up, course, 1.3) | draw_lines(shifted, 2 * course, 1.3)
+        mortar = render_lines(up, course, 1.3) | render_lines(shifted, 2 * course, 1.3)
         canvas[mortar] = 0.35 * canvas[mortar] + 0.65 * np.float32((200, 195, 185))
     return np.float32(canvas)
 
 
-def draw_window(
+def render_window(
     rng: np.random.Generator,
     canvas: np.ndarray,
     style: Style,
@@ -87,11 +89,11 @@ def draw_window(
     angle: float,
     middle: np.ndarray,
 ) -> np.ndarray:
-    """Paint a window with what surrounds it, in place, and return its outline in the picture (K x 2, XY).
+    """Paint a window with what surrounds it, in place, and return its outline in the image (K x 2, XY).
 
     Args:
         half: half its width and height, pixels.
-        centre: of the window, from the middle of the picture, pixels, before the wall is turned by `angle`.
+        centre: of the window, from the middle of the image, pixels, before the wall is turned by `angle`.
     """
 
     def paint(shape: np.ndarray, colour: np.ndarray) -> None:

@@ -16,7 +16,7 @@ NAMED = 3
 
 
 def take_fingerprint(data: LabelledSet) -> dict[str, Any]:
-    """Return the categories, and for each picture of either side its name and hashes of its file and of its labels."""
+    """Return the categories, and for each image of either side its name and hashes of its file and of its labels."""
     categories = {str(category): name for category, name in sorted(data.category_names.items())}
     sides = {"train": data.train, "val": data.val}
     return {"categories": categories} | {side: [_describe(record) for record in sides[side]] for side in SIDES}
@@ -31,7 +31,7 @@ def _describe(record: Record) -> dict[str, Any]:
     return {
         "id": record.image_id,
         "file_name": record.file_name,
-        "picture": record.digest[:DIGITS],
+        "image": record.digest[:DIGITS],
         "labels": labels.hexdigest()[:DIGITS],
     }
 
@@ -47,7 +47,7 @@ def read_sides(run: Path) -> dict[str, frozenset[str]] | None:
     """
     try:
         content = json.loads((run / SPLIT).read_text(encoding="utf-8"))
-        return {side: frozenset(str(entry["picture"]) for entry in content[side]) for side in SIDES}
+        return {side: frozenset(str(entry["image"]) for entry in content[side]) for side in SIDES}
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -62,7 +62,7 @@ def list_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         "new": (come["train"] | come["val"]) - moved,
         "gone": (gone["train"] | gone["val"]) - moved,
         "on the other side of the split": moved,
-        "another file": _list_different("picture", old, new),
+        "another file": _list_different("image", old, new),
         "with other labels": _list_different("labels", old, new),
     }
     changes = [f"{what}: {_name_some(names)}" for what, names in found.items() if names]
@@ -73,7 +73,7 @@ def list_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _list_different(part: str, old: dict[str, dict], new: dict[str, dict]) -> set[str]:
-    """Return the names of pictures on the same side as before, of which a part has changed."""
+    """Return the names of images on the same side as before, of which a part has changed."""
     return {
         name
         for side in SIDES

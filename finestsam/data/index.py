@@ -1,4 +1,4 @@
-"""The index of a dataset: pictures and their objects, masks compressed. What every reader ends in."""
+"""The index of a dataset: images and their objects, masks compressed. What every reader ends in."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ class Annotation:
 
 @dataclass(slots=True)
 class Record:
-    """One picture and its objects."""
+    """One image and its objects."""
 
     image_id: int
     file_name: str
@@ -30,7 +30,7 @@ class Record:
     size: tuple[int, int]
     annotations: list[Annotation]
     crowds: list[bytes] = field(default_factory=list)  # run lengths of regions where finding anything is no mistake
-    digest: str = ""  # of the file's bytes: equal for the same picture under two names
+    digest: str = ""  # of the file's bytes: equal for the same image under two names
     crowd_categories: list[int | None] = field(default_factory=list)  # of crowds, in their order; None: of any
 
     def rle(self, annotation: Annotation) -> dict:

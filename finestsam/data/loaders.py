@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from finestsam.data.dataset import SampleDataset, StepSampler, collate
 from finestsam.errors import UserError
-from finestsam.images import use_one_thread
-from finestsam.interruption import leave_signals_to_parent
+from finestsam.images.read import use_one_thread
+from finestsam.runtime.signals import leave_signals_to_parent
 
 # Those that have processes. They are kept, for what goes in a circle of references is destroyed in any order: a pass
 # would find its queues closed, its processes wait for a word from there, and it for them, twenty seconds long.
@@ -95,7 +95,7 @@ def _hand_over(collate: Callable[[list], Any], samples: list) -> Any:
         if "shared memory" not in str(error):
             raise
         return UserError(
-            "the shared memory (/dev/shm) is too small for the processes that read pictures ahead: docker's --shm-size "
+            "the shared memory (/dev/shm) is too small for the processes that read images ahead: docker's --shm-size "
             "makes it larger, --num_workers 0 reads without them"
         )
     return item
@@ -119,7 +119,7 @@ def build_train_loader(dataset: SampleDataset, sampler: StepSampler, num_workers
 
 
 def build_validation_loader(dataset: SampleDataset, num_workers: int, rank: int = 0, world_size: int = 1) -> DataLoader:
-    """Return the loader of one rank's share of the pictures: one at a time, none twice, always the same prompts."""
+    """Return the loader of one rank's share of the images: one at a time, none twice, always the same prompts."""
     use_one_thread()
     mine = [[(0, position)] for position in range(rank, len(dataset), world_size)]
     return Loader(dataset, collate, num_workers, batch_sampler=mine)
@@ -135,12 +135,12 @@ def end_workers(loader: DataLoader) -> None:
 def start_worker(_: int) -> None:
     """Make a loader's process a quiet one."""
     leave_signals_to_parent()
-    sys.excepthook = _say_unless_left
+    sys.excepthook = _print_unless_left
     torch.set_num_threads(1)
     use_one_thread()
 
 
-def _say_unless_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _print_unless_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Say what goes wrong on the thread that hands tensors over, but that a signal let nobody take them."""
     if not issubclass(kind, ConnectionError | EOFError):
         sys.__excepthook__(kind, error, trace)

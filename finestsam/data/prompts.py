@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from finestsam.images import blur, build_point_grid, shrink_mask
+from finestsam.images.read import blur, build_point_grid, shrink_mask
 from finestsam.masks import distance_inside
 
 POSITIVE, NEGATIVE, MISSING = 1, 0, -1
@@ -18,11 +18,11 @@ MASK_LOGIT = 6.0
 
 @dataclass(frozen=True)
 class ObjectMask:
-    """One object, cut out of its picture: everything is drawn from the pixels in its box."""
+    """One object, cut out of its image: everything is drawn from the pixels in its box."""
 
     mask: np.ndarray  # h x w, bool, the pixels in the box
-    corner: tuple[int, int]  # (x, y) of the box in the picture
-    picture_size: tuple[int, int]
+    corner: tuple[int, int]  # (x, y) of the box in the image
+    image_size: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class PointCounts:
 
 
 def cut_out(mask: np.ndarray, box: list[int]) -> ObjectMask:
-    """Cut the box (XYWH) out of a picture's mask (H x W, bool)."""
+    """Cut the box (XYWH) out of an image's mask (H x W, bool)."""
     x, y, width, height = box
     return ObjectMask(mask[y : y + height, x : x + width], (x, y), mask.shape)
 
@@ -88,7 +88,7 @@ def find_center(found: ObjectMask) -> np.ndarray:
 
 
 def build_image_grid(points_per_side: int, original_size: tuple[int, int]) -> np.ndarray:
-    """Return the generator's grid of a picture, K x 2, XY, original frame."""
+    """Return the generator's grid of an image, K x 2, XY, original frame."""
     return (build_point_grid(points_per_side) * (original_size[1], original_size[0])).astype(np.float32)
 
 
@@ -103,7 +103,7 @@ def find_grid_points_inside(found: ObjectMask, grid: np.ndarray, scale: float) -
     """
     height, width = found.mask.shape
     pixels = np.floor(grid + 0.5 / scale).astype(np.int64)
-    pixels = np.minimum(pixels, (found.picture_size[1] - 1, found.picture_size[0] - 1)) - found.corner
+    pixels = np.minimum(pixels, (found.image_size[1] - 1, found.image_size[0] - 1)) - found.corner
     in_box = ((pixels >= 0) & (pixels < (width, height))).all(axis=1)
     candidates, pixels = grid[in_box], pixels[in_box]
     return candidates[found.mask[pixels[:, 1], pixels[:, 0]]]
@@ -152,16 +152,16 @@ def _list_pixels(found: ObjectMask, inside: bool) -> np.ndarray:
 
 
 def _sample_around(found: ObjectMask, count: int, generator: np.random.Generator) -> np.ndarray:
-    """Draw pixels of the picture outside the box; none where the box is the whole picture."""
-    (height, width), (picture_height, picture_width) = found.mask.shape, found.picture_size
+    """Draw pixels of the image outside the box; none where the box is the whole image."""
+    (height, width), (image_height, image_width) = found.mask.shape, found.image_size
     x0, y0 = found.corner
     # Each side's strip as x0, y0, x1, y1; a strip is drawn in proportion to its area.
     strips = np.array(
         [
-            (0, 0, picture_width, y0),
-            (0, y0 + height, picture_width, picture_height),
+            (0, 0, image_width, y0),
+            (0, y0 + height, image_width, image_height),
             (0, y0, x0, y0 + height),
-            (x0 + width, y0, picture_width, y0 + height),
+            (x0 + width, y0, image_width, y0 + height),
         ]
     )
     areas = (strips[:, 2] - strips[:, 0]) * (strips[:, 3] - strips[:, 1])
@@ -174,7 +174,7 @@ def _sample_around(found: ObjectMask, count: int, generator: np.random.Generator
 def jitter_box(
     box: np.ndarray, size: tuple[int, int], ratio: float, max_pixels: float, generator: np.random.Generator
 ) -> np.ndarray:
-    """Move each side of a box (XYXY) by noise, and keep it in the picture and at least a pixel wide.
+    """Move each side of a box (XYXY) by noise, and keep it in the image and at least a pixel wide.
 
     The recipe of the SAM paper (arXiv 2304.02643, appendix A): standard deviation 10 % of the side, at most 20 pixels.
 
@@ -199,7 +199,7 @@ def coarsen_mask(mask: np.ndarray, size: tuple[int, int], generator: np.random.G
 
     Args:
         mask: H x W, bool, original frame.
-        size: (height, width) of the mask prompt's part that holds the picture.
+        size: (height, width) of the mask prompt's part that holds the image.
 
     Returns:
         Logits of that size, float32.

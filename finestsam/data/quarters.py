@@ -9,10 +9,10 @@ import numpy as np
 from finestsam.data.drawing import (
     SQUARE,
     Drawn,
-    draw_lines,
-    draw_noise,
     fill,
     find_borders,
+    render_lines,
+    render_noise,
     turn,
     turn_grid,
     widen,
@@ -21,9 +21,9 @@ from finestsam.data.town_plans import (
     INWARDS,
     PAPER,
     RED,
-    draw_beds,
-    draw_stains,
-    draw_tracks,
+    render_beds,
+    render_stains,
+    render_tracks,
     soften,
     split_edges,
     subdivide,
@@ -44,14 +44,14 @@ class Layout:
     fillings: list[int] = field(default_factory=lambda: [BARE])  # of each label; street is 0
 
     def add(self, outline: np.ndarray, filling: int) -> None:
-        """Add an area (K x 2, XY, about the middle of the picture, before the plan is turned)."""
+        """Add an area (K x 2, XY, about the middle of the image, before the plan is turned)."""
         size = self.labels.shape
         self.fillings.append(filling)
         box, inside = fill(turn(outline, self.angle) + np.array(size[::-1]) / 2, size)
         self.labels[box][inside] = len(self.fillings) - 1
 
 
-def draw_quarters(rng: np.random.Generator, size: tuple[int, int]) -> Drawn:
+def render_quarters(rng: np.random.Generator, size: tuple[int, int]) -> Drawn:
     """Draw a few large blocks, bare, built up or planted, in half of the plans beside a river; words cross them all.
 
     Every area that lines enclose is an object, with holes where others lie in it; the streets are none.
@@ -86,7 +86,7 @@ def _add_block(rng: np.random.Generator, layout: Layout, block: np.ndarray) -> N
         filling = {"houses": HATCHED, "courts": BARE, "garden": DOTTED if whole == BARE else BARE}[use]
         layout.add(to_quad(inner, block, skew), filling)
     if use == "garden" and rng.random() < 0.5:
-        for bed in draw_beds(rng, block):
+        for bed in render_beds(rng, block):
             layout.add(to_quad(block, block, skew).mean(axis=0) + bed, rng.choice((HATCHED, DOTTED)))
 
 
@@ -109,18 +109,18 @@ def _engrave(rng: np.random.Generator, layout: Layout) -> np.ndarray:
     size, ink = layout.labels.shape, rng.uniform(20, 90) * np.array([1, 0.95, 0.85])
     paper = np.array(PAPER) + rng.normal(0, 12, 3)
     along, across = turn_grid(size, layout.angle + rng.choice([-1, 1]) * np.pi / 4)
-    canvas = np.float32(paper) + np.float32(6 * draw_stains(rng, along, across))[..., None]
+    canvas = np.float32(paper) + np.float32(6 * render_stains(rng, along, across))[..., None]
     period, flow = rng.uniform(2.5, 6), rng.uniform(4, 10)
-    strokes = draw_lines(along, period, rng.uniform(0.35, 0.6) * period)
-    dots = draw_noise(rng, size, rng.uniform(0.8, 1.5)) > rng.uniform(0.7, 0.9)
+    strokes = render_lines(along, period, rng.uniform(0.35, 0.6) * period)
+    dots = render_noise(rng, size, rng.uniform(0.8, 1.5)) > rng.uniform(0.7, 0.9)
     x, y = turn_grid(size, layout.angle + rng.choice([0, np.pi / 2]))
     ripples = y + rng.uniform(0, 3) * flow * np.sin(x / max(size) * rng.uniform(4, 25)).astype(np.float32)
-    waves = draw_lines(ripples, flow, rng.uniform(1, 1.6))
+    waves = render_lines(ripples, flow, rng.uniform(1, 1.6))
     fillings = np.array(layout.fillings)[layout.labels]
     is_inked = ((fillings == HATCHED) & strokes) | ((fillings == DOTTED) & dots) | ((fillings == WATER) & waves)
     canvas += (is_inked * np.float32(rng.uniform(0.5, 0.9)))[..., None] * np.float32(ink - paper)
     canvas[find_borders(layout.labels)] = ink
-    draw_tracks(rng, canvas, rng.choice([ink, RED]))
+    render_tracks(rng, canvas, rng.choice([ink, RED]))
     for letters in ((0.015, 0.04), (0.03, 0.1))[: rng.integers(1, 3)]:
         write_names(rng, canvas, ink, layout.angle + rng.choice([0, np.pi / 2]), letters)
     return canvas

@@ -1,4 +1,4 @@
-"""From a folder to pictures to train on and pictures to validate on."""
+"""From a folder to images to train on and images to validate on."""
 
 import sys
 from collections.abc import Collection, Mapping
@@ -6,22 +6,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from finestsam.config import DatasetConfig
-from finestsam.data import cache, coco, labelme, mask_pairs, yolo
+from finestsam.data import cache
 from finestsam.data.assemble import assemble
 from finestsam.data.index import Annotation, Index, Record
-from finestsam.data.layouts import Layout, Part, find_layout
-from finestsam.data.picture import CheckedPicture, PictureJob
-from finestsam.data.processes import map_in_processes
 from finestsam.data.report import DatasetReport, merge_reports
 from finestsam.data.split import split_as_before, split_records
 from finestsam.errors import UserError
+from finestsam.formats import coco, labelme, yolo
+from finestsam.formats import mask_images as mask_pairs
+from finestsam.formats.found import CheckedImage, ImageJob
+from finestsam.formats.layouts import Layout, Part, find_layout
+from finestsam.runtime.processes import map_in_processes
 
 READERS = {"coco": coco, "labelme": labelme, "masks": mask_pairs, "yolo": yolo}
 
 
 @dataclass
 class LabelledSet:
-    """A dataset, read and checked. Pictures without objects are in `val`, where the generator can be wrong on them."""
+    """A dataset, read and checked. Images without objects are in `val`, where the generator can be wrong on them."""
 
     train: list[Record]
     val: list[Record]
@@ -102,7 +104,7 @@ def read_evaluation_set(
 
 
 def read_parts(layout: Layout, settings: DatasetConfig, names: list[str]) -> dict[str, Index]:
-    """Read parts of a dataset, bring their categories to the same ids, and look for pictures that several have."""
+    """Read parts of a dataset, bring their categories to the same ids, and look for images that several have."""
     indexes = {name: _read_part(name, layout.parts[name], settings) for name in names}
     _share_categories(indexes)
     _report_leakage(indexes)
@@ -124,15 +126,15 @@ def refuse_empty(settings: DatasetConfig, index: Index, report: DatasetReport) -
 
 
 def refuse_unread(settings: DatasetConfig, count: int) -> None:
-    """Raise a UserError if none of a dataset's pictures, which were whole when they were checked, could be read."""
+    """Raise a UserError if none of a dataset's images, which were whole when they were checked, could be read."""
     if count == 0:
-        raise UserError(f"dataset {settings.path}: none of its pictures can be read")
+        raise UserError(f"dataset {settings.path}: none of its images can be read")
 
 
 def report_vanishing(
     records: list[Record], image_size: int, min_area_pixels: float, report: DatasetReport
 ) -> list[tuple[Record, Annotation]]:
-    """Return the annotations, each with its picture, whose area in the input frame is below `min_area_pixels`.
+    """Return the annotations, each with its image, whose area in the input frame is below `min_area_pixels`.
 
     They are noted in the report as skipped; to leave them out of the records is the caller's part.
     """
@@ -187,11 +189,11 @@ def _read_files(name: str, part: Part, settings: DatasetConfig) -> Index:
         print(f"reading {part.labels.name}, {part.labels.stat().st_size / 1e6:.0f} MB", file=sys.stderr)
     report = DatasetReport()
     jobs, categories = READERS[part.kind].list_jobs(part, settings, report)
-    title = "checking pictures" if name == "all" else f"checking {name}"
-    return assemble(map_in_processes(check_picture, jobs, title), categories, settings, report)
+    title = "checking images" if name == "all" else f"checking {name}"
+    return assemble(map_in_processes(check_image, jobs, title), categories, settings, report)
 
 
-def check_picture(job: PictureJob) -> CheckedPicture:
+def check_image(job: ImageJob) -> CheckedImage:
     """Do one job; at the top level, where another process finds it."""
     return job.check()
 
@@ -225,7 +227,7 @@ def _report_leakage(indexes: dict[str, Index]) -> None:
         mine = {}
         for record in index.records:
             if record.digest in seen:
-                message = f"leakage: the same picture as {seen[record.digest][1]} of {seen[record.digest][0]}"
+                message = f"leakage: the same image as {seen[record.digest][1]} of {seen[record.digest][0]}"
                 index.report.remark("leakage", record.file_name, message)
             mine[record.digest] = (name, record.file_name)
         seen |= mine

@@ -6,27 +6,27 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from finestsam.errors import printable
-from finestsam.whole_files import write_json
+from finestsam.runtime.whole_files import write_json
 
 EXAMPLES_ON_SCREEN = 10
 SKIPPED_IMAGE, SKIPPED_ANNOTATION, KEPT = "skipped", "skipped_annotation", "kept"
 
 # What to do about a kind of finding, where it is not plain from the message.
 ADVICE = {
-    "missing_file": "put the pictures where the annotations name them, or correct file_name",
-    "not_downloaded": "download the pictures into the dataset; addresses are never opened",
+    "missing_file": "put the images where the annotations name them, or correct file_name",
+    "not_downloaded": "download the images into the dataset; addresses are never opened",
     "outside_dataset": "files must lie inside the dataset; links out of it need --dataset.follow_symlinks",
     "names_unread": "classes are numbered instead; correct the file, or copy it into the dataset",
     "long_outline": "export these objects again, as run lengths if they are what they seem",
-    "size_mismatch": "the picture was resized after it was labelled, or another one has its name: export again",
+    "size_mismatch": "the image was resized after it was labelled, or another one has its name: export again",
     "not_an_image": "replace or remove the file",
-    "broken_image": "copy or download the picture again; it ends in the middle or is damaged",
-    "too_large": "raise --dataset.images.max_pixels if the picture is what it says, or cut it into tiles",
+    "broken_image": "copy or download the image again; it ends in the middle or is damaged",
+    "too_large": "raise --dataset.images.max_pixels if the image is what it says, or cut it into tiles",
     "empty_segmentation": "label a mask, or take the boxes for masks with --dataset.masks_from_boxes",
     "box_only": "label a mask, or take the boxes for masks with --dataset.masks_from_boxes",
     "crowd": "regions of many objects are left out of training; --dataset.include_crowd takes each as one object",
     "vanishes": "a larger --model.image_size, or smaller tiles, make these objects visible to the model",
-    "rle_size": "the run lengths belong to a picture of another size: export again",
+    "rle_size": "the run lengths belong to an image of another size: export again",
     "rle_counts": "the run lengths are damaged: export again",
     "unknown_image": "the annotations name an image id that the file does not list: export again",
     "unknown_category": "kept, since the masks alone are trained on; add the category to the file",
@@ -34,14 +34,14 @@ ADVICE = {
     "bbox_disagrees": "the box is not used, but one of box and mask is wrong: look at these",
     "duplicate_mask": "kept twice, which weighs them twice; --dataset.dedup keeps the first",
     "leakage": "what is validated on was trained on: remove the copies from one of the two",
-    "ambiguous_turn": "save the picture upright, without EXIF orientation",
-    "clipped": "fine where an object leaves the picture",
+    "ambiguous_turn": "save the image upright, without EXIF orientation",
+    "clipped": "fine where an object leaves the image",
 }
 
 
 @dataclass(slots=True)
 class Finding:
-    """One picture or annotation that was skipped, or used with a remark."""
+    """One image or annotation that was skipped, or used with a remark."""
 
     code: str
     file: str
@@ -57,7 +57,7 @@ class DatasetReport:
 
     image_count: int = 0
     usable_image_count: int = 0
-    background_image_count: int = 0  # pictures without objects: not trained on
+    background_image_count: int = 0  # images without objects: not trained on
     annotation_count: int = 0
     usable_annotation_count: int = 0
     findings: list[Finding] = field(default_factory=list)
@@ -91,7 +91,7 @@ class DatasetReport:
         """Return what must be said before everything else: that most of the dataset is lost."""
         warnings = []
         for what, count, dropped in (
-            ("pictures", self.image_count, self._count(SKIPPED_IMAGE).total()),
+            ("images", self.image_count, self._count(SKIPPED_IMAGE).total()),
             ("annotations", self.annotation_count, self._count(SKIPPED_ANNOTATION, but="crowd").total()),
         ):
             if dropped > count / 2:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from finestsam.data.bodies import Polygon, Species, draw_lump, draw_species
+from finestsam.data.bodies import Polygon, Species, sample_lump, sample_species
 from finestsam.data.drawing import Box, Drawn, fill, point_at, turn, turn_grid
-from finestsam.data.surfaces import draw_fractal, draw_surface, sharpen
-from finestsam.images import blur
+from finestsam.data.surfaces import render_fractal, sample_surface, sharpen
+from finestsam.images.read import blur
 from finestsam.masks import distance_inside, rasterize
 
 
@@ -24,13 +24,13 @@ class Pose:
     mirror: np.ndarray  # (1 or -1, 1)
 
     def place(self, polygon: Polygon) -> Polygon:
-        """Return a polygon of a species in the picture's pixels."""
+        """Return a polygon of a species in the image's pixels."""
         return turn(polygon * self.mirror, self.angle) * self.radius + self.centre
 
 
 @dataclass
 class Painting:
-    """A picture in the making."""
+    """An image in the making."""
 
     canvas: np.ndarray  # H x W x 3, float32
     wholes: np.ndarray  # H x W, int32: labels of bodies
@@ -40,16 +40,16 @@ class Painting:
     part_count: int = 0
 
 
-def draw_scenery(rng: np.random.Generator, size: tuple[int, int]) -> Drawn:
+def render_scenery(rng: np.random.Generator, size: tuple[int, int]) -> Drawn:
     """Draw bodies before a ground: first the whole ones, then the parts that differ from the rest of their body."""
     side, light = math.sqrt(math.prod(size)), rng.uniform(0, 2 * np.pi)
     mood = rng.normal(0, 1, 3) * [8, 4, 12]  # the colour of the light
-    painting = Painting(draw_ground(rng, size), np.zeros(size, np.int32), np.zeros(size, np.int32), light)
-    kinds = [draw_species(rng) for _ in range(rng.integers(1, 5))]
+    painting = Painting(render_ground(rng, size), np.zeros(size, np.int32), np.zeros(size, np.int32), light)
+    kinds = [sample_species(rng) for _ in range(rng.integers(1, 5))]
     count, largest = (rng.integers(2, 9), 0.42) if rng.random() < 0.6 else (rng.integers(8, 30), 0.16)
     radii = np.sort(side * np.exp(rng.uniform(math.log(0.3 * largest), math.log(largest), count)))
     for number, radius in enumerate(radii, start=1):
-        kind = kinds[rng.integers(len(kinds))] if rng.random() < 0.6 else draw_species(rng)
+        kind = kinds[rng.integers(len(kinds))] if rng.random() < 0.6 else sample_species(rng)
         # What is nearer is larger, lower and in front.
         place = rng.random(2) * [1, 0.6] + [0, 0.4 * rng.random() * number / count + 0.1]
         angle = rng.normal(0, 0.25) if rng.random() < 0.7 else rng.uniform(0, 2 * np.pi)
@@ -58,7 +58,7 @@ def draw_scenery(rng: np.random.Generator, size: tuple[int, int]) -> Drawn:
     along, _ = turn_grid(size, light)
     canvas *= np.float32(1 + rng.uniform(0, 0.25) * np.sin(along / side * 2))[..., None]
     if rng.random() < 0.25:  # the shade of leaves
-        shade = sharpen(draw_fractal(rng, size, side / 5, 1.6), 4)
+        shade = sharpen(render_fractal(rng, size, side / 5, 1.6), 4)
         canvas *= (1 - np.float32(rng.uniform(0.2, 0.45)) * shade)[..., None]
     return canvas, [painting.wholes, painting.parts]
 
@@ -82,7 +82,7 @@ def paint_body(rng: np.random.Generator, painting: Painting, kind: Species, pose
         down = (np.indices(shape)[::-1].transpose(1, 2, 0) + corner - pose.centre) @ point_at(pose.angle + np.pi / 2)
         cuts = np.sort(rng.uniform(-0.5, 0.6, kind.bands)) * pose.radius
         which = np.searchsorted(cuts, down).astype(np.int32)
-        surfaces += [draw_surface(rng) for _ in range(kind.bands)]
+        surfaces += [sample_surface(rng) for _ in range(kind.bands)]
     _cast_shadow(rng, painting, everything, pose)
     skin = np.zeros((*shape, 3), np.float32)
     for number in np.unique(which[inside]):
@@ -132,16 +132,16 @@ def find_light(inside: np.ndarray, relief: float, light: float, radius: float) -
     return np.float32(1 + relief * np.clip(facing - 0.85, -0.7, 0.4))
 
 
-def draw_ground(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
+def render_ground(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
     """Return what the bodies are before (H x W x 3, float32): one to three stretches, out of focus or not."""
     side = math.sqrt(math.prod(size))
     canvas, edge = np.zeros((*size, 3), np.float32), -math.inf
     rows = np.float32(np.arange(size[0]))[:, None]
     for stretch in range(rng.integers(1, 4)):
-        wave = side * rng.choice((0, 0, 0.02, 0.08)) * (draw_fractal(rng, (1, size[1]), side / 4, 2) - 0.5)
+        wave = side * rng.choice((0, 0, 0.02, 0.08)) * (render_fractal(rng, (1, size[1]), side / 4, 2) - 0.5)
         edge = size[0] * rng.uniform(0.1, 0.4) + max(edge, 0) if stretch else -math.inf
         below = rows + wave >= edge
-        surface = draw_surface(rng)
+        surface = sample_surface(rng)
         shown = surface.show(rng, size, side * math.exp(rng.uniform(math.log(0.004), math.log(0.15))))
         fade = np.float32(rng.normal(0, 25)) * (rows / size[0] - 0.5)
         canvas = np.where(below[..., None], shown + fade[..., None], canvas)
@@ -149,7 +149,7 @@ def draw_ground(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
         return canvas
     for _ in range(rng.integers(0, 16)):  # what is of no interest, out of focus
         reach = side * rng.uniform(0.01, 0.12)
-        polygon = draw_lump(rng, 0.3) * reach * rng.uniform(0.4, 1, 2) + rng.random(2) * size[::-1]
+        polygon = sample_lump(rng, 0.3) * reach * rng.uniform(0.4, 1, 2) + rng.random(2) * size[::-1]
         box, inside = fill(polygon, size)
         canvas[box][inside] += np.float32(rng.normal(0, 30) + rng.normal(0, 10, 3))
     return blur(canvas, side * math.exp(rng.uniform(math.log(0.006), math.log(0.03))))

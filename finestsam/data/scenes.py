@@ -1,4 +1,4 @@
-"""Drawn pictures with exact instance masks: for the demo, the notebook, the tests, and training without a download.
+"""Drawn images with exact instance masks: for the demo, the notebook, the tests, and training without a download.
 
 A scene is a pure function of (seed, index, size, kind). Each kind draws a canvas (H x W x 3, float32, 0 to 255) and
 label maps (each H x W, int: 0 is background, k the k-th object), one for each level of detail. Masks are read off the
@@ -14,41 +14,41 @@ from pathlib import Path
 
 import numpy as np
 
-from finestsam.data.drawing import draw_blobs, draw_shapes, draw_things, find_borders
-from finestsam.data.facades import draw_facades
-from finestsam.data.processes import map_in_processes
-from finestsam.data.quarters import draw_quarters
-from finestsam.data.scenery import draw_scenery
-from finestsam.data.town_plans import draw_parcels, draw_plans
-from finestsam.images import blur, write_image
+from finestsam.data.drawing import find_borders, render_blobs, render_shapes, render_things
+from finestsam.data.facades import render_facades
+from finestsam.data.quarters import render_quarters
+from finestsam.data.scenery import render_scenery
+from finestsam.data.town_plans import render_parcels, render_plans
+from finestsam.images.read import blur, write_image
 from finestsam.masks import encode_mask, rle_area, rle_box, rle_to_json
-from finestsam.whole_files import write_json
+from finestsam.runtime.processes import map_in_processes
+from finestsam.runtime.whole_files import write_json
 
 DRAWINGS = {
-    "shapes": draw_shapes,
-    "parcels": draw_parcels,
-    "blobs": draw_blobs,
-    "plans": draw_plans,
-    "things": draw_things,
-    "quarters": draw_quarters,
-    "pebbles": partial(draw_shapes, scale=0.4),
-    "grains": partial(draw_blobs, scale=0.4),
-    "scenery": draw_scenery,
-    "facades": draw_facades,
+    "shapes": render_shapes,
+    "parcels": render_parcels,
+    "blobs": render_blobs,
+    "plans": render_plans,
+    "things": render_things,
+    "quarters": render_quarters,
+    "pebbles": partial(render_shapes, scale=0.4),
+    "grains": partial(render_blobs, scale=0.4),
+    "scenery": render_scenery,
+    "facades": render_facades,
 }
 KINDS = ("shapes", "parcels", "blobs", "plans", "things")  # drawn where none is named
 CATEGORIES = {
     "shapes": "shape", "parcels": "parcel", "blobs": "blob", "plans": "block", "things": "thing",
     "quarters": "quarter", "pebbles": "pebble", "grains": "grain", "scenery": "body", "facades": "window",
 }  # fmt: skip
-# An object that shows less stays painted but gets no mask: a share of the picture, in a larger one these pixels.
+# An object that shows less stays painted but gets no mask: a share of the image, in a larger one these pixels.
 MIN_AREA_FRACTION, MIN_AREA_PIXELS = 0.002, 132
 MIN_CORE_FRACTION = 0.3  # of an object's visible pixels, those not on its border; crumbs and slivers have less
 
 
 @dataclass
 class Scene:
-    """A picture and the visible pixels of its objects, in drawing order."""
+    """An image and the visible pixels of its objects, in drawing order."""
 
     image: np.ndarray  # H x W x 3, uint8, RGB
     masks: list[np.ndarray]  # each H x W, bool, level by level, disjoint from the others of its level
@@ -94,7 +94,7 @@ def write_scenes(
 def _write_scene(task: tuple[Path, int, int, tuple[int, int], str | None]) -> list[tuple[str, dict]]:
     """Draw a scene into a file, and return its objects: their categories, and what `describe_mask` says of them."""
     path, seed, index, size, kind = task
-    scene = draw_scene(seed, index, size, kind)
+    scene = render_scene(seed, index, size, kind)
     write_image(path, scene.image)
     return [(category, describe_mask(mask)) for category, mask in zip(scene.categories, scene.masks, strict=True)]
 
@@ -105,7 +105,7 @@ def describe_mask(mask: np.ndarray) -> dict:
     return {"segmentation": rle_to_json(rle), "bbox": rle_box(rle), "area": rle_area(rle), "iscrowd": 0}
 
 
-def draw_scene(seed: int, index: int, size: tuple[int, int] = (256, 256), kind: str | None = None) -> Scene:
+def render_scene(seed: int, index: int, size: tuple[int, int] = (256, 256), kind: str | None = None) -> Scene:
     """Draw scene number `index` of a seed; without a kind, the seed chooses one of KINDS."""
     rng = np.random.default_rng([seed, index])
     kind = kind or KINDS[rng.integers(len(KINDS))]

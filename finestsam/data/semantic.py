@@ -1,4 +1,4 @@
-"""Label maps: which class each pixel of a picture belongs to."""
+"""Label maps: which class each pixel of an image belongs to."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ def match_classes(categories: Mapping[int, str], names: Sequence[str], ignores_u
     return ClassTable(list(names), known, ignores_unlabelled)
 
 
-def draw_label_map(record: Record, table: ClassTable) -> np.ndarray:
+def render_label_map(record: Record, table: ClassTable) -> np.ndarray:
     """Return the class of each pixel, H x W, int16, original frame; `IGNORED` where nobody can tell.
 
     Where objects overlap, the smallest counts. A crowd region, which may hold anything else as well, is ignored where
@@ -59,13 +59,13 @@ def draw_label_map(record: Record, table: ClassTable) -> np.ndarray:
     return labels
 
 
-def draw_label_cells(record: Record, table: ClassTable, view: View, input_size: tuple[int, int], side: int) -> Tensor:
+def render_label_cells(record: Record, table: ClassTable, view: View, input_size: tuple[int, int], side: int) -> Tensor:
     """Return the class in the middle of each cell of the decoder's grid, side x side, int64; `IGNORED` in the padding.
 
     Args:
-        input_size: (height, width) of the picture in the input frame.
+        input_size: (height, width) of the image in the input frame.
     """
-    shown = show(torch.from_numpy(draw_label_map(record, table)), view)
+    shown = show(torch.from_numpy(render_label_map(record, table)), view)
     rows, columns = (
         torch.from_numpy(find_middles(cells, pixels)) for cells, pixels in zip(input_size, view.size, strict=True)
     )

@@ -1,4 +1,4 @@
-"""Split pictures into training and validation: the same split for the same seed and pictures, in any order."""
+"""Split images into training and validation: the same split for the same seed and images, in any order."""
 
 import random
 from collections.abc import Collection, Mapping
@@ -11,10 +11,10 @@ DIGITS = 16
 
 
 def split_records(records: list[Record], val_size: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """Return the training and the validation pictures, each by image id.
+    """Return the training and the validation images, each by image id.
 
-    Entries of one file, and files with the same bytes, stay on one side. At least one picture lies on each side, and of
-    pictures with objects, where there are two, unless `val_size` is 0.
+    Entries of one file, and files with the same bytes, stay on one side. At least one image lies on each side, and of
+    images with objects, where there are two, unless `val_size` is 0.
     """
     groups = _group(sorted(records, key=lambda record: record.image_id))
     names = sorted(groups)
@@ -50,12 +50,12 @@ def split_as_before(
 
 
 def _count_val(count: int, val_size: float) -> int:
-    """Return how many of so many pictures are for validation: at least one, and not all; one alone is for training."""
+    """Return how many of so many images are for validation: at least one, and not all; one alone is for training."""
     return min(max(1, round(count * val_size)), max(0, count - 1))
 
 
 def _group(records: list[Record]) -> dict[str, list[Record]]:
-    """Return the pictures that must stay together, under the name of one of them that no order changes."""
+    """Return the images that must stay together, under the name of one of them that no order changes."""
     first_name: dict[str, str] = {}
     for record in records:
         if record.digest:

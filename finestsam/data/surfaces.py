@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from finestsam.data.drawing import draw_lines, turn_grid
-from finestsam.images import enlarge
+from finestsam.data.drawing import render_lines, turn_grid
+from finestsam.images.read import enlarge
 
 PATTERNS = ("plain", "grown", "spotted", "streaked", "striped")
 PATTERN_SHARES = (0.35, 0.3, 0.12, 0.13, 0.1)
@@ -30,20 +30,20 @@ class Surface:
     def show(self, rng: np.random.Generator, size: tuple[int, int], grain: float) -> np.ndarray:
         """Return a stretch of it (H x W x 3, float32) whose pattern has grains of `grain` pixels."""
         colour, other = np.float32(self.colour), np.float32(self.other)
-        return colour + draw_texture(rng, size, self.pattern, grain)[..., None] * (other - colour)
+        return colour + render_texture(rng, size, self.pattern, grain)[..., None] * (other - colour)
 
 
-def draw_surface(rng: np.random.Generator) -> Surface:
+def sample_surface(rng: np.random.Generator) -> Surface:
     """Draw what something is made of."""
-    colour = draw_colour(rng)
+    colour = sample_colour(rng)
     other = colour + rng.normal(0, 22) + rng.normal(0, 9, 3)
     if rng.random() < 0.25:
-        other = draw_colour(rng)
+        other = sample_colour(rng)
     pattern = rng.choice(PATTERNS, p=PATTERN_SHARES)
     return Surface(colour, other, pattern, math.exp(rng.uniform(math.log(3), math.log(60))))
 
 
-def draw_colour(rng: np.random.Generator) -> np.ndarray:
+def sample_colour(rng: np.random.Generator) -> np.ndarray:
     """Return a colour (3, RGB) as photographs have them: seldom vivid, brown more often than green."""
     value, saturation = rng.uniform(25, 240), rng.beta(1.2, 3) if rng.random() < 0.75 else rng.uniform(0.4, 1)
     hue = rng.choice((0.07, 0.1, 0.58, 0.3, rng.random()), p=(0.3, 0.2, 0.15, 0.1, 0.25)) + rng.normal(0, 0.03)
@@ -51,28 +51,28 @@ def draw_colour(rng: np.random.Generator) -> np.ndarray:
     return value * (1 - saturation * (1 - wheel))  # HSV
 
 
-def draw_texture(rng: np.random.Generator, size: tuple[int, int], pattern: str, grain: float) -> np.ndarray:
+def render_texture(rng: np.random.Generator, size: tuple[int, int], pattern: str, grain: float) -> np.ndarray:
     """Return the share of a surface's other colour in each pixel (H x W, float32), about 0 to 1."""
     match pattern:
         case "plain":
-            return 0.5 * draw_fractal(rng, size, 4 * grain, 2)
+            return 0.5 * render_fractal(rng, size, 4 * grain, 2)
         case "grown":  # as stone, fur, leaves
-            return draw_fractal(rng, size, grain, rng.uniform(1, 2))
+            return render_fractal(rng, size, grain, rng.uniform(1, 2))
         case "spotted":
-            return sharpen(draw_fractal(rng, size, 2 * grain, 1.8), rng.uniform(4, 16))
+            return sharpen(render_fractal(rng, size, 2 * grain, 1.8), rng.uniform(4, 16))
         case "streaked":
-            return draw_fractal(rng, size, grain, 1.2, stretch=rng.uniform(3, 8))
+            return render_fractal(rng, size, grain, 1.2, stretch=rng.uniform(3, 8))
         case _:  # striped, along a wave
             along, across = turn_grid(size, rng.uniform(0, 2 * np.pi))
             bent = along + rng.uniform(0, 0.5) * grain * np.sin(across / (3 * grain))
-            lines = np.float32(draw_lines(bent, 2 * grain, grain * rng.uniform(0.3, 1.2)))
-            return np.clip(lines + 0.4 * (draw_fractal(rng, size, grain, 1.5) - 0.5), 0, 1)
+            lines = np.float32(render_lines(bent, 2 * grain, grain * rng.uniform(0.3, 1.2)))
+            return np.clip(lines + 0.4 * (render_fractal(rng, size, grain, 1.5) - 0.5), 0, 1)
 
 
-def draw_fractal(
+def render_fractal(
     rng: np.random.Generator, size: tuple[int, int], grain: float, slope: float, stretch: float = 1
 ) -> np.ndarray:
-    """Return noise (H x W, float32) of mean 0.5 and deviation 0.25 whose octaves weaken as pictures of nature do.
+    """Return noise (H x W, float32) of mean 0.5 and deviation 0.25 whose octaves weaken as images of nature do.
 
     Args:
         grain: of its coarsest octave, pixels.

@@ -7,12 +7,12 @@ import numpy as np
 from finestsam.data.drawing import (
     SQUARE,
     Drawn,
-    draw_lines,
-    draw_noise,
     fill,
     find_borders,
     mix,
     point_at,
+    render_lines,
+    render_noise,
     turn,
     turn_grid,
     widen,
@@ -24,7 +24,7 @@ RED = np.array([180, 60, 45])
 WASHES = ((238, 200, 185), (226, 178, 158), (240, 226, 178), (205, 216, 178), (200, 212, 214), (206, 142, 126), PAPER)
 
 
-def draw_parcels(rng: np.random.Generator, size: tuple[int, int]) -> Drawn:
+def render_parcels(rng: np.random.Generator, size: tuple[int, int]) -> Drawn:
     """Draw an old town plan: blocks between streets, cut into parcels, washed, inked and lettered."""
     area, angle, reach = size[0] * size[1], rng.normal(0, 0.25), 0.65 * max(size)
     labels, label = np.zeros(size, np.int32), 0
@@ -46,7 +46,7 @@ def draw_parcels(rng: np.random.Generator, size: tuple[int, int]) -> Drawn:
     return canvas, [np.where(borders, 0, labels)]
 
 
-def draw_plans(rng: np.random.Generator, size: tuple[int, int]) -> Drawn:
+def render_plans(rng: np.random.Generator, size: tuple[int, int]) -> Drawn:
     """Draw an engraved plan: on bare paper, blocks of houses in outline, their pavements, buildings and flower beds.
 
     A block is what the buildings and beds in it leave of it, a pavement the band around its block; a line of ink
@@ -57,15 +57,15 @@ def draw_plans(rng: np.random.Generator, size: tuple[int, int]) -> Drawn:
     borders, ink = find_borders(labels), rng.uniform(20, 90) * np.array([1, 0.95, 0.85])
     along, across = turn_grid(size, angle + rng.choice([-1, 1]) * np.pi / 4)
     period = rng.uniform(2.5, 6)
-    strokes = draw_lines(along, period, rng.uniform(0.35, 0.6) * period)
-    strokes = (strokes & draw_lines(across, period, period / 2)) if rng.random() < 0.2 else strokes
+    strokes = render_lines(along, period, rng.uniform(0.35, 0.6) * period)
+    strokes = (strokes & render_lines(across, period, period / 2)) if rng.random() < 0.2 else strokes
     paper = np.array(PAPER) + rng.normal(0, 12, 3)
-    canvas = np.float32(paper) + np.float32(6 * draw_stains(rng, along, across))[..., None]
+    canvas = np.float32(paper) + np.float32(6 * render_stains(rng, along, across))[..., None]
     hatching = (is_hatched[labels] & strokes) * np.float32(rng.uniform(0.5, 0.9))
     canvas += hatching[..., None] * np.float32(ink - paper)
     canvas[borders] = ink
     second_ink = rng.choice([ink, RED])
-    draw_tracks(rng, canvas, second_ink)
+    render_tracks(rng, canvas, second_ink)
     for words_ink in (ink, *rng.choice([ink, second_ink], rng.integers(0, 3))):
         write_names(rng, canvas, words_ink, angle + rng.choice([0, np.pi / 2]))
     return canvas, [np.where(borders, 0, labels)]
@@ -87,7 +87,7 @@ def lay_out_blocks(rng: np.random.Generator, size: tuple[int, int], angle: float
         outlines = [(soften(to_quad(pavement, block, skew), roundness), 0.0)] if has_pavements else []
         outlines.append((soften(corners, roundness), 0.1))
         if rng.random() < 0.15:
-            outlines += [(corners.mean(axis=0) + bed, 0.8) for bed in draw_beds(rng, block)]
+            outlines += [(corners.mean(axis=0) + bed, 0.8) for bed in render_beds(rng, block)]
         else:
             buildings = choose_buildings(rng, block, building_area)
             outlines += [(to_quad(part, block, skew), 1.0 if rng.random() < 0.6 else None) for part in buildings]
@@ -121,7 +121,7 @@ def soften(polygon: np.ndarray, roundness: float) -> np.ndarray:
     return curves.reshape(-1, 2)
 
 
-def draw_beds(rng: np.random.Generator, block: np.ndarray) -> list[np.ndarray]:
+def render_beds(rng: np.random.Generator, block: np.ndarray) -> list[np.ndarray]:
     """Return flower beds (each K x 2, XY, about the middle of a block): wavy shapes inside it."""
     angles, beds = np.linspace(0, 2 * np.pi, 12, endpoint=False), []
     for _ in range(rng.integers(3, 9)):
@@ -131,7 +131,7 @@ def draw_beds(rng: np.random.Generator, block: np.ndarray) -> list[np.ndarray]:
     return beds
 
 
-def draw_tracks(rng: np.random.Generator, canvas: np.ndarray, ink: np.ndarray) -> None:
+def render_tracks(rng: np.random.Generator, canvas: np.ndarray, ink: np.ndarray) -> None:
     """Draw what crosses a plan over everything and is no object, in place: borders in dashes, rails, thick lines."""
     size = canvas.shape[:2]
     for _ in range(rng.integers(0, 4)):
@@ -141,7 +141,7 @@ def draw_tracks(rng: np.random.Generator, canvas: np.ndarray, ink: np.ndarray) -
         polygon = widen(line, rng.choice([0.0015, 0.0015, 0.008])) * max(size) + np.array(size[::-1]) / 2
         box, inside = fill(polygon, size)
         if period is not None:
-            inside &= ~draw_lines(turn_grid(size, angle)[0][box], period, 6)
+            inside &= ~render_lines(turn_grid(size, angle)[0][box], period, 6)
         canvas[box][inside] = ink
 
 
@@ -179,15 +179,15 @@ def wash(rng: np.random.Generator, labels: np.ndarray, ink: np.ndarray) -> np.nd
     has_rows, has_columns, has_dots = rng.integers(6, size=count) == [[0], [1], [2]]
     tints[0], has_rows[0], has_columns[0], has_dots[0] = PAPER, False, False, False
     along, across = turn_grid(labels.shape, rng.uniform(0, np.pi))
-    rows, columns = (draw_lines(axis, rng.uniform(4, 7), 1.3) for axis in (along, across))
+    rows, columns = (render_lines(axis, rng.uniform(4, 7), 1.3) for axis in (along, across))
     drawn = (has_rows[labels] & rows) | (has_columns[labels] & columns) | (has_dots[labels] & rows & columns)
-    stains = 8 * draw_stains(rng, along, across)
+    stains = 8 * render_stains(rng, along, across)
     return mix(tints, ink[None].repeat(count, 0), labels, 0.6 * drawn) + stains[..., None]
 
 
-def draw_stains(rng: np.random.Generator, along: np.ndarray, across: np.ndarray) -> np.ndarray:
+def render_stains(rng: np.random.Generator, along: np.ndarray, across: np.ndarray) -> np.ndarray:
     """Return how much lighter old paper is in each pixel (H x W), grains and waves along two coordinates together."""
-    return draw_noise(rng, along.shape, 0.8) + np.sin(along / 40) * np.sin(across / 50) / 2
+    return render_noise(rng, along.shape, 0.8) + np.sin(along / 40) * np.sin(across / 50) / 2
 
 
 def write_names(

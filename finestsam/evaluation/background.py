@@ -7,12 +7,12 @@ import numpy as np
 import torch
 
 from finestsam.batch import Batch
-from finestsam.prediction.precompute import Embedder
+from finestsam.prediction.embedder import Embedder
 
 
 @dataclass(frozen=True)
 class BackgroundScores:
-    """The answers in one picture."""
+    """The answers in one image."""
 
     image_id: int
     scores: np.ndarray  # K, of each point the best IoU that the model expects of a mask there
@@ -23,7 +23,7 @@ class BackgroundScores:
 def measure_background(
     embedder: Embedder, batches: Iterable[tuple[Batch, list[str]]], chunk_objects: int, pred_iou_thresh: float
 ) -> list[BackgroundScores]:
-    """Ask at the points that the samples bring as their background; pictures without any are left out.
+    """Ask at the points that the samples bring as their background; images without any are left out.
 
     Args:
         batches: as `data.dataset.collate` makes them.

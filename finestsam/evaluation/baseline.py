@@ -4,12 +4,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finestsam.config import Config, ModelConfig
-from finestsam.download import hash_file
 from finestsam.errors import printable
 from finestsam.evaluation.coco_scores import Detections
 from finestsam.evaluation.setup import Setup, Thresholds, find_baseline_thresholds, find_thresholds
 from finestsam.model.card import Card
 from finestsam.model.load import LoadedModel, find_weights, load_model
+from finestsam.runtime.download import hash_file
 
 # Of the masks of two choices of thresholds, the share in common below which both are worth showing.
 ALIKE_SHARE = 0.9

@@ -1,4 +1,4 @@
-"""What the generator could find in labelled pictures, before any threshold: one dump to search all settings from.
+"""What the generator could find in labelled images, before any threshold: one dump to search all settings from.
 
 The figures that thresholds decide about (predicted IoU, stability, boxes, which grid) and the truth (the IoU with every
 object) are kept for each candidate, so that another setting costs no forward pass.
@@ -15,14 +15,14 @@ from torchvision.ops.boxes import nms
 from tqdm import tqdm
 
 from finestsam.config import GeneratorConfig, ImagesConfig
-from finestsam.data.embeddings import picture_key
 from finestsam.data.index import Record
 from finestsam.errors import Defect
-from finestsam.images import build_point_grid, compute_input_size, read_image
+from finestsam.images.read import build_point_grid, compute_input_size, read_image
 from finestsam.masks import rle_overlaps
+from finestsam.model.embeddings import image_key
 from finestsam.model.sam import FinestSam
-from finestsam.prediction.generator import ask_points, clean_regions, generate_masks
-from finestsam.prediction.precompute import Embedder
+from finestsam.prediction.embedder import Embedder
+from finestsam.prediction.generator import clean_regions, generate_masks, make_point_prompts
 from finestsam.prediction.results import FilterReport, GeneratedMasks
 
 # Candidates of an image that are worth a mask, those with the best scores, by generator.masks_per_point. With fewer,
@@ -38,7 +38,7 @@ class MeasuredMasks:
     """K masks of one image, by falling priority, beside what there is to find in it."""
 
     masks: GeneratedMasks
-    ious: np.ndarray  # K x G, with the picture's objects
+    ious: np.ndarray  # K x G, with the image's objects
     crowd_shares: np.ndarray  # K, of the mask that lies in a crowd region
 
     def __len__(self) -> int:
@@ -50,7 +50,7 @@ class Candidates(MeasuredMasks):
     """What settings can choose from."""
 
     points_per_side: np.ndarray  # K, int: the grid that asked
-    layers: np.ndarray  # K, int: of crops; 0: the whole picture
+    layers: np.ndarray  # K, int: of crops; 0: the whole image
 
     def __getitem__(self, index: np.ndarray) -> "Candidates":
         return Candidates(*(getattr(self, entry.name)[index] for entry in dataclasses.fields(self)))
@@ -64,7 +64,7 @@ def find_candidates(
     images: ImagesConfig,
     title: str | None = "generator",
 ) -> list[Candidates | None]:
-    """Run the generator on each picture without its thresholds; None for one that broke since it was checked.
+    """Run the generator on each image without its thresholds; None for one that broke since it was checked.
 
     Args:
         settings: without None; of the crops all up to its crop_n_layers are looked at.
@@ -106,10 +106,10 @@ def _find(
 
 
 def read_embedded(embedder: Embedder, record: Record, images: ImagesConfig) -> tuple[np.ndarray, torch.Tensor] | None:
-    """Return a picture (H x W x 3, uint8) and its embedding (1 x C x g x g); None, and a word, where it broke."""
+    """Return an image (H x W x 3, uint8) and its embedding (1 x C x g x g); None, and a word, where it broke."""
     try:
         pixels = read_image(record.path, record.size, images)
-        return pixels, embedder.embed_image(picture_key(record.digest, record.size), pixels)
+        return pixels, embedder.embed_image(image_key(record.digest, record.size), pixels)
     except Defect as defect:
         tqdm.write(f"skipped {record.file_name}: {defect.message}", file=sys.stderr)
         return None
@@ -125,9 +125,9 @@ def _probe_min_score(
     if share >= 1:
         return -np.inf
     points = build_point_grid(PROBE_POINTS) * size[::-1]
-    prompts = ask_points(points, size, compute_input_size(size, model.image_size), model.device)
-    # As the generator will see the picture, in its precision, and without making a mask.
-    scores = model.answer_above(model.look(embedding), prompts, np.inf).scores
+    prompts = make_point_prompts(points, size, compute_input_size(size, model.image_size), model.device)
+    # As the generator will see the image, in its precision, and without making a mask.
+    scores = model.predict_above(model.compute_image_features(embedding), prompts, np.inf).scores
     scores = (scores.amax(dim=1) if only_best else scores).flatten()
     return float(scores[scores.isfinite()].quantile(1 - share)) if scores.isfinite().any() else -np.inf
 
@@ -137,12 +137,12 @@ def _find_layers(crop_areas: np.ndarray, size: tuple[int, int], settings: Genera
     if settings.crop_n_layers == 0:
         return np.zeros(len(crop_areas), dtype=np.int64)
     shares = np.sqrt(size[0] * size[1] / np.maximum(crop_areas, 1))
-    # A crop of layer n has a side of 1 / 2^n of the picture's, and the overlap.
+    # A crop of layer n has a side of 1 / 2^n of the image's, and the overlap.
     return np.round(np.log2(shares * (1 + settings.crop_overlap_ratio))).clip(0, settings.crop_n_layers) * (shares > 1)
 
 
 def measure_truth(rles: Sequence[dict], record: Record) -> tuple[np.ndarray, np.ndarray]:
-    """Return the IoU of masks with a picture's objects, K x G, and the share of each that lies in a crowd region, K."""
+    """Return the IoU of masks with an image's objects, K x G, and the share of each that lies in a crowd region, K."""
     truth = [record.rle(annotation) for annotation in record.annotations]
     crowds = [{"size": list(record.size), "counts": counts} for counts in record.crowds]
     shares = rle_overlaps(rles, crowds, over_own_area=True)
@@ -155,7 +155,7 @@ def select(candidates: Candidates, settings: GeneratorConfig) -> np.ndarray:
     is_asked &= candidates.layers <= settings.crop_n_layers
     masks = candidates.masks
     is_good = masks.scores > settings.pred_iou_thresh if settings.pred_iou_thresh else np.True_
-    is_good = is_good & (masks.no_object_chances <= settings.no_object_thresh)
+    is_good = is_good & (masks.no_object_probabilities <= settings.no_object_thresh)
     places = np.flatnonzero(is_asked & is_good & (masks.stability >= settings.stability_score_thresh))
     corners, crop_areas = masks.corners, masks.crop_areas
     kept = []

@@ -22,7 +22,7 @@ VALIDATED = {
 }
 
 
-def draw_precision(ours: CocoScorer, theirs: CocoScorer | None) -> str:
+def plot_precision(ours: CocoScorer, theirs: CocoScorer | None) -> str:
     """Draw precision against recall of the generator's masks by falling score."""
     figure, axes = _make_axes("Precision and recall of the generator", "recall", "precision")
     for scorer, color, label in ((theirs, THEIRS, "baseline"), (ours, OURS, "this model")):
@@ -32,7 +32,7 @@ def draw_precision(ours: CocoScorer, theirs: CocoScorer | None) -> str:
     return _finish(figure)
 
 
-def draw_clicks(ours: dict[int, float], theirs: dict[int, float]) -> str:
+def plot_clicks(ours: dict[int, float], theirs: dict[int, float]) -> str:
     """Draw the mean IoU after corrective clicks, by their number; theirs may be empty."""
     figure, axes = _make_axes("IoU after corrective clicks", "clicks on the object", "mean IoU")
     for clicks, color, label in ((theirs, THEIRS, "baseline"), (ours, OURS, "this model")):
@@ -42,7 +42,7 @@ def draw_clicks(ours: dict[int, float], theirs: dict[int, float]) -> str:
     return _finish(figure)
 
 
-def draw_calibration(found: Calibration) -> str:
+def plot_calibration(found: Calibration) -> str:
     """Draw the IoUs that the model expects against those that were measured."""
     title = f"Predicted and measured IoU (error {found.error:.3f})"
     figure, axes = _make_axes(title, "predicted IoU", "measured IoU")
@@ -53,23 +53,23 @@ def draw_calibration(found: Calibration) -> str:
     return _finish(figure)
 
 
-def draw_history(history: History) -> list[str]:
+def plot_history(history: History) -> list[str]:
     """Draw the loss of a run's epochs, and what its validations measured; nothing of what was not measured."""
     charts = []
     if history.trace("total_loss")[0]:
-        charts.append(_draw_loss(history))
+        charts.append(_plot_loss(history))
     if any(history.trace(name)[0] for name in VALIDATED):
-        charts.append(_draw_validation(history))
+        charts.append(_plot_validation(history))
     return charts
 
 
-def _draw_loss(history: History) -> str:
+def _plot_loss(history: History) -> str:
     figure, axes = _make_axes("Training: loss", "epoch", "mean over objects")
     axes.plot(*history.trace("total_loss"), "o-", color="black", markersize=3, label="total loss")
     return _finish_history(figure, history)
 
 
-def _draw_validation(history: History) -> str:
+def _plot_validation(history: History) -> str:
     """Draw each figure beside that of the baseline, a dotted line."""
     figure, axes = _make_axes("Training: validation (dotted: baseline)", "epoch", "")
     for name, (label, color) in VALIDATED.items():
@@ -100,7 +100,7 @@ def count_epochs(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
-def place_legend(axes: Axes) -> None:
+def put_legend(axes: Axes) -> None:
     """Put the legend to the right of the axes, where it hides no curve."""
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, frameon=False, fontsize="small")
 
@@ -118,7 +118,7 @@ def _finish(figure: Figure) -> str:
     (axes,) = figure.axes
     axes.grid(color="#DDDDDD", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-    place_legend(axes)
+    put_legend(axes)
     figure.tight_layout()
     text = io.StringIO()
     FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})

@@ -17,7 +17,7 @@ def score_classes(records: Sequence[Record], found: Sequence[Detections], table:
     """Return `ap`, `ap50` and `ar_100`, the means over categories, and `ap/<name>`, ... of each of them.
 
     As `CocoScorer` measures, but that a mask can only be an object of its own category. Categories without an object in
-    these pictures are left out, and so are those that are no class of the model. `objects/<name>` is how many objects
+    these images are left out, and so are those that are no class of the model. `objects/<name>` is how many objects
     there are.
 
     Args:

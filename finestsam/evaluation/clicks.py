@@ -12,8 +12,8 @@ from torch import Tensor
 
 from finestsam.batch import Batch, Prompts, Sample
 from finestsam.masks import decode_rle
-from finestsam.prediction.correction import Shown, add_clicks, show_preferred
-from finestsam.prediction.precompute import Embedder
+from finestsam.prediction.clicks import Shown, add_clicks, show_preferred
+from finestsam.prediction.embedder import Embedder
 
 REPORTED = (1, 2, 3, 5, 8)
 

@@ -20,7 +20,7 @@ from finestsam.data.index import Record
 from finestsam.masks import rle_area, rle_box
 
 CATEGORY_ID = 1
-# Detections of a picture, the best first, within which recall is measured.
+# Detections of an image, the best first, within which recall is measured.
 LIMITS = (10, 100, 1000)
 # IoUs at which the precision is traced, and the recalls that it is given for: pycocotools'.
 TRACED_IOUS, TRACED_RECALLS = (0.5, 0.75), np.linspace(0, 1, 101)
@@ -29,7 +29,7 @@ AREAS = ("all", "small", "medium", "large")  # COCO's, in the order of pycocotoo
 
 @dataclass(frozen=True)
 class Detections:
-    """The masks that were found in one picture."""
+    """The masks that were found in one image."""
 
     rles: Sequence[dict]  # K, compressed, original frame
     scores: Sequence[float]  # K; equal ones keep their order
@@ -37,7 +37,7 @@ class Detections:
 
 
 class CocoScorer:
-    """What was found in pictures, compared with their objects.
+    """What was found in images, compared with their objects.
 
     Raises:
         ValueError: a score is not a number; pycocotools would rank it first.
@@ -163,7 +163,7 @@ def _match(truth: COCO, results: COCO, category_ids: list[int] | None = None) ->
 
 
 def build_truth(records: Sequence[Record], classes: Mapping[int, int] | None = None) -> COCO:
-    """Return the objects and crowd regions of pictures, numbered from 1, as pycocotools takes them.
+    """Return the objects and crowd regions of images, numbered from 1, as pycocotools takes them.
 
     Args:
         classes: by category id; what is of other categories is left out, and a crowd region that may be of any is of
@@ -190,7 +190,7 @@ def build_truth(records: Sequence[Record], classes: Mapping[int, int] | None = N
 
 
 def build_results(truth: COCO, found: Sequence[Detections]) -> COCO:
-    """Return what was found in the pictures of `truth`; without classes it is of the one category."""
+    """Return what was found in the images of `truth`; without classes it is of the one category."""
     annotations = []
     for image_id, one in enumerate(found, start=1):
         classes = [CATEGORY_ID] * len(one.rles) if one.classes is None else one.classes

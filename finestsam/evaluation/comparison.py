@@ -6,10 +6,10 @@ from PIL import Image, ImageDraw, ImageFont
 from finestsam.config import Config
 from finestsam.errors import Defect, name_count, printable
 from finestsam.evaluation.measurement import Measurement
-from finestsam.evaluation.story import BASELINE, OURS, SAM_THRESHOLDS, Story
-from finestsam.images import compute_input_size, read_image, resize_image
+from finestsam.evaluation.result import BASELINE, OURS, SAM_THRESHOLDS, Evaluation
+from finestsam.images.read import compute_input_size, read_image, resize_image
 from finestsam.masks import decode_rle, encode_mask
-from finestsam.prediction.overlay import draw_overlay
+from finestsam.prediction.overlay import render_overlay
 
 COMPARISON_NAME = "comparison.png"
 IMAGES_SHOWN = 3
@@ -19,20 +19,20 @@ PAPER, INK, GREY = (250, 250, 250), (30, 30, 30), (110, 110, 110)
 COLUMNS = (SAM_THRESHOLDS, BASELINE, OURS)
 
 
-def draw_comparison(story: Story, config: Config) -> np.ndarray | None:
+def render_comparison(evaluation: Evaluation, config: Config) -> np.ndarray | None:
     """Return a few images from where ours does best to where it does worst, H x W x 3, uint8, RGB.
 
     Returns:
         None where the generator did not run, or no image with objects can be read.
     """
-    places = list(story.ratings)[::-1]
+    places = list(evaluation.ratings)[::-1]
     chosen = np.unique(np.linspace(0, len(places) - 1, IMAGES_SHOWN).round().astype(int)) if places else []
-    rows = [row for row in (_draw_row(story, places[rank], config) for rank in chosen) if row is not None]
+    rows = [row for row in (_render_row(evaluation, places[rank], config) for rank in chosen) if row is not None]
     return np.concatenate(rows) if rows else None
 
 
-def _draw_row(story: Story, place: int, config: Config) -> np.ndarray | None:
-    record = story.ours.records[place]
+def _render_row(evaluation: Evaluation, place: int, config: Config) -> np.ndarray | None:
+    record = evaluation.ours.records[place]
     try:
         pixels = read_image(record.path, record.size, config.dataset.images)
     except Defect:
@@ -41,16 +41,18 @@ def _draw_row(story: Story, place: int, config: Config) -> np.ndarray | None:
     image = resize_image(pixels, size)
     truth = [record.rle(annotation) for annotation in record.annotations]
     panels = [
-        _draw_panel("image", record.file_name, image),
-        _draw_panel(
-            "annotated", name_count(len(truth), "object"), _lay(image, truth, story.ours.colour_truth(place), config)
+        _render_panel("image", record.file_name, image),
+        _render_panel(
+            "annotated",
+            name_count(len(truth), "object"),
+            _lay(image, truth, evaluation.ours.colour_truth(place), config),
         ),
     ]
     for title in COLUMNS:
-        one = story.measurements.get(title)
+        one = evaluation.measurements.get(title)
         if one is not None and one.found is not None:
             shown = _lay(image, one.found[place].rles, one.colour_found(place), config)
-            panels.append(_draw_panel(title, describe_found(one, place), shown))
+            panels.append(_render_panel(title, describe_found(one, place), shown))
     return np.concatenate(panels, axis=1)
 
 
@@ -62,10 +64,10 @@ def describe_found(measured: Measurement, place: int) -> str:
 
 def _lay(image: np.ndarray, rles: list[dict], colours: np.ndarray | None, config: Config) -> np.ndarray:
     size = image.shape[:2]
-    return draw_overlay(image, [shrink_rle(rle, size) for rle in rles], config.opacity, colours)
+    return render_overlay(image, [shrink_rle(rle, size) for rle in rles], config.opacity, colours)
 
 
-def _draw_panel(title: str, caption: str, shown: np.ndarray) -> np.ndarray:
+def _render_panel(title: str, caption: str, shown: np.ndarray) -> np.ndarray:
     """Return an image on paper, its title above and its caption below; panels are of one width."""
     height, width = shown.shape[:2]
     side = PANEL_PIXELS + MARGIN_PIXELS

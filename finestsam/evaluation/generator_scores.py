@@ -1,4 +1,4 @@
-"""Run the automatic mask generator on labelled pictures, and choose its thresholds there."""
+"""Run the automatic mask generator on labelled images, and choose its thresholds there."""
 
 import sys
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from finestsam.evaluation.candidates import Candidates, clean, read_embedded, se
 from finestsam.evaluation.class_scores import detect
 from finestsam.evaluation.coco_scores import CocoScorer, Detections
 from finestsam.evaluation.thresholds import Calibration, SearchResult, calibrate, search
+from finestsam.prediction.embedder import Embedder
 from finestsam.prediction.generator import generate_masks
-from finestsam.prediction.precompute import Embedder
 from finestsam.prediction.results import FilterReport
 
 
@@ -25,7 +25,7 @@ def find_all(
     images: ImagesConfig,
     title: str = "generator",
 ) -> list[Detections | None]:
-    """Run the generator on each picture; None for one that broke since it was checked.
+    """Run the generator on each image; None for one that broke since it was checked.
 
     Where it gives no mask at all, what removed them is said.
     """
@@ -43,16 +43,16 @@ def find_all(
             empty.append(masks.report)
     if empty:
         why = sum(empty, FilterReport()).explain_no_masks(settings)
-        print(f"{title}: no masks in {len(empty)} of {len(records)} pictures: {why}")
+        print(f"{title}: no masks in {len(empty)} of {len(records)} images: {why}")
     return found
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """The generator with the settings that were chosen for it, measured on the pictures that they were chosen on."""
+    """The generator with the settings that were chosen for it, measured on the images that they were chosen on."""
 
     result: SearchResult
-    found: list[Detections]  # in each picture
+    found: list[Detections]  # in each image
     calibration: Calibration | None
 
     @property
@@ -68,7 +68,7 @@ class Tuned:
         return settings | ({"score_map": self.calibration.knots} if self.calibration else {})
 
     def measure(self, records: Sequence[Record]) -> dict[str, float]:
-        """Return COCO's figures, masks per picture, and the error of the predicted IoUs before their correction."""
+        """Return COCO's figures, masks per image, and the error of the predicted IoUs before their correction."""
         figures = CocoScorer(records, self.found).score()
         figures["masks_per_image"] = sum(len(one.rles) for one in self.found) / max(len(self.found), 1)
         if self.calibration:
@@ -103,7 +103,7 @@ def tune(
     fixed: frozenset[str],
     goal: str,
 ) -> Tuned:
-    """Choose the settings that do best on these pictures, as `thresholds.search` does."""
+    """Choose the settings that do best on these images, as `thresholds.search` does."""
     result = search(records, candidates, start, fixed, goal)
     found = []
     for record, one in zip(records, candidates, strict=True):

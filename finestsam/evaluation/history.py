@@ -7,14 +7,14 @@ from pathlib import Path
 
 from finestsam.errors import printable
 from finestsam.model.load import LoadedModel
-from finestsam.value_types import read_number
+from finestsam.runtime.value_types import read_number
 
 METRICS_NAME = "metrics.csv"
 
 
 @dataclass(frozen=True)
 class History:
-    """The epochs of a run; epoch 0 is the untouched model.
+    """The epochs of a run; epoch 0 is the baseline.
 
     Attributes:
         rows: figures by their names in metrics.csv, None where nothing was measured, under `epoch` its number.

@@ -12,7 +12,7 @@ from finestsam.data.semantic import ClassTable
 from finestsam.evaluation.background import BackgroundScores, summarize_background
 from finestsam.evaluation.class_scores import score_classes
 from finestsam.evaluation.coco_scores import CocoScorer, Detections
-from finestsam.evaluation.mistakes import Mistakes, count_mistakes, sum_mistakes
+from finestsam.evaluation.errors import Mistakes, count_mistakes, sum_mistakes
 from finestsam.evaluation.prompt_scores import ObjectScore, summarize_scores
 from finestsam.evaluation.setup import Setup
 from finestsam.evaluation.thresholds import Calibration

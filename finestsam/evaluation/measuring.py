@@ -8,14 +8,14 @@ from finestsam.config import CHUNK_OBJECTS, Config
 from finestsam.data.index import Record
 from finestsam.data.semantic import ClassTable
 from finestsam.evaluation.baseline import Subject
-from finestsam.evaluation.battery import Battery
 from finestsam.evaluation.candidates import find_candidates
 from finestsam.evaluation.clicks import average_clicks
 from finestsam.evaluation.generator_scores import choose_grids, find_all, list_fixed, open_for_tuning, tune
 from finestsam.evaluation.measurement import Measurement
+from finestsam.evaluation.prompt_scorer import PromptScorer
 from finestsam.evaluation.setup import Thresholds
-from finestsam.out_of_memory import naming_what_needs_less
-from finestsam.prediction.precompute import Embedder, open_store
+from finestsam.prediction.embedder import Embedder, open_store
+from finestsam.runtime.memory import naming_what_needs_less
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ def measure_model(config: Config, subject: Subject, records: Sequence[Record], t
     with naming_what_needs_less(subject.title, _advise(config)):
         embedder = _embed_by(config, subject)
         labelled = [record for record in records if record.annotations]
-        battery = Battery(config, embedder, labelled, subject.title)
-        prompted, clicks = battery.score_prompts(), average_clicks(battery.measure_clicks())
+        scorer = PromptScorer(config, embedder, labelled, subject.title)
+        prompted, clicks = scorer.score_prompts(), average_clicks(scorer.measure_clicks())
         if not config.evaluate.generator:
             measured = {score.image_id for scores in prompted.values() for score in scores}
             known = [record for record in records if record.image_id in measured or not record.annotations]
@@ -53,7 +53,7 @@ def measure_model(config: Config, subject: Subject, records: Sequence[Record], t
             outcome = Outcome(_run_generator(config, embedder, records, subject, subject.thresholds))
         setup = outcome.measurement.setup
         settings = (setup.thresholds or subject.thresholds).settings
-        background = battery.measure_background(settings.pred_iou_thresh)
+        background = scorer.measure_background(settings.pred_iou_thresh)
     measurement = replace(
         outcome.measurement, prompted=prompted, clicks=clicks, background=background, table=table, setup=setup
     )

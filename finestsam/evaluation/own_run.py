@@ -10,7 +10,7 @@ from finestsam.data.split import DIGITS
 from finestsam.errors import Defect, name_count, printable
 from finestsam.model.card import GOALS
 from finestsam.model.load import find_run_weights
-from finestsam.plain_yaml import read_yaml
+from finestsam.runtime.plain_yaml import read_yaml
 
 SETTINGS_NAME = "config.yaml"
 NAMED = 5

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from finestsam.batch import Batch, Predictions, Sample
 from finestsam.masks import boundary_iou, count_overlap, decode_rles
 from finestsam.model.resample import upscale_logits
-from finestsam.prediction.precompute import Embedder
+from finestsam.prediction.embedder import Embedder
 
 # Of float32 logits upscaled at a time.
 PIECE_PIXELS = 16_000_000
@@ -41,7 +41,7 @@ def score_batches(
         chunk_objects: decoded at a time.
     """
     model, scores = embedder.model, []
-    for batch, _ in say_skipped(batches):
+    for batch, _ in print_skipped(batches):
         for sample in batch.to(model.device).samples:
             embedding = embedder.embed([sample])
             for first in range(0, len(sample), chunk_objects):
@@ -50,8 +50,8 @@ def score_batches(
     return scores
 
 
-def say_skipped(batches: Iterable[tuple[Batch, list[str]]]) -> Iterator[tuple[Batch, list[str]]]:
-    """Hand batches on, and say which pictures could not be read."""
+def print_skipped(batches: Iterable[tuple[Batch, list[str]]]) -> Iterator[tuple[Batch, list[str]]]:
+    """Hand batches on, and say which images could not be read."""
     for batch, messages in batches:
         for message in messages:
             tqdm.write(f"skipped: {message}", file=sys.stderr)

@@ -6,13 +6,13 @@ from string import Template
 
 from finestsam.config import Config, flatten_config
 from finestsam.errors import name_count
-from finestsam.evaluation.charts import draw_calibration, draw_clicks, draw_history, draw_precision
+from finestsam.evaluation.charts import plot_calibration, plot_clicks, plot_history, plot_precision
 from finestsam.evaluation.html_text import escape_text, write_row
 from finestsam.evaluation.measurement import FEWEST_IMAGES, TOO_FEW, Difference
 from finestsam.evaluation.report_images import write_images
 from finestsam.evaluation.report_tables import write_categories, write_mistakes
-from finestsam.evaluation.story import BASELINE, OURS, SAM_THRESHOLDS, Story
-from finestsam.whole_files import write_text
+from finestsam.evaluation.result import BASELINE, OURS, SAM_THRESHOLDS, Evaluation
+from finestsam.runtime.whole_files import write_text
 
 REPORT_NAME = "report.html"
 TITLES = {
@@ -45,49 +45,49 @@ FAULTS = (
 )  # fmt: skip
 
 
-def write_report_page(path: Path, story: Story, config: Config) -> None:
+def write_report_page(path: Path, evaluation: Evaluation, config: Config) -> None:
     """Write the page; a reader never meets half a file."""
     body = [
-        _write_summary(story),
-        _write_setups(story),
-        _write_headlines(story),
-        _write_worse(story),
-        write_categories(story),
-        _write_charts(story),
-        write_mistakes(story),
-        write_images(story, config),
-        _write_settings(story, config),
+        _write_summary(evaluation),
+        _write_setups(evaluation),
+        _write_headlines(evaluation),
+        _write_worse(evaluation),
+        write_categories(evaluation),
+        _write_charts(evaluation),
+        write_mistakes(evaluation),
+        write_images(evaluation, config),
+        _write_settings(evaluation, config),
     ]
-    columns = 2 + sum(one.found is not None for one in story.measurements.values())
+    columns = 2 + sum(one.found is not None for one in evaluation.measurements.values())
     page = Template(files("finestsam.evaluation").joinpath("page.html").read_text(encoding="utf-8")).substitute(
-        title=escape_text(f"Evaluation of {story.name}"),
-        subtitle=escape_text(_describe_set(story)),
+        title=escape_text(f"Evaluation of {evaluation.name}"),
+        subtitle=escape_text(_describe_set(evaluation)),
         columns=str(columns),
         body="\n".join(part for part in body if part),
     )
     write_text(path, page)
 
 
-def _describe_set(story: Story) -> str:
-    objects = sum(len(record.annotations) for record in story.ours.records)
-    return f"{name_count(objects, 'object')} in {story.described_images or len(story.ours.records)}"
+def _describe_set(evaluation: Evaluation) -> str:
+    objects = sum(len(record.annotations) for record in evaluation.ours.records)
+    return f"{name_count(objects, 'object')} in {evaluation.described_images or len(evaluation.ours.records)}"
 
 
-def _write_summary(story: Story) -> str:
-    summary = f"<p><b>{escape_text(story.summarize())}</b></p>"
-    if not story.learned:
+def _write_summary(evaluation: Evaluation) -> str:
+    summary = f"<p><b>{escape_text(evaluation.summarize())}</b></p>"
+    if not evaluation.learned:
         return summary
-    count, names = len(story.learned), sorted(story.learned)
+    count, names = len(evaluation.learned), sorted(evaluation.learned)
     listed = ", ".join(f"<code>{escape_text(name)}</code>" for name in names[:20]) + (", ..." if count > 20 else "")
     return (
-        f"{summary}<p class='worse'>{count} of the {len(story.ours.records)} images were trained on, so other images "
+        f"{summary}<p class='worse'>{count} of the {len(evaluation.ours.records)} images were trained on, so other images "
         f"will have lower figures: {listed}</p>"
     )
 
 
-def _write_setups(story: Story) -> str:
+def _write_setups(evaluation: Evaluation) -> str:
     """Return what was measured: the weights, their image size and thresholds, and what these were chosen for."""
-    setups = {title: one.setup for title, one in story.measurements.items() if one.setup}
+    setups = {title: one.setup for title, one in evaluation.measurements.items() if one.setup}
     if not setups:
         return ""
     rows = {
@@ -103,10 +103,10 @@ def _write_setups(story: Story) -> str:
     return f"<h2>Models</h2><table class='words'>{write_row(['', *setups], 'th')}{lines}</table>"
 
 
-def _write_headlines(story: Story) -> str:
-    figures, differences = story.ours.figures, story.differences or {}
-    baseline = story.baseline.figures if story.baseline else {}
-    sam = story.sam_thresholds.figures if story.sam_thresholds else {}
+def _write_headlines(evaluation: Evaluation) -> str:
+    figures, differences = evaluation.ours.figures, evaluation.differences or {}
+    baseline = evaluation.baseline.figures if evaluation.baseline else {}
+    sam = evaluation.sam_thresholds.figures if evaluation.sam_thresholds else {}
     titles = ["figure", OURS]
     titles += [BASELINE, "difference", "95 % interval"] if baseline else []
     titles += [SAM_THRESHOLDS] if sam else []
@@ -121,21 +121,21 @@ def _write_headlines(story: Story) -> str:
         if sam:
             cells.append(f"<span class='quiet'>{sam[name]:.3f}</span>" if name in sam else "")
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return f"<h2>Figures</h2><table>{write_row(titles, 'th')}{''.join(rows)}</table>{_write_notes(story)}"
+    return f"<h2>Figures</h2><table>{write_row(titles, 'th')}{''.join(rows)}</table>{_write_notes(evaluation)}"
 
 
-def _write_notes(story: Story) -> str:
+def _write_notes(evaluation: Evaluation) -> str:
     notes = []
-    if any(found.low is not None for found in (story.differences or {}).values()):
+    if any(found.low is not None for found in (evaluation.differences or {}).values()):
         notes.append(
             "The interval holds the difference for 95 % of the samples of images like these; one that holds 0 means "
             "that these images do not decide it."
         )
-    elif story.differences:
+    elif evaluation.differences:
         notes.append(f"An interval needs {FEWEST_IMAGES} images.")
-    if "counting/mean_absolute_error" in story.ours.figures:
+    if "counting/mean_absolute_error" in evaluation.ours.figures:
         notes.append("Counting: less is better; masks in crowd regions do not count.")
-    if story.ours.background:
+    if evaluation.ours.background:
         notes.append(
             "On no object, less is better, as far as every object is annotated: the generator prompts there as well."
         )
@@ -159,44 +159,44 @@ def _write_difference(
     return [f"<span class='{kind}'>{value:+.3f}</span>", f"{found.low:+.3f} to {found.high:+.3f}"]
 
 
-def _write_worse(story: Story) -> str:
-    if story.baseline is None:
+def _write_worse(evaluation: Evaluation) -> str:
+    if evaluation.baseline is None:
         return ""
-    count, worse = len(story.ours.records), story.worse
+    count, worse = len(evaluation.ours.records), evaluation.worse
     if not worse:
         return f"<p>On none of the {count} images does one point give worse masks than the baseline's.</p>"
     names = ", ".join(f"<code>{escape_text(name)}</code>" for name in worse[:20]) + (", ..." if len(worse) > 20 else "")
     return f"<p>One point gives worse masks than the baseline's on {len(worse)} of {count} images: {names}</p>"
 
 
-def _write_charts(story: Story) -> str:
-    ours, theirs, charts = story.ours, story.baseline, []
+def _write_charts(evaluation: Evaluation) -> str:
+    ours, theirs, charts = evaluation.ours, evaluation.baseline, []
     if ours.scorer and ours.scorer.has_objects:
-        charts.append(draw_precision(ours.scorer, theirs.scorer if theirs else None))
+        charts.append(plot_precision(ours.scorer, theirs.scorer if theirs else None))
     if ours.clicks:
-        charts.append(draw_clicks(ours.clicks, theirs.clicks if theirs else {}))
+        charts.append(plot_clicks(ours.clicks, theirs.clicks if theirs else {}))
     if ours.calibration:
-        charts.append(draw_calibration(ours.calibration))
-    if story.history:
-        charts += draw_history(story.history)
+        charts.append(plot_calibration(ours.calibration))
+    if evaluation.history:
+        charts += plot_history(evaluation.history)
     return f"<h2>Curves</h2><div class='charts'>{''.join(charts)}</div>" if charts else ""
 
 
-def _write_settings(story: Story, config: Config) -> str:
-    settings = list_effective_settings(story, config)
+def _write_settings(evaluation: Evaluation, config: Config) -> str:
+    settings = list_effective_settings(evaluation, config)
     rows = "".join(write_row([name, str(value)]) for name, value in settings.items())
     table = f"<table class='words'>{rows}</table>"
     return f"<h2>Settings</h2><details><summary>as they took effect</summary>{table}</details>"
 
 
-def list_effective_settings(story: Story, config: Config) -> dict[str, object]:
+def list_effective_settings(evaluation: Evaluation, config: Config) -> dict[str, object]:
     """Return the settings of an evaluation by their names, with what was found out in place of what was left open."""
     settings = {
         name: value
         for name, value in flatten_config(config).items()
         if name.startswith(("evaluate.", "generator.", "model.")) or name == "dataset.path"
     }
-    setup = story.ours.setup
+    setup = evaluation.ours.setup
     if setup is None or setup.thresholds is None:
         settings = {name: value for name, value in settings.items() if not name.startswith("generator.")}
     if setup is None:
@@ -205,8 +205,8 @@ def list_effective_settings(story: Story, config: Config) -> dict[str, object]:
         settings |= {"model.type": setup.model_type, "model.checkpoint": setup.name}
         settings["model.image_size"] = setup.image_size
         settings |= {f"generator.{name}": value for name, value in setup.settings.items()}
-    settings["evaluate.against"] = story.baseline_name
+    settings["evaluate.against"] = evaluation.baseline_name
     settings["evaluate.search"] = setup is not None and bool(setup.thresholds) and bool(setup.thresholds.goal)
-    if story.described_images:
-        settings["evaluate.split"] = f"{settings['evaluate.split']}: {story.described_images}"
+    if evaluation.described_images:
+        settings["evaluate.split"] = f"{settings['evaluate.split']}: {evaluation.described_images}"
     return {name: "none" if value in (None, "") else value for name, value in settings.items()}

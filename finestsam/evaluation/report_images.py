@@ -9,9 +9,9 @@ from finestsam.data.index import Record
 from finestsam.errors import Defect, name_count
 from finestsam.evaluation.comparison import COLUMNS, describe_found, shrink_rle
 from finestsam.evaluation.html_text import escape_text
-from finestsam.evaluation.story import Story
-from finestsam.images import compute_input_size, encode_image, read_image, resize_image
-from finestsam.prediction.overlay import draw_layer
+from finestsam.evaluation.result import Evaluation
+from finestsam.images.read import compute_input_size, encode_image, read_image, resize_image
+from finestsam.prediction.overlay import render_layer
 
 # Of each end of the ranking.
 IMAGES_SHOWN = 4
@@ -20,9 +20,9 @@ SHOWN_PIXELS = 768
 OPACITY = 0.45
 
 
-def write_images(story: Story, config: Config) -> str:
+def write_images(evaluation: Evaluation, config: Config) -> str:
     """Return the images where the generator does worst, and those where it does best."""
-    order = list(story.ratings)
+    order = list(evaluation.ratings)
     if not order:
         return ""
     shown = min(IMAGES_SHOWN, (len(order) + 1) // 2)
@@ -32,13 +32,13 @@ def write_images(story: Story, config: Config) -> str:
         "<span class='quiet'>wheel: zoom, drag: move, double click: whole image</span></div>"
     ]
     for title, places in groups.items():
-        images = [_write_image(story, place, config) for place in places]
+        images = [_write_image(evaluation, place, config) for place in places]
         parts += [f"<h2>{title}</h2>", *images] if images else []
     return "\n".join(parts)
 
 
-def _write_image(story: Story, place: int, config: Config) -> str:
-    record, rating = story.ours.records[place], story.ratings[place]
+def _write_image(evaluation: Evaluation, place: int, config: Config) -> str:
+    record, rating = evaluation.ours.records[place], evaluation.ratings[place]
     try:
         pixels = read_image(record.path, record.size, config.dataset.images)
     except Defect as defect:
@@ -49,17 +49,23 @@ def _write_image(story: Story, place: int, config: Config) -> str:
     panels = [
         _write_panel("image", f"{record.size[1]} x {record.size[0]} pixels", base, None, None, record, size),
         _write_panel(
-            "annotated", name_count(len(truth), "object"), base, truth, story.ours.colour_truth(place), record, size
+            "annotated",
+            name_count(len(truth), "object"),
+            base,
+            truth,
+            evaluation.ours.colour_truth(place),
+            record,
+            size,
         ),
     ]
     for title in COLUMNS:
-        one = story.measurements.get(title)
+        one = evaluation.measurements.get(title)
         if one is not None and one.found is not None:
             rles, colours = one.found[place].rles, one.colour_found(place)
             panels.append(_write_panel(title, describe_found(one, place), base, rles, colours, record, size))
-    learned = "; trained on" if record.file_name in story.learned else ""
+    learned = "; trained on" if record.file_name in evaluation.learned else ""
     return (
-        f"<div class='picture'><div><code>{escape_text(record.file_name)}</code> "
+        f"<div class='image'><div><code>{escape_text(record.file_name)}</code> "
         f"<span class='quiet'>finds {rating.recall:.0%} of the objects, F1 {rating.f1:.2f}{learned}</span></div>"
         f"<div class='panels'>{''.join(panels)}</div></div>"
     )
@@ -76,7 +82,7 @@ def _write_panel(
 ) -> str:
     layer = ""
     if rles is not None:
-        drawn = draw_layer(size, [shrink_rle(rle, size) for rle in rles], OPACITY, colours)
+        drawn = render_layer(size, [shrink_rle(rle, size) for rle in rles], OPACITY, colours)
         layer = f"<img alt='' src='{_embed(encode_image(drawn, '.png'), 'png')}'>"
     image = f"<img alt='{escape_text(record.file_name)}' src='{base}'>"
     return (

@@ -1,10 +1,10 @@
 """The tables of the report: what became of objects and masks, and how each category does."""
 
-from finestsam.data.reach import SIZES
+from finestsam.data.coverage import SIZES
 from finestsam.evaluation.class_scores import MEASURES, list_classes
+from finestsam.evaluation.errors import MASK_KINDS, OBJECT_KINDS, Mistakes, sum_mistakes
 from finestsam.evaluation.html_text import escape_text, write_row
-from finestsam.evaluation.mistakes import MASK_KINDS, OBJECT_KINDS, Mistakes, sum_mistakes
-from finestsam.evaluation.story import Story
+from finestsam.evaluation.result import Evaluation
 from finestsam.prediction.overlay import colour_classes
 
 OBJECT_TITLES = {"found": "found", "merged": "merged with another", "split": "split", "missed": "missed"}
@@ -18,13 +18,13 @@ MASK_TITLES = {
 }
 
 
-def write_categories(story: Story) -> str:
+def write_categories(evaluation: Evaluation) -> str:
     """Return a row for each category, in its colour in the images."""
-    rows = list_classes(story.ours.by_class)
+    rows = list_classes(evaluation.ours.by_class)
     if not rows:
         return ""
-    theirs = dict(list_classes(story.baseline.by_class)) if story.baseline else {}
-    table = story.ours.table
+    theirs = dict(list_classes(evaluation.baseline.by_class)) if evaluation.baseline else {}
+    table = evaluation.ours.table
     colours = dict(zip(table.names, colour_classes(len(table.names)).tolist(), strict=True))
     lines = []
     for name, row in rows:
@@ -43,13 +43,13 @@ def write_categories(story: Story) -> str:
     )
 
 
-def write_mistakes(story: Story) -> str:
+def write_mistakes(evaluation: Evaluation) -> str:
     """Return what became of the objects and of the masks; the rows of each add up to their number."""
-    if not story.ours.mistakes:
+    if not evaluation.ours.mistakes:
         return ""
-    ours = sum_mistakes(story.ours.mistakes)
-    has_other = story.baseline is not None and story.baseline.found is not None
-    theirs = sum_mistakes(story.baseline.mistakes) if has_other else None
+    ours = sum_mistakes(evaluation.ours.mistakes)
+    has_other = evaluation.baseline is not None and evaluation.baseline.found is not None
+    theirs = sum_mistakes(evaluation.baseline.mistakes) if has_other else None
     head = write_row(["", "all", *SIZES], "th")
     rows = _write_kinds("objects", OBJECT_TITLES, ours, theirs) + _write_kinds("masks", MASK_TITLES, ours, theirs)
     kinds = {OBJECT_TITLES[kind]: text for kind, text in OBJECT_KINDS.items()}

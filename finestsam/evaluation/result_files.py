@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from finestsam.data.categories import number_categories
-from finestsam.data.coco import as_id, load_json
 from finestsam.data.index import Record
 from finestsam.data.semantic import ClassTable
 from finestsam.errors import Defect, UserError, printable
 from finestsam.evaluation.coco_scores import Detections
+from finestsam.formats.coco import as_id, load_json
 from finestsam.masks import encode_mask, segmentation_to_rle
 
 # The class of what is of no category of the dataset: it counts where categories do not.
@@ -23,12 +23,12 @@ UNKNOWN = 0
 def read_results(
     path: Path, records: Sequence[Record], categories: dict[int, str], task: str = "auto"
 ) -> tuple[list[Detections], ClassTable | None]:
-    """Return what the file says was found in each picture, the best score first, and the classes of it.
+    """Return what the file says was found in each image, the best score first, and the classes of it.
 
     Classes are None where the file knows none: where it names a single category, and the dataset has others.
 
     The file is a list of results as COCO defines them (image_id, segmentation, score), or a dataset that lists its
-    images too, as `--mode predict` writes it: then pictures are known by their file names, since their ids need not be
+    images too, as `--mode predict` writes it: then images are known by their file names, since their ids need not be
     those of the labels. Likewise categories, which are those of its own list where it has one, known by their names,
     and else have the ids of the labels.
 
@@ -37,7 +37,7 @@ def read_results(
         task: masks: categories are not asked for; classes: they are, and may be a single one.
 
     Raises:
-        UserError: not such a file, a picture that is not of this set, a mask that is none, or categories that are asked
+        UserError: not such a file, an image that is not of this set, a mask that is none, or categories that are asked
             for and are none of the labels'.
     """
     content = load_json(path)
@@ -66,9 +66,9 @@ def read_results(
         is_known = table is not None and category_id is not None
         found[place].append((float(score), rle, table.by_category.get(category_id, UNKNOWN) if is_known else UNKNOWN))
     if not any(found) and entries:
-        raise UserError(f"{printable(path)}: none of its {len(entries)} results is of a picture of this set")
+        raise UserError(f"{printable(path)}: none of its {len(entries)} results is of an image of this set")
     if left_out:
-        print(f"{printable(path)}: {left_out} of {len(entries)} results are of other pictures than these, left out")
+        print(f"{printable(path)}: {left_out} of {len(entries)} results are of other images than these, left out")
     detections = []
     for one in found:
         one.sort(key=lambda entry: -entry[0])
@@ -105,7 +105,7 @@ def _find_categories(
 
 
 def _find_places(content: Any, records: Sequence[Record], path: Path) -> dict[int | str, int]:
-    """Return the place of each picture of the set by the id that the file has for it."""
+    """Return the place of each image of the set by the id that the file has for it."""
     if not isinstance(content, dict):
         return {record.image_id: place for place, record in enumerate(records)}
     images = content.get("images")
@@ -114,14 +114,14 @@ def _find_places(content: Any, records: Sequence[Record], path: Path) -> dict[in
     by_name: dict[str, list[int]] = {}
     for place, record in enumerate(records):
         by_name.setdefault(PurePosixPath(record.file_name).name, []).append(place)
-    claims: dict[int, list[tuple[int, str, Any]]] = {}  # of a picture: the entries that may be it, by what they share
+    claims: dict[int, list[tuple[int, str, Any]]] = {}  # of an image: the entries that may be it, by what they share
     for number, image in enumerate(images):
         image_id = _read_id(image, "id", f"image {number}", path, takes_text=True)
         name = str(image.get("file_name"))
         candidates = by_name.get(PurePosixPath(name).name, [])
         common = [_count_common_parts(name, records[place].path) for place in candidates]
         if common and common.count(max(common)) > 1:
-            raise UserError(f"{printable(path)}: several pictures of this set are called {printable(name)}")
+            raise UserError(f"{printable(path)}: several images of this set are called {printable(name)}")
         if common:
             claims.setdefault(candidates[common.index(max(common))], []).append((max(common), name, image_id))
     places: dict[int | str, int] = {}
@@ -133,7 +133,7 @@ def _find_places(content: Any, records: Sequence[Record], path: Path) -> dict[in
             raise UserError(f"{printable(path)}: {' and '.join(map(printable, names[:2]))} may both be {told}")
         for image_id in (image_id for common, _, image_id in entries if common == most):
             if places.setdefault(image_id, place) != place:
-                raise UserError(f"{printable(path)}: image id {image_id!r:.40} stands for several pictures")
+                raise UserError(f"{printable(path)}: image id {image_id!r:.40} stands for several images")
     return places
 
 

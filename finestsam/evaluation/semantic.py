@@ -15,11 +15,11 @@ from finestsam.data.read import LabelledSet, refuse_unread
 from finestsam.data.semantic import ClassTable, match_classes
 from finestsam.evaluation.class_matching import refuse_strangers
 from finestsam.evaluation.own_run import OwnRun
-from finestsam.evaluation.prompt_scores import say_skipped
-from finestsam.evaluation.semantic_scores import count_pictures, describe_classes, summarize_pixels
+from finestsam.evaluation.prompt_scores import print_skipped
+from finestsam.evaluation.semantic_scores import count_images, describe_classes, summarize_pixels
 from finestsam.model.load import LoadedModel
-from finestsam.prediction.precompute import Embedder, fill_store, open_store
-from finestsam.whole_files import write_json, write_text
+from finestsam.prediction.embedder import Embedder, fill_store, open_store
+from finestsam.runtime.whole_files import write_json, write_text
 
 MEASURES = ("miou", "mdice", "pixel_accuracy")
 
@@ -42,7 +42,7 @@ def evaluate_classes(config: Config, loaded: LoadedModel, data: LabelledSet, run
     batches = tqdm(loader, desc="classes", disable=not sys.stderr.isatty(), leave=False)
     learned = run.list_learned(data.val) if run else []
     total, rows = np.zeros((len(table.names),) * 2, dtype=np.int64), []
-    for sample, counts in count_pictures(embedder, say_skipped(batches), data.val, table):
+    for sample, counts in count_images(embedder, print_skipped(batches), data.val, table):
         total += counts
         found = summarize_pixels(counts, table.names)
         is_learned = str(sample.file_name in learned).lower()

@@ -6,26 +6,26 @@ import numpy as np
 
 from finestsam.batch import Batch, Sample
 from finestsam.data.index import Record
-from finestsam.data.semantic import BACKGROUND_NAME, IGNORED, ClassTable, draw_label_map
-from finestsam.prediction.precompute import Embedder
+from finestsam.data.semantic import BACKGROUND_NAME, IGNORED, ClassTable, render_label_map
+from finestsam.prediction.embedder import Embedder
 from finestsam.prediction.semantic import classify
 
 
-def count_pictures(
+def count_images(
     embedder: Embedder, batches: Iterable[tuple[Batch, list[str]]], records: Sequence[Record], table: ClassTable
 ) -> Iterator[tuple[Sample, np.ndarray]]:
-    """Classify pictures, and yield each with its `count_pixels`.
+    """Classify images, and yield each with its `count_pixels`.
 
     Args:
         batches: as `data.dataset.collate` makes them.
-        records: of the pictures.
+        records: of the images.
     """
     by_id = {record.image_id: record for record in records}
     for batch, _ in batches:
         for sample in batch.to(embedder.model.device).samples:
             embedding = embedder.embed([sample])
             predicted = classify(embedder.model, embedding, sample.input_size, sample.original_size)
-            yield sample, count_pixels(draw_label_map(by_id[sample.image_id], table), predicted, len(table.names))
+            yield sample, count_pixels(render_label_map(by_id[sample.image_id], table), predicted, len(table.names))
 
 
 def count_pixels(truth: np.ndarray, predicted: np.ndarray, class_count: int) -> np.ndarray:
@@ -45,10 +45,10 @@ def summarize_pixels(counts: np.ndarray, names: list[str]) -> dict[str, float]:
 
     The means are over the classes that are there, in the truth or in the answers, the background among them. Source:
     Everingham et al., The PASCAL Visual Object Classes Challenge (IJCV 2010), section 4.3, which counts the pixels of
-    all pictures together.
+    all images together.
 
     Args:
-        counts: K x K, the sum of `count_pixels` over pictures.
+        counts: K x K, the sum of `count_pixels` over images.
     """
     hits, true, given = np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)
     is_there = true + given > 0

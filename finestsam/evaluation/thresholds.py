@@ -1,4 +1,4 @@
-"""Search the generator's settings for a kind of picture, and correct the scores that the model gives itself."""
+"""Search the generator's settings for a kind of image, and correct the scores that the model gives itself."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ MASK_COST = 0.01
 # What is tried, beside what the search starts from; of predicted IoUs, quantiles of those seen.
 SCORE_QUANTILES = np.linspace(0, 0.98, 50)
 STABILITIES = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.92, 0.95)
-NO_OBJECT_CHANCES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
+NO_OBJECT_PROBABILITIES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
 OVERLAPS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 REGION_AREAS = (0, 16, 64, 256)
 ROUNDS = 4
@@ -30,20 +30,22 @@ SEARCHED = (
 
 
 @dataclass(frozen=True)
-class Operation:
+class OperatingPoint:
     """How the generator does at one choice of its settings; no ranking of its masks enters."""
 
-    f1: float  # harmonic mean of precision and recall, over all pictures, the mean over COCO's IoU thresholds
+    f1: float  # harmonic mean of precision and recall, over all images, the mean over COCO's IoU thresholds
     recall: float  # the mean over the same
     masks_per_object: float
 
     def measure(self, goal: str) -> float:
-        """Return what the search makes as large as it can: `f1`, or for partly labelled pictures `recall`."""
+        """Return what the search makes as large as it can: `f1`, or for partly labelled images `recall`."""
         return self.f1 if goal == "f1" else self.recall - MASK_COST * self.masks_per_object
 
 
-def operate(found: Sequence[MeasuredMasks], chosen: Sequence[np.ndarray] | None = None) -> Operation:
-    """Return how some candidates of each picture do, by falling score; None: all of them."""
+def measure_operating_point(
+    found: Sequence[MeasuredMasks], chosen: Sequence[np.ndarray] | None = None
+) -> OperatingPoint:
+    """Return how some candidates of each image do, by falling score; None: all of them."""
     hits, masks, objects = np.zeros(len(IOU_THRESHOLDS)), np.zeros(len(IOU_THRESHOLDS)), 0
     for place, one in enumerate(found):
         ious, crowd_shares = one.ious, one.crowd_shares
@@ -55,7 +57,9 @@ def operate(found: Sequence[MeasuredMasks], chosen: Sequence[np.ndarray] | None 
         masks += (~is_ignored).sum(axis=1)
         objects += ious.shape[1]
     f1 = 2 * hits / np.maximum(masks + objects, 1)
-    return Operation(float(f1.mean()), float((hits / max(objects, 1)).mean()), float(masks.mean() / max(objects, 1)))
+    return OperatingPoint(
+        float(f1.mean()), float((hits / max(objects, 1)).mean()), float(masks.mean() / max(objects, 1))
+    )
 
 
 @dataclass(frozen=True)
@@ -63,15 +67,15 @@ class SearchResult:
     """The best settings found, and how they and those that the search started from do."""
 
     settings: GeneratorConfig
-    before: Operation
-    after: Operation
+    before: OperatingPoint
+    after: OperatingPoint
     tried: int
 
 
 def search(
     records: Sequence[Record], found: Sequence[Candidates], start: GeneratorConfig, fixed: frozenset[str], goal: str
 ) -> SearchResult:
-    """Return the generator's settings that do best on these pictures: one at a time is changed until none helps.
+    """Return the generator's settings that do best on these images: one at a time is changed until none helps.
 
     Args:
         found: one for each record.
@@ -79,12 +83,12 @@ def search(
         fixed: names of settings that stay.
         goal: `f1` or `recall`.
     """
-    known: dict[tuple, Operation] = {}
+    known: dict[tuple, OperatingPoint] = {}
 
-    def evaluate(settings: GeneratorConfig) -> Operation:
+    def evaluate(settings: GeneratorConfig) -> OperatingPoint:
         key = tuple(getattr(settings, name) for name in SEARCHED)
         if key not in known:
-            known[key] = operate(found, [select(one, settings) for one in found])
+            known[key] = measure_operating_point(found, [select(one, settings) for one in found])
         return known[key]
 
     options = _list_options(found, start, fixed)
@@ -94,12 +98,12 @@ def search(
         starts.append(dataclasses.replace(starts[0], **middle))
     ends = [_climb(one, options, lambda settings: evaluate(settings).measure(goal)) for one in starts]
     best = max(ends, key=lambda settings: evaluate(settings).measure(goal))
-    operation = evaluate(best)
+    operating_point = evaluate(best)
     if "min_mask_region_area" in fixed:
         best = dataclasses.replace(best, min_mask_region_area=start.min_mask_region_area)
     else:
-        best, operation = _choose_region_area(records, found, best, operation, goal)
-    return SearchResult(best, evaluate(starts[0]), operation, len(known))
+        best, operating_point = _choose_region_area(records, found, best, operating_point, goal)
+    return SearchResult(best, evaluate(starts[0]), operating_point, len(known))
 
 
 def _list_options(found: Sequence[Candidates], start: GeneratorConfig, fixed: frozenset[str]) -> dict[str, list[float]]:
@@ -112,7 +116,7 @@ def _list_options(found: Sequence[Candidates], start: GeneratorConfig, fixed: fr
         # Down, so that what is rounded passes as before.
         "pred_iou_thresh": [float(np.floor(level * 1e4) / 1e4) for level in levels],
         "stability_score_thresh": list(STABILITIES),
-        "no_object_thresh": list(NO_OBJECT_CHANCES) if any(one.masks.has_classes for one in found) else [],
+        "no_object_thresh": list(NO_OBJECT_PROBABILITIES) if any(one.masks.has_classes for one in found) else [],
         "box_nms_thresh": list(OVERLAPS),
         "points_per_side": grids or [start.points_per_side],
         "crop_n_layers": list(range(start.crop_n_layers + 1)),
@@ -137,15 +141,21 @@ def _climb(
 
 
 def _choose_region_area(
-    records: Sequence[Record], found: Sequence[Candidates], settings: GeneratorConfig, operation: Operation, goal: str
-) -> tuple[GeneratorConfig, Operation]:
+    records: Sequence[Record],
+    found: Sequence[Candidates],
+    settings: GeneratorConfig,
+    operating_point: OperatingPoint,
+    goal: str,
+) -> tuple[GeneratorConfig, OperatingPoint]:
     chosen = [one[select(one, settings)] for one in found]
     for area in REGION_AREAS[1:]:
         changed = dataclasses.replace(settings, min_mask_region_area=area)
-        result = operate([clean(one, record, changed) for one, record in zip(chosen, records, strict=True)])
-        if result.measure(goal) > operation.measure(goal):
-            settings, operation = changed, result
-    return settings, operation
+        result = measure_operating_point(
+            [clean(one, record, changed) for one, record in zip(chosen, records, strict=True)]
+        )
+        if result.measure(goal) > operating_point.measure(goal):
+            settings, operating_point = changed, result
+    return settings, operating_point
 
 
 # Of the scores, from 0 to 1.

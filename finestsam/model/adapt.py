@@ -28,7 +28,7 @@ def adapt_(sam: Sam, layers: ModelLayerConfig) -> dict[int, nn.Module]:
     if layers.fft_attention.blocks != "none" and not isinstance(sam.image_encoder, ImageEncoderViT):
         raise UserError(
             "model_layer.fft_attention: MobileSAM's image encoder has no attention of SAM's to replace; it looks at "
-            "windows of 7 and 14 tokens, so that its cost already grows no faster than the picture"
+            "windows of 7 and 14 tokens, so that its cost already grows no faster than the image"
         )
     replaced = mount_fft_attention_(sam, choose_blocks(sam.image_encoder, layers.fft_attention.blocks))
     mount_lora_(sam, layers.lora, whole_blocks=layers.thaw.blocks)

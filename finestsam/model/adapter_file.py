@@ -16,8 +16,8 @@ from torch import Tensor
 
 from finestsam.errors import VALUE_ERRORS, UserError
 from finestsam.model.lora import NARROW, WIDE, is_lora, list_lora, merge
-from finestsam.value_types import fits
-from finestsam.whole_files import replacing, write_json
+from finestsam.runtime.value_types import fits
+from finestsam.runtime.whole_files import replacing, write_json
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")

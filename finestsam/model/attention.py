@@ -8,7 +8,7 @@ queries and keys, which fused attention takes without a bias: q k + h[row] + w[c
 as such a product and fused attention takes it as its mask.
 
 All of these take q, N x h x w x d, scaled; k and v, N x L x d with L = h w; and by_row and by_column, N x h x w x h and
-N x h x w x w, what a query's score gets by the row and by the column of the key. N is pictures or windows times heads.
+N x h x w x w, what a query's score gets by the row and by the column of the key. N is images or windows times heads.
 They return N x L x d.
 """
 
@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
-from finestsam.processor import has_feature
+from finestsam.runtime.cpu import has_feature
 
 # Of the scores in one piece.
 CHUNK_BYTES = 8_000_000
-# Of all pictures, kept in half precision: those of one that vit_tiny sees at 768 pixels (32 million).
+# Of all images, kept in half precision: those of one that vit_tiny sees at 768 pixels (32 million).
 KEPT_SCORES = 40_000_000
 
 
@@ -109,9 +109,9 @@ class _AttentionInPieces(torch.autograd.Function):
             of_scores = (here @ values[some]).sub_(drift[some, tokens]).mul_(weights)
             for_q[some, rows] = (of_scores @ k[some]).view_as(queries)
             for_k[some] += queries.flatten(1, 2).transpose(1, 2).contiguous() @ of_scores
-            by_place = of_scores.view(*queries.shape[:3], height, width)
-            torch.sum(by_place, dim=-1, out=for_rows[some, rows])
-            torch.sum(by_place, dim=-2, out=for_columns[some, rows])
+            by_position = of_scores.view(*queries.shape[:3], height, width)
+            torch.sum(by_position, dim=-1, out=for_rows[some, rows])
+            torch.sum(by_position, dim=-2, out=for_columns[some, rows])
         for_k, for_v = (each.transpose(1, 2).to(k.dtype) for each in (for_k, for_v))
         return for_q, for_k, for_v, for_rows, for_columns
 
@@ -120,11 +120,11 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Te
     """Do the same with a fused kernel that adds a mask, about `CHUNK_BYTES` of it at once; without a gradient."""
     count, height, width, _ = q.shape
     marks = _mark_places(height, width, k).T.contiguous()
-    by_place = torch.cat([by_row, by_column], dim=-1).flatten(1, 2)
+    by_position = torch.cat([by_row, by_column], dim=-1).flatten(1, 2)
     seen, some = torch.empty_like(v), max(1, CHUNK_BYTES // q.element_size() // (height * width) ** 2)
     for i in range(0, count, some):
         here = slice(i, i + some)
-        bias = by_place[here] @ marks
+        bias = by_position[here] @ marks
         inputs = (part[:, None] for part in (q[here].flatten(1, 2), k[here], v[here], bias))
         seen[here] = F.scaled_dot_product_attention(*inputs, scale=1.0)[:, 0]
     return seen

@@ -8,8 +8,8 @@ from typing import Any, get_type_hints
 
 from finestsam.config import IMAGE_SIZE_RANGE, PATCH_SIZE, EvaluateConfig, GeneratorConfig, lies_in, list_choices
 from finestsam.errors import UserError
-from finestsam.value_types import find_misfit, fits
-from finestsam.whole_files import write_json
+from finestsam.runtime.value_types import find_misfit, fits
+from finestsam.runtime.whole_files import write_json
 
 TASKS = ("masks", "classes", "semantic")
 GOALS = list_choices(get_type_hints(EvaluateConfig)["goal"])
@@ -30,7 +30,7 @@ class Card:
     # the same images.
     baseline_generator: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
-    floor: dict[str, float] = field(default_factory=dict)  # the same metrics of the untouched model
+    baseline: dict[str, float] = field(default_factory=dict)  # the same metrics of the baseline
     step: int = 0
     started_from: str = "random weights"
     started_from_sha256: str | None = None

@@ -3,12 +3,12 @@
 What it saves, all of it exact up to the order of sums. g is the side of the embedding in tokens, L = g * g; T tokens
 of one prompt (5 to 9), H heads of d channels each, C channels of a token:
 
-- Before the first layer the picture's tokens are the same for every prompt: they are projected once (`look`).
-- Afterwards they differ by prompt, and stock attention projects all L of them. But a projection W of the picture can be
+- Before the first layer the image's tokens are the same for every prompt: they are projected once (`look`).
+- Afterwards they differ by prompt, and stock attention projects all L of them. But a projection W of the image can be
   moved to the other side: q (W x) = (q W) x, and the sum P (x W) = (P x) W. Only products with H * T columns touch the
-  L tokens, and no projected picture is ever made. A bias of the keys adds the same to every weight of a row, which a
+  L tokens, and no projected image is ever made. A bias of the keys adds the same to every weight of a row, which a
   softmax does not notice.
-- The positional encoding is added to the picture in front of every projection. What it gives by itself does not depend
+- The positional encoding is added to the image in front of every projection. What it gives by itself does not depend
   on the prompt and is projected once; the sum is never made.
 - A transposed convolution whose stride is its size is one matrix product over channels.
 - Only the mask tokens that are asked for get a mask, and only prompts whose score is worth it are upscaled.
@@ -26,46 +26,48 @@ from torch.nn import functional as F
 
 from finestsam.model.lora import weight_of
 
-# Of the picture's tokens in one pass on the CPU: 16 prompts of vit_b, 32 in bfloat16, which share each reading of the
+# Of the image's tokens in one pass on the CPU: 16 prompts of vit_b, 32 in bfloat16, which share each reading of the
 # weights. With a gradient half of it: more takes memory there and is no faster.
 CHUNK_BYTES = 70_000_000
 
 
 @dataclass
-class PictureView:
-    """What the decoder sees of a picture before it knows the prompt. S is 1, or N where mask prompts change it."""
+class ImageFeatures:
+    """What the decoder sees of an image before it knows the prompt. S is 1, or N where mask prompts change it."""
 
     tokens: Tensor  # S x L x C: the embedding, and what mask prompts add to it
-    keys: Tensor  # S x H x L x d, of the first layer's tokens looking at the picture
+    keys: Tensor  # S x H x L x d, of the first layer's tokens looking at the image
     values: Tensor  # the same
-    queries: Tensor  # S x H x L x d, of the picture looking at the first layer's tokens
-    key_places: list[Tensor]  # 1 x H x L x d: what the position adds to the keys of the second look, and of the last
-    query_places: list[Tensor]  # 1 x H x L x d: what the position and the bias add to the queries of the second layer
+    queries: Tensor  # S x H x L x d, of the image looking at the first layer's tokens
+    key_positions: list[Tensor]  # 1 x H x L x d: what the position adds to the keys of the second look, and of the last
+    query_positions: list[
+        Tensor
+    ]  # 1 x H x L x d: what the position and the bias add to the queries of the second layer
 
     @property
     def side(self) -> int:
         """Return g."""
         return math.isqrt(self.tokens.shape[1])
 
-    def to(self, dtype: torch.dtype) -> "PictureView":
-        """Return the same in another precision, in which all that is done with the picture will be done.
+    def to(self, dtype: torch.dtype) -> "ImageFeatures":
+        """Return the same in another precision, in which all that is done with the image will be done.
 
         Prompts, scores and what is learnt about them stay in theirs. Without a gradient only.
         """
-        lists = ([places.to(dtype) for places in some] for some in (self.key_places, self.query_places))
+        lists = ([places.to(dtype) for places in some] for some in (self.key_positions, self.query_positions))
         parts = (self.tokens, self.keys, self.values, self.queries)
-        return PictureView(*(part.to(dtype) for part in parts), *lists)
+        return ImageFeatures(*(part.to(dtype) for part in parts), *lists)
 
-    def __getitem__(self, part: slice) -> "PictureView":
+    def __getitem__(self, part: slice) -> "ImageFeatures":
         """Return the view for some of the prompts."""
         if len(self.tokens) == 1:
             return self
         parts = (self.tokens[part], self.keys[part], self.values[part], self.queries[part])
-        return PictureView(*parts, self.key_places, self.query_places)
+        return ImageFeatures(*parts, self.key_positions, self.query_positions)
 
 
 @dataclass
-class Answers:
+class PredictedMasks:
     """What some prompts are answered with; k masks of N x M that are worth it."""
 
     scores: Tensor  # N x M
@@ -75,10 +77,10 @@ class Answers:
 
 
 class FoldedMaskDecoder(MaskDecoder):
-    """The decoder. `forward` is segment_anything's own; `look` and then `answer` or `answer_above` are the fast way."""
+    """The decoder. `forward` is segment_anything's own; `look` and then `answer` or `predict_above` are the fast way."""
 
-    def look(self, embedding: Tensor, places: Tensor, dense: Tensor) -> PictureView:
-        """Project what all prompts of a picture share.
+    def compute_image_features(self, embedding: Tensor, places: Tensor, dense: Tensor) -> ImageFeatures:
+        """Project what all prompts of an image share.
 
         Args:
             embedding: 1 x C x g x g.
@@ -93,17 +95,17 @@ class FoldedMaskDecoder(MaskDecoder):
         looks = [layer.cross_attn_token_to_image for layer in later] + [self.transformer.final_attn_token_to_image]
         answers = [layer.cross_attn_image_to_token for layer in later]
         look, answer = first.cross_attn_token_to_image, first.cross_attn_image_to_token
-        return PictureView(
+        return ImageFeatures(
             tokens,
             keys=_split_heads(F.linear(placed, weight_of(look.k_proj)), look),
             values=_split_heads(look.v_proj(tokens), look),
             queries=_split_heads(answer.q_proj(placed), answer),
-            key_places=[_split_heads(F.linear(places, weight_of(look.k_proj)), look) for look in looks],
-            query_places=[_split_heads(answer.q_proj(places), answer) for answer in answers],
+            key_positions=[_split_heads(F.linear(places, weight_of(look.k_proj)), look) for look in looks],
+            query_positions=[_split_heads(answer.q_proj(places), answer) for answer in answers],
         )
 
     def answer(
-        self, view: PictureView, sparse: Tensor, masks: slice, learns_masks: bool = True
+        self, view: ImageFeatures, sparse: Tensor, masks: slice, learns_masks: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Answer prompts.
 
@@ -117,16 +119,16 @@ class FoldedMaskDecoder(MaskDecoder):
         """
         logits, scores, read = [], [], []
         for part in self._list_chunks(view, len(sparse)):
-            tokens, picture = self._attend(view[part], sparse[part], masks)
+            tokens, image = self._attend(view[part], sparse[part], masks)
             scores.append(self._score(tokens, masks))
             read.append(tokens[:, 1:])
             with torch.set_grad_enabled(torch.is_grad_enabled() and learns_masks):
-                logits.append(self.upscale(picture, self._make_filters(tokens, masks)))
+                logits.append(self.upscale(image, self._make_filters(tokens, masks)))
         return torch.cat(logits), torch.cat(scores), torch.cat(read)
 
-    def answer_above(
-        self, view: PictureView, sparse: Tensor, masks: slice, min_score: float, only_best: bool = False
-    ) -> Answers:
+    def predict_above(
+        self, view: ImageFeatures, sparse: Tensor, masks: slice, min_score: float, only_best: bool = False
+    ) -> PredictedMasks:
         """Answer prompts, and make only the masks whose score is above `min_score`; arguments as of `answer`.
 
         Args:
@@ -135,84 +137,84 @@ class FoldedMaskDecoder(MaskDecoder):
         side = 4 * view.side
         logits, scores, is_kept, read = [sparse.new_zeros(0, side, side)], [], [], []
         for part in self._list_chunks(view, len(sparse)):
-            tokens, picture = self._attend(view[part], sparse[part], masks)
+            tokens, image = self._attend(view[part], sparse[part], masks)
             scores.append(self._score(tokens, masks))
             is_kept.append(scores[-1] > min_score)
             if only_best:
                 is_kept[-1] &= F.one_hot(scores[-1].argmax(dim=1), scores[-1].shape[1]).bool()
-            logits += self._make_kept(picture, self._make_filters(tokens, masks), is_kept[-1])
+            logits += self._make_kept(image, self._make_filters(tokens, masks), is_kept[-1])
             read.append(tokens[:, 1:][is_kept[-1]])
-        return Answers(torch.cat(scores), torch.cat(is_kept), torch.cat(logits), torch.cat(read))
+        return PredictedMasks(torch.cat(scores), torch.cat(is_kept), torch.cat(logits), torch.cat(read))
 
-    def score(self, view: PictureView, sparse: Tensor, masks: slice) -> Tensor:
+    def score(self, view: ImageFeatures, sparse: Tensor, masks: slice) -> Tensor:
         """Return what `answer` gives as scores, N x M, without making a mask; arguments as of `answer`."""
         parts = self._list_chunks(view, len(sparse))
         return torch.cat([self._score(self._attend(view[part], sparse[part], masks)[0], masks) for part in parts])
 
-    def _make_kept(self, picture: Tensor, filters: Tensor, is_kept: Tensor) -> list[Tensor]:
+    def _make_kept(self, image: Tensor, filters: Tensor, is_kept: Tensor) -> list[Tensor]:
         """Return some of the masks, each list entry k x 4g x 4g, in the order of n x M `is_kept`."""
         rows = is_kept.any(dim=1).nonzero()[:, 0].tolist()
-        if picture.is_cuda and rows:
-            return [self.upscale(picture[rows], filters[rows])[is_kept[rows]]]
-        return [self.upscale(picture[row, None], filters[row, None, is_kept[row]])[0] for row in rows]
+        if image.is_cuda and rows:
+            return [self.upscale(image[rows], filters[rows])[is_kept[rows]]]
+        return [self.upscale(image[row, None], filters[row, None, is_kept[row]])[0] for row in rows]
 
-    def upscale(self, picture: Tensor, filters: Tensor) -> Tensor:
+    def upscale(self, image: Tensor, filters: Tensor) -> Tensor:
         """Make masks.
 
         Args:
-            picture: n x L x C, its tokens after the transformer.
+            image: n x L x C, its tokens after the transformer.
             filters: n x M x C / 8, what a mask is the product of its upscaled tokens with.
 
         Returns:
             Logits, n x M x 4g x 4g.
         """
         first, norm, activation, second, last_activation = self.output_upscaling
-        count, length, _ = picture.shape
+        count, length, _ = image.shape
         side = math.isqrt(length)
-        middle = F.linear(picture, *_as_matrix(first, picture.dtype)).view(count * length * 4, -1)
+        middle = F.linear(image, *_as_matrix(first, image.dtype)).view(count * length * 4, -1)
         middle = activation(_normalize(norm, middle))
-        fine = last_activation(F.linear(middle, *_as_matrix(second, picture.dtype))).view(count, length * 16, -1)
-        return _place_pixels((filters.to(picture.dtype) @ fine.transpose(1, 2)).to(filters.dtype), side)
+        fine = last_activation(F.linear(middle, *_as_matrix(second, image.dtype))).view(count, length * 16, -1)
+        return _place_pixels((filters.to(image.dtype) @ fine.transpose(1, 2)).to(filters.dtype), side)
 
-    def _list_chunks(self, view: PictureView, count: int) -> Iterator[slice]:
+    def _list_chunks(self, view: ImageFeatures, count: int) -> Iterator[slice]:
         """Yield the prompts that go through the decoder together."""
         tokens, limit = view.tokens, CHUNK_BYTES // 2 if torch.is_grad_enabled() else CHUNK_BYTES
         size = count if tokens.is_cuda else max(1, limit // (tokens[0].numel() * tokens.element_size()))
         for start in range(0, count, size):
             yield slice(start, start + size)
 
-    def _attend(self, view: PictureView, sparse: Tensor, masks: slice) -> tuple[Tensor, Tensor]:
+    def _attend(self, view: ImageFeatures, sparse: Tensor, masks: slice) -> tuple[Tensor, Tensor]:
         """Go through the transformer.
 
         Returns:
-            The tokens of the score and of the masks, n x (1 + M) x C, and the picture's, n x L x C.
+            The tokens of the score and of the masks, n x (1 + M) x C, and the image's, n x L x C.
         """
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
         prompt = torch.cat([own.expand(len(sparse), -1, -1), sparse], dim=1)
-        tokens, picture = prompt, view.tokens.expand(len(sparse), -1, -1)
+        tokens, image = prompt, view.tokens.expand(len(sparse), -1, -1)
         for number, layer in enumerate(self.transformer.layers):
             tokens = _attend_to_each_other(layer, tokens, prompt)
             look, answer = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
             if number == 0:
                 seen = _look_at_projected(look, tokens + prompt, view.keys, view.values)
             else:
-                seen = _look(look, tokens + prompt, picture, view.key_places[number - 1])
+                seen = _look(look, tokens + prompt, image, view.key_positions[number - 1])
             tokens = layer.norm2(tokens + seen)
             tokens = layer.norm3(tokens + layer.mlp(tokens))
             if number == 0:
                 weights = _weigh_answers(answer, tokens + prompt, view.queries, None)
             else:
-                weights = _weigh_answers(answer, tokens + prompt, view.query_places[number - 1], picture)
-            # In place where no gradient will ask for what stood there, and the picture is no longer everyone's.
+                weights = _weigh_answers(answer, tokens + prompt, view.query_positions[number - 1], image)
+            # In place where no gradient will ask for what stood there, and the image is no longer everyone's.
             add = torch.baddbmm if number == 0 or torch.is_grad_enabled() else Tensor.baddbmm_
-            added = _fold_values(answer, tokens).to(picture.dtype)
-            picture = _normalize(layer.norm4, add(picture, weights.transpose(1, 2), added))
+            added = _fold_values(answer, tokens).to(image.dtype)
+            image = _normalize(layer.norm4, add(image, weights.transpose(1, 2), added))
         last = self.transformer.final_attn_token_to_image
         # Nobody reads the other tokens once they have looked, and none looks at another.
         read = [0, *range(1, 1 + self.num_mask_tokens)[masks]]
         tokens, prompt = tokens[:, read], prompt[:, read]
-        tokens = tokens + _look(last, tokens + prompt, picture, view.key_places[-1])
-        return self.transformer.norm_final_attn(tokens), picture
+        tokens = tokens + _look(last, tokens + prompt, image, view.key_positions[-1])
+        return self.transformer.norm_final_attn(tokens), image
 
     def _score(self, tokens: Tensor, masks: slice) -> Tensor:
         return self.iou_prediction_head(tokens[:, 0])[:, masks]
@@ -230,7 +232,7 @@ def _attend_to_each_other(layer: TwoWayAttentionBlock, tokens: Tensor, prompt: T
 
 
 def _look_at_projected(attention: Attention, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attend from n x T x C tokens to a picture whose keys and values are there."""
+    """Attend from n x T x C tokens to an image whose keys and values are there."""
     weights = _compare(_scale_queries(attention, tokens).to(keys.dtype), keys).softmax(dim=-1)  # n x H x T x L
     if len(values) == 1:
         count, heads, length, _ = weights.shape
@@ -241,37 +243,37 @@ def _look_at_projected(attention: Attention, tokens: Tensor, keys: Tensor, value
     return attention.out_proj(seen.flatten(2).to(tokens.dtype))
 
 
-def _look(attention: Attention, tokens: Tensor, picture: Tensor, key_places: Tensor) -> Tensor:
-    """Attend from n x T x C tokens to a picture, n x L x C, whose keys and values are never made."""
+def _look(attention: Attention, tokens: Tensor, image: Tensor, key_positions: Tensor) -> Tensor:
+    """Attend from n x T x C tokens to an image, n x L x C, whose keys and values are never made."""
     queries = _scale_queries(attention, tokens)
     folded = queries @ _split_rows(weight_of(attention.k_proj), attention)  # n x H x T x C
-    by_place = _compare(queries.to(picture.dtype), key_places).flatten(1, 2)
-    logits = by_place.baddbmm_(folded.flatten(1, 2).to(picture.dtype), picture.transpose(1, 2))
-    seen = (logits.softmax(dim=-1) @ picture).view(folded.shape).to(tokens.dtype)  # n x H x T x C
+    by_position = _compare(queries.to(image.dtype), key_positions).flatten(1, 2)
+    logits = by_position.baddbmm_(folded.flatten(1, 2).to(image.dtype), image.transpose(1, 2))
+    seen = (logits.softmax(dim=-1) @ image).view(folded.shape).to(tokens.dtype)  # n x H x T x C
     seen = seen @ _split_rows(weight_of(attention.v_proj), attention).transpose(1, 2)  # n x H x T x d
     return attention.out_proj(seen.transpose(1, 2).flatten(2) + attention.v_proj.bias)
 
 
-def _weigh_answers(attention: Attention, tokens: Tensor, queries: Tensor, picture: Tensor | None) -> Tensor:
-    """Return what each of the picture's tokens takes of each of the prompt's, n x H T x L.
+def _weigh_answers(attention: Attention, tokens: Tensor, queries: Tensor, image: Tensor | None) -> Tensor:
+    """Return what each of the image's tokens takes of each of the prompt's, n x H T x L.
 
     Args:
         tokens: n x T x C.
-        queries: of the picture, S x H x L x d; where `picture` is given, without what that adds to them.
+        queries: of the image, S x H x L x d; where `image` is given, without what that adds to them.
     """
     keys = _split_heads(attention.k_proj(tokens), attention) / math.sqrt(queries.shape[-1])
     logits = _compare(keys.to(queries.dtype), queries)  # n x H x T x L
-    if picture is not None:
-        folded = (keys @ _split_rows(weight_of(attention.q_proj), attention)).flatten(1, 2).to(picture.dtype)
-        logits = logits.flatten(1, 2).baddbmm_(folded, picture.transpose(1, 2)).view(logits.shape)
+    if image is not None:
+        folded = (keys @ _split_rows(weight_of(attention.q_proj), attention)).flatten(1, 2).to(image.dtype)
+        logits = logits.flatten(1, 2).baddbmm_(folded, image.transpose(1, 2)).view(logits.shape)
     return logits.softmax(dim=2).flatten(1, 2)
 
 
 def _fold_values(attention: Attention, tokens: Tensor) -> Tensor:
-    """Return what each of n x T x C tokens adds to a token of the picture that takes all of it, n x H T x C."""
+    """Return what each of n x T x C tokens adds to a token of the image that takes all of it, n x H T x C."""
     values = _split_heads(attention.v_proj(tokens), attention)
     output = _split_rows(weight_of(attention.out_proj).T, attention)  # H x d x C
-    # What a picture's token takes adds up to one in each head: each brings its share of the bias.
+    # What an image's token takes adds up to one in each head: each brings its share of the bias.
     return (values @ output + attention.out_proj.bias / attention.num_heads).flatten(1, 2)
 
 

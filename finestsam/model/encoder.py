@@ -4,7 +4,7 @@ Stock attention makes all heads' scores at once, 800 MB for each global block of
 here it is `attention.py`'s, which makes them a piece at a time, and again for their gradient.
 
 Windows at the edge are filled up with zeros, and what the projection makes of zeros is known: it is computed on the
-picture's own tokens alone.
+image's own tokens alone.
 """
 
 import torch
@@ -32,7 +32,7 @@ class ChunkedImageEncoder(ImageEncoderViT):
     recomputes = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the embeddings, B x C x g x g, of normalised and padded pictures, B x 3 x H x W."""
+        """Return the embeddings, B x C x g x g, of normalised and padded images, B x 3 x H x W."""
         x = self.patch_embed(x)
         if self.pos_embed is not None:
             x = x + self.pos_embed
@@ -110,7 +110,7 @@ def _attend_with_positions(attention: Attention, q: Tensor, k: Tensor, v: Tensor
     """Attend with relative positions.
 
     Args:
-        q, k, v: N x L x d, N pictures or windows times heads, L tokens of (height, width) `size`.
+        q, k, v: N x L x d, N images or windows times heads, L tokens of (height, width) `size`.
     """
     q = q.unflatten(1, size)  # N x h x w x d
     if attention.use_rel_pos:

@@ -9,10 +9,10 @@ agree at that offset on the whole,
     y[n] = sum over m of a[n - m] v[m] = irfft2(rfft2(a) rfft2(v))
 
 as in Autoformer's auto-correlation (Wu et al., arXiv 2106.13008), in two dimensions and with all offsets. FFTformer
-multiplies c with v place by place (Kong et al., arXiv 2211.12250), which does not move along with a picture; this does.
+multiplies c with v place by place (Kong et al., arXiv 2211.12250), which does not move along with an image; this does.
 
 The grid is taken as a circle, not filled up with zeros. So every token sees all others with weights that add up to one,
-answers move along with a picture exactly, and no more than the tokens is transformed, where zeros would make it four
+answers move along with an image exactly, and no more than the tokens is transformed, where zeros would make it four
 times as much. The price is that opposite edges are neighbours.
 """
 

@@ -1,7 +1,7 @@
 """Weights to learn from where there is no checkpoint. Any checkpoint overwrites them all.
 
 segment_anything starts as PyTorch's layers do, which is of no matter to Meta's weights. From scratch its encoder then
-learns nothing for hundreds of steps, and soon answers the same to every picture. Three things are in the way: eight
+learns nothing for hundreds of steps, and soon answers the same to every image. Three things are in the way: eight
 random blocks and a random 3 x 3 convolution stir each token with its neighbours before any of it is understood, the
 brightness of a patch drowns what is in it, and queries and keys that should meet at a place know it by unrelated names.
 """
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 # How sharply the decoder attends to the place of its prompt.
 POSITION_GAIN = 2.5
-# Red, green and blue: brightness and two contrasts, and how strong pictures have them, in deviations.
+# Red, green and blue: brightness and two contrasts, and how strong images have them, in deviations.
 COLOUR_AXES = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (1.0, -2.0, 1.0))
 COLOUR_STRENGTHS = (1.0, 0.25, 0.2)
-# The amplitudes of pictures fall with the spatial frequency f about as (1 + f)^-FALL, f in half waves of a patch.
+# The amplitudes of images fall with the spatial frequency f about as (1 + f)^-FALL, f in half waves of a patch.
 FALL = 1.3
 
 
@@ -40,7 +40,7 @@ def start_encoder_(encoder: ImageEncoderViT) -> None:
 def make_waves(side: int) -> Tensor:
     """Return the discrete cosine transform (DCT-II) of a colour patch, 3 side^2 x 3 x side x side, the loudest first.
 
-    Each is scaled so that its product with patches of pictures of deviation 1 has a deviation of about 1.
+    Each is scaled so that its product with patches of images of deviation 1 has a deviation of about 1.
     """
     places = torch.arange(side, dtype=torch.float64) + 0.5
     numbers = torch.arange(side, dtype=torch.float64)
@@ -59,7 +59,7 @@ def make_waves(side: int) -> Tensor:
 def start_decoder_(decoder: MaskDecoder) -> None:
     """Let queries and keys begin with the same projection, so that a prompt attends to its own place from the start.
 
-    Prompts and picture carry the same positional encoding, but two random projections of it have nothing in common; a
+    Prompts and image carry the same positional encoding, but two random projections of it have nothing in common; a
     decoder that starts so predicts empty masks for its first 200 steps, until it has found that out.
     """
     for attention in decoder.modules():

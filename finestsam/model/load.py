@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from finestsam.config import PATCH_SIZE, Config
 from finestsam.errors import VALUE_ERRORS, UserError
 from finestsam.model.adapter_file import find_adapter
-from finestsam.model.build import ARCHITECTURES, build_sam
+from finestsam.model.architectures import ARCHITECTURES, build_sam
 from finestsam.model.card import Card, read_card
-from finestsam.model.classes import load_class_head
+from finestsam.model.class_head import load_class_head
 from finestsam.model.fft_attention import list_blocks, mount_fft_attention_
 from finestsam.model.sam import FinestSam
 from finestsam.model.semantic_head import load_semantic_head
@@ -26,7 +26,7 @@ from finestsam.model.weights import (
     load_state_dict,
     resize_positions,
 )
-from finestsam.processor import has_feature
+from finestsam.runtime.cpu import has_feature
 
 RANDOM_WEIGHTS = "random weights"
 
@@ -69,17 +69,17 @@ def load_model(config: Config, prefer_runs: bool = False, device: torch.device |
 
 
 def _build_with_weights(config: Config, path: Path | None, card: Card | None) -> tuple[Sam, str]:
-    asked_type, asked_size = config.model.type, config.model.image_size
+    wanted_type, wanted_size = config.model.type, config.model.image_size
     if path is None:
-        model_type = "vit_b" if asked_type == "auto" else asked_type
-        _check_size(asked_size)
-        return build_sam(model_type, asked_size), model_type
+        model_type = "vit_b" if wanted_type == "auto" else wanted_type
+        _check_size(wanted_size)
+        return build_sam(model_type, wanted_size), model_type
     state_dict = load_state_dict(path)
     model_type = identify(state_dict, path)
-    if asked_type != "auto":
-        check_matches(state_dict, asked_type, path)
+    if wanted_type != "auto":
+        check_matches(state_dict, wanted_type, path)
     own_size = image_size_of(state_dict, card)
-    size = asked_size or own_size
+    size = wanted_size or own_size
     if size != own_size:
         _check_size(size)
     sam = build_sam(model_type, size)

@@ -1,6 +1,6 @@
-"""The way of SAM's masks from the decoder's logits to the pixels of a picture, as matrices.
+"""The way of SAM's masks from the decoder's logits to the pixels of an image, as matrices.
 
-segment_anything takes two bilinear steps: to the padded square, of which the padding is cut off, and on to the picture.
+segment_anything takes two bilinear steps: to the padded square, of which the padding is cut off, and on to the image.
 Each is linear and treats rows and columns apart, so that both together are one product from the left and one from the
 right. Their matrices are banded, and are multiplied in blocks that leave out most of their zeros.
 """
@@ -48,8 +48,8 @@ def build_axis(low_side: int, image_size: int, input_length: int, length: int | 
     Args:
         low_side: 4g, of the padded square.
         image_size: pixels of the padded square.
-        input_length: of the part of it that holds the picture.
-        length: of the picture; None: stop at the input frame.
+        input_length: of the part of it that holds the image.
+        length: of the image; None: stop at the input frame.
     """
     steps = F.interpolate(torch.eye(low_side)[None], image_size, mode="linear", align_corners=False)[..., :input_length]
     if length not in (None, input_length):

@@ -1,4 +1,4 @@
-"""A SAM cut where finestsam cuts it: picture -> embedding, and embedding + prompts -> logits and scores.
+"""A SAM cut where finestsam cuts it: image -> embedding, and embedding + prompts -> logits and scores.
 
 Training, validation and prediction all go through these two calls, so that an embedding can come from a store and
 objects can be decoded in chunks.
@@ -9,17 +9,17 @@ from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
 from finestsam.batch import Predictions, Prompts
-from finestsam.model.decoder import Answers, PictureView
+from finestsam.model.decoder import ImageFeatures, PredictedMasks
 
 
 class FinestSam(nn.Module):
-    """segment_anything's Sam with a differentiable forward pass for one picture's prompts.
+    """segment_anything's Sam with a differentiable forward pass for one image's prompts.
 
     Args:
         sam: its weights are shared, not copied.
         multimask_output: answer with the three masks of decoder tokens 1 to 3, or with the one of token 0.
         encoder_dtype: the image encoder computes in this under autocast; None: in float32. bfloat16 is also what
-            `look` makes the decoder see the picture in. Coordinates never pass through it: it would round 1001.3 to
+            `look` makes the decoder see the image in. Coordinates never pass through it: it would round 1001.3 to
             1000.
     """
 
@@ -41,7 +41,7 @@ class FinestSam(nn.Module):
         return self.sam.device
 
     def encode(self, images: list[Tensor]) -> Tensor:
-        """Return the embeddings of pictures, B x C x g x g, float32.
+        """Return the embeddings of images, B x C x g x g, float32.
 
         Args:
             images: each 3 x h x w, uint8, RGB, input frame before padding.
@@ -53,7 +53,7 @@ class FinestSam(nn.Module):
     def forward(
         self, embedding: Tensor | None, prompts: Prompts | None, learns_masks: bool = True
     ) -> Predictions | Tensor | None:
-        """Answer the prompts of one picture.
+        """Answer the prompts of one image.
 
         Without prompts, which is None, the semantic head answers: the logits of the classes, B x K x 4g x 4g, of any
         number of embeddings.
@@ -69,8 +69,8 @@ class FinestSam(nn.Module):
             return None
         sparse, dense = self._embed_prompts(prompts)
         decoder = self.sam.mask_decoder
-        view = decoder.look(embedding, self.sam.prompt_encoder.get_dense_pe(), dense)
-        logits, scores, tokens = decoder.answer(view, sparse, self._asked_masks, learns_masks)
+        view = decoder.compute_image_features(embedding, self.sam.prompt_encoder.get_dense_pe(), dense)
+        logits, scores, tokens = decoder.predict(view, sparse, self._mask_slice, learns_masks)
         return Predictions(logits, scores, self.classify(embedding, tokens, logits))
 
     def classify(self, embedding: Tensor, tokens: Tensor, logits: Tensor) -> Tensor | None:
@@ -85,30 +85,34 @@ class FinestSam(nn.Module):
         """
         sparse, _ = self._embed_prompts(prompts)
         decoder = self.sam.mask_decoder
-        view = decoder.look(embedding, self.sam.prompt_encoder.get_dense_pe(), self._no_mask)
-        return decoder.score(view, sparse, self._asked_masks)
+        view = decoder.compute_image_features(embedding, self.sam.prompt_encoder.get_dense_pe(), self._no_mask)
+        return decoder.score(view, sparse, self._mask_slice)
 
-    def look(self, embedding: Tensor) -> PictureView:
-        """Return what the decoder computes once for all prompts of a picture that bring no mask; without gradient.
+    def compute_image_features(self, embedding: Tensor) -> ImageFeatures:
+        """Return what the decoder computes once for all prompts of an image that bring no mask; without gradient.
 
         Args:
             embedding: 1 x C x g x g.
         """
-        view = self.sam.mask_decoder.look(embedding, self.sam.prompt_encoder.get_dense_pe(), self._no_mask)
+        view = self.sam.mask_decoder.compute_image_features(
+            embedding, self.sam.prompt_encoder.get_dense_pe(), self._no_mask
+        )
         # float16 has too small a range for what nobody trained in it.
         return view.to(torch.bfloat16) if self.encoder_dtype == torch.bfloat16 else view
 
-    def answer_above(self, view: PictureView, prompts: Prompts, min_score: float, only_best: bool = False) -> Answers:
+    def predict_above(
+        self, view: ImageFeatures, prompts: Prompts, min_score: float, only_best: bool = False
+    ) -> PredictedMasks:
         """Answer prompts that bring no mask, with only those masks whose score is above `min_score`.
 
         Args:
             only_best: of each prompt's masks at most the one with the highest score.
         """
         sparse, _ = self._embed_prompts(prompts)
-        return self.sam.mask_decoder.answer_above(view, sparse, self._asked_masks, min_score, only_best)
+        return self.sam.mask_decoder.predict_above(view, sparse, self._mask_slice, min_score, only_best)
 
     @property
-    def _asked_masks(self) -> slice:
+    def _mask_slice(self) -> slice:
         """Which of the decoder's mask tokens answer: the three of an ambiguous prompt, or the single one."""
         return slice(1, None) if self.multimask_output else slice(0, 1)
 

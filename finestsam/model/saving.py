@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from finestsam.errors import VALUE_ERRORS
-from finestsam.whole_files import replacing
+from finestsam.runtime.whole_files import replacing
 
 WRAPPERS = ("module", "_forward_module", "_orig_mod", "model", "sam")  # parts of names that are not SAM's
 

@@ -13,7 +13,7 @@ class SemanticHead(nn.Module):
     """From an embedding to logits of classes at a quarter of the input's side.
 
     The embedding is enlarged in two steps of a factor of two, and has fewer channels after each, so that none is both
-    wide and large. Norms are those of single pictures: first over the places of each channel, as some encoders answer
+    wide and large. Norms are those of single images: first over the places of each channel, as some encoders answer
     nearly the same everywhere and what little differs is what tells, then over the channels of a place.
 
     Args:
@@ -37,7 +37,7 @@ class SemanticHead(nn.Module):
 
     def forward(self, embedding: Tensor) -> Tensor:
         """Return the logits, B x K x 4g x 4g, of embeddings, B x C x g x g."""
-        return self.classify(self.enlarge(self.look(embedding)))
+        return self.classify(self.enlarge(self.compute_image_features(embedding)))
 
 
 def load_semantic_head(weights: Path, names: Sequence[str], width: int) -> SemanticHead:

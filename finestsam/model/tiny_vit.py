@@ -34,7 +34,7 @@ IMAGENET_CLASSES = 1000
 class TinyVitImageEncoder(nn.Module):
     """The encoder.
 
-    Its batch norms keep the statistics that they were loaded with, in training, too: a step sees too few pictures to
+    Its batch norms keep the statistics that they were loaded with, in training, too: a step sees too few images to
     measure any.
 
     Args:
@@ -68,7 +68,7 @@ class TinyVitImageEncoder(nn.Module):
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """All stages' blocks, in the order in which a picture goes through them."""
+        """All stages' blocks, in the order in which an image goes through them."""
         return nn.ModuleList(block for stage in self.layers for block in stage.blocks)
 
     def train(self, mode: bool = True) -> "TinyVitImageEncoder":
@@ -79,7 +79,7 @@ class TinyVitImageEncoder(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the embeddings, B x C x g x g, of normalised and padded pictures, B x 3 x H x W."""
+        """Return the embeddings, B x C x g x g, of normalised and padded images, B x 3 x H x W."""
         x = self.patch_embed(x)
         for stage in self.layers:
             x = stage(x, self.recomputes)

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finestsam.cache_folder import cache_folder
 from finestsam.config import IMAGE_SIZE_RANGE, IMAGE_SIZES, PATCH_SIZE
-from finestsam.download import download
 from finestsam.errors import VALUE_ERRORS, UserError
 from finestsam.model.adapter_file import is_adapter, merge_adapter, read_config
-from finestsam.model.build import ARCHITECTURES
+from finestsam.model.architectures import ARCHITECTURES
 from finestsam.model.card import Card, read_card
 from finestsam.model.saving import is_damaged, list_packed
+from finestsam.runtime.cache_folder import cache_folder
+from finestsam.runtime.download import download
 
 
 @dataclass(frozen=True)
@@ -335,12 +335,12 @@ def identify(state_dict: dict[str, Tensor], path: Path | str = "the file") -> st
 
 
 def _check_places(position: Tensor, patches: Tensor, path: Path | str) -> None:
-    """Raise unless weights are for square pictures of a size that a setting may have."""
+    """Raise unless weights are for square images of a size that a setting may have."""
     rows, columns, side = *position.shape[1:3], patches.shape[-1]
     low, high = IMAGE_SIZE_RANGE
     if side != PATCH_SIZE or rows != columns or not low <= rows * side <= high:
         raise UserError(
-            f"{path} is for pictures of {rows} x {columns} patches of {side} pixels, expected squares of {low} to "
+            f"{path} is for images of {rows} x {columns} patches of {side} pixels, expected squares of {low} to "
             f"{high} pixels in patches of {PATCH_SIZE}"
         )
 
@@ -354,10 +354,10 @@ def _identify_tiny_vit(state_dict: dict[str, Tensor], path: Path | str) -> str:
 
 
 def resize_positions(state_dict: dict[str, Tensor], image_size: int) -> dict[str, Tensor]:
-    """Return the weights for pictures of another size: what they know of places is interpolated, the rest stays.
+    """Return the weights for images of another size: what they know of places is interpolated, the rest stays.
 
-    The embeddings of places are resized as pictures are, bicubic; the tables of relative places of global attention,
-    one entry for each distance from one side of the picture to the other, along their length. Windows keep their size.
+    The embeddings of places are resized as images are, bicubic; the tables of relative places of global attention,
+    one entry for each distance from one side of the image to the other, along their length. Windows keep their size.
 
     Args:
         image_size: pixels of the longest side, a multiple of the patch.
@@ -383,7 +383,7 @@ def image_size_of(state_dict: dict[str, Tensor], card: Card | None = None) -> in
     """Return the side of the square that these weights see, pixels.
 
     Args:
-        card: of the weights. MobileSAM's do not tell: without a card they are for the pictures that it was made for.
+        card: of the weights. MobileSAM's do not tell: without a card they are for the images that it was made for.
     """
     if "image_encoder.pos_embed" not in state_dict:
         return card.image_size if card else IMAGE_SIZES[identify(state_dict)]

@@ -17,10 +17,10 @@ from torchvision.ops import nms
 
 from finestsam.batch import Prompts
 from finestsam.config import GENERATOR_DEFAULTS, GeneratorConfig
-from finestsam.images import build_crop_boxes, build_point_grid, compute_input_size, resize_image, scale_points
+from finestsam.images.read import build_crop_boxes, build_point_grid, compute_input_size, resize_image, scale_points
 from finestsam.masks import decode_rle, encode_mask, remove_small_regions, rle_area, rle_box
 from finestsam.model.card import Card
-from finestsam.model.decoder import PictureView
+from finestsam.model.decoder import ImageFeatures
 from finestsam.model.sam import FinestSam
 from finestsam.prediction.results import FilterReport, GeneratedMasks
 from finestsam.prediction.upscaling import Upscaler, measure_masks
@@ -31,14 +31,14 @@ LEAST_STABILITY = 1e-3
 
 @dataclass
 class _Crop:
-    """A part of the picture as the model sees it; the first is the whole picture."""
+    """A part of the image as the model sees it; the first is the whole image."""
 
     box: list[int]  # XYXY, original pixels
-    original_size: tuple[int, int]  # of the whole picture
+    original_size: tuple[int, int]  # of the whole image
     size: tuple[int, int]
     input_size: tuple[int, int]
     embedding: Tensor  # 1 x C x g x g
-    view: PictureView
+    view: ImageFeatures
     points: np.ndarray  # P x 2, XY, pixels of the crop
     upscaler: Upscaler  # from logits to pixels of the crop
 
@@ -53,7 +53,7 @@ class _Candidates:
     stability: Tensor  # K
     priorities: Tensor  # K, what NMS goes by
     boxes: Tensor  # K x 4, XYXY, pixels of the crop; both corners lie inside the mask
-    class_chances: Tensor  # K x (1 + C); K x 0 where the model has no class head
+    class_probabilities: Tensor  # K x (1 + C); K x 0 where the model has no class head
 
     def __getitem__(self, index: Tensor) -> "_Candidates":
         return _Candidates(*(getattr(self, entry.name)[index] for entry in fields(self)))
@@ -70,15 +70,15 @@ def resolve_generator(settings: GeneratorConfig, card: Card | None) -> Generator
 def generate_masks(
     model: FinestSam, image: np.ndarray, settings: GeneratorConfig, embedding: Tensor | None = None
 ) -> GeneratedMasks:
-    """Find every object of a picture.
+    """Find every object of an image.
 
     Args:
         image: H x W x 3, uint8, RGB.
         settings: without None, as `resolve_generator` returns them.
-        embedding: 1 x C x g x g, of the whole picture, where it is known.
+        embedding: 1 x C x g x g, of the whole image, where it is known.
 
     Raises:
-        Defect: the picture is too thin for the model.
+        Defect: the image is too thin for the model.
     """
     report = FilterReport()
     found = [_search(model, crop, settings, report) for crop in _cut_crops(model, image, settings, embedding)]
@@ -103,7 +103,7 @@ def _cut_crops(
         part = image[box[1] : box[3], box[0] : box[2]]
         size = part.shape[:2]
         if 0 in size:
-            continue  # tiny pictures have fewer pixels than crops
+            continue  # tiny images have fewer pixels than crops
         input_size = compute_input_size(size, model.image_size)
         if layer > 0 or embedding is None:
             inputs = torch.tensor(resize_image(part, input_size), device=model.device)  # h x w x 3
@@ -113,7 +113,7 @@ def _cut_crops(
         points_per_side = int(settings.points_per_side / settings.crop_n_points_downscale_factor**layer)
         points = build_point_grid(max(points_per_side, 1)) * size[::-1]
         upscaler = Upscaler(model.image_size // 4, model.image_size, input_size, size)
-        yield _Crop(box, original_size, size, input_size, seen, model.look(seen), points, upscaler)
+        yield _Crop(box, original_size, size, input_size, seen, model.compute_image_features(seen), points, upscaler)
 
 
 def _find_layer(number: int) -> int:
@@ -127,7 +127,9 @@ def _find_layer(number: int) -> int:
 def _search(model: FinestSam, crop: _Crop, settings: GeneratorConfig, report: FilterReport) -> GeneratedMasks:
     """Return the masks of one crop, best score first, without those whose boxes repeat a better one's."""
     batches = [
-        _ask(model, crop, range(start, min(start + settings.points_per_batch, len(crop.points))), settings, report)
+        _predict_points(
+            model, crop, range(start, min(start + settings.points_per_batch, len(crop.points))), settings, report
+        )
         for start in range(0, len(crop.points), settings.points_per_batch)
     ]
     candidates = _Candidates(*(torch.cat([getattr(b, entry.name) for b in batches]) for entry in fields(_Candidates)))
@@ -136,27 +138,33 @@ def _search(model: FinestSam, crop: _Crop, settings: GeneratorConfig, report: Fi
     return _compress(candidates[kept], crop)
 
 
-def ask_points(points: np.ndarray, size: tuple[int, int], input_size: tuple[int, int], device: torch.device) -> Prompts:
-    """Return the prompts that ask with one point each, P x 2, XY, of a picture or crop of (height, width) `size`."""
+def make_point_prompts(
+    points: np.ndarray, size: tuple[int, int], input_size: tuple[int, int], device: torch.device
+) -> Prompts:
+    """Return the prompts that ask with one point each, P x 2, XY, of an image or crop of (height, width) `size`."""
     inputs = torch.tensor(scale_points(points, size, input_size), dtype=torch.float32, device=device)
     return Prompts(inputs[:, None], torch.ones(len(points), 1, dtype=torch.int, device=device))
 
 
-def _ask(model: FinestSam, crop: _Crop, indices: range, settings: GeneratorConfig, report: FilterReport) -> _Candidates:
+def _predict_points(
+    model: FinestSam, crop: _Crop, indices: range, settings: GeneratorConfig, report: FilterReport
+) -> _Candidates:
     """Decode the masks of some points of a crop, and return those that are good, stable and whole."""
     points = crop.points[indices.start : indices.stop]
-    prompts = ask_points(points, crop.size, crop.input_size, model.device)
+    prompts = make_point_prompts(points, crop.size, crop.input_size, model.device)
     # A threshold of 0 lets every number pass, as in segment_anything: the score head may answer below 0.
     only_best = settings.masks_per_point == "best"
-    answers = model.answer_above(crop.view, prompts, settings.pred_iou_thresh or -np.inf, only_best)
+    answers = model.predict_above(crop.view, prompts, settings.pred_iou_thresh or -np.inf, only_best)
     scores, is_good = answers.scores.flatten(), answers.is_kept.flatten()
     point_indices = torch.tensor(indices, device=model.device).repeat_interleave(answers.scores.shape[1])
     stability, boxes = measure_masks(crop.upscaler, answers.logits, settings.stability_score_offset)
     class_logits = model.classify(crop.embedding, answers.tokens, answers.logits)
-    chances = answers.logits.new_zeros(len(boxes), 0) if class_logits is None else class_logits.softmax(dim=1)
+    probabilities = answers.logits.new_zeros(len(boxes), 0) if class_logits is None else class_logits.softmax(dim=1)
     kept_scores = scores[is_good]
     priorities = kept_scores * stability.clamp(min=LEAST_STABILITY) if only_best else kept_scores
-    candidates = _Candidates(answers.logits, kept_scores, point_indices[is_good], stability, priorities, boxes, chances)
+    candidates = _Candidates(
+        answers.logits, kept_scores, point_indices[is_good], stability, priorities, boxes, probabilities
+    )
     if only_best:
         report.count_scores(answers.scores.amax(dim=1), answers.is_kept.any(dim=1))
     else:
@@ -171,9 +179,9 @@ def _filter_measured(
     is_stable = (candidates.stability >= settings.stability_score_thresh) & ~is_empty
     report.count_stability(candidates.stability, is_stable)
     candidates = candidates[is_stable]
-    if candidates.class_chances.shape[1]:
-        is_object = candidates.class_chances[:, 0] <= settings.no_object_thresh
-        report.count_no_object(candidates.class_chances[:, 0], is_object)
+    if candidates.class_probabilities.shape[1]:
+        is_object = candidates.class_probabilities[:, 0] <= settings.no_object_thresh
+        report.count_no_object(candidates.class_probabilities[:, 0], is_object)
         candidates = candidates[is_object]
     height, width = crop.original_size
     is_cut = is_box_near_crop_edge(candidates.boxes, crop.box, [0, 0, width, height])
@@ -198,7 +206,7 @@ def _compress(candidates: _Candidates, crop: _Crop) -> GeneratedMasks:
         areas=np.array([rle_area(rle) for rle in rles], dtype=np.int64),
         points=crop.points[candidates.point_indices.cpu().numpy()] + [x0, y0],
         crop_boxes_xywh=np.tile(np.array([[x0, y0, x1 - x0, y1 - y0]]), (len(rles), 1)),
-        class_chances=candidates.class_chances.cpu().numpy(),
+        class_probabilities=candidates.class_probabilities.cpu().numpy(),
     )
 
 

@@ -1,4 +1,4 @@
-"""What is done of a folder of pictures: a line for each, so that a prediction that was ended can go on.
+"""What is done of a folder of images: a line for each, so that a prediction that was ended can go on.
 
 The folder is locked meanwhile. Where a disk has no locks each line still tells what weights and settings it is of.
 """
@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from finestsam.errors import UserError, printable
-from finestsam.whole_files import write_text
+from finestsam.runtime.whole_files import write_text
 
 JOURNAL_NAME = ".predictions.jsonl"
 
 
 class Journal:
-    """Entries of pictures, as `Results` makes them, in a file beside the results that goes when these are written.
+    """Entries of images, as `Results` makes them, in a file beside the results that goes when these are written.
 
     Args:
         folder: of the results.
-        origin: what the entries depend on beside their pictures: weights and settings.
+        origin: what the entries depend on beside their images: weights and settings.
     """
 
     def __init__(self, folder: Path, origin: dict[str, Any]):

@@ -30,14 +30,14 @@ def add_legend(image: np.ndarray, entries: list[Entry]) -> np.ndarray:
         return image
     height, width = image.shape[:2]
     size = max(round(max(height, width) * FONT_SHARE), MIN_FONT_PIXELS)
-    strip = _draw_strip(entries, size, max(width, LEAST_WIDTH_LETTERS * size))
+    strip = _render_strip(entries, size, max(width, LEAST_WIDTH_LETTERS * size))
     shown = np.full((height + strip.shape[0], strip.shape[1], 3), PAPER, dtype=np.uint8)
     shown[:height, :width] = image
     shown[height:] = strip
     return shown
 
 
-def _draw_strip(entries: list[Entry], size: int, width: int) -> np.ndarray:
+def _render_strip(entries: list[Entry], size: int, width: int) -> np.ndarray:
     """Return colours and names on paper, in lines from left to right; a name that is too long is cut."""
     font, line_height, margin = _load_font(size), round(1.5 * size), size // 2
     cut = [(_shorten(printable(name), font, int(MOST_WIDTH * width) - 2 * size), colour) for name, colour in entries]

@@ -1,4 +1,4 @@
-"""Lay masks over a picture, each in a colour of its own or of its category."""
+"""Lay masks over an image, each in a colour of its own or of its category."""
 
 from collections.abc import Sequence
 
@@ -19,16 +19,18 @@ PALETTE = np.frombuffer(
 # How classes beyond the palette differ from the first ones of the same hue: darker, paler, darkest. Factor and addend.
 CLASS_SHADES = np.array([(1, 0), (0.65, 0), (0.5, 127), (0.4, 0)])
 OUTLINE_SHADE = 0.35  # of the mask's own colour, so that neighbours part even where their colours are close
-OUTLINE_WIDTH = 1 / 900  # of the picture's longest side
+OUTLINE_WIDTH = 1 / 900  # of the image's longest side
 
 
-def draw_overlay(image: np.ndarray, rles: list[dict], opacity: float, colours: np.ndarray | None = None) -> np.ndarray:
-    """Return the picture in its own size with masks and their outlines over it, the small above the large.
+def render_overlay(
+    image: np.ndarray, rles: list[dict], opacity: float, colours: np.ndarray | None = None
+) -> np.ndarray:
+    """Return the image in its own size with masks and their outlines over it, the small above the large.
 
     Args:
         image: H x W x 3, uint8, RGB.
         rles: K masks of the same H x W.
-        opacity: 0 leaves the picture as it is, 1 hides it under the masks.
+        opacity: 0 leaves the image as it is, 1 hides it under the masks.
         colours: of the masks, K x 3, uint8, RGB; None: such that neighbours differ.
     """
     rles, boxes, colours = _sort_masks(rles, colours)
@@ -46,17 +48,17 @@ def draw_overlay(image: np.ndarray, rles: list[dict], opacity: float, colours: n
     return _blend(blended, outlined, opacity**0.5)  # thin lines need more to be seen through the same veil
 
 
-def draw_named_overlay(
+def render_named_overlay(
     image: np.ndarray, rles: list[dict], classes: np.ndarray, names: Sequence[str], opacity: float
 ) -> np.ndarray:
-    """Return `draw_overlay` with a colour for each category, and below it the names of those that are in the image.
+    """Return `render_overlay` with a colour for each category, and below it the names of those that are in the image.
 
     Args:
         classes: of the masks, K, counted from 1.
         names: of the classes 1, 2, ...
     """
     colours = colour_classes(len(names) + 1)
-    overlay = draw_overlay(image, rles, opacity, colours[classes])
+    overlay = render_overlay(image, rles, opacity, colours[classes])
     if opacity == 0:
         return overlay
     return add_legend(overlay, [(names[number - 1], colours[number]) for number in np.unique(classes)])
@@ -70,8 +72,8 @@ def _sort_masks(rles: list[dict], colours: np.ndarray | None) -> tuple[list[dict
     return rles, boxes, PALETTE[choose_colours(boxes)] if colours is None else colours[order]
 
 
-def draw_classes(image: np.ndarray, classes: np.ndarray, opacity: float) -> np.ndarray:
-    """Return the picture with a colour and outlines for each class over it; none for class 0, the background.
+def render_classes(image: np.ndarray, classes: np.ndarray, opacity: float) -> np.ndarray:
+    """Return the image with a colour and outlines for each class over it; none for class 0, the background.
 
     Args:
         image: H x W x 3, uint8, RGB.
@@ -94,15 +96,15 @@ def colour_classes(count: int) -> np.ndarray:
     return (PALETTE[places] * factors + addends).astype(np.uint8)
 
 
-def draw_layer(
+def render_layer(
     size: tuple[int, int], rles: list[dict], opacity: float, colours: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return masks and their outlines on nothing, H x W x 4, uint8, RGBA, to be laid over a picture.
+    """Return masks and their outlines on nothing, H x W x 4, uint8, RGBA, to be laid over an image.
 
     Args:
-        size: (height, width) of the picture.
+        size: (height, width) of the image.
         rles: masks of that size.
-        colours: as of `draw_overlay`.
+        colours: as of `render_overlay`.
     """
     shown, boxes, colours = _sort_masks(rles, colours)
     layer = np.zeros((*size, 4), dtype=np.uint8)

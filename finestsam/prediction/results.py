@@ -1,4 +1,4 @@
-"""What the generator found in a picture, and the COCO json that it is written to."""
+"""What the generator found in an image, and the COCO json that it is written to."""
 
 import dataclasses
 from dataclasses import dataclass, field, fields
@@ -10,17 +10,17 @@ from torch import Tensor
 from finestsam.config import GeneratorConfig
 from finestsam.masks import rle_to_json, rle_to_polygons
 from finestsam.prediction.calibration import HIGH_SCORE, bound_scores, correct_scores
-from finestsam.whole_files import write_json
+from finestsam.runtime.whole_files import write_json
 
 
 @dataclass
 class FilterReport:
-    """What became of the candidates of a picture, or of several, to tell which threshold leaves nothing over."""
+    """What became of the candidates of an image, or of several, to tell which threshold leaves nothing over."""
 
     candidates: int = 0
     low_score: int = 0  # removed by pred_iou_thresh
     unstable: int = 0  # removed by stability_score_thresh
-    cut_by_crop: int = 0  # removed because a crop, not the picture, cuts them
+    cut_by_crop: int = 0  # removed because a crop, not the image, cuts them
     duplicates: int = 0  # removed by box_nms_thresh and crop_nms_thresh
     no_object: int = 0  # removed by no_object_thresh
     best_score: float = -np.inf  # of all candidates; -inf: no score was a number
@@ -36,9 +36,9 @@ class FilterReport:
         self.unstable += int((~is_kept).sum())
         self.best_stability = max([self.best_stability, *stability.tolist()])
 
-    def count_no_object(self, chances: Tensor, is_kept: Tensor) -> None:
+    def count_no_object(self, probabilities: Tensor, is_kept: Tensor) -> None:
         self.no_object += int((~is_kept).sum())
-        self.least_no_object = min([self.least_no_object, *chances.tolist()])
+        self.least_no_object = min([self.least_no_object, *probabilities.tolist()])
 
     def __add__(self, other: "FilterReport") -> "FilterReport":
         joined = {entry.name: getattr(self, entry.name) + getattr(other, entry.name) for entry in fields(self)}
@@ -74,7 +74,7 @@ class FilterReport:
 
 @dataclass
 class GeneratedMasks:
-    """The K masks of one picture, the largest first, in its original frame."""
+    """The K masks of one image, the largest first, in its original frame."""
 
     rles: list[dict]  # K, compressed
     boxes_xywh: np.ndarray  # K x 4, int, around the pixels inside
@@ -83,8 +83,10 @@ class GeneratedMasks:
     priorities: np.ndarray  # K, what masks are ranked by: the score, times the stability where the settings say so
     areas: np.ndarray  # K, int, pixels
     points: np.ndarray  # K x 2, XY: the prompt that found the mask
-    crop_boxes_xywh: np.ndarray  # K x 4, int: the part of the picture that the model saw
-    class_chances: np.ndarray  # K x (1 + C), of no object and of each category, adding up to 1; K x 0 without a head
+    crop_boxes_xywh: np.ndarray  # K x 4, int: the part of the image that the model saw
+    class_probabilities: (
+        np.ndarray
+    )  # K x (1 + C), of no object and of each category, adding up to 1; K x 0 without a head
     report: FilterReport = field(default_factory=FilterReport)
 
     def __len__(self) -> int:
@@ -92,22 +94,22 @@ class GeneratedMasks:
 
     @property
     def has_classes(self) -> bool:
-        return self.class_chances.shape[1] > 0
+        return self.class_probabilities.shape[1] > 0
 
     @property
     def classes(self) -> np.ndarray:
         """Return the class of each mask's likeliest category, K, counted from 1."""
-        return self.class_chances[:, 1:].argmax(axis=1) + 1
+        return self.class_probabilities[:, 1:].argmax(axis=1) + 1
 
     @property
     def class_scores(self) -> np.ndarray:
         """Return the chance of that category, K; 1 without a head."""
-        return self.class_chances[:, 1:].max(axis=1) if self.has_classes else np.ones_like(self.scores)
+        return self.class_probabilities[:, 1:].max(axis=1) if self.has_classes else np.ones_like(self.scores)
 
     @property
-    def no_object_chances(self) -> np.ndarray:
+    def no_object_probabilities(self) -> np.ndarray:
         """Return the chance to be no object, K; 0 without a head."""
-        return self.class_chances[:, 0] if self.has_classes else np.zeros_like(self.scores)
+        return self.class_probabilities[:, 0] if self.has_classes else np.zeros_like(self.scores)
 
     @property
     def corners(self) -> np.ndarray:
@@ -117,7 +119,7 @@ class GeneratedMasks:
 
     @property
     def crop_areas(self) -> np.ndarray:
-        """Return K, pixels of the part of the picture that the model saw."""
+        """Return K, pixels of the part of the image that the model saw."""
         return self.crop_boxes_xywh[:, 2:].prod(axis=1)
 
     def __getitem__(self, index: np.ndarray) -> "GeneratedMasks":
@@ -134,7 +136,7 @@ ARRAY_NAMES = [entry.name for entry in fields(GeneratedMasks) if entry.name not 
 
 
 class Results:
-    """A COCO dataset of predictions that grows picture by picture; `loadRes` takes its annotations as they are.
+    """A COCO dataset of predictions that grows image by image; `loadRes` takes its annotations as they are.
 
     Args:
         categories: names by id, in the order of the model's classes from 1 on; of a model without classes just one.
@@ -163,7 +165,7 @@ class Results:
 
     @property
     def origin(self) -> dict:
-        """What the masks depend on beside the pictures."""
+        """What the masks depend on beside the images."""
         return {
             "weights": self.weights,
             "polygons": self.polygons,
@@ -177,7 +179,7 @@ class Results:
         return sum(len(entry["annotations"]) for entry in self.entries.values())
 
     def add(self, file_name: str, size: tuple[int, int], masks: GeneratedMasks, made: dict | None = None) -> dict:
-        """Add a picture and return its entry, which is numbered when it is written.
+        """Add an image and return its entry, which is numbered when it is written.
 
         Args:
             made: what was predicted and drawn, by which a later call knows what is done.
@@ -192,7 +194,7 @@ class Results:
         """Write the json.
 
         Args:
-            order: of the pictures, by file name; those without an entry are left out.
+            order: of the images, by file name; those without an entry are left out.
         """
         images, annotations = [], []
         for name in order:

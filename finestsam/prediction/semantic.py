@@ -1,4 +1,4 @@
-"""`--mode predict` for weights with a semantic head: each picture's classes as colours over it and as a label map."""
+"""`--mode predict` for weights with a semantic head: each image's classes as colours over it and as a label map."""
 
 import sys
 import time
@@ -9,14 +9,14 @@ import torch
 from tqdm import tqdm
 
 from finestsam.config import Config
-from finestsam.data.embeddings import picture_key
 from finestsam.errors import Defect, UserError, printable
-from finestsam.images import compute_input_size, read_hashed_image, write_image
+from finestsam.images.read import compute_input_size, read_hashed_image, write_image
+from finestsam.model.embeddings import image_key
 from finestsam.model.resample import build_axis
 from finestsam.model.sam import FinestSam
-from finestsam.prediction.overlay import colour_classes, draw_classes
-from finestsam.prediction.precompute import Embedder
-from finestsam.whole_files import write_json
+from finestsam.prediction.embedder import Embedder
+from finestsam.prediction.overlay import colour_classes, render_classes
+from finestsam.runtime.whole_files import write_json
 
 LABELS_SUFFIX = ".classes.png"
 LEGEND_NAME = "classes.json"
@@ -26,13 +26,13 @@ LEGEND_NAME = "classes.json"
 def classify(
     model: FinestSam, embedding: torch.Tensor, input_size: tuple[int, int], size: tuple[int, int]
 ) -> np.ndarray:
-    """Return the class of each pixel of a picture, H x W, uint8, or uint16 where there are more than 256.
+    """Return the class of each pixel of an image, H x W, uint8, or uint16 where there are more than 256.
 
-    Logits are brought to the picture a band of rows at a time: all of them would be K times the picture in float32.
+    Logits are brought to the image a band of rows at a time: all of them would be K times the image in float32.
 
     Args:
         embedding: 1 x C x g x g.
-        input_size: of the picture in the input frame, as `size` is in its own.
+        input_size: of the image in the input frame, as `size` is in its own.
     """
     logits = model(embedding, None)[0]
     rows, columns = (
@@ -51,22 +51,22 @@ def classify(
 def predict_classes(
     paths: list[Path], outputs: list[tuple[Path, Path]], embedder: Embedder, names: list[str], config: Config
 ) -> int:
-    """Write an overlay and a label map of each picture, and the legend of both, beside the overlays.
+    """Write an overlay and a label map of each image, and the legend of both, beside the overlays.
 
     Args:
-        outputs: where the overlay and the label map of each picture go.
+        outputs: where the overlay and the label map of each image go.
 
     Returns:
-        The exit code: 2 where `strict` is set and a picture cannot be predicted, else 0.
+        The exit code: 2 where `strict` is set and an image cannot be predicted, else 0.
 
     Raises:
-        UserError: none of the pictures can be read, the results cannot be written, or `resume` is asked for.
+        UserError: none of the images can be read, the results cannot be written, or `resume` is asked for.
     """
     if config.resume:
-        raise UserError("--resume: weights with classes for pixels predict every picture anew; leave it out")
+        raise UserError("--resume: weights with classes for pixels predict every image anew; leave it out")
     start, written = time.perf_counter(), 0
     shares = np.zeros(len(names), dtype=np.int64)
-    progress = tqdm(paths, unit="picture", disable=len(paths) == 1 or None)
+    progress = tqdm(paths, unit="image", disable=len(paths) == 1 or None)
     for path, (overlay, labels) in zip(progress, outputs, strict=True):
         try:
             classes = _predict_one(path, overlay, labels, embedder, config)
@@ -80,22 +80,22 @@ def predict_classes(
         shares += np.bincount(classes.ravel(), minlength=len(names))
         written += 1
     if not written:
-        raise UserError(f"none of the {len(paths)} pictures can be predicted")
+        raise UserError(f"none of the {len(paths)} images can be predicted")
     folder = outputs[0][0].parent
     _write_legend(folder / LEGEND_NAME, names)
     seconds = (time.perf_counter() - start) / written
     print(f"overlays and label maps (*{LABELS_SUFFIX}): {printable(folder)}, their classes: {folder / LEGEND_NAME}")
-    print(f"{written} pictures, {seconds:.2f} s a picture; {_describe_shares(names, shares)}")
+    print(f"{written} images, {seconds:.2f} s an image; {_describe_shares(names, shares)}")
     return 2 if config.strict and written < len(paths) else 0
 
 
 def _predict_one(path: Path, overlay: Path, labels: Path, embedder: Embedder, config: Config) -> np.ndarray:
     pixels, digest = read_hashed_image(path, config.dataset.images)
     size = pixels.shape[:2]
-    embedding = embedder.embed_image(picture_key(digest, size), pixels)
+    embedding = embedder.embed_image(image_key(digest, size), pixels)
     model = embedder.model
     classes = classify(model, embedding, compute_input_size(size, model.image_size), size)
-    write_image(overlay, draw_classes(pixels, classes, config.opacity))
+    write_image(overlay, render_classes(pixels, classes, config.opacity))
     write_image(labels, classes)
     return classes
 

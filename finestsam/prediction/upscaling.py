@@ -1,9 +1,9 @@
-"""Masks at the size of their picture, computed only where their logits can matter.
+"""Masks at the size of their image, computed only where their logits can matter.
 
-The decoder's 4g x 4g logits reach the picture by two bilinear steps, each of which is a product with a banded matrix
+The decoder's 4g x 4g logits reach the image by two bilinear steps, each of which is a product with a banded matrix
 from the left and one from the right. Their products are built once per frame. A bilinear step never leaves the range of
 the values around it: where no logit of the neighbourhood is above a cutoff, no pixel is, so that of a mask that covers
-a hundredth of the picture a hundredth is computed.
+a hundredth of the image a hundredth is computed.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ class _Reach:
         self._sources = axis.sources
         firsts, ends = find_ranges((axis.matrix != 0).T)
         # Of each logit: the first pixel that it or a later one reaches, and the one behind the last that it or an
-        # earlier one reaches; logits in the padding reach none, and in small pictures many do not.
+        # earlier one reaches; logits in the padding reach none, and in small images many do not.
         self._pixels = pair(firsts.flip(0).cummin(0).values.flip(0), ends.cummax(0).values)
 
     def find(self, first: int, end: int) -> tuple[slice, slice]:
@@ -53,8 +53,8 @@ class Upscaler:
     Args:
         low_side: 4g, of the padded square.
         image_size: pixels of the padded square.
-        input_size: (height, width) of the part of it that holds the picture.
-        size: (height, width) of the picture.
+        input_size: (height, width) of the part of it that holds the image.
+        size: (height, width) of the image.
     """
 
     def __init__(self, low_side: int, image_size: int, input_size: tuple[int, int], size: tuple[int, int]):

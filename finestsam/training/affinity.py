@@ -1,7 +1,7 @@
 """An auxiliary task for an encoder that learns from nothing: which neighbouring places belong to the same object.
 
-A mask decoder that knows nothing yet teaches the encoder mainly to answer the same to every picture, which lowers its
-loss at once. Affinities are there to be seen in the picture from the first step on, and keep the encoder looking.
+A mask decoder that knows nothing yet teaches the encoder mainly to answer the same to every image, which lowers its
+loss at once. Affinities are there to be seen in the image from the first step on, and keep the encoder looking.
 
 Most neighbours are alike, and an encoder that answers so everywhere is nearly always right. So those that differ, the
 borders, weigh as much together as those that are alike.
@@ -36,7 +36,7 @@ class AffinityHead(nn.Conv2d):
 
 
 def affinity_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy of each picture, B: the mean over the questions.
+    """Return the cross-entropy of each image, B: the mean over the questions.
 
     Whether a cell lies in an object is asked of all cells; whether two lie in the same one, where one of them lies in
     any, and there the pairs that do and the pairs that do not weigh as much, however many they are. Cells in the
@@ -70,5 +70,5 @@ def _cross_entropy(logits: Tensor, truth: Tensor) -> Tensor:
 
 
 def _mean_where(losses: Tensor, counts: Tensor) -> Tensor:
-    """Return each picture's mean over the places that count, B; 0 where there are none."""
+    """Return each image's mean over the places that count, B; 0 where there are none."""
     return (losses * counts).sum(dim=(1, 2)) / counts.sum(dim=(1, 2)).clamp(min=1)

@@ -27,7 +27,7 @@ def choose_metric(run: Run) -> str:
     name = run.config.best_metric
     name = run.stepper.default_metrics[run.config.dataset.labels] if name == "auto" else name
     is_measured = run.config.evaluate.generator or not name.startswith(OF_THE_GENERATOR)
-    return name if is_measured and name in run.progress.floor else run.stepper.metric
+    return name if is_measured and name in run.progress.baseline else run.stepper.metric
 
 
 def rank(run: Run, metrics: dict[str, float]) -> list[float]:
@@ -41,7 +41,7 @@ def rank(run: Run, metrics: dict[str, float]) -> list[float]:
 def keep_if_best(run: Run, kept_original: float = 0.0) -> bool:
     """Save the weights as best.pth where they are better than all before, and tell whether they are.
 
-    The untouched model is the first to beat.
+    The baseline is the first to beat.
 
     Args:
         kept_original: the share of its weights in these, for the card.
@@ -124,7 +124,7 @@ def _make_card(run: Run, kept_original: float) -> Card:
         tuned_on=progress.tuned_on,
         baseline_generator=progress.baseline_generator,
         metrics=progress.metrics,
-        floor=progress.floor or progress.metrics,
+        baseline=progress.baseline or progress.metrics,
         step=progress.step,
         started_from=progress.started_from,
         kept_original=kept_original,

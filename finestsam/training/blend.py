@@ -41,7 +41,7 @@ def wants_blend(run: Run) -> bool:
 def blend_best(run: Run, validate: Callable[[Run], None]) -> None:
     """Try the shares that the settings ask for on the best weights; what validates better becomes best.pth.
 
-    A share that is given is taken if the blend is at least better than the untouched model, whatever the best weights
+    A share that is given is taken if the blend is at least better than the baseline, whatever the best weights
     alone were.
 
     Raises:
@@ -54,7 +54,7 @@ def blend_best(run: Run, validate: Callable[[Run], None]) -> None:
     last = _copy_state(run.loaded.model)
     _load_best_head_(run)
     found = progress.metrics, progress.generator, progress.validation_seconds
-    to_beat = progress.floor if wanted != "auto" and run.val_loader is not None else progress.best
+    to_beat = progress.baseline if wanted != "auto" and run.val_loader is not None else progress.best
     limit = None if to_beat is None else rank(run, to_beat)
     chosen = None
     for share in _list_shares(run, start, best):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from finestsam.errors import VALUE_ERRORS, UserError
-from finestsam.model.classes import ClassHead
+from finestsam.model.class_head import ClassHead
 from finestsam.model.saving import is_damaged, save_file, save_weights
 from finestsam.model.semantic_head import SemanticHead
 from finestsam.model.weights import refuse_inflated
@@ -114,7 +114,7 @@ class TopWeights:
         # Of equals the earlier one: it was good first.
         ranked = sorted(
             (others | {name: dict(metrics)}).items(),
-            key=lambda item: (-_judge(*item, best_metric), _step_of(item[0])),
+            key=lambda item: (-_read_metric(*item, best_metric), _step_of(item[0])),
         )
         kept = dict(ranked[: self.count])
         if name not in kept:
@@ -148,7 +148,7 @@ class TopWeights:
         return [self.folder / name, *((self.folder / name).with_suffix(suffix) for suffix in BESIDE_WEIGHTS)]
 
 
-def _judge(name: str, metrics: Mapping[str, float], best_metric: str) -> float:
+def _read_metric(name: str, metrics: Mapping[str, float], best_metric: str) -> float:
     """Return what weights are ranked by."""
     return metrics.get(best_metric, -math.inf) if metrics else float(Path(name).stem.split("-")[1])
 

@@ -16,7 +16,7 @@ from finestsam.data.cells import CROWD
 from finestsam.data.index import Record
 from finestsam.data.semantic import IGNORED, ClassTable
 from finestsam.errors import printable
-from finestsam.model.classes import NO_OBJECT, ClassHead, load_class_head
+from finestsam.model.class_head import NO_OBJECT, ClassHead, load_class_head
 from finestsam.model.load import LoadedModel
 from finestsam.training.log import CLASS_COLUMNS, CLASS_TRAINING_COLUMNS
 from finestsam.training.losses import ObjectLosses
@@ -71,7 +71,7 @@ class ClassStepper(Stepper):
         weights = self.class_weights.to(class_logits)
         return F.cross_entropy(class_logits.transpose(1, 2), targets, weights, ignore_index=IGNORED, reduction="none")
 
-    def judge_background(self, embedding: Tensor, sample: Sample) -> Tensor:
+    def compute_background_loss(self, embedding: Tensor, sample: Sample) -> Tensor:
         predictions = self.model(embedding, sample.background, learns_masks=False)
         targets = fit_classes(predictions.logits, sample)
         errors = self.measure_classes(predictions.class_logits, targets)
@@ -85,10 +85,10 @@ class ClassStepper(Stepper):
 
 @torch.no_grad()
 def fit_classes(logits: Tensor, sample: Sample) -> Tensor:
-    """Return the class of the picture's object that each mask is, N x M, of those that are in sight.
+    """Return the class of the image's object that each mask is, N x M, of those that are in sight.
 
     `NO_OBJECT` where it is none, and `IGNORED` where nobody can tell: between the two thresholds, for an empty mask and
-    for one that lies in a crowd region. All objects of the picture count, whichever was asked for: a click on a part
+    for one that lies in a crowd region. All objects of the image count, whichever was asked for: a click on a part
     may be answered with the whole.
 
     Args:

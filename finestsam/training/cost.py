@@ -14,30 +14,30 @@ from finestsam.training.trainable import decodes_masks, trains_encoder
 KEPT_FLOATS = 23
 # A batch is worth a word that is so many times as large.
 MIN_GROWTH = 2
-MOST_PICTURES = 64
+MOST_IMAGES = 64
 
 
 def describe_cost(stepper: Stepper, need: MemoryNeed | None, chunk_objects: int, free_bytes: int | None) -> list[str]:
     """Return the lines for the screen: memory and time of a step, and what would suit the memory better.
 
     Args:
-        need: of the heaviest picture; None where it could not be tried.
+        need: of the heaviest image; None where it could not be tried.
         chunk_objects: decoded at a time.
         free_bytes: None: the system does not say.
     """
     weight_bytes = sum(weight.nbytes for weight in stepper.model.parameters())
     if need is None:
         trained = sum(weight.numel() for weight in stepper.model.parameters() if weight.requires_grad)
-        training = _say(TRAINING_BYTES * trained)
-        return [f"memory: weights {_say(weight_bytes)}, gradients and optimizer {training}; no step could be tried"]
+        training = _format(TRAINING_BYTES * trained)
+        return [f"memory: weights {_format(weight_bytes)}, gradients and optimizer {training}; no step could be tried"]
     decoder_bytes = need.decoder_bytes + min(chunk_objects, len(need.sample)) * need.object_bytes
     total = need.training_bytes + need.encoder_bytes + decoder_bytes
     parts = {"gradients and optimizer": need.training_bytes, "image encoder": need.encoder_bytes}
     parts["decoder and losses" if decodes_masks(stepper.model, stepper.config) else "head"] = decoder_bytes
-    listed = ", ".join(f"{name} {_say(value)}" for name, value in parts.items() if value)
-    free = "" if free_bytes is None else f"; {_say(free_bytes)} are free"
+    listed = ", ".join(f"{name} {_format(value)}" for name, value in parts.items() if value)
+    free = "" if free_bytes is None else f"; {_format(free_bytes)} are free"
     lines = [
-        f"a step on the heaviest picture: about {_say(total)} of memory beside {_say(weight_bytes)} of weights "
+        f"a step on the heaviest image: about {_format(total)} of memory beside {_format(weight_bytes)} of weights "
         f"({listed}), {need.seconds:.2g} s{free}"
     ]
     advice = "" if free_bytes is None else advise(stepper, need, total, free_bytes)
@@ -57,20 +57,20 @@ def advise(stepper: Stepper, need: MemoryNeed, total: int, free_bytes: int) -> s
             settings.insert(-1, "a smaller --chunk_objects")
         return f"memory is tight: a step needs less with {', '.join(settings)}"
     if trains_encoder(stepper.model):
-        return _advise_more_pictures(stepper, need, spare)
+        return _advise_more_images(stepper, need, spare)
     return _advise_more_blocks(stepper, spare)
 
 
-def _advise_more_pictures(stepper: Stepper, need: MemoryNeed, spare: float) -> str:
+def _advise_more_images(stepper: Stepper, need: MemoryNeed, spare: float) -> str:
     """Say what else fits where the image encoder trains."""
     config, encoder = stepper.config, stepper.model.sam.image_encoder
     if config.model_layer.recompute_encoder:
         kept = _count_kept_bytes(encoder) * len(encoder.blocks) * config.batch_size
-        return f"{_say(spare)} to spare: --model_layer.recompute_encoder false is faster" if 0 < kept < spare else ""
+        return f"{_format(spare)} to spare: --model_layer.recompute_encoder false is faster" if 0 < kept < spare else ""
     room = int(config.batch_size * (1 + spare / max(need.encoder_bytes, 1)))
     if room < MIN_GROWTH * config.batch_size:
         return ""
-    return f"{_say(spare)} to spare: there is room for a --batch_size up to {min(room, MOST_PICTURES)}"
+    return f"{_format(spare)} to spare: there is room for a --batch_size up to {min(room, MOST_IMAGES)}"
 
 
 def _advise_more_blocks(stepper: Stepper, spare: float) -> str:
@@ -85,16 +85,16 @@ def _advise_more_blocks(stepper: Stepper, spare: float) -> str:
         return ""
     which = f"the last {count} of the image encoder's {depth} blocks" if count < depth else "all of the image encoder"
     flag = f"thaw.blocks {count}" if count < depth else "freeze.image_encoder false"
-    return f"{_say(spare)} to spare: {which} could train as well, --model_layer.{flag}"
+    return f"{_format(spare)} to spare: {which} could train as well, --model_layer.{flag}"
 
 
 def _count_kept_bytes(encoder: nn.Module) -> int:
-    """Return what a block keeps for its gradient, one picture; 0 where that is not known."""
+    """Return what a block keeps for its gradient, one image; 0 where that is not known."""
     if not isinstance(encoder, ChunkedImageEncoder):
         return 0
     tokens, channels = encoder.pos_embed.shape[1:3].numel(), encoder.pos_embed.shape[-1]
     return 4 * KEPT_FLOATS * tokens * channels
 
 
-def _say(count: float) -> str:
+def _format(count: float) -> str:
     return f"{count / GIGABYTE:.1f} GB" if count >= GIGABYTE else f"{count / 1e6:.0f} MB"

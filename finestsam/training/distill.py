@@ -23,17 +23,17 @@ from finestsam.model.sam import FinestSam
 
 LEARNING_RATE = 1e-3
 WARMUP_STEPS = 10
-# Of the seed: the order of the pictures.
+# Of the seed: the order of the images.
 DISTILLATION = 100
 
 
 def distill_(fabric: Fabric, loaded: LoadedModel, dataset: SampleDataset, steps: int) -> None:
     """Let replaced attention learn from what it replaced, in place, and let go of that.
 
-    Every rank learns the same from the same pictures.
+    Every rank learns the same from the same images.
 
     Args:
-        dataset: of the training pictures, whose plain variants are seen, one in each step.
+        dataset: of the training images, whose plain variants are seen, one in each step.
     """
     replaced, loaded.replaced = loaded.replaced, {}
     if not replaced or steps == 0 or loaded.path is None:
@@ -49,7 +49,7 @@ def distill_(fabric: Fabric, loaded: LoadedModel, dataset: SampleDataset, steps:
     )
     is_quiet = fabric.global_rank > 0 or not sys.stderr.isatty()
     history = []
-    for image in tqdm(_draw_images(dataset, steps), desc="distillation", total=steps, disable=is_quiet, leave=False):
+    for image in tqdm(_sample_images(dataset, steps), desc="distillation", total=steps, disable=is_quiet, leave=False):
         optimizer.zero_grad()
         history.append(_add_gradients(model, teachers, image.to(model.device)))
         optimizer.step()
@@ -59,8 +59,8 @@ def distill_(fabric: Fabric, loaded: LoadedModel, dataset: SampleDataset, steps:
         fabric.print(_describe(list(teachers), history))
 
 
-def _draw_images(dataset: SampleDataset, count: int) -> Iterator[Tensor]:
-    """Yield pictures, 3 x h x w, uint8, round by round in another order, and name those that cannot be read."""
+def _sample_images(dataset: SampleDataset, count: int) -> Iterator[Tensor]:
+    """Yield images, 3 x h x w, uint8, round by round in another order, and name those that cannot be read."""
     generator = np.random.default_rng([dataset.settings.seed, DISTILLATION])
     positions: list[int] = []
     for _ in range(count):
@@ -72,10 +72,10 @@ def _draw_images(dataset: SampleDataset, count: int) -> Iterator[Tensor]:
 
 
 def _add_gradients(model: FinestSam, teachers: dict[int, torch.nn.Module], image: Tensor) -> list[float]:
-    """Send a picture through the original encoder, and add to the gradients of each block that learns.
+    """Send an image through the original encoder, and add to the gradients of each block that learns.
 
     Returns:
-        Each block's mean squared error, as a share of the variance of its target over the picture.
+        Each block's mean squared error, as a share of the variance of its target over the image.
     """
     encoder = model.sam.image_encoder
     errors = []

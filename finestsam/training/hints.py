@@ -85,7 +85,7 @@ def warn_of_cpu(config: Config, device: str, model: FinestSam, model_type: str) 
         return []
     return [
         f"no GPU found, so all runs on the CPU, where {model_type} at {model.image_size} pixels takes seconds to look "
-        "at a picture and minutes to find its objects; --model.type vit_tiny suits it; --device cpu if that is meant"
+        "at an image and minutes to find its objects; --model.type vit_tiny suits it; --device cpu if that is meant"
     ]
 
 

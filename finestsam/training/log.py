@@ -11,8 +11,8 @@ from lightning.fabric.loggers import TensorBoardLogger
 from tqdm import tqdm
 
 from finestsam.errors import UserError
-from finestsam.value_types import read_number
-from finestsam.whole_files import write_text
+from finestsam.runtime.value_types import read_number
+from finestsam.runtime.whole_files import write_text
 
 TRAINING_COLUMNS = ("total_loss", "focal_loss", "dice_loss", "iou_loss", "iou", "predicted_iou")
 PROMPT_COLUMNS = ("val_per_mask_iou", "val_per_mask_dice", "val_best_iou", "val_boundary_iou")
@@ -21,8 +21,8 @@ GENERATOR_FIGURES = (
     "ar_1000_small", "ar_1000_medium", "ar_1000_large", "f1", "masks", "objects",
 )  # fmt: skip
 GENERATOR_COLUMNS = tuple(f"val_generator_{name}" for name in GENERATOR_FIGURES)
-# With evaluate.battery.
-BATTERY_COLUMNS = (
+# With evaluate.all_prompts.
+PROMPT_COLUMNS = (
     "val_box_iou", "val_box_dice", "val_box_boundary_iou",
     "val_clicks_iou_1", "val_clicks_iou_2", "val_clicks_iou_3", "val_clicks_iou_5", "val_clicks_iou_8",
 )  # fmt: skip
@@ -80,12 +80,12 @@ class RunLog:
         """Hand the losses of an optimizer step to TensorBoard."""
         self._send({f"train/{name}": value for name, value in values.items()}, step)
 
-    def log_epoch(self, row: Mapping[str, float | None], floor: Mapping[str, float] | None = None) -> None:
+    def log_epoch(self, row: Mapping[str, float | None], baseline: Mapping[str, float] | None = None) -> None:
         """Write the row of an epoch in place of those from it on, and say it in one line.
 
         Args:
-            row: by column; what is missing, None or not finite is an empty field. Epoch 0 is the untouched model.
-            floor: the validation of the untouched model.
+            row: by column; what is missing, None or not finite is an empty field. Epoch 0 is the baseline.
+            baseline: the validation of the baseline.
         """
         unknown = row.keys() - set(self.columns)
         assert not unknown, f"metrics.csv has no columns {sorted(unknown)}"
@@ -94,7 +94,7 @@ class RunLog:
         self._write_rows()
         measured = {f"validation/{name}": whole[name] for name in self.columns if name.startswith("val_")}
         self._send(measured, whole["step"], flush=True)
-        print(describe_epoch(whole, self.num_epochs, floor), flush=True)
+        print(describe_epoch(whole, self.num_epochs, baseline), flush=True)
 
     def read_rows(self) -> list[Row]:
         """Return the rows so far, the first epoch first."""
@@ -184,7 +184,7 @@ VALIDATION_FORMS = {
 }
 
 
-def describe_epoch(row: Row, num_epochs: int | None = None, floor: Mapping[str, float] | None = None) -> str:
+def describe_epoch(row: Row, num_epochs: int | None = None, baseline: Mapping[str, float] | None = None) -> str:
     """Return the lines for the screen, without what the row lacks.
 
         epoch 3/30 step 108 loss 0.412 iou 0.61 lr 4.0e-05 12.3 s
@@ -192,13 +192,13 @@ def describe_epoch(row: Row, num_epochs: int | None = None, floor: Mapping[str, 
           7.3 masks an image (20.1), which has 6.9 objects; 6.0 s
 
     Args:
-        floor: the validation of the baseline, which epoch 0 is.
+        baseline: the validation of the baseline, which epoch 0 is.
     """
     is_baseline = row["epoch"] == 0
     title = f"epoch {row['epoch']}" + (f"/{num_epochs}" if num_epochs else "")
     trained = [form.format(row[name]) for name, form in TRAINING_FORMS.items() if row.get(name) is not None]
     line = " ".join([title, f"step {row['step']}", *trained])
-    known = {} if is_baseline or not floor else floor
+    known = {} if is_baseline or not baseline else baseline
     measured = [
         form.format(row[name]) + (f" ({_bare(form).format(known[name])})" if name in known else "")
         for name, form in VALIDATION_FORMS.items()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from finestsam.batch import Predictions, Sample
 from finestsam.config import LossesConfig
-from finestsam.images import shrink_mask
+from finestsam.images.read import shrink_mask
 from finestsam.masks import count_overlap, decode_rle
 from finestsam.model.resample import upscale_logits
 from finestsam.model.sam import FinestSam
@@ -174,7 +174,7 @@ def _to_frame(logits: Tensor, sample: Sample, resolution: str, image_size: int) 
 
 def _find_target_size(original_size: tuple[int, int], input_size: tuple[int, int], resolution: str) -> tuple[int, int]:
     if resolution == "low":
-        # The decoder's grid has 4 input pixels to a cell; a cell that is partly picture counts.
+        # The decoder's grid has 4 input pixels to a cell; a cell that is partly image counts.
         height, width = (math.ceil(side / 4) for side in input_size)
         return height, width
     return original_size if resolution == "original" else input_size

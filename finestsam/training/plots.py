@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from finestsam.evaluation.charts import count_epochs, place_legend
-from finestsam.whole_files import replacing
+from finestsam.evaluation.charts import count_epochs, put_legend
+from finestsam.runtime.whole_files import replacing
 
 Rows = Sequence[Mapping[str, float | None]]
 
@@ -66,7 +66,7 @@ MARKED_POINTS = 30  # lines of more points are drawn without a marker on each
 PANEL_HEIGHT, MARGIN, LEGEND_WIDTH = 3.6, 0.8, 2.4
 
 
-def draw_curves(rows: Rows, folder: Path) -> list[Path]:
+def plot_curves(rows: Rows, folder: Path) -> list[Path]:
     """Write a PNG for every curve, and one of all together, to `folder/plots`, and return their paths.
 
     Args:
@@ -77,8 +77,8 @@ def draw_curves(rows: Rows, folder: Path) -> list[Path]:
     plots.mkdir(parents=True, exist_ok=True)
     kinds = {"cross_entropy_loss": SEMANTIC_TITLES, "class_loss": CLASS_TITLES}
     titles = next((titles for name, titles in kinds.items() if any(name in row for row in rows)), TITLES)
-    figures = {name: _draw_one(rows, name, title) for name, title in titles.items()}
-    figures["all_metrics"] = _draw_all(rows, titles)
+    figures = {name: _plot_one(rows, name, title) for name, title in titles.items()}
+    figures["all_metrics"] = _plot_all(rows, titles)
     paths = []
     for name, figure in figures.items():
         paths.append(plots / f"{name}.png")
@@ -87,11 +87,11 @@ def draw_curves(rows: Rows, folder: Path) -> list[Path]:
     return paths
 
 
-def _draw_one(rows: Rows, name: str, title: str) -> Figure:
+def _plot_one(rows: Rows, name: str, title: str) -> Figure:
     figure, (axes,) = _make_figure(panels=1)
-    _draw_line(axes, rows, name, "Training")
+    _plot_line(axes, rows, name, "Training")
     validated = VALIDATED.get(name, ())
-    _draw_validation(axes, rows, validated)
+    _plot_validation(axes, rows, validated)
     if name == "learning_rate":
         _scale_rate(axes, rows)
     is_beside_baseline = any(row["epoch"] == 0 and row.get(each) is not None for row in rows for each in validated)
@@ -99,14 +99,14 @@ def _draw_one(rows: Rows, name: str, title: str) -> Figure:
     return figure
 
 
-def _draw_all(rows: Rows, titles: Mapping[str, str]) -> Figure:
+def _plot_all(rows: Rows, titles: Mapping[str, str]) -> Figure:
     """Draw three panels, one below the other: losses; measures and validation beside the baseline; learning rate."""
     figure, (losses, measures, rate) = _make_figure(panels=3)
     for name, title in titles.items():
         if name != "learning_rate":
-            _draw_line(measures if name in MEASURED else losses, rows, name, title)
-    _draw_validation(measures, rows, VALIDATION)
-    _draw_line(rate, rows, "learning_rate", titles["learning_rate"])
+            _plot_line(measures if name in MEASURED else losses, rows, name, title)
+    _plot_validation(measures, rows, VALIDATION)
+    _plot_line(rate, rows, "learning_rate", titles["learning_rate"])
     _scale_rate(rate, rows)
     _finish(losses, "Training: losses")
     _finish(measures, "Training and validation (dotted: baseline)")
@@ -126,14 +126,14 @@ def _make_figure(panels: int) -> tuple[Figure, Sequence[Axes]]:
     return figure, [figure.add_subplot(panels, 1, place + 1) for place in range(panels)]
 
 
-def _draw_line(axes: Axes, rows: Rows, name: str, label: str) -> None:
+def _plot_line(axes: Axes, rows: Rows, name: str, label: str) -> None:
     epochs, values = _list_points(rows, name)
     marker = "o" if len(epochs) <= MARKED_POINTS else None
     if epochs:
         axes.plot(epochs, values, color=COLORS[name], marker=marker, markersize=4, linewidth=1.6, label=label)
 
 
-def _draw_validation(axes: Axes, rows: Rows, names: Iterable[str]) -> None:
+def _plot_validation(axes: Axes, rows: Rows, names: Iterable[str]) -> None:
     """Draw what validation measured, each beside the baseline's, a dotted line."""
     for name in names:
         label, color = VALIDATION[name]
@@ -172,4 +172,4 @@ def _finish(axes: Axes, title: str) -> None:
     axes.grid(color="#DDDDDD", linewidth=0.8)
     axes.set_axisbelow(True)
     if len(axes.lines) > 1:
-        place_legend(axes)
+        put_legend(axes)

@@ -13,8 +13,8 @@ from finestsam.batch import Sample
 from finestsam.config import CHUNK_OBJECTS
 from finestsam.data.dataset import SampleDataset
 from finestsam.errors import Defect, UserError
-from finestsam.images import compute_input_size
-from finestsam.out_of_memory import is_out_of_memory, naming_what_needs_less
+from finestsam.images.read import compute_input_size
+from finestsam.runtime.memory import is_out_of_memory, naming_what_needs_less
 from finestsam.training.losses import count_frame_pixels, measure_piece_bytes
 from finestsam.training.memory import describe_samples, list_savings
 from finestsam.training.step import Stepper
@@ -36,12 +36,12 @@ CGROUP = Path("/sys/fs/cgroup")  # of version 2, the limits of a container
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """What a step on the heaviest picture keeps at the same time."""
+    """What a step on the heaviest image keeps at the same time."""
 
     sample: Sample
     largest: Sample  # that, or one whose masks are larger, for whose loss there has to be room as well
     training_bytes: int  # gradients and the optimizer's means
-    encoder_bytes: int  # what the image encoder keeps for its gradient, all pictures of a batch
+    encoder_bytes: int  # what the image encoder keeps for its gradient, all images of a batch
     decoder_bytes: int  # for any number of objects; in the semantic task all that the head keeps
     object_bytes: int  # for each object that is decoded with the others
     seconds: float  # of all of the step, about
@@ -73,10 +73,10 @@ def choose_chunk_objects(stepper: Stepper, need: MemoryNeed | None) -> int:
 
 
 def measure_need(stepper: Stepper, dataset: SampleDataset) -> MemoryNeed | None:
-    """Encode the heaviest picture, decode one of its objects and then several, and count what autograd keeps.
+    """Encode the heaviest image, decode one of its objects and then several, and count what autograd keeps.
 
     Returns:
-        None where no picture can be read.
+        None where no image can be read.
 
     Raises:
         UserError: not even one object of it fits; with the settings that need less.
@@ -103,7 +103,7 @@ def _measure(stepper: Stepper, sample: Sample, largest: Sample) -> MemoryNeed:
     training_bytes, encoder_bytes = TRAINING_BYTES * trained, encoder_bytes * batch_size
     encoder_seconds *= BACKWARD if embedding.requires_grad else 1
     if not decodes_masks(stepper.model, stepper.config):
-        head_bytes, seconds, _ = _try(lambda: stepper.judge_pictures(embedding, [sample]), known)
+        head_bytes, seconds, _ = _try(lambda: stepper.compute_image_losses(embedding, [sample]), known)
         seconds = batch_size * (encoder_seconds + BACKWARD * seconds)
         return MemoryNeed(sample, sample, training_bytes, encoder_bytes, head_bytes * batch_size, 0, seconds)
     one, seconds, _ = _try(lambda: _decode(stepper, embedding, sample, 1), known)
@@ -141,13 +141,13 @@ def _find_first(dataset: SampleDataset, weigh: Callable[[int], tuple | int]) -> 
 
 
 def _weigh(dataset: SampleDataset, place: int, resolution: str) -> tuple[bool, int]:
-    """Return the pixels of all masks of a picture, after whether it has several, which tell what each one needs."""
+    """Return the pixels of all masks of an image, after whether it has several, which tell what each one needs."""
     count, most = len(dataset.records[place].annotations), dataset.settings.max_objects
     return count > 1, _count_pixels(dataset, place, resolution) * min(count, most or count)
 
 
 def _count_pixels(dataset: SampleDataset, place: int, resolution: str) -> int:
-    """Return the pixels of one of a picture's masks in the frame of the loss, 0 where it is no sample."""
+    """Return the pixels of one of an image's masks in the frame of the loss, 0 where it is no sample."""
     size, image_size = dataset.records[place].size, dataset.settings.image_size
     try:
         return count_frame_pixels(size, compute_input_size(size, image_size), resolution, image_size)

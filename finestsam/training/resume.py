@@ -11,11 +11,11 @@ from torch import Tensor
 from finestsam.config import IMAGE_SIZE_RANGE, PATCH_SIZE, Config, flatten_config
 from finestsam.data.fingerprint import SPLIT, hash_fingerprint, list_changes
 from finestsam.errors import VALUE_ERRORS, UserError
-from finestsam.model.build import ARCHITECTURES, build_sam
+from finestsam.model.architectures import ARCHITECTURES, build_sam
 from finestsam.model.card import find_generator_problem
+from finestsam.runtime.value_types import find_misfit, fits
 from finestsam.training import checkpoint
 from finestsam.training.random_state import check_random_state
-from finestsam.value_types import find_misfit, fits
 
 # Without these the weights, the optimizer or the schedule of the checkpoint fit no more.
 FIXED = (
@@ -48,7 +48,7 @@ STATE = {
 }  # fmt: skip
 MAY_BE_MISSING = {
     "semantic_head": dict[str, Tensor] | None, "class_head": dict[str, Tensor] | None,
-    "affinity_head": dict[str, Tensor] | None, "categories": list[str] | None, "pictures_per_batch": int,
+    "affinity_head": dict[str, Tensor] | None, "categories": list[str] | None, "images_per_batch": int,
 }  # fmt: skip
 # Settings of the run that `check_settings` looks at, whatever they are.
 COMPARED = ("losses.affinity_ratio", "losses.focal_ratio", "losses.dice_ratio", "losses.iou_ratio")
@@ -75,8 +75,8 @@ def find_problem(state: dict[str, Any], progress_kind: type) -> str | None:
             return f"{name} is missing"
         if name in state and not fits(state[name], kind):
             return f"{name} is a {type(state[name]).__name__} of another kind"
-    if state.get("pictures_per_batch", 1) < 1:
-        return f"pictures_per_batch is {state['pictures_per_batch']}"
+    if state.get("images_per_batch", 1) < 1:
+        return f"images_per_batch is {state['images_per_batch']}"
     problem = find_misfit(state["progress"], progress_kind, finite=False)
     problem = problem or find_generator_problem(state["progress"].get("generator", {}))
     problem = problem or _find_negative(state["progress"])
@@ -122,7 +122,7 @@ def _check_scheduler(state: dict[str, Any]) -> None:
 
 
 def _check_shapes(state: dict[str, Any]) -> None:
-    """Raise unless the weights are of the type and the size of pictures that stand beside them."""
+    """Raise unless the weights are of the type and the size of images that stand beside them."""
     if state["model_type"] not in ARCHITECTURES:
         raise ValueError(f"model_type is {state['model_type']!r:.60}")
     low, high = IMAGE_SIZE_RANGE
@@ -138,11 +138,11 @@ def _check_shapes(state: dict[str, Any]) -> None:
             raise ValueError(f"model: {name} has the shape {list(known.shape)}, expected {list(value.shape)}")
 
 
-def check_settings(config: Config, state: dict[str, Any], pictures_per_batch: int) -> None:
+def check_settings(config: Config, state: dict[str, Any], images_per_batch: int) -> None:
     """Compare the settings with those of the checkpoint, and say which win where they differ.
 
     Args:
-        pictures_per_batch: of all ranks together.
+        images_per_batch: of all ranks together.
 
     Raises:
         UserError: a difference with which the run cannot go on.
@@ -171,9 +171,9 @@ def check_settings(config: Config, state: dict[str, Any], pictures_per_batch: in
             f"sched.LambdaLR.steps {steps} are shares of a run that is of another length now: the learning rate may "
             "rise or fall from here on"
         )
-    known = state.get("pictures_per_batch", pictures_per_batch)
-    if known != pictures_per_batch:
-        _warn(f"{pictures_per_batch} pictures a step from here on, {known} before: not what an unbroken run learns")
+    known = state.get("images_per_batch", images_per_batch)
+    if known != images_per_batch:
+        _warn(f"{images_per_batch} images a step from here on, {known} before: not what an unbroken run learns")
 
 
 def refuse_other_dataset(folder: Path, state: dict[str, Any], now: dict[str, Any]) -> None:
@@ -187,7 +187,7 @@ def refuse_other_dataset(folder: Path, state: dict[str, Any], now: dict[str, Any
     try:
         before = json.loads((folder / SPLIT).read_text(encoding="utf-8"))
         is_its_own = hash_fingerprint(before) == state["dataset"]
-        changes = list_changes(before, now) or ["the order of the pictures"] if is_its_own else []
+        changes = list_changes(before, now) or ["the order of the images"] if is_its_own else []
     except (OSError, ValueError):
         changes = []
     told = f" ({'; '.join(changes)})" if changes else ""
@@ -195,7 +195,7 @@ def refuse_other_dataset(folder: Path, state: dict[str, Any], now: dict[str, Any
 
 
 def convert_batches(batches: int, before: int, now: int) -> int:
-    """Return how many batches of `now` pictures lie within what batches of `before` pictures have seen of an epoch."""
+    """Return how many batches of `now` images lie within what batches of `before` images have seen of an epoch."""
     return batches if before == now else batches * before // now
 
 

@@ -23,38 +23,38 @@ from finestsam.config import (
     flatten_config,
 )
 from finestsam.data.dataset import PROMPT_KINDS, SampleDataset, SampleSettings, StepSampler
-from finestsam.data.embeddings import EmbeddingStore
 from finestsam.data.fingerprint import SPLIT, hash_fingerprint, take_fingerprint
 from finestsam.data.loaders import build_train_loader, build_validation_loader, end_workers
 from finestsam.data.previous_logits import PreviousLogits
 from finestsam.data.read import LabelledSet, describe_dataset, read_training_set
 from finestsam.data.report import write_report
 from finestsam.data.semantic import ClassTable
-from finestsam.download import hash_file
 from finestsam.errors import VALUE_ERRORS, UserError
 from finestsam.model.adapt import adapt_
+from finestsam.model.embeddings import EmbeddingStore
 from finestsam.model.load import LoadedModel, load_model, load_weights_
 from finestsam.model.sam import FinestSam
+from finestsam.prediction.embedder import Embedder, encode_missing, find_missing, open_store
 from finestsam.prediction.generator import resolve_generator
-from finestsam.prediction.precompute import Embedder, encode_missing, find_missing, open_store
+from finestsam.runtime.download import hash_file
+from finestsam.runtime.ranks import Ranks
+from finestsam.runtime.value_types import fits
+from finestsam.runtime.whole_files import remove_unfinished, write_json, write_text
 from finestsam.training import checkpoint
 from finestsam.training.affinity import AffinityHead
 from finestsam.training.classes import ClassStepper, choose_categories, weigh_classes
 from finestsam.training.cost import describe_cost
 from finestsam.training.distill import distill_
-from finestsam.training.pace import Pace
-from finestsam.training.picture_step import AffinityStepper
+from finestsam.training.image_step import AffinityStepper
+from finestsam.training.optim import build_optimizer, build_scheduler
 from finestsam.training.probe import choose_chunk_objects, find_free_bytes, measure_need
 from finestsam.training.random_state import random_state, restore_random_state
-from finestsam.training.ranks import Ranks
 from finestsam.training.resume import check_settings, convert_batches, load_state, refuse_other_dataset
 from finestsam.training.run_folder import create_run_folder, lock_run, take_up_run
-from finestsam.training.schedules import build_optimizer, build_scheduler
 from finestsam.training.semantic import SemanticStepper, choose_classes
 from finestsam.training.step import Stepper
+from finestsam.training.time_budget import TimeBudget
 from finestsam.training.trainable import decodes_masks, freeze_, trains_encoder
-from finestsam.value_types import fits
-from finestsam.whole_files import remove_unfinished, write_json, write_text
 
 DIVIDES_OTHERWISE = (
     "--resume: the run was begun by a version of finestsam that divides the weights otherwise; go on with that "
@@ -77,7 +77,7 @@ class Progress:
     all_skipped_steps: int = 0  # of the run
     best: dict[str, float] | None = None  # the figures of the best weights
     is_blended: bool = False  # whether putting original weights back into these best ones has been tried
-    floor: dict[str, float] = field(default_factory=dict)
+    baseline: dict[str, float] = field(default_factory=dict)
     baseline_generator: dict[str, Any] = field(default_factory=dict)  # thresholds that did best for the baseline
     metrics: dict[str, float] = field(default_factory=dict)  # of the newest validation
     generator: dict[str, Any] = field(default_factory=dict)  # settings that did best in it, for best.json
@@ -110,8 +110,8 @@ class Run:
     top: checkpoint.TopWeights
     classes: ClassTable | None = None  # of the tasks semantic and classes
     cost: list[str] = field(default_factory=list)  # of a step, for the screen
-    saving: Pace = field(default_factory=Pace)  # of last.ckpt
-    drawing: Pace = field(default_factory=Pace)  # of the curves
+    saving: TimeBudget = field(default_factory=TimeBudget)  # of last.ckpt
+    drawing: TimeBudget = field(default_factory=TimeBudget)  # of the curves
 
     @property
     def has_new_attention(self) -> bool:
@@ -256,7 +256,7 @@ def _begin_progress(fabric: Fabric, loaded: LoadedModel) -> Progress:
 def _restore_progress(state: dict, config: Config, ranks: Ranks) -> Progress:
     progress = Progress(**state["progress"])
     now = config.batch_size * ranks.count
-    progress.batches_done = convert_batches(progress.batches_done, state.get("pictures_per_batch", now), now)
+    progress.batches_done = convert_batches(progress.batches_done, state.get("images_per_batch", now), now)
     return progress
 
 
@@ -314,9 +314,9 @@ def _choose_rates(config: Config) -> OptConfig:
     return replace(config.opt, rates=replace(config.opt.rates, heads=share))
 
 
-def count_steps(config: Config, pictures: int, world_size: int) -> int:
+def count_steps(config: Config, images: int, world_size: int) -> int:
     """Return the optimizer steps of a run that nothing stops early, where each has an object."""
-    batches = math.ceil(pictures / (config.batch_size * world_size))
+    batches = math.ceil(images / (config.batch_size * world_size))
     steps = config.num_epochs * math.ceil(batches / config.opt.accumulate_batches)
     return min(steps, config.max_steps) if config.max_steps else steps
 
@@ -360,7 +360,7 @@ def _build_validation_set(
     config: Config, data: LabelledSet, settings: SampleSettings, store: EmbeddingStore | None
 ) -> SampleDataset:
     records = [record for record in data.val if record.annotations or settings.classes]
-    # All objects, pictures and boxes as they are: what is measured must not depend on the noise of training.
+    # All objects, images and boxes as they are: what is measured must not depend on the noise of training.
     plain = replace(
         settings,
         max_objects=0,
@@ -402,7 +402,7 @@ def save_last(run: Run) -> None:
         "random": random_state(),
         "config": json.dumps(flatten_config(run.config), allow_nan=False),
         "dataset": run.fingerprint,
-        "pictures_per_batch": run.config.batch_size * run.ranks.count,
+        "images_per_batch": run.config.batch_size * run.ranks.count,
     }
     checkpoint.save_last(run.folder / checkpoint.LAST, state)
 

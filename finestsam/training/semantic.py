@@ -15,26 +15,26 @@ from finestsam.data.semantic import BACKGROUND_NAME, IGNORED, ClassTable, match_
 from finestsam.evaluation.semantic_scores import summarize_pixels
 from finestsam.model.load import LoadedModel
 from finestsam.model.semantic_head import SemanticHead, load_semantic_head
+from finestsam.training.image_step import ImageStepper
 from finestsam.training.log import SEMANTIC_COLUMNS, SEMANTIC_TRAINING_COLUMNS, SEMANTIC_VALIDATION_COLUMNS
 from finestsam.training.losses import DICE_SMOOTH
-from finestsam.training.picture_step import PictureStepper
 
 
 @dataclass
-class SemanticStepper(PictureStepper):
+class SemanticStepper(ImageStepper):
     """A step that learns the classes of pixels."""
 
     measures: ClassVar[tuple[str, ...]] = SEMANTIC_TRAINING_COLUMNS
     columns: ClassVar[tuple[str, ...]] = SEMANTIC_COLUMNS
     metric: ClassVar[str] = "val_miou"
 
-    def judge_pictures(self, embeddings: Tensor, samples: list[Sample]) -> Tensor:
+    def compute_image_losses(self, embeddings: Tensor, samples: list[Sample]) -> Tensor:
         labels = torch.stack([sample.classes for sample in samples])
         return measure_classes(self.model(embeddings, None), labels, self.config.semantic)
 
 
 def measure_classes(logits: Tensor, labels: Tensor, settings: SemanticConfig) -> Tensor:
-    """Return of each picture the loss, its weighted parts cross-entropy and Dice, and the pixel accuracy, B x 4.
+    """Return of each image the loss, its weighted parts cross-entropy and Dice, and the pixel accuracy, B x 4.
 
     Args:
         logits: B x K x H x W.
@@ -49,7 +49,7 @@ def measure_classes(logits: Tensor, labels: Tensor, settings: SemanticConfig) ->
 
 
 def class_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return 1 - Dice of the probabilities, the mean over the classes that a picture has, B; 0 where it has none.
+    """Return 1 - Dice of the probabilities, the mean over the classes that an image has, B; 0 where it has none.
 
     Source: Milletari et al., V-Net (arXiv 1606.04797), without its squares.
     """

@@ -14,9 +14,9 @@ from finestsam.config import CHUNK_OBJECTS, Config
 from finestsam.data.previous_logits import PreviousLogits
 from finestsam.masks import decode_rle
 from finestsam.model.sam import FinestSam
-from finestsam.out_of_memory import is_out_of_memory
-from finestsam.prediction.correction import add_clicks, show_preferred
-from finestsam.prediction.precompute import Embedder
+from finestsam.prediction.clicks import add_clicks, show_preferred
+from finestsam.prediction.embedder import Embedder
+from finestsam.runtime.memory import is_out_of_memory
 from finestsam.training.affinity import affinity_loss
 from finestsam.training.log import COLUMNS, TRAINING_COLUMNS
 from finestsam.training.losses import ObjectLosses, object_losses
@@ -37,7 +37,7 @@ class Stepper:
         chunk_objects: prompts decoded at a time, at most; halved where the memory does not suffice.
 
     Attributes:
-        suspects: names of the pictures that made the newest step's loss or gradient other than finite, as far as this
+        nonfinite_images: names of the images that made the newest step's loss or gradient other than finite, as far as this
             rank knows.
         measures: what is summed over objects, in this order; the losses with their weights, so that they add up to the
             total.
@@ -59,7 +59,7 @@ class Stepper:
     embedder: Embedder
     previous_logits: PreviousLogits | None = None
     chunk_objects: int = CHUNK_OBJECTS
-    suspects: list[str] = field(default_factory=list)
+    nonfinite_images: list[str] = field(default_factory=list)
 
     def step(self, batches: list[Batch], epoch: int, wants_stop: bool) -> tuple[dict[str, float], int, bool, bool]:
         """Learn from the batches as one.
@@ -82,8 +82,8 @@ class Stepper:
         sums = self._sum_over_ranks(sums.tolist())
         is_loss_finite = bool(sums.isfinite().all())
         is_finite = self._change_weights(is_loss_finite)
-        if is_loss_finite and not is_finite:  # else the rank that has the picture knows it
-            self.suspects = [sample.file_name for batch in batches for sample in batch.samples]
+        if is_loss_finite and not is_finite:  # else the rank that has the image knows it
+            self.nonfinite_images = [sample.file_name for batch in batches for sample in batch.samples]
         return dict(zip(self.measures, sums.tolist(), strict=True)), int(count), is_finite, stops > 0
 
     def count(self, batch: Batch) -> int:
@@ -98,7 +98,7 @@ class Stepper:
         drawn = random_state()
         while True:
             self.optimizer.zero_grad()
-            self.suspects = []
+            self.nonfinite_images = []
             sums, problem = self._try_gradients(batches, epoch, weight)
             if self._sum_over_ranks([float(bool(problem))]).item() == 0:
                 return sums
@@ -193,7 +193,7 @@ class Stepper:
         return (embeddings * (gradient / self.scaler.get_scale())).sum()
 
     def _affinity_loss(self, embeddings: Tensor, samples: list[Sample]) -> Tensor | float:
-        """Return the sum over objects, each with the loss of its picture."""
+        """Return the sum over objects, each with the loss of its image."""
         if self.model.affinity_head is None:
             return 0.0
         labels = torch.stack([sample.cells for sample in samples])
@@ -202,24 +202,26 @@ class Stepper:
         return self.config.losses.affinity_ratio * (losses * counts).sum()
 
     def _background_loss(self, embeddings: Tensor, samples: list[Sample]) -> Tensor | float:
-        """Return the losses of masks where no object is, a picture's mean counted once for each of its objects.
+        """Return the losses of masks where no object is, an image's mean counted once for each of its objects.
 
-        So that they weigh as much beside the losses of objects however many objects a picture has.
+        So that they weigh as much beside the losses of objects however many objects an image has.
         """
         total = 0.0
         for place, sample in enumerate(samples):
             if len(sample.background):
-                total = total + self.judge_background(embeddings[place : place + 1], sample) * sample.object_count
+                total = (
+                    total + self.compute_background_loss(embeddings[place : place + 1], sample) * sample.object_count
+                )
         return total
 
-    def judge_background(self, embedding: Tensor, sample: Sample) -> Tensor:
-        """Return the loss of the masks that a picture's background points are answered with: their squared scores."""
+    def compute_background_loss(self, embedding: Tensor, sample: Sample) -> Tensor:
+        """Return the loss of the masks that an image's background points are answered with: their squared scores."""
         return self.config.losses.iou_ratio * self.model.score(embedding, sample.background).square().mean()
 
     def _note(self, sums: Tensor, sample: Sample) -> Tensor:
         """Return the sums of a sample's measures; where they are not finite the sample is suspected."""
-        if not sums.isfinite().all() and sample.file_name not in self.suspects:
-            self.suspects.append(sample.file_name)
+        if not sums.isfinite().all() and sample.file_name not in self.nonfinite_images:
+            self.nonfinite_images.append(sample.file_name)
         return sums
 
     def _sum_gradients_over_ranks(self) -> None:

@@ -16,22 +16,22 @@ from finestsam.batch import Batch
 from finestsam.config import Config
 from finestsam.data.labels import describe_labels
 from finestsam.errors import UserError, printable
-from finestsam.interruption import Interrupted, watch_signals
 from finestsam.model.load import RANDOM_WEIGHTS, choose_device
 from finestsam.model.saving import CheckpointNotSaved
-from finestsam.processor import set_processor
+from finestsam.runtime.cpu import set_processor
+from finestsam.runtime.ranks import Ranks
+from finestsam.runtime.signals import Interrupted, watch_signals
 from finestsam.training.best import choose_metric, keep_if_best, rank, refuse_lost_best, warn_if_not_saved
 from finestsam.training.blend import blend_best, keep_start, wants_blend
 from finestsam.training.classes import describe_categories
 from finestsam.training.crash import note_crash
 from finestsam.training.hints import describe_training, list_mismatches, warn_of_counts, warn_of_cpu, warn_of_schedule
-from finestsam.training.log import BATTERY_COLUMNS, RunLog, show_progress
+from finestsam.training.log import PROMPT_COLUMNS, RunLog, show_progress
 from finestsam.training.memory import OutOfMemory, list_savings
 from finestsam.training.numbers import explain_end, has_finite_weights, skips_for_good
-from finestsam.training.plots import draw_curves
-from finestsam.training.ranks import Ranks
+from finestsam.training.optim import learning_rate_of
+from finestsam.training.plots import plot_curves
 from finestsam.training.run import Run, build_run, count_steps, save_last
-from finestsam.training.schedules import learning_rate_of
 from finestsam.training.validation import validate
 
 EXIT_NUMERICAL = 3
@@ -74,7 +74,7 @@ def _train(fabric: Fabric, config: Config) -> int:
 
 
 def _train_run(run: Run) -> int:
-    _say_start(run)
+    _print_start(run)
     if _is_complete(run, run.progress.epoch) and not wants_blend(run):
         run.fabric.print(f"already complete: {run.progress.epoch} epochs; --num_epochs above that continues")
         return 0
@@ -82,7 +82,7 @@ def _train_run(run: Run) -> int:
         try:
             return run_epochs(run, log)
         finally:
-            _draw_curves(run, log)
+            _plot_curves(run, log)
 
 
 def _open_log(run: Run) -> AbstractContextManager[RunLog | None]:
@@ -90,17 +90,17 @@ def _open_log(run: Run) -> AbstractContextManager[RunLog | None]:
         return nullcontext()
     resumed_epoch = run.progress.epoch if run.config.resume else None
     columns = run.stepper.columns
-    if run.config.evaluate.battery and not run.is_semantic:
-        columns += BATTERY_COLUMNS
+    if run.config.evaluate.all_prompts and not run.is_semantic:
+        columns += PROMPT_COLUMNS
     return closing(RunLog(run.folder, resumed_epoch, run.config.num_epochs, columns))
 
 
 def run_epochs(run: Run, log: RunLog | None) -> int:
-    """Validate the untouched model, then learn and validate until the end, a signal, or numbers that are not finite."""
+    """Validate the baseline, then learn and validate until the end, a signal, or numbers that are not finite."""
     progress = run.progress
     try:
-        if progress.step == 0 and not progress.floor:
-            _measure_floor(run, log)
+        if progress.step == 0 and not progress.baseline:
+            _measure_baseline(run, log)
         while not _is_complete(run, progress.epoch):
             with _saving_at_a_mistake(run):
                 train_epoch(run, log)
@@ -114,7 +114,7 @@ def run_epochs(run: Run, log: RunLog | None) -> int:
             else:
                 run.saving.do_if_due(lambda: _save_if_possible(run))
     except Interrupted as error:
-        return _save_and_say(run, error)
+        return _save_and_print(run, error)
     run.ranks.join(lambda: refuse_lost_best(run), may_stop=False)
     try:
         if wants_blend(run):
@@ -123,15 +123,15 @@ def run_epochs(run: Run, log: RunLog | None) -> int:
     except Interrupted as error:
         run.fabric.print(f"stopped while original weights were put back; to go on: --mode train --resume {run.folder}")
         return error.exit_code
-    _say_end(run)
+    _print_end(run)
     return 0
 
 
-def _measure_floor(run: Run, log: RunLog | None) -> None:
-    """Validate the untouched model, which is the first to beat."""
+def _measure_baseline(run: Run, log: RunLog | None) -> None:
+    """Validate the baseline, which is the first to beat."""
     keep_start(run)
     validate(run)
-    run.progress.floor = dict(run.progress.metrics)
+    run.progress.baseline = dict(run.progress.metrics)
     run.progress.baseline_generator = dict(run.progress.generator)
     keep_if_best(run)
     _write_row(run, log, learning_rate=None, epoch=0)
@@ -192,7 +192,7 @@ def _count_step(run: Run, log: RunLog | None, sums: dict[str, float], objects: i
     if not is_finite:
         progress.skipped_steps += 1
         progress.all_skipped_steps += 1
-        shares = run.ranks.gather(lambda: run.stepper.suspects, may_stop=False)
+        shares = run.ranks.gather(lambda: run.stepper.nonfinite_images, may_stop=False)
         names = ", ".join(printable(name) for share in shares for name in share)
         run.fabric.print(f"step {progress.step + 1} skipped: loss or gradient is not finite: {names}", file=sys.stderr)
         return
@@ -228,7 +228,7 @@ def finish_epoch(run: Run, log: RunLog | None) -> None:
     if is_due or _is_complete(run, epoch):
         validate(run)
         if epoch == interval:
-            _say_cost(run)
+            _print_cost(run)
         if is_whole and run.config.sched.type == "ReduceLROnPlateau":
             fallback = -progress.sums["total_loss"] / max(progress.objects, 1)
             run.scheduler.step(progress.metrics.get(choose_metric(run), fallback))
@@ -243,13 +243,13 @@ def finish_epoch(run: Run, log: RunLog | None) -> None:
         progress.sums = dict.fromkeys(run.stepper.measures, 0.0)
 
 
-def _say_cost(run: Run) -> None:
+def _print_cost(run: Run) -> None:
     """Tell how to validate for less where it takes longer than to learn."""
     learning, validating = run.progress.seconds, run.progress.validation_seconds
     if validating > max(learning, CHEAP_SECONDS):
         run.fabric.print(
             f"validation took {validating:.0f} s, the epoch {learning:.0f} s; a larger --eval_interval or "
-            "fewer pictures for the generator (--evaluate.max_images) make it cheaper"
+            "fewer images for the generator (--evaluate.max_images) make it cheaper"
         )
 
 
@@ -260,18 +260,18 @@ def _write_row(run: Run, log: RunLog | None, learning_rate: float | None, epoch:
     means = {name: value / progress.objects for name, value in progress.sums.items()} if progress.objects else {}
     row = {"epoch": epoch, "step": progress.step, "seconds": progress.seconds or None, **means}
     row["validation_seconds"] = progress.validation_seconds or None
-    log.log_epoch(row | {"learning_rate": learning_rate} | progress.metrics, floor=progress.floor)
+    log.log_epoch(row | {"learning_rate": learning_rate} | progress.metrics, baseline=progress.baseline)
     if epoch > 0:
         for hint in warn_of_counts(progress.metrics, run.config.dataset.labels):
             print(f"hint: {hint}")
-    run.drawing.do_if_due(lambda: _draw_curves(run, log))
+    run.drawing.do_if_due(lambda: _plot_curves(run, log))
 
 
-def _draw_curves(run: Run, log: RunLog | None) -> None:
+def _plot_curves(run: Run, log: RunLog | None) -> None:
     if log is None:
         return
     try:
-        draw_curves(log.read_rows(), run.folder)
+        plot_curves(log.read_rows(), run.folder)
     except OSError as error:
         print(f"curves not drawn: {error}", file=sys.stderr)
 
@@ -335,14 +335,14 @@ def _save_surely(run: Run) -> None:
     run.ranks.join(save, may_stop=False)
 
 
-def _save_and_say(run: Run, reason: Interrupted) -> int:
+def _save_and_print(run: Run, reason: Interrupted) -> int:
     """Save where a signal stopped the run, say how to go on, and return the exit code."""
     _save_surely(run)
     run.fabric.print(f"stopped at step {run.progress.step}; to go on: --mode train --resume {run.folder}")
     return reason.exit_code
 
 
-def _say_start(run: Run) -> None:
+def _print_start(run: Run) -> None:
     say = run.fabric.print
     say(f"layout: {run.data.layout}")
     say("\n".join(run.data.report.list_lines()))
@@ -367,17 +367,17 @@ def _say_start(run: Run) -> None:
     say(f"run: {run.folder}")
 
 
-def _say_end(run: Run) -> None:
+def _print_end(run: Run) -> None:
     progress = run.progress
     if progress.all_skipped_steps:
         run.fabric.print(f"{progress.all_skipped_steps} steps were skipped: loss or gradient was not finite")
     if progress.best is not None:
         name = choose_metric(run)
-        floor, best = progress.floor.get(name, math.nan), rank(run, progress.best)
-        if best > rank(run, progress.floor):
-            run.fabric.print(f"best {name} {best[0]:.4f}, baseline {floor:.4f}")
+        baseline, best = progress.baseline.get(name, math.nan), rank(run, progress.best)
+        if best > rank(run, progress.baseline):
+            run.fabric.print(f"best {name} {best[0]:.4f}, baseline {baseline:.4f}")
         else:
-            run.fabric.print(f"no epoch beat the baseline ({name} {floor:.4f}): best.pth holds its weights")
+            run.fabric.print(f"no epoch beat the baseline ({name} {baseline:.4f}): best.pth holds its weights")
     for title, name in (("weights", "best.pth"), ("curves", "plots"), ("figures", "metrics.csv")):
         run.fabric.print(f"{title}: {run.folder / name}")
     folder = shlex.quote(str(run.folder))

@@ -31,7 +31,7 @@ def freeze_(model: FinestSam, config: Config) -> None:
 
 def decodes_masks(model: FinestSam, config: Config) -> bool:
     """Whether a step asks for masks: neither for classes of pixels nor for affinities alone."""
-    return model.semantic_head is None and (config.losses.asks_for_masks or model.class_head is not None)
+    return model.semantic_head is None and (config.losses.prompts_with_masks or model.class_head is not None)
 
 
 def _thaw_encoder_(sam: Sam, thaw: ThawConfig) -> None:

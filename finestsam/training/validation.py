@@ -1,4 +1,4 @@
-"""Validation during training: what `--mode evaluate` measures, on the validation pictures, shared by the ranks."""
+"""Validation during training: what `--mode evaluate` measures, on the validation images, shared by the ranks."""
 
 import math
 import time
@@ -7,22 +7,22 @@ from dataclasses import replace
 import numpy as np
 
 from finestsam.config import GENERATOR_DEFAULTS, GeneratorConfig
-from finestsam.evaluation.battery import Battery
 from finestsam.evaluation.candidates import find_candidates
 from finestsam.evaluation.class_scores import score_classes
 from finestsam.evaluation.clicks import average_clicks
 from finestsam.evaluation.generator_scores import Tuned, choose_grids, list_fixed, open_for_tuning, tune
-from finestsam.evaluation.prompt_scores import say_skipped, score_batches, summarize_scores
-from finestsam.evaluation.semantic_scores import count_pictures
-from finestsam.out_of_memory import naming_what_needs_less
+from finestsam.evaluation.prompt_scorer import PromptScorer
+from finestsam.evaluation.prompt_scores import print_skipped, score_batches, summarize_scores
+from finestsam.evaluation.semantic_scores import count_images
 from finestsam.prediction.generator import resolve_generator
+from finestsam.runtime.memory import naming_what_needs_less
 from finestsam.training.log import GENERATOR_FIGURES, show_progress
 from finestsam.training.run import Run
 from finestsam.training.semantic import summarize_validation
 
 
 def validate(run: Run) -> None:
-    """Measure prompted masks and the generator, or classes, on the validation pictures, shared by the ranks.
+    """Measure prompted masks and the generator, or classes, on the validation images, shared by the ranks.
 
     Into `progress.metrics`, and the generator's settings that did best into `progress.generator`.
 
@@ -39,8 +39,8 @@ def validate(run: Run) -> None:
         run.progress.metrics |= _validate_classes(run)
     else:
         run.progress.metrics |= _validate_prompts(run)
-        if run.config.evaluate.battery:
-            run.progress.metrics |= _validate_battery(run)
+        if run.config.evaluate.all_prompts:
+            run.progress.metrics |= _validate_prompts(run)
         if run.config.evaluate.generator:
             run.progress.metrics |= _validate_generator(run)
     # What is no number is nothing to be judged by, and nothing that json could say.
@@ -53,7 +53,7 @@ def _validate_classes(run: Run) -> dict[str, float]:
     batches = show_progress(run.val_loader, "validation", len(run.val_loader), run.is_first_rank)
 
     def count() -> np.ndarray:
-        found = count_pictures(run.stepper.embedder, say_skipped(batches), run.data.val, run.classes)
+        found = count_images(run.stepper.embedder, print_skipped(batches), run.data.val, run.classes)
         return sum((counts for _, counts in found), np.zeros((len(run.classes.names),) * 2, dtype=np.int64))
 
     return summarize_validation(sum(run.ranks.gather(count)), run.classes.names)
@@ -73,15 +73,15 @@ def _validate_prompts(run: Run) -> dict[str, float]:
     return {f"val_{column}": scores[name] for column, name in names.items() if name in scores}
 
 
-def _validate_battery(run: Run) -> dict[str, float]:
+def _validate_prompts(run: Run) -> dict[str, float]:
     """Ask for every object with a box, and correct the model on it click by click."""
     chunk, title = run.stepper.chunk_objects, "validation" if run.is_first_rank else None
     records = [record for record in run.data.val if record.annotations][run.ranks.rank :: run.ranks.count]
-    battery = Battery(replace(run.config, chunk_objects=chunk), run.stepper.embedder, records, title)
+    scorer = PromptScorer(replace(run.config, chunk_objects=chunk), run.stepper.embedder, records, title)
 
     def measure() -> tuple[list, list]:
-        with naming_what_needs_less("validation", f"--chunk_objects below {chunk}, or --evaluate.battery false"):
-            return battery.score_prompts(["box"])["box"], battery.measure_clicks()
+        with naming_what_needs_less("validation", f"--chunk_objects below {chunk}, or --evaluate.all_prompts false"):
+            return scorer.score_prompts(["box"])["box"], scorer.measure_clicks()
 
     shares = run.ranks.gather(measure)
     boxes = summarize_scores([score for share, _ in shares for score in share])

@@ -10,12 +10,12 @@ from conftest import run_training
 from finestsam.batch import Sample
 from finestsam.cli import main
 from finestsam.config import AugmentConfig, build_config
-from finestsam.data.augment import draw_view, find_shown, show, show_image, show_object
+from finestsam.data.augment import find_shown, sample_view, show, show_image, show_object
 from finestsam.data.dataset import SampleDataset, SampleSettings, StepSampler
 from finestsam.data.index import Annotation, Record
 from finestsam.data.loaders import build_train_loader
 from finestsam.data.prompts import build_image_grid, cut_out, find_grid_points_inside
-from finestsam.images import read_image, resize_image, scale_points, write_image
+from finestsam.images.read import read_image, resize_image, scale_points, write_image
 from finestsam.masks import decode_rle, encode_mask, rle_area, rle_box
 
 SIZE = (80, 120)
@@ -26,7 +26,7 @@ EVERYTHING = {
 COLOURS = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.2}
 
 
-def draw_labels() -> np.ndarray:
+def render_labels() -> np.ndarray:
     """Return a label map of five objects, some at the edges, one with a hole, one in two parts; 0 is background."""
     labels = np.zeros(SIZE, dtype=np.uint8)
     ys, xs = np.mgrid[: SIZE[0], : SIZE[1]]
@@ -44,7 +44,7 @@ def find_colour(label: int) -> np.ndarray:
 
 
 def write_record(path: Path, labels: np.ndarray, image_id: int = 7) -> Record:
-    """Write a picture in which every object has one colour of its own; object k has id k."""
+    """Write an image in which every object has one colour of its own; object k has id k."""
     write_image(path, np.stack([find_colour(label) for label in range(6)])[labels])
     rles = {label: encode_mask(labels == label) for label in range(1, labels.max() + 1)}
     annotations = [Annotation(label, 1, rle["counts"], rle_area(rle), rle_box(rle)) for label, rle in rles.items()]
@@ -53,7 +53,7 @@ def write_record(path: Path, labels: np.ndarray, image_id: int = 7) -> Record:
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory) -> Record:
-    return write_record(tmp_path_factory.mktemp("pictures") / "objects.png", draw_labels())
+    return write_record(tmp_path_factory.mktemp("images") / "objects.png", render_labels())
 
 
 def make_settings(augment: dict, image_size: int = 120, max_objects: int = 0, **values: object) -> SampleSettings:
@@ -78,10 +78,10 @@ def assert_same(one: Sample, other: Sample) -> None:
 
 @pytest.mark.parametrize("seed", range(60))
 def test_every_pixel_of_a_mask_stays_on_its_object(record, seed):
-    """The shown picture holds where its pixels come from, so that masks and picture can be compared pixel by pixel."""
-    labels = draw_labels()
+    """The shown image holds where its pixels come from, so that masks and image can be compared pixel by pixel."""
+    labels = render_labels()
     ys, xs = np.mgrid[: SIZE[0], : SIZE[1]].astype(np.uint8)
-    view = draw_view(AugmentConfig(**EVERYTHING), SIZE, np.random.default_rng(seed))
+    view = sample_view(AugmentConfig(**EVERYTHING), SIZE, np.random.default_rng(seed))
 
     shown_xs, shown_ys, shown_labels = np.moveaxis(show_image(np.stack([xs, ys, labels], axis=2), view), 2, 0)
 
@@ -108,7 +108,7 @@ def test_turns_and_flips_are_those_of_their_names():
     shown = {}
     for seed in range(50):
         augment = AugmentConfig(flip_horizontal=0.3, flip_vertical=0.3, turn=0.7)
-        view = draw_view(augment, (2, 3), np.random.default_rng(seed))
+        view = sample_view(augment, (2, 3), np.random.default_rng(seed))
         shown[view.quarter_turns, view.flip_horizontal, view.flip_vertical] = show(pixels, view).tolist()
 
     assert shown[0, False, False] == [[1, 2, 3], [4, 5, 6]]
@@ -166,7 +166,7 @@ def test_scaled_and_cropped_samples_keep_points_and_boxes_on_the_objects(record,
 
 @pytest.mark.parametrize("epoch", range(20))
 def test_snapped_points_of_scaled_and_cropped_samples_mean_pixels_of_the_objects(record, epoch):
-    """SAM adds half a pixel in the input frame, a whole pixel of a picture that is shown at half its size."""
+    """SAM adds half a pixel in the input frame, a whole pixel of an image that is shown at half its size."""
     settings = make_settings(EVERYTHING, **{"dataset.positive_points": 1000})
     sample = SampleDataset([record], settings)[(epoch, 0)]
 
@@ -185,7 +185,7 @@ def test_snapped_points_of_scaled_and_cropped_samples_mean_pixels_of_the_objects
             assert mask[min(y, mask.shape[0] - 1), min(x, mask.shape[1] - 1)]
 
 
-def test_a_picture_is_shown_at_every_size_between_the_smallest_and_the_largest(record):
+def test_an_image_is_shown_at_every_size_between_the_smallest_and_the_largest(record):
     augment = {"scale_min": 0.5, "scale_max": 2.0}
     dataset = SampleDataset([record], make_settings(augment))
     samples = [dataset[(epoch, 0)] for epoch in range(60)]
@@ -198,9 +198,9 @@ def test_a_picture_is_shown_at_every_size_between_the_smallest_and_the_largest(r
         assert max(sample.input_size) == (120 if factor > 1 else round(120 * factor))
 
 
-def test_a_crop_keeps_at_least_its_share_of_the_picture_and_nearly_its_shape():
+def test_a_crop_keeps_at_least_its_share_of_the_image_and_nearly_its_shape():
     augment = AugmentConfig(crop_min=0.25)
-    views = [draw_view(augment, (300, 400), np.random.default_rng(seed)) for seed in range(400)]
+    views = [sample_view(augment, (300, 400), np.random.default_rng(seed)) for seed in range(400)]
 
     shares = [view.size[0] * view.size[1] / 120_000 for view in views]
     aspects = [view.size[1] / view.size[0] / (4 / 3) for view in views]
@@ -215,7 +215,7 @@ def test_a_crop_keeps_at_least_its_share_of_the_picture_and_nearly_its_shape():
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
 def test_each_change_happens_with_its_probability_and_alone(name, probability):
     augment = AugmentConfig(**{name: probability})
-    views = [draw_view(augment, SIZE, np.random.default_rng(seed)) for seed in range(2000)]
+    views = [sample_view(augment, SIZE, np.random.default_rng(seed)) for seed in range(2000)]
 
     changes = [(view.flip_horizontal, view.flip_vertical, view.quarter_turns) for view in views]
     place = ("flip_horizontal", "flip_vertical", "turn").index(name)
@@ -229,14 +229,14 @@ def test_each_change_happens_with_its_probability_and_alone(name, probability):
 
 
 def test_one_setting_does_not_change_what_another_one_draws():
-    alone = draw_view(AugmentConfig(flip_horizontal=0.5, hue=0.1), SIZE, np.random.default_rng(3))
-    together = draw_view(AugmentConfig(**EVERYTHING | COLOURS | {"hue": 0.1}), SIZE, np.random.default_rng(3))
+    alone = sample_view(AugmentConfig(flip_horizontal=0.5, hue=0.1), SIZE, np.random.default_rng(3))
+    together = sample_view(AugmentConfig(**EVERYTHING | COLOURS | {"hue": 0.1}), SIZE, np.random.default_rng(3))
 
     assert (alone.flip_horizontal, alone.hue) == (together.flip_horizontal, together.hue)
 
 
 @pytest.mark.parametrize("augment", [{}, {"variants": 3}])
-def test_by_default_a_sample_is_the_plain_picture(record, augment):
+def test_by_default_a_sample_is_the_plain_image(record, augment):
     sample = SampleDataset([record], make_settings(augment, image_size=64))[(4, 0)]
 
     assert not AugmentConfig(**augment).is_active
@@ -257,7 +257,7 @@ def test_colours_change_without_masks_and_prompts(record):
         assert_same(sample, plain)
 
 
-def test_a_variant_is_a_pure_function_of_seed_epoch_and_picture(record):
+def test_a_variant_is_a_pure_function_of_seed_epoch_and_image(record):
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     first, again = (SampleDataset([record], make_settings(EVERYTHING | COLOURS)) for _ in range(2))
     again[(5, 0)]  # what was asked for before must not matter
@@ -269,8 +269,8 @@ def test_a_variant_is_a_pure_function_of_seed_epoch_and_picture(record):
     assert states[2] == random.getstate()
 
 
-def test_pictures_of_an_epoch_are_varied_each_in_its_own_way(tmp_path):
-    records = [write_record(tmp_path / f"{number}.png", draw_labels(), number) for number in range(8)]
+def test_images_of_an_epoch_are_varied_each_in_its_own_way(tmp_path):
+    records = [write_record(tmp_path / f"{number}.png", render_labels(), number) for number in range(8)]
     dataset = SampleDataset(records, make_settings({"crop_min": 0.3}))
 
     assert len({dataset[(0, position)].original_size for position in range(8)}) > 4
@@ -278,7 +278,7 @@ def test_pictures_of_an_epoch_are_varied_each_in_its_own_way(tmp_path):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_worker_processes_give_the_same_variants(tmp_path, num_workers):
-    records = [write_record(tmp_path / f"{number}.png", draw_labels(), number) for number in range(4)]
+    records = [write_record(tmp_path / f"{number}.png", render_labels(), number) for number in range(4)]
     dataset = SampleDataset(records, make_settings(EVERYTHING | COLOURS))
     sampler = StepSampler(len(records), batch_size=2, seed=5)
     loader = build_train_loader(dataset, sampler, num_workers)
@@ -301,7 +301,7 @@ def test_fixed_variants_are_taken_in_turn_with_other_prompts(record):
     assert not torch.equal(first.image[:, :20, :20], second.image[:, :20, :20])
 
 
-def test_a_variant_shows_the_same_picture_whatever_objects_are_chosen(record):
+def test_a_variant_shows_the_same_image_whatever_objects_are_chosen(record):
     """Its embedding can be kept only then."""
     everything, few = (
         SampleDataset([record], make_settings({"crop_min": 0.05, "variants": 20}, max_objects=limit))
@@ -314,7 +314,7 @@ def test_a_variant_shows_the_same_picture_whatever_objects_are_chosen(record):
         assert len(chosen) == 1
 
 
-def test_what_a_crop_leaves_out_is_dropped_and_a_picture_never_loses_all(tmp_path):
+def test_what_a_crop_leaves_out_is_dropped_and_an_image_never_loses_all(tmp_path):
     labels = np.zeros(SIZE, dtype=np.uint8)
     labels[4:10, 4:12], labels[70:76, 100:110] = 1, 2
     record = write_record(tmp_path / "sparse.png", labels)
@@ -345,7 +345,7 @@ def test_an_object_that_is_shown_too_small_is_dropped(tmp_path):
     assert counts == {1, 2}
 
 
-def test_a_picture_too_thin_to_shrink_is_shown_whole(tmp_path):
+def test_an_image_too_thin_to_shrink_is_shown_whole(tmp_path):
     labels = np.ones((1, 120), dtype=np.uint8)
     record = write_record(tmp_path / "thin.png", labels)
     settings = make_settings({"scale_min": 0.1}, image_size=64)
@@ -355,9 +355,9 @@ def test_a_picture_too_thin_to_shrink_is_shown_whole(tmp_path):
     assert sizes == {(1, 64)}
 
 
-def test_logits_of_the_epoch_before_are_refused_where_pictures_move(capsys):
+def test_logits_of_the_epoch_before_are_refused_where_images_move(capsys):
     assert main(["--mode=train", "--dataset=anywhere", "--prompts.use_logits=true", "--augment.turn=0.5"]) == 2
-    assert "prompts.use_logits needs pictures that stay in place: leave augment.flip_" in capsys.readouterr().err
+    assert "prompts.use_logits needs images that stay in place: leave augment.flip_" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("flag", "interval"), [("scale_max=0.5", r"\[1, 10\]"), ("crop_min=0", r"\(0, 1\]")])
@@ -366,7 +366,7 @@ def test_a_setting_outside_its_range_is_named(capsys, flag, interval):
     assert f"augment.{flag.split('=')[0]} must lie in {interval}".replace("\\", "") in capsys.readouterr().err
 
 
-def test_a_run_trains_on_variants_validates_on_plain_pictures_and_continues_exactly(scenes, tmp_path):
+def test_a_run_trains_on_variants_validates_on_plain_images_and_continues_exactly(scenes, tmp_path):
     flags = [f"--augment.{name}={value}" for name, value in (EVERYTHING | COLOURS).items()]
     run_training(scenes, tmp_path, "--run_name=plain", "--num_epochs=1")
     run_training(scenes, tmp_path, "--run_name=whole", *flags)
@@ -374,7 +374,7 @@ def test_a_run_trains_on_variants_validates_on_plain_pictures_and_continues_exac
     assert main(["--mode=train", f"--resume={tmp_path / 'broken'}", "--max_steps=0"]) == 0
 
     plain, whole, broken = (_read_figures(tmp_path / name / "metrics.csv") for name in ("plain", "whole", "broken"))
-    assert whole[0] == plain[0]  # the untouched model on the validation pictures
+    assert whole[0] == plain[0]  # the baseline on the validation images
     assert whole[1]["total_loss"] != plain[1]["total_loss"]
     assert whole == broken
 

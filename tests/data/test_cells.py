@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from finestsam.config import AugmentConfig, build_config
-from finestsam.data.augment import draw_view, show_all
+from finestsam.data.augment import sample_view, show_all
 from finestsam.data.cells import label_cells
 from finestsam.data.dataset import SampleDataset, SampleSettings
-from finestsam.images import compute_input_size
+from finestsam.images.read import compute_input_size
 from finestsam.masks import decode_rle
 
 
@@ -33,7 +33,7 @@ def test_a_cell_belongs_to_the_smallest_object_in_its_middle(records):
             assert labels[row, column] == (there[-1] if there else 0)
 
 
-def test_cells_are_turned_and_flipped_with_the_picture_and_hold_objects_that_are_not_asked_for(records):
+def test_cells_are_turned_and_flipped_with_the_image_and_hold_objects_that_are_not_asked_for(records):
     config = build_config({})
     settings = SampleSettings(64, 16, 0, config.prompts, config.dataset, max_objects=1, wants_cells=True)
     position = next(place for place, record in enumerate(records) if record.size[0] == record.size[1])
@@ -50,9 +50,9 @@ def test_cells_are_turned_and_flipped_with_the_picture_and_hold_objects_that_are
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_cells_of_a_part_of_the_picture_are_read_off_that_part(records, seed):
+def test_cells_of_a_part_of_the_image_are_read_off_that_part(records, seed):
     record = records[seed % len(records)]
-    view = draw_view(AugmentConfig(crop_min=0.1, turn=0.5), record.size, np.random.default_rng(seed))
+    view = sample_view(AugmentConfig(crop_min=0.1, turn=0.5), record.size, np.random.default_rng(seed))
     labels = np.zeros(record.size, dtype=np.int32)
     for number, annotation in enumerate(sorted(record.annotations, key=lambda one: -one.area), start=1):
         labels[decode_rle(record.rle(annotation))] = number

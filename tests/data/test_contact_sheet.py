@@ -6,13 +6,13 @@ import pytest
 
 from finestsam.config import CheckConfig, DatasetConfig
 from finestsam.data import contact_sheet
-from finestsam.data.contact_sheet import draw_contact_sheet, draw_prompts
+from finestsam.data.contact_sheet import render_contact_sheet, sample_prompts
 from finestsam.data.index import Annotation
 from finestsam.masks import decode_rle, encode_mask
 
 
 def draw(records, **settings) -> np.ndarray:
-    return draw_contact_sheet(records, CheckConfig(**settings), DatasetConfig(), points_per_side=32)
+    return render_contact_sheet(records, CheckConfig(**settings), DatasetConfig(), points_per_side=32)
 
 
 @pytest.mark.parametrize("points", ["grid", "center", "random", "box"])
@@ -30,19 +30,19 @@ def test_points_lie_inside_their_object_and_negative_ones_outside(records, point
     for record in records:
         for annotation in record.annotations:
             mask = decode_rle(record.rle(annotation))
-            found, labels = draw_prompts(record, annotation, settings, dataset, points_per_side=32)
+            found, labels = sample_prompts(record, annotation, settings, dataset, points_per_side=32)
             x, y = np.floor(found + 0.5).astype(int).T
             is_inside = mask[y.clip(0, mask.shape[0] - 1), x.clip(0, mask.shape[1] - 1)]
             assert (is_inside == (labels == 1)).all()
 
 
-def test_a_picture_that_is_gone_and_a_name_that_is_hostile_are_drawn(records):
+def test_an_image_that_is_gone_and_a_name_that_is_hostile_are_drawn(records):
     gone = replace(records[0], path=Path("/nowhere/a.png"), file_name="<b>\x1b[31m\n" + "long" * 90)
 
     assert draw([gone], samples=3).shape[1] > 0
 
 
-def test_thousands_of_objects_and_of_pictures_stay_bounded(records, monkeypatch):
+def test_thousands_of_objects_and_of_images_stay_bounded(records, monkeypatch):
     monkeypatch.setattr(contact_sheet, "MAX_SHEET_PIXELS", 400_000)
     record = records[0]
     dot = np.zeros(record.size, dtype=bool)

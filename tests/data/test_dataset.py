@@ -13,7 +13,7 @@ from finestsam.data.dataset import SampleDataset, SampleSettings, StepSampler, c
 from finestsam.data.loaders import build_train_loader, build_validation_loader
 from finestsam.data.previous_logits import PreviousLogits
 from finestsam.data.prompts import build_image_grid
-from finestsam.images import compute_input_size, scale_points
+from finestsam.images.read import compute_input_size, scale_points
 from finestsam.masks import decode_rle
 
 
@@ -89,7 +89,7 @@ def test_worker_processes_give_the_same_samples_in_the_same_order(records, num_w
             assert_same(one, other)
 
 
-def test_a_picture_with_too_many_objects_gives_a_choice_that_changes(records):
+def test_an_image_with_too_many_objects_gives_a_choice_that_changes(records):
     dataset = SampleDataset(records, make_settings(max_objects=3))
 
     chosen = [tuple(dataset[(epoch, 0)].annotation_ids) for epoch in range(6)]
@@ -101,7 +101,7 @@ def test_a_picture_with_too_many_objects_gives_a_choice_that_changes(records):
     ]
 
 
-def test_a_picture_that_broke_since_the_check_is_named_and_left_out(records):
+def test_an_image_that_broke_since_the_check_is_named_and_left_out(records):
     broken = [replace(records[0], path=records[0].path.with_name("gone.png")), records[1]]
     dataset = SampleDataset(broken, make_settings())
 
@@ -132,7 +132,7 @@ def test_an_epoch_is_continued_in_its_middle_and_reshuffled_in_the_next():
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_validation_sees_every_picture_once_whatever_the_number_of_ranks(records, world_size):
+def test_validation_sees_every_image_once_whatever_the_number_of_ranks(records, world_size):
     dataset = SampleDataset(records, make_settings())
     loaders = [build_validation_loader(dataset, 0, rank, world_size) for rank in range(world_size)]
 
@@ -204,7 +204,7 @@ import cv2, numpy as np
 cv2.setNumThreads(2)
 cv2.GaussianBlur(np.zeros((2000, 2000, 3), np.float32), (0, 0), 3)
 from finestsam.data.loaders import build_validation_loader
-from finestsam.data.processes import map_in_processes
+from finestsam.runtime.processes import map_in_processes
 print(sum(map_in_processes(abs, range(-100, 0), "")))
 class Numbers(list):
     def __getitem__(self, key): return None
@@ -215,7 +215,7 @@ print(len(list(build_validation_loader(Numbers([1, 2, 3]), num_workers=2))))
     assert done.stdout.split() == ["5050", "3"], done.stderr
 
 
-def test_of_mixed_kinds_a_picture_is_asked_for_one_and_every_epoch_for_another(records):
+def test_of_mixed_kinds_an_image_is_asked_for_one_and_every_epoch_for_another(records):
     config = build_config({"prompts.use_boxes": True, "prompts.mix": True})
     dataset = SampleDataset(records, make_settings(prompts=config.prompts))
 
@@ -262,7 +262,7 @@ def test_what_a_crop_leaves_of_an_object_is_no_background(records):
             place = scale_points(point[None].double().numpy(), sample.input_size, view.size)[0]
             x, y = np.floor(place + 0.5 * max(view.size) / max(sample.input_size) + 1e-4).astype(int)
             assert not taken[min(y, view.size[0] - 1), min(x, view.size[1] - 1)]
-    assert cut_off  # in some pictures objects are seen that are too cut to be asked for
+    assert cut_off  # in some images objects are seen that are too cut to be asked for
 
 
 def test_an_object_is_asked_for_at_several_points_that_share_its_weight(records):
@@ -287,7 +287,7 @@ def test_an_object_is_asked_for_at_several_points_that_share_its_weight(records)
     assert dataset[(2, 0)].prompts.points.tolist() != sample.prompts.points.tolist()
 
 
-def test_a_share_of_the_pictures_is_corrected_another_one_in_every_epoch(records):
+def test_a_share_of_the_images_is_corrected_another_one_in_every_epoch(records):
     config = build_config({"prompts.correction_clicks": 3, "prompts.correction_share": 0.4})
     dataset = SampleDataset(records, make_settings(prompts=config.prompts))
 

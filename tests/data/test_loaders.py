@@ -1,4 +1,4 @@
-"""What the processes that read pictures ahead hand over, and what they say when they cannot."""
+"""What the processes that read images ahead hand over, and what they say when they cannot."""
 
 import gc
 import multiprocessing
@@ -14,7 +14,7 @@ import torch
 
 from finestsam.config import build_config
 from finestsam.data.dataset import SampleDataset, SampleSettings
-from finestsam.data.loaders import Loader, _say_unless_left, build_validation_loader, end_workers
+from finestsam.data.loaders import Loader, _print_unless_left, build_validation_loader, end_workers
 from finestsam.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -124,7 +124,7 @@ def test_tensors_that_nobody_takes_any_more_are_no_error_of_a_process(capsys):
         try:
             raise kind("said")
         except kind as error:
-            _say_unless_left(kind, error, error.__traceback__)
+            _print_unless_left(kind, error, error.__traceback__)
 
     error = capsys.readouterr().err
     assert error.count("Traceback") == 1 and error.endswith("ZeroDivisionError: said\n")

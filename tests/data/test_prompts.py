@@ -19,7 +19,7 @@ def cut(mask: np.ndarray):
     return cut_out(mask, rle_box(encode_mask(mask)))
 
 
-def draw_ring() -> np.ndarray:
+def render_ring() -> np.ndarray:
     ys, xs = np.mgrid[:100, :120]
     distance = np.hypot(ys - 50, xs - 60)
     return (distance < 40) & (distance > 25)
@@ -35,7 +35,7 @@ def is_inside(mask: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def test_the_centre_of_a_ring_lies_in_its_body():
-    mask = draw_ring()
+    mask = render_ring()
 
     center = find_center(cut(mask))
 
@@ -52,7 +52,7 @@ def test_the_centre_of_a_square_is_its_middle():
 
 @pytest.mark.parametrize("seed", range(10))
 def test_snapped_points_are_grid_points_inside_the_mask(seed):
-    mask = draw_ring()
+    mask = render_ring()
     grid = build_image_grid(32, mask.shape)
     inside = find_grid_points_inside(cut(mask), grid, scale=1.0)
 
@@ -65,7 +65,7 @@ def test_snapped_points_are_grid_points_inside_the_mask(seed):
 
 
 def test_a_snapped_centre_is_the_nearest_grid_point_inside():
-    mask = draw_ring()
+    mask = render_ring()
     inside = find_grid_points_inside(cut(mask), build_image_grid(32, mask.shape), scale=1.0)
 
     points, _ = sample_points(cut(mask), PointCounts(1, 0, True, inside), generator())
@@ -100,7 +100,7 @@ def test_the_half_pixel_that_sam_adds_decides_which_pixel_a_grid_point_means(sca
 
 @pytest.mark.parametrize(("positive", "wanted", "expected"), [(1, 4, 4), (3, 4, 4), (1, 1000, None), (1, 1, 1)])
 def test_prompts_of_one_object_share_no_grid_point_and_end_with_them(positive, wanted, expected):
-    mask = draw_ring()
+    mask = render_ring()
     inside = find_grid_points_inside(cut(mask), build_image_grid(32, mask.shape), scale=1.0)
     counts = PointCounts(positive, 0, False, inside)
 
@@ -127,7 +127,7 @@ def test_an_object_between_grid_points_is_asked_for_once_and_off_the_grid_as_oft
 
 
 def test_negative_points_lie_in_the_box_outside_the_mask():
-    mask = draw_ring()
+    mask = render_ring()
 
     points, labels = sample_points(cut(mask), PointCounts(1, 20, False, None), generator())
 
@@ -155,7 +155,7 @@ def test_an_object_that_fills_its_box_gets_negative_points_around_it():
     assert (points[:, 1] >= 20).any()
 
 
-def test_an_object_that_fills_the_picture_has_no_negative_point():
+def test_an_object_that_fills_the_image_has_no_negative_point():
     mask = np.ones((20, 30), dtype=bool)
 
     _, labels = sample_points(cut(mask), PointCounts(1, 3, False, None), generator())
@@ -173,7 +173,7 @@ def test_an_object_of_one_pixel_can_be_asked_for_three_points():
     assert labels.tolist() == [1, 1, 1, 0]
 
 
-def test_a_box_moves_by_a_tenth_of_its_side_and_stays_in_the_picture():
+def test_a_box_moves_by_a_tenth_of_its_side_and_stays_in_the_image():
     box = np.array([100.0, 50.0, 200.0, 90.0])
     noise = np.stack([jitter_box(box, (400, 400), 0.1, 20, generator(seed)) - box for seed in range(2000)])
 
@@ -188,7 +188,7 @@ def test_a_box_moves_by_a_tenth_of_its_side_and_stays_in_the_picture():
 
 
 def test_a_mask_prompt_is_a_poor_likeness_of_the_truth():
-    mask = draw_ring()
+    mask = render_ring()
 
     ious = []
     for seed in range(50):
@@ -209,7 +209,7 @@ def test_a_tiny_object_does_not_vanish_from_its_mask_prompt():
 
 
 def test_prompts_are_a_pure_function_of_mask_and_seed():
-    mask = draw_ring()
+    mask = render_ring()
     counts = PointCounts(4, 4, False, None)
 
     first, again, other = (sample_points(cut(mask), counts, generator(seed))[0] for seed in (1, 1, 2))

@@ -11,10 +11,10 @@ from finestsam.data.scenes import (
     KINDS,
     MIN_AREA_FRACTION,
     MIN_AREA_PIXELS,
-    draw_scene,
+    render_scene,
     write_scenes,
 )
-from finestsam.images import read_image
+from finestsam.images.read import read_image
 from finestsam.masks import find_components
 
 EVERY_KIND = pytest.mark.parametrize("kind", DRAWINGS)
@@ -24,11 +24,11 @@ KINDS_WITH_PARTS = ("things", "scenery")
 
 @EVERY_KIND
 def test_a_scene_is_a_function_of_its_seed_and_index(kind):
-    first, again = draw_scene(3, 7, (96, 128), kind), draw_scene(3, 7, (96, 128), kind)
+    first, again = render_scene(3, 7, (96, 128), kind), render_scene(3, 7, (96, 128), kind)
 
     np.testing.assert_array_equal(first.image, again.image)
     np.testing.assert_array_equal(first.masks, again.masks)
-    for other in (draw_scene(3, 8, (96, 128), kind), draw_scene(4, 7, (96, 128), kind)):
+    for other in (render_scene(3, 8, (96, 128), kind), render_scene(4, 7, (96, 128), kind)):
         assert (first.image != other.image).any()
         assert len(first.masks) != len(other.masks) or (np.stack(first.masks) != other.masks).any()
 
@@ -37,7 +37,7 @@ def test_a_scene_is_a_function_of_its_seed_and_index(kind):
 @pytest.mark.parametrize("size", [(64, 64), (256, 256), (180, 260)])
 def test_masks_are_bool_large_enough_to_see_and_disjoint_within_their_level(kind, size):
     for index in range(6):
-        scene = draw_scene(0, index, size, kind)
+        scene = render_scene(0, index, size, kind)
 
         assert scene.image.shape == (*size, 3) and scene.image.dtype == np.uint8
         assert all(mask.shape == size and mask.dtype == bool for mask in scene.masks)
@@ -47,7 +47,7 @@ def test_masks_are_bool_large_enough_to_see_and_disjoint_within_their_level(kind
 
 @pytest.mark.parametrize("kind", [kind for kind in DRAWINGS if kind not in (*SMALL_KINDS, "scenery")])
 def test_every_kind_draws_objects_of_many_sizes(kind):
-    scenes = [draw_scene(1, index, (128, 128), kind) for index in range(20)]
+    scenes = [render_scene(1, index, (128, 128), kind) for index in range(20)]
 
     assert all(5 <= len(scene.masks) <= 60 for scene in scenes)
     assert all(scene.categories == [CATEGORIES[kind]] * len(scene.masks) for scene in scenes)
@@ -57,7 +57,7 @@ def test_every_kind_draws_objects_of_many_sizes(kind):
 
 
 def test_without_a_kind_the_seed_draws_all_but_those_that_are_asked_for_by_name():
-    drawn = {draw_scene(0, index, (64, 64)).categories[0] for index in range(20)}
+    drawn = {render_scene(0, index, (64, 64)).categories[0] for index in range(20)}
 
     asked_for = {"window", "body", "quarter", "pebble", "grain"}
     assert drawn == {CATEGORIES[kind] for kind in KINDS} == set(CATEGORIES.values()) - asked_for
@@ -66,7 +66,7 @@ def test_without_a_kind_the_seed_draws_all_but_those_that_are_asked_for_by_name(
 @pytest.mark.parametrize(("kind", "larger"), [("pebbles", "shapes"), ("grains", "blobs")])
 def test_some_kinds_draw_the_same_smaller(kind, larger):
     small, large = (
-        [mask.mean() for index in range(6) for mask in draw_scene(1, index, (256, 256), name).masks]
+        [mask.mean() for index in range(6) for mask in render_scene(1, index, (256, 256), name).masks]
         for name in (kind, larger)
     )
 
@@ -74,8 +74,8 @@ def test_some_kinds_draw_the_same_smaller(kind, larger):
 
 
 @pytest.mark.parametrize("kind", SMALL_KINDS)
-def test_small_things_have_masks_where_the_picture_has_the_pixels(kind):
-    scenes = [draw_scene(1, index, (512, 512), kind) for index in range(12)]
+def test_small_things_have_masks_where_the_image_has_the_pixels(kind):
+    scenes = [render_scene(1, index, (512, 512), kind) for index in range(12)]
 
     assert all(len(scene.masks) >= 5 for scene in scenes)
     smallest = min(mask.sum() for scene in scenes for mask in scene.masks)
@@ -83,7 +83,7 @@ def test_small_things_have_masks_where_the_picture_has_the_pixels(kind):
 
 
 def test_quarters_are_areas_that_lines_enclose_some_with_holes():
-    masks = [mask for index in range(6) for mask in draw_scene(0, index, (256, 256), "quarters").masks]
+    masks = [mask for index in range(6) for mask in render_scene(0, index, (256, 256), "quarters").masks]
 
     assert all(find_components(mask)[0] == 1 for mask in masks)
     assert any(find_components(~np.pad(mask, 1))[0] > 2 for mask in masks)
@@ -91,7 +91,7 @@ def test_quarters_are_areas_that_lines_enclose_some_with_holes():
 
 def test_parcels_are_outlined_in_dark_ink():
     for index in range(5):
-        scene = draw_scene(0, index, kind="parcels")
+        scene = render_scene(0, index, kind="parcels")
         parcels = np.any(scene.masks, axis=0)
         rim = np.zeros_like(parcels)
         rim[:, 1:] |= parcels[:, :-1]
@@ -102,7 +102,7 @@ def test_parcels_are_outlined_in_dark_ink():
 
 
 def test_neighbouring_parcels_are_never_joined():
-    scene = draw_scene(0, 0, kind="parcels")
+    scene = render_scene(0, 0, kind="parcels")
     labels = sum(number * mask for number, mask in enumerate(scene.masks, start=1))
 
     left, right = labels[:, :-1], labels[:, 1:]
@@ -111,7 +111,7 @@ def test_neighbouring_parcels_are_never_joined():
 
 @pytest.mark.parametrize("kind", KINDS_WITH_PARTS)
 def test_parts_lie_inside_whole_ones(kind):
-    masks = np.stack(draw_scene(0, 2, kind=kind).masks)
+    masks = np.stack(render_scene(0, 2, kind=kind).masks)
     is_shared = masks.sum(axis=0) == 2
 
     assert is_shared.any()
@@ -119,10 +119,10 @@ def test_parts_lie_inside_whole_ones(kind):
     assert parts and all(any((whole | part == whole).all() for whole in masks if whole is not part) for part in parts)
 
 
-def test_scenery_has_few_bodies_that_fill_much_of_the_picture_or_many_small_ones():
+def test_scenery_has_few_bodies_that_fill_much_of_the_image_or_many_small_ones():
     counts, largest = [], []
     for index in range(30):
-        masks = draw_scene(1, index, (128, 128), "scenery").masks
+        masks = render_scene(1, index, (128, 128), "scenery").masks
         counts.append(len(masks))
         largest.append(max(mask.mean() for mask in masks))
 
@@ -132,14 +132,14 @@ def test_scenery_has_few_bodies_that_fill_much_of_the_picture_or_many_small_ones
 
 def test_the_ground_of_scenery_has_no_mask():
     """A body is told from what it stands on, however much that is like a thing."""
-    covered = [np.any(draw_scene(1, index, (128, 128), "scenery").masks, axis=0) for index in range(30)]
+    covered = [np.any(render_scene(1, index, (128, 128), "scenery").masks, axis=0) for index in range(30)]
 
     assert 0.05 < np.mean(covered) < 0.5
     assert all(not mask[0].all() for mask in covered)
 
 
 def test_blobs_touch_each_other():
-    scene = draw_scene(0, 0, kind="blobs")
+    scene = render_scene(0, 0, kind="blobs")
     labels = sum(number * mask for number, mask in enumerate(scene.masks, start=1))
 
     left, right = labels[:, :-1], labels[:, 1:]
@@ -148,10 +148,10 @@ def test_blobs_touch_each_other():
 
 @EVERY_KIND
 def test_objects_differ_from_what_surrounds_them(kind):
-    """A mask that is shifted against the picture would have its edges where the picture is smooth."""
+    """A mask that is shifted against the image would have its edges where the image is smooth."""
     on_edges, elsewhere = [], []
     for index in range(8):
-        scene = draw_scene(2, index, kind=kind)
+        scene = render_scene(2, index, kind=kind)
         labels = sum(number * mask for number, mask in enumerate(scene.masks, start=1))
         steps = np.abs(np.diff(scene.image.astype(float), axis=1)).mean(axis=2)
         is_edge = np.diff(labels, axis=1) != 0
@@ -169,7 +169,7 @@ def test_written_scenes_read_back_as_they_were_drawn(tmp_path):
     sizes = set()
     for index, image in enumerate(coco.loadImgs(coco.getImgIds())):
         size = (image["height"], image["width"])
-        scene = draw_scene(5, index, size)
+        scene = render_scene(5, index, size)
         annotations = coco.loadAnns(coco.getAnnIds(imgIds=image["id"]))
         np.testing.assert_array_equal(read_image(root / "data" / "images" / image["file_name"]), scene.image)
         np.testing.assert_array_equal([coco.annToMask(annotation) for annotation in annotations], scene.masks)

@@ -10,14 +10,14 @@ from finestsam.data.augment import View
 from finestsam.data.dataset import SampleDataset, SampleSettings
 from finestsam.data.index import Annotation, Record
 from finestsam.data.read import read_training_set
-from finestsam.data.semantic import IGNORED, draw_label_cells, draw_label_map, match_classes, number_classes
+from finestsam.data.semantic import IGNORED, match_classes, number_classes, render_label_cells, render_label_map
 from finestsam.masks import encode_mask, rle_area, rle_box
 
 SIZE = (8, 12)
 CATEGORIES = {7: "roof", 3: "wall", 90: "tree"}
 
 
-def draw_box(rows: slice, columns: slice) -> dict:
+def sample_box(rows: slice, columns: slice) -> dict:
     mask = np.zeros(SIZE, dtype=bool)
     mask[rows, columns] = True
     return encode_mask(mask)
@@ -26,9 +26,9 @@ def draw_box(rows: slice, columns: slice) -> dict:
 def make_record(tmp_path, boxes: list[tuple[int, slice, slice]], crowds: list[tuple[slice, slice]] = ()) -> Record:
     annotations = []
     for number, (category, rows, columns) in enumerate(boxes, start=1):
-        rle = draw_box(rows, columns)
+        rle = sample_box(rows, columns)
         annotations.append(Annotation(number, category, rle["counts"], rle_area(rle), rle_box(rle)))
-    regions = [draw_box(*crowd)["counts"] for crowd in crowds]
+    regions = [sample_box(*crowd)["counts"] for crowd in crowds]
     return Record(1, "a.png", tmp_path / "a.png", SIZE, annotations, regions)
 
 
@@ -50,7 +50,7 @@ def test_of_overlapping_objects_the_smaller_lies_on_top(tmp_path, order):
     boxes = [(3, slice(0, 8), slice(0, 6)), (7, slice(2, 4), slice(2, 4))]
     record = make_record(tmp_path, boxes[::order])
 
-    labels = draw_label_map(record, number_classes(CATEGORIES, False))
+    labels = render_label_map(record, number_classes(CATEGORIES, False))
 
     assert (labels[2:4, 2:4] == 2).all()
     assert labels[0, 0] == 1
@@ -61,7 +61,7 @@ def test_of_overlapping_objects_the_smaller_lies_on_top(tmp_path, order):
 def test_crowds_are_ignored_where_no_object_lies_on_them(tmp_path):
     record = make_record(tmp_path, [(90, slice(0, 4), slice(0, 4))], [(slice(0, 8), slice(2, 8))])
 
-    labels = draw_label_map(record, number_classes(CATEGORIES, False))
+    labels = render_label_map(record, number_classes(CATEGORIES, False))
 
     assert (labels[:4, :4] == 3).all()
     assert (labels[:, 4:8] == IGNORED).all()
@@ -72,7 +72,7 @@ def test_crowds_are_ignored_where_no_object_lies_on_them(tmp_path):
 def test_what_is_not_labelled_and_what_is_unknown_can_be_ignored(tmp_path):
     record = make_record(tmp_path, [(3, slice(0, 4), slice(0, 4)), (7, slice(4, 8), slice(0, 4))])
 
-    labels = draw_label_map(record, match_classes({3: "wall", 7: "car"}, ["background", "wall"], True))
+    labels = render_label_map(record, match_classes({3: "wall", 7: "car"}, ["background", "wall"], True))
 
     assert (labels[:4, :4] == 1).all()
     assert (labels[4:, :4] == IGNORED).all()
@@ -85,7 +85,7 @@ def test_cells_hold_the_class_in_their_middle_and_nothing_in_the_padding(tmp_pat
     plain, flipped = (View((0, 0, 12, 8), flip_horizontal=flag) for flag in (False, True))
 
     # 12 x 8 pixels become 24 x 16, 6 x 4 cells of 4 input pixels, in a square of 8 x 8.
-    cells, mirrored = (draw_label_cells(record, table, view, (16, 24), 8) for view in (plain, flipped))
+    cells, mirrored = (render_label_cells(record, table, view, (16, 24), 8) for view in (plain, flipped))
 
     expected = torch.full((8, 8), IGNORED)
     expected[:4, :6] = 0
@@ -117,7 +117,7 @@ def test_grey_values_can_be_classes_and_void_is_ignored(tmp_path):
     data = read_training_set(settings)
     table = number_classes(data.category_names, False)
 
-    found = {record.file_name: draw_label_map(record, table)[0, ::4].tolist() for record in data.train}
+    found = {record.file_name: render_label_map(record, table)[0, ::4].tolist() for record in data.train}
 
     assert table.names == ["background", "value 2", "value 5"]
     assert found == {"a.png": [1, 2, IGNORED], "b.png": [0, 2, 1]}
@@ -134,7 +134,7 @@ def test_grey_values_are_the_same_classes_whichever_part_has_them_first(tmp_path
     table = number_classes(data.category_names, False)
 
     (first,), (second,) = (
-        [draw_label_map(record, table)[0, ::4].tolist() for record in part] for part in (data.train, data.val)
+        [render_label_map(record, table)[0, ::4].tolist() for record in part] for part in (data.train, data.val)
     )
 
     assert data.category_names == {4: "value 4", 7: "value 7", 9: "value 9"}

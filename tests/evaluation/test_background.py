@@ -1,13 +1,13 @@
 import numpy as np
 import pytest
 import torch
-from test_evaluate import run_evaluation
+from conftest import run_evaluation
 
 from finestsam.config import build_config
 from finestsam.data.dataset import SampleDataset, SampleSettings, collate
 from finestsam.evaluation.background import BackgroundScores, measure_background, summarize_background
 from finestsam.evaluation.measurement import Measurement, compare
-from finestsam.prediction.precompute import Embedder
+from finestsam.prediction.embedder import Embedder
 
 
 @pytest.fixture
@@ -64,6 +64,6 @@ def test_the_command_asks_the_background_and_can_leave_it_out(scenes, tmp_path):
     figures = run_evaluation(scenes, tmp_path / "asked", *quick, "--generator.points_per_side=16")
     without = run_evaluation(scenes, tmp_path / "not", *quick, "--evaluate.background_points=0")
 
-    assert figures["background/points"] == 32  # of one picture, a tenth of six
+    assert figures["background/points"] == 32  # of one image, a tenth of six
     assert 0 <= figures["background/taken_share"] <= 1
     assert without.keys() == {name for name in figures if not name.startswith("background/")}

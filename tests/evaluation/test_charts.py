@@ -2,7 +2,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from finestsam.evaluation.charts import place_legend
+from finestsam.evaluation.charts import put_legend
 
 
 @pytest.mark.parametrize("lines", [1, 6])
@@ -13,7 +13,7 @@ def test_a_legend_stands_beside_the_axes_and_within_the_figure(lines):
     for number in range(lines):
         axes.plot([0, 1], [number, 1], label=f"this model, IoU 0.{number}")
 
-    place_legend(axes)
+    put_legend(axes)
     figure.tight_layout()
     figure.draw_without_rendering()
 

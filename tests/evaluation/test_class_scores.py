@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import run_evaluation
 from named_shapes import CATEGORIES, write_named_shapes
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from test_coco_scores import SIZE, draw, make_record, move
-from test_evaluate import run_evaluation
 
 from finestsam.cli import main
 from finestsam.config import build_config
@@ -18,20 +18,20 @@ from finestsam.data.categories import number_categories
 from finestsam.data.index import Record
 from finestsam.evaluation.class_scores import describe_categories, score_classes
 from finestsam.evaluation.coco_scores import Detections, score_detections
-from finestsam.evaluation.evaluate import evaluate
 from finestsam.masks import encode_mask, rle_area, rle_box, rle_to_json
-from finestsam.model.build import build_sam
+from finestsam.model.architectures import build_sam
 from finestsam.model.card import Card, write_card
-from finestsam.model.classes import ClassHead
+from finestsam.model.class_head import ClassHead
 from finestsam.model.head_file import head_path
+from finestsam.modes.evaluate import evaluate
 
-# Of the dataset; no picture has an object of the last, and the model lacks the third and knows another one.
+# Of the dataset; no image has an object of the last, and the model lacks the third and knows another one.
 NAMES = {2: "ball", 5: "crate", 6: "wheel", 9: "bird"}
 OURS = ["crate", "ball", "bird", "fish"]
 
 
 @pytest.fixture
-def pictures() -> tuple[list[Record], list[Detections]]:
+def images() -> tuple[list[Record], list[Detections]]:
     """Objects of three categories, crowds, and detections of all of ours: moved, wrong, of the wrong category."""
     rng = np.random.default_rng(3)
     records, found = [], []
@@ -51,8 +51,8 @@ def pictures() -> tuple[list[Record], list[Detections]]:
     return records, found
 
 
-def test_figures_are_those_of_pycocotools(pictures, tmp_path):
-    records, found = pictures
+def test_figures_are_those_of_pycocotools(images, tmp_path):
+    records, found = images
     images, annotations, results = [], [], []
     ids = {"ball": 2, "crate": 5, "bird": 9, "fish": 77}
     for number, (record, one) in enumerate(zip(records, found, strict=True), start=1):
@@ -96,8 +96,8 @@ def test_figures_are_those_of_pycocotools(pictures, tmp_path):
     assert 0 < figures["ap"] < 1 and all(value >= 0 for value in figures.values())
 
 
-def test_one_category_for_everything_gives_the_figures_without_any(pictures):
-    records, found = pictures
+def test_one_category_for_everything_gives_the_figures_without_any(images):
+    records, found = images
     for record in records:
         for annotation in record.annotations:
             annotation.category_id = 4
@@ -237,7 +237,7 @@ def test_a_file_of_predictions_scores_what_the_model_does(shapes, weights, tmp_p
     by_model = run_evaluation(shapes, tmp_path / "model", *flags)
     file = f"--evaluate.predictions={tmp_path / 'predicted' / 'predictions.json'}"
     by_file = run_evaluation(shapes, tmp_path / "file", file)
-    # A bare list has the ids of the labels, and pictures by theirs.
+    # A bare list has the ids of the labels, and images by theirs.
     numbers = {image["id"]: int(Path(image["file_name"]).stem) for image in content["images"]}
     entries = [one | {"image_id": numbers[one["image_id"]]} for one in content["annotations"]]
     (tmp_path / "list.json").write_text(json.dumps(entries))

@@ -13,12 +13,12 @@ from finestsam.masks import encode_mask, rle_area, rle_box, rle_to_json
 SIZE = (200, 300)
 
 
-def draw(draw_from: np.random.Generator, count: int) -> list[dict]:
+def draw(render_from: np.random.Generator, count: int) -> list[dict]:
     """Return rectangles of all of COCO's sizes."""
     rles = []
     for _ in range(count):
-        height, width = draw_from.integers(4, 150, 2)
-        y, x = draw_from.integers(0, SIZE[0] - 4), draw_from.integers(0, SIZE[1] - 4)
+        height, width = render_from.integers(4, 150, 2)
+        y, x = render_from.integers(0, SIZE[0] - 4), render_from.integers(0, SIZE[1] - 4)
         mask = np.zeros(SIZE, dtype=bool)
         mask[y : y + height, x : x + width] = True
         rles.append(encode_mask(mask))
@@ -37,7 +37,7 @@ def make_record(rles: list[dict], crowds: list[dict] = ()) -> Record:
 
 
 @pytest.fixture
-def pictures():
+def images():
     """Objects, crowds and detections that are shifted, missing, wrong, of one score, and in crowds."""
     rng = np.random.default_rng(0)
     records, found = [], []
@@ -72,7 +72,7 @@ def write_files(records, found, folder):
     return str(truth), str(answers)
 
 
-# In the order of pycocotools' summary. No picture has more than a hundred detections, its limit for sizes.
+# In the order of pycocotools' summary. No image has more than a hundred detections, its limit for sizes.
 SUMMARY = (
     "ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", None, "ar_10", "ar_100",
     "ar_1000_small", "ar_1000_medium", "ar_1000_large",
@@ -86,32 +86,32 @@ def assert_same_scores(scores, stats):
     assert 0.1 < scores["ap"] < 0.9
 
 
-def test_scores_are_those_of_pycocotools_called_plainly(pictures, tmp_path):
-    truth, answers = write_files(*pictures, tmp_path)
+def test_scores_are_those_of_pycocotools_called_plainly(images, tmp_path):
+    truth, answers = write_files(*images, tmp_path)
     coco = COCO(truth)
     evaluator = COCOeval(coco, coco.loadRes(answers), "segm")
     evaluator.evaluate()
     evaluator.accumulate()
     evaluator.summarize()
 
-    assert_same_scores(score_detections(*pictures), evaluator.stats)
+    assert_same_scores(score_detections(*images), evaluator.stats)
 
 
-def test_scores_are_those_of_faster_coco_eval(pictures, tmp_path):
+def test_scores_are_those_of_faster_coco_eval(images, tmp_path):
     """Another implementation than pycocotools', in C++."""
     faster = pytest.importorskip("faster_coco_eval")
-    truth, answers = write_files(*pictures, tmp_path)
+    truth, answers = write_files(*images, tmp_path)
     coco = faster.COCO(truth)
     evaluator = faster.COCOeval_faster(coco, coco.loadRes(answers), "segm")
     evaluator.evaluate()
     evaluator.accumulate()
     evaluator.summarize()
 
-    assert_same_scores(score_detections(*pictures), evaluator.stats)
+    assert_same_scores(score_detections(*images), evaluator.stats)
 
 
-def test_the_traced_precision_is_what_average_precision_is_the_mean_of(pictures):
-    scorer = CocoScorer(*pictures)
+def test_the_traced_precision_is_what_average_precision_is_the_mean_of(images):
+    scorer = CocoScorer(*images)
 
     traced = scorer.trace_precision()
 
@@ -122,8 +122,8 @@ def test_the_traced_precision_is_what_average_precision_is_the_mean_of(pictures)
     assert CocoScorer([make_record([])], [Detections([], [])]).trace_precision() == {}
 
 
-def test_a_draw_of_pictures_scores_what_a_dataset_of_them_would(pictures):
-    records, found = pictures
+def test_a_draw_of_images_scores_what_a_dataset_of_them_would(images):
+    records, found = images
     places = [3, 3, 0, 7, 7, 7, 11, 5]
 
     drawn = CocoScorer(records, found).resample(places)

@@ -1,10 +1,9 @@
 from pathlib import Path
 
 import pytest
-from conftest import run_training
-from test_evaluate import run_evaluation
+from conftest import run_evaluation, run_training
 
-from finestsam.evaluation.charts import draw_history
+from finestsam.evaluation.charts import plot_history
 from finestsam.evaluation.history import History, read_history
 from finestsam.model.card import Card
 from finestsam.model.load import LoadedModel
@@ -50,11 +49,11 @@ def test_a_table_that_is_none_is_told_and_left_out(tmp_path, capsys, text):
 
 
 def test_what_was_not_measured_is_not_drawn():
-    both = draw_history(History([{"epoch": 0, "val_per_mask_iou": 0.1}, {"epoch": 1, "total_loss": 0.5}]))
+    both = plot_history(History([{"epoch": 0, "val_per_mask_iou": 0.1}, {"epoch": 1, "total_loss": 0.5}]))
     assert len(both) == 2 and all(chart.startswith("<svg") for chart in both)
-    (loss,) = draw_history(History([{"epoch": 1, "total_loss": 0.5}], kept_epoch=1))
+    (loss,) = plot_history(History([{"epoch": 1, "total_loss": 0.5}], kept_epoch=1))
     assert "<!-- 1 -->" in loss and "<!-- 1.000 -->" not in loss  # epochs are whole, of a single one as well
-    assert draw_history(History([])) == []
+    assert plot_history(History([])) == []
 
 
 def test_the_report_of_a_run_shows_how_it_was_learnt(scenes, tmp_path):

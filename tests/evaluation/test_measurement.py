@@ -20,7 +20,7 @@ def make_rle(x: int) -> dict:
 
 
 def make_measurement(shift: int, iou: float, spread: float = 0.05, has_generator: bool = True) -> Measurement:
-    """One object a picture, found `shift` pixels away; its prompted IoU varies from picture to picture."""
+    """One object an image, found `shift` pixels away; its prompted IoU varies from image to image."""
     noise = np.random.default_rng(0)
     truth, records, scores, found = make_rle(10), [], [], []
     for number in range(COUNT):
@@ -32,7 +32,7 @@ def make_measurement(shift: int, iou: float, spread: float = 0.05, has_generator
     return Measurement(records, found if has_generator else None, {"point": scores})
 
 
-def test_two_models_are_compared_on_the_pictures_that_both_could_be_measured_on():
+def test_two_models_are_compared_on_the_images_that_both_could_be_measured_on():
     ours, theirs = make_measurement(0, 0.7), make_measurement(3, 0.6)
     known = {record.image_id for record in ours.records}
 
@@ -62,7 +62,7 @@ def test_a_difference_lies_in_its_interval():
 
 
 def test_what_is_hard_for_both_is_no_difference():
-    """The pictures vary by far more than the models differ, and both alike: the interval is as narrow as that."""
+    """The images vary by far more than the models differ, and both alike: the interval is as narrow as that."""
     difference = compare(make_measurement(0, 0.61, spread=0.3), make_measurement(0, 0.6, spread=0.3))["point/iou"]
 
     assert difference.high - difference.low < 1e-9
@@ -91,7 +91,7 @@ def test_only_what_both_measured_is_compared():
     assert set(differences) == {"point/iou", "point/dice", "point/best_iou", "point/boundary_iou"}
 
 
-def test_each_picture_has_a_row():
+def test_each_image_has_a_row():
     measurement = make_measurement(0, 0.7)
     measurement.found[4] = Detections([], [])
 

@@ -15,8 +15,8 @@ from finestsam.evaluation.coco_scores import Detections
 from finestsam.evaluation.measurement import Measurement, compare
 from finestsam.evaluation.prompt_scores import ObjectScore
 from finestsam.evaluation.report import list_effective_settings, write_report_page
+from finestsam.evaluation.result import Evaluation
 from finestsam.evaluation.setup import Setup, Thresholds, find_sam_thresholds
-from finestsam.evaluation.story import Story
 from finestsam.evaluation.thresholds import Calibration
 
 HOSTILE = "<img src=x onerror=alert(1)> & \u202ename"
@@ -56,8 +56,10 @@ def page(records, tmp_path):
     ours, theirs = make_measurement(records, 0.1), make_measurement(records, 0.0)
     path = tmp_path / "report.html"
     learned = frozenset(record.file_name for record in records[:2])
-    story = Story(HOSTILE, ours, HOSTILE, theirs, compare(ours, theirs), learned=learned, described_images=HOSTILE)
-    write_report_page(path, story, build_config({"dataset.path": HOSTILE}))
+    evaluation = Evaluation(
+        HOSTILE, ours, HOSTILE, theirs, compare(ours, theirs), learned=learned, described_images=HOSTILE
+    )
+    write_report_page(path, evaluation, build_config({"dataset.path": HOSTILE}))
     return path
 
 
@@ -100,7 +102,7 @@ def test_every_figure_stands_beside_its_difference(page):
     assert "One point: IoU of the mask that the model prefers" in text and "+0.100" in text
     assert "Where it does worst" in text and "Where it does best" in text
     assert "missed" in text and "<h3>baseline</h3>" in text and "compared with" not in text
-    assert text.count("<div class='picture'>") == 6  # every picture once
+    assert text.count("<div class='image'>") == 6  # every image once
 
 
 def test_a_higher_score_where_no_object_is_is_worse(page):
@@ -120,7 +122,7 @@ def test_precision_is_drawn_for_both_models(page):
 
 def test_a_report_of_one_model_alone_has_no_empty_columns(records, tmp_path):
     ours = make_measurement(records, 0.1)
-    write_report_page(tmp_path / "r.html", Story("best.pth", ours), build_config({}))
+    write_report_page(tmp_path / "r.html", Evaluation("best.pth", ours), build_config({}))
 
     text = (tmp_path / "r.html").read_text()
     assert "baseline" not in text.split("<h2>Curves")[0]
@@ -148,9 +150,9 @@ def test_images_that_were_trained_on_are_named(page):
 
 
 def test_settings_are_shown_as_they_took_effect(page, records):
-    story = Story("best.pth", make_measurement(records, 0.1), described_images="6 images")
+    evaluation = Evaluation("best.pth", make_measurement(records, 0.1), described_images="6 images")
 
-    settings = list_effective_settings(story, build_config({}))
+    settings = list_effective_settings(evaluation, build_config({}))
 
     assert None not in settings.values()
     assert settings["generator.pred_iou_thresh"] == "0.88" and settings["model.image_size"] == 384
@@ -161,9 +163,9 @@ def test_settings_are_shown_as_they_took_effect(page, records):
 @pytest.mark.parametrize(("count", "is_known"), [(4, False), (5, True)])
 def test_there_is_no_interval_below_five_images(records, tmp_path, count, is_known):
     ours, theirs = (make_measurement(records[:count], shift) for shift in (0.1, 0.0))
-    story = Story("best.pth", ours, "start.pth", theirs, compare(ours, theirs))
+    evaluation = Evaluation("best.pth", ours, "start.pth", theirs, compare(ours, theirs))
 
-    write_report_page(tmp_path / "r.html", story, build_config({}))
+    write_report_page(tmp_path / "r.html", evaluation, build_config({}))
 
     text = (tmp_path / "r.html").read_text()
     assert ("too few images for an interval" in text) != is_known
@@ -171,7 +173,7 @@ def test_there_is_no_interval_below_five_images(records, tmp_path, count, is_kno
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
-def test_masks_can_be_hidden_and_pictures_zoomed_in_a_browser(page, tmp_path):
+def test_masks_can_be_hidden_and_images_zoomed_in_a_browser(page, tmp_path):
     """The page with a script at its end that works it, and says in the document what came of it."""
     trial = tmp_path / "trial.html"
     script = """<script>

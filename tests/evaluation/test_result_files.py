@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from test_evaluate import run_evaluation
+from conftest import run_evaluation
 
 from finestsam.cli import main
 from finestsam.data.read import DatasetConfig, read_evaluation_set
@@ -38,7 +38,7 @@ def test_the_truth_scores_full_marks(scenes, everything, tmp_path):
     assert not any(name.startswith(("point/", "baseline")) for name in figures)
 
 
-def test_pictures_of_a_file_that_lists_them_are_known_by_name(scenes, everything, tmp_path):
+def test_images_of_a_file_that_lists_them_are_known_by_name(scenes, everything, tmp_path):
     results = list_results(everything)
     for entry in results:
         entry["image_id"] += 1000
@@ -51,7 +51,7 @@ def test_pictures_of_a_file_that_lists_them_are_known_by_name(scenes, everything
     )
 
 
-def test_a_picture_of_the_same_name_in_another_folder_is_another(scenes, everything, tmp_path):
+def test_an_image_of_the_same_name_in_another_folder_is_another(scenes, everything, tmp_path):
     folder = everything[0].path.parent.name
     images, results = [], []
     for number, place in enumerate(("elsewhere", folder)):
@@ -88,7 +88,7 @@ def test_an_empty_mask_is_one_that_is_wrong(scenes, everything, tmp_path):
     [
         ("no json", "results.json: not JSON: Expecting value at line 1 column 1"),
         ("{}", "not a COCO results file"),
-        ('[{"image_id": 99999, "segmentation": [], "score": 1}]', "none of its 1 results is of a picture of this set"),
+        ('[{"image_id": 99999, "segmentation": [], "score": 1}]', "none of its 1 results is of an image of this set"),
         ('[{"image_id": 1, "segmentation": [[1, 2]], "score": 1}]', "result 0"),
         ('[{"image_id": 1, "segmentation": [[1, 2, 3, 4, 5, 9]], "score": "high"}]', "its score is 'high'"),
         ('[{"image_id": 1, "segmentation": [[1, 2, 3, 4, 5, 9]], "score": NaN}]', "its score is nan"),
@@ -106,7 +106,7 @@ def test_a_file_that_is_none_is_told(scenes, everything, tmp_path, capsys, conte
 
 @pytest.fixture
 def read(everything, tmp_path, capsys):
-    """Read a file of this content as results of the scenes; return the number of masks by picture, and what is said."""
+    """Read a file of this content as results of the scenes; return the number of masks by image, and what is said."""
 
     def read(content: object, task: str = "auto") -> tuple[list[int], str]:
         path = tmp_path / "results.json"
@@ -142,14 +142,14 @@ def test_an_id_that_is_none_is_told(everything, read, value):
     assert sum(read(results, task="masks")[0]) == len(results)  # where nobody asks for it
 
 
-def test_an_id_beyond_all_pictures_is_counted_and_said(everything, read):
+def test_an_id_beyond_all_images_is_counted_and_said(everything, read):
     results = list_results(everything)
     results[0]["image_id"], results[1]["image_id"] = 10**300, 99
 
     counts, out = read(results)
 
     assert sum(counts) == len(results) - 2
-    assert f"results.json: 2 of {len(results)} results are of other pictures than these, left out" in out
+    assert f"results.json: 2 of {len(results)} results are of other images than these, left out" in out
 
 
 def test_a_category_beyond_all_is_of_no_category(everything, read):
@@ -183,19 +183,19 @@ def test_what_a_file_lists_without_an_id_is_told(everything, read, entry, part):
         read(content)
 
 
-def test_text_may_be_the_id_of_a_picture_that_the_file_lists(everything, read):
+def test_text_may_be_the_id_of_an_image_that_the_file_lists(everything, read):
     images, results = list_images(everything), list_results(everything)
     for entry, key in [(image, "id") for image in images] + [(result, "image_id") for result in results]:
-        entry[key] = f"picture {entry[key]}"
+        entry[key] = f"image {entry[key]}"
 
     assert read({"images": images, "annotations": results})[0] == [len(record.annotations) for record in everything]
 
 
-def test_an_id_of_several_pictures_is_told(records, tmp_path):
+def test_an_id_of_several_images_is_told(records, tmp_path):
     images = list_images(records)
     images[1]["id"] = str(images[0]["id"])
     path = tmp_path / "results.json"
     path.write_text(json.dumps({"images": images, "annotations": list_results(records)}))
 
-    with pytest.raises(UserError, match="results.json: image id .* stands for several pictures"):
+    with pytest.raises(UserError, match="results.json: image id .* stands for several images"):
         read_results(path, records, {7: "thing"})

@@ -42,7 +42,7 @@ def test_a_class_that_is_only_in_the_answers_counts_as_missed():
     assert figures["miou"] == pytest.approx(0.75 / 2)
 
 
-def test_pictures_add_up(pair):
+def test_images_add_up(pair):
     truth, predicted = pair
 
     whole = count_pixels(truth, predicted, 4)

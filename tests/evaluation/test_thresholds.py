@@ -12,12 +12,12 @@ from finestsam.evaluation import candidates as candidates_module
 from finestsam.evaluation.candidates import Candidates, find_candidates, match, select
 from finestsam.evaluation.coco_scores import CocoScorer, Detections
 from finestsam.evaluation.generator_scores import tune
-from finestsam.evaluation.thresholds import IOU_THRESHOLDS, calibrate, operate, search
-from finestsam.images import read_image
+from finestsam.evaluation.thresholds import IOU_THRESHOLDS, calibrate, measure_operating_point, search
+from finestsam.images.read import read_image
 from finestsam.masks import encode_mask
 from finestsam.prediction.calibration import correct_scores
+from finestsam.prediction.embedder import Embedder
 from finestsam.prediction.generator import generate_masks
-from finestsam.prediction.precompute import Embedder
 from finestsam.prediction.results import GeneratedMasks
 
 START = GeneratorConfig(**GENERATOR_DEFAULTS | {"points_per_side": 6})
@@ -36,7 +36,7 @@ def make_candidates(scores, ious, **changes) -> Candidates:
         areas=np.full(count, 4),
         points=np.zeros((count, 2)),
         crop_boxes_xywh=np.tile([0, 0, 10, 10], (count, 1)),
-        class_chances=np.zeros((count, 0), dtype=np.float32),
+        class_probabilities=np.zeros((count, 0), dtype=np.float32),
     )
     fields = {
         "masks": masks,
@@ -100,7 +100,7 @@ def test_f1_and_recall_are_those_of_pycocotools(tiny_sam, records):
         record.annotations[0] = dataclasses.replace(record.annotations[0], counts=one.masks.rles[-1]["counts"])
     found = find_candidates(embedder, records, START, (6,), ImagesConfig())
 
-    result = operate(found)
+    result = measure_operating_point(found)
     figures = CocoScorer(records, [Detections(one.masks.rles, one.masks.scores.tolist()) for one in found]).score()
 
     assert result.f1 == pytest.approx(figures["f1"], abs=1e-12) and result.f1 > 0
@@ -136,7 +136,7 @@ def test_the_search_cuts_where_wrong_masks_begin():
     assert with_fixed.settings.pred_iou_thresh == START.pred_iou_thresh
 
 
-def test_for_partly_labelled_pictures_a_mask_that_fits_nothing_costs_little():
+def test_for_partly_labelled_images_a_mask_that_fits_nothing_costs_little():
     scores = np.linspace(0.9, 0.1, 40)
     ious = np.zeros((40, 4))
     ious[[0, 9, 19, 29], [0, 1, 2, 3]] = 0.97
@@ -153,7 +153,7 @@ def test_for_partly_labelled_pictures_a_mask_that_fits_nothing_costs_little():
 def test_crowds_are_neither_right_nor_wrong():
     one = make_candidates([0.9, 0.8], [[0.97], [0.0]], crowd_shares=np.array([0.0, 1.0]))
 
-    assert operate([one]).f1 == pytest.approx(1.0)
+    assert measure_operating_point([one]).f1 == pytest.approx(1.0)
 
 
 def test_the_map_corrects_scores_that_are_too_high_and_never_turns_their_order():
@@ -195,9 +195,9 @@ def test_tuned_settings_are_told_by_the_names_of_the_generator_and_give_what_the
     assert {"ap", "ar_1000", "f1", "masks_per_image", "calibration_error"} <= set(figures)
 
 
-def test_pictures_without_objects_and_without_candidates_are_measured():
+def test_images_without_objects_and_without_candidates_are_measured():
     record = Record(1, "a.png", None, (2, 2), [])
-    assert operate([make_candidates([0.5], np.zeros((1, 0)))]).f1 == 0
+    assert measure_operating_point([make_candidates([0.5], np.zeros((1, 0)))]).f1 == 0
     nothing = make_candidates([], np.zeros((0, 1)))
     assert match(nothing.ious, IOU_THRESHOLDS).shape == (10, 0)
     result = search([record], [nothing], START, frozenset(), "recall")

@@ -6,9 +6,9 @@ import torch
 from finestsam.batch import Prompts
 from finestsam.config import build_config
 from finestsam.errors import UserError
-from finestsam.model.build import build_sam
+from finestsam.model.architectures import build_sam
 from finestsam.model.card import Card, write_card
-from finestsam.model.classes import ClassHead, load_class_head, share_cells
+from finestsam.model.class_head import ClassHead, load_class_head, share_cells
 from finestsam.model.head_file import head_path
 from finestsam.model.load import load_model
 from finestsam.model.sam import FinestSam
@@ -76,7 +76,7 @@ def test_every_mask_of_an_answer_has_its_class_and_the_generator_gets_the_same(t
     with torch.no_grad():
         predictions = model(embedding, prompts)
         middle = float(predictions.scores.median())
-        answers = model.answer_above(model.look(embedding), prompts, middle)
+        answers = model.predict_above(model.compute_image_features(embedding), prompts, middle)
         found = model.classify(embedding, answers.tokens, answers.logits)
 
     assert predictions.class_logits.shape == (5, 3 if multimask_output else 1, 3)

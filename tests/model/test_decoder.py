@@ -6,7 +6,7 @@ from torch import nn
 
 from finestsam.batch import Prompts
 from finestsam.model import decoder as decoder_module
-from finestsam.model.build import build_sam
+from finestsam.model.architectures import build_sam
 from finestsam.model.sam import FinestSam
 
 COUNT = 5
@@ -43,7 +43,7 @@ def answer(sam, embedding, prompts, multimask_output, is_folded):
     sparse, dense = (some.to(embedding.dtype) for some in model._embed_prompts(prompts))
     places = sam.prompt_encoder.get_dense_pe().to(embedding.dtype)
     if is_folded:
-        return decoder.answer(decoder.look(embedding, places, dense), sparse, model._asked_masks)[:2]
+        return decoder.predict(decoder.compute_image_features(embedding, places, dense), sparse, model._mask_slice)[:2]
     dense = dense.expand(COUNT, *embedding.shape[1:])
     return decoder(embedding, places, sparse, dense, multimask_output)
 
@@ -105,13 +105,13 @@ def test_what_has_no_gradient_is_what_does_not_count(sam):
 
 def test_only_masks_that_are_worth_it_are_made(sam):
     model = FinestSam(sam)
-    prompts, view = make_prompts({"points"}), model.look(torch.randn(1, 32, 4, 4))
+    prompts, view = make_prompts({"points"}), model.compute_image_features(torch.randn(1, 32, 4, 4))
     sparse, _ = model._embed_prompts(prompts)
-    logits, scores, _ = sam.mask_decoder.answer(view, sparse, slice(1, None))
+    logits, scores, _ = sam.mask_decoder.predict(view, sparse, slice(1, None))
 
     for share in (-1, 0, 0.4, 0.9, 1):
         threshold = float("-inf") if share < 0 else float(scores.detach().flatten().quantile(share))
-        answers = model.answer_above(view, prompts, threshold)
+        answers = model.predict_above(view, prompts, threshold)
         assert torch.equal(answers.scores, scores)
         assert torch.equal(answers.is_kept, scores > threshold)
         torch.testing.assert_close(answers.logits, logits[scores > threshold])
@@ -126,12 +126,15 @@ def test_the_weights_keep_their_names(sam):
     assert stock.load_state_dict(sam.mask_decoder.state_dict())
 
 
-def test_a_picture_seen_in_half_precision_gives_nearly_the_same(sam):
+def test_an_image_seen_in_half_precision_gives_nearly_the_same(sam):
     exact, rounded = FinestSam(sam), FinestSam(sam, encoder_dtype=torch.bfloat16)
     embedding, prompts = torch.randn(1, 32, 4, 4), make_prompts({"points"})
 
     with torch.no_grad():
-        one, other = (model.answer_above(model.look(embedding), prompts, -torch.inf) for model in (exact, rounded))
+        one, other = (
+            model.predict_above(model.compute_image_features(embedding), prompts, -torch.inf)
+            for model in (exact, rounded)
+        )
 
     assert other.logits.dtype == other.scores.dtype == torch.float32
     assert 0 < (other.logits - one.logits).norm() < 2e-2 * one.logits.norm()

@@ -8,7 +8,7 @@ from torch import nn
 from finestsam.config import build_config
 from finestsam.model import attention
 from finestsam.model import encoder as encoder_module
-from finestsam.model.build import build_sam
+from finestsam.model.architectures import build_sam
 from finestsam.model.encoder import ChunkedImageEncoder
 from finestsam.model.load import load_model
 
@@ -27,13 +27,13 @@ def encoder():
     return encoder
 
 
-def encode_like_meta(encoder, pictures):
-    return ImageEncoderViT.forward(encoder, pictures)
+def encode_like_meta(encoder, images):
+    return ImageEncoderViT.forward(encoder, images)
 
 
-def compute_gradients(encoder, pictures, forward):
+def compute_gradients(encoder, images, forward):
     encoder.zero_grad()
-    forward(pictures).square().sum().backward()
+    forward(images).square().sum().backward()
     return {name: weight.grad.clone() for name, weight in encoder.named_parameters()}
 
 
@@ -41,12 +41,12 @@ def compute_gradients(encoder, pictures, forward):
 def test_embeddings_are_those_of_segment_anything(encoder, monkeypatch, scores):
     monkeypatch.setattr(attention, "CHUNK_BYTES", 4 * scores)
     monkeypatch.setattr(encoder_module, "CHUNK_TOKENS", 7)
-    pictures = torch.randn(2, 3, 80, 80)
+    images = torch.randn(2, 3, 80, 80)
 
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-14)):
         encoder.to(dtype)
         with torch.no_grad():
-            expected, found = encode_like_meta(encoder, pictures.to(dtype)), encoder(pictures.to(dtype))
+            expected, found = encode_like_meta(encoder, images.to(dtype)), encoder(images.to(dtype))
         assert type(encoder) is ChunkedImageEncoder
         assert (found - expected).norm() < tolerance * expected.norm()
 
@@ -57,22 +57,22 @@ def test_gradients_are_those_of_segment_anything(encoder, monkeypatch, recompute
     monkeypatch.setattr(attention, "CHUNK_BYTES", 4 * scores)
     monkeypatch.setattr(encoder_module, "CHUNK_TOKENS", 7)
     encoder.double().recomputes = recomputes
-    pictures = torch.randn(2, 3, 80, 80, dtype=torch.float64)
+    images = torch.randn(2, 3, 80, 80, dtype=torch.float64)
 
-    expected = compute_gradients(encoder, pictures, lambda some: encode_like_meta(encoder, some))
-    found = compute_gradients(encoder, pictures, encoder)
+    expected = compute_gradients(encoder, images, lambda some: encode_like_meta(encoder, some))
+    found = compute_gradients(encoder, images, encoder)
 
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-10, msg=name)
 
 
 def test_embeddings_depend_on_attention(encoder):
-    pictures = torch.randn(1, 3, 80, 80)
+    images = torch.randn(1, 3, 80, 80)
     with torch.no_grad():
-        before = encoder(pictures)
+        before = encoder(images)
         for block in encoder.blocks:
             block.attn.rel_pos_h.neg_()
-        after = encoder(pictures)
+        after = encoder(images)
 
     assert (after - before).norm() > 0.01 * before.norm()
 
@@ -159,11 +159,11 @@ def test_each_way_to_attend_gives_the_same(monkeypatch, attend):
 @pytest.mark.parametrize("has_matrix_units", [False, True])
 def test_half_precision_is_as_close_as_segment_anythings(encoder, monkeypatch, has_matrix_units):
     monkeypatch.setattr(attention, "has_feature", lambda name: has_matrix_units)
-    pictures = torch.randn(1, 3, 80, 80)
+    images = torch.randn(1, 3, 80, 80)
     with torch.no_grad():
-        exact = encode_like_meta(encoder, pictures)
+        exact = encode_like_meta(encoder, images)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found, theirs = encoder(pictures), encode_like_meta(encoder, pictures)
+            found, theirs = encoder(images), encode_like_meta(encoder, images)
 
     assert (found - exact).norm() < 1.5 * (theirs - exact).norm()
 

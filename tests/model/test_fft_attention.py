@@ -7,11 +7,11 @@ from torch import nn
 
 from finestsam.config import build_config
 from finestsam.model.adapt import adapt_
-from finestsam.model.build import ARCHITECTURES, build_sam
+from finestsam.model.architectures import ARCHITECTURES, build_sam
 from finestsam.model.encoder import attend
 from finestsam.model.fft_attention import FftAttention, choose_blocks, list_blocks, mount_fft_attention_
 from finestsam.model.load import load_model, load_weights_
-from finestsam.prediction.precompute import hash_encoder
+from finestsam.prediction.embedder import hash_encoder
 
 SIZE = (4, 5)  # even and odd: a real transform keeps another number of frequencies
 
@@ -30,12 +30,12 @@ def attention(original) -> FftAttention:
     return FftAttention(original)
 
 
-def draw_tokens(*size: int) -> torch.Tensor:
+def sample_tokens(*size: int) -> torch.Tensor:
     return torch.randn(*size, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
 def attend_pair_by_pair(attention: FftAttention, x: torch.Tensor) -> torch.Tensor:
-    """Return what one picture's tokens, H x W x C, see, from the definition in the module's docstring."""
+    """Return what one image's tokens, H x W x C, see, from the definition in the module's docstring."""
     height, width, channels = x.shape
     q, k, v = attention.qkv(x).split(channels, dim=-1)
     offsets = [(dy, dx) for dy in range(height) for dx in range(width)]
@@ -68,15 +68,15 @@ def attend_pair_by_pair(attention: FftAttention, x: torch.Tensor) -> torch.Tenso
 
 
 def test_it_is_the_sum_over_all_pairs(attention):
-    x = draw_tokens(2, *SIZE)
+    x = sample_tokens(2, *SIZE)
 
     with torch.no_grad():
-        expected = torch.stack([attend_pair_by_pair(attention, picture) for picture in x])
+        expected = torch.stack([attend_pair_by_pair(attention, image) for image in x])
         torch.testing.assert_close(attention(x), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_change_in_one_token_reaches_all_others(attention):
-    x = draw_tokens(1, *SIZE).requires_grad_()
+    x = sample_tokens(1, *SIZE).requires_grad_()
 
     for row in range(SIZE[0]):
         for column in range(SIZE[1]):
@@ -85,8 +85,8 @@ def test_a_change_in_one_token_reaches_all_others(attention):
 
 
 @pytest.mark.parametrize("shift", [(1, 0), (0, 2), (3, 4)])
-def test_a_picture_that_moves_takes_its_answers_along(attention, shift):
-    x = draw_tokens(2, *SIZE)
+def test_an_image_that_moves_takes_its_answers_along(attention, shift):
+    x = sample_tokens(2, *SIZE)
 
     moved = attention(x.roll(shift, (1, 2)))
 
@@ -100,7 +100,7 @@ def test_gradients_are_finite_differences(attention):
     def answer(x, *values):
         return torch.func.functional_call(attention, dict(zip(names, values, strict=True)), x)
 
-    assert torch.autograd.gradcheck(answer, (draw_tokens(1, *SIZE).requires_grad_(), *weights))
+    assert torch.autograd.gradcheck(answer, (sample_tokens(1, *SIZE).requires_grad_(), *weights))
 
 
 def test_it_starts_from_the_weights_of_sam_under_their_names(original, attention):
@@ -121,7 +121,7 @@ def test_flat_correlations_leave_the_mean_of_all_values(attention):
     with torch.no_grad():
         for weight in (attention.fft_gain, attention.rel_pos_h, attention.rel_pos_w):
             weight.zero_()
-        x = draw_tokens(1, *SIZE)
+        x = sample_tokens(1, *SIZE)
         values = attention.qkv(x)[..., 16:]
 
         expected = attention.proj(values.mean((1, 2), keepdim=True).expand_as(values))
@@ -132,7 +132,7 @@ def test_flat_correlations_leave_the_mean_of_all_values(attention):
 def test_windows_see_themselves_alone(original):
     torch.manual_seed(0)
     attention = FftAttention(Attention(8, num_heads=2, use_rel_pos=True, input_size=(2, 2))).double()
-    x = draw_tokens(1, 5, 4)  # the last row of windows is filled up
+    x = sample_tokens(1, 5, 4)  # the last row of windows is filled up
 
     found = attend(attention, x, window_size=2)
 
@@ -144,7 +144,7 @@ def test_windows_see_themselves_alone(original):
 
 def test_half_precision_is_transformed_in_full(attention):
     attention.float()
-    x = draw_tokens(1, *SIZE).float()
+    x = sample_tokens(1, *SIZE).float()
 
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         found = attention(x)

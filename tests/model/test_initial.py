@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from finestsam.data.scenes import draw_scene
-from finestsam.model.build import build_sam
+from finestsam.data.scenes import render_scene
+from finestsam.model.architectures import build_sam
 from finestsam.model.initial import make_waves
 
 
@@ -22,10 +22,10 @@ def test_the_first_waves_are_the_loudest():
 
 
 def test_patches_begin_with_numbers_of_about_one_size():
-    """Random filters see the brightness of a patch, all of them; the spectrum of pictures is made even."""
+    """Random filters see the brightness of a patch, all of them; the spectrum of images is made even."""
     torch.manual_seed(0)
     sam = build_sam("vit_tiny")
-    scenes = [torch.from_numpy(draw_scene(0, index).image).permute(2, 0, 1).float() for index in range(10)]
+    scenes = [torch.from_numpy(render_scene(0, index).image).permute(2, 0, 1).float() for index in range(10)]
     patches = sam.image_encoder.patch_embed((torch.stack(scenes) - sam.pixel_mean) / sam.pixel_std)
 
     deviations = patches.flatten(0, 2).std(dim=0)
@@ -48,12 +48,12 @@ def test_blocks_and_neck_begin_by_passing_on_what_they_get(model_type):
     torch.testing.assert_close(encoder.neck[2](narrow), narrow)
 
 
-def test_an_encoder_from_nothing_tells_pictures_apart():
+def test_an_encoder_from_nothing_tells_images_apart():
     torch.manual_seed(0)
     encoder = build_sam("vit_tiny").image_encoder
-    pictures = F.interpolate(torch.rand(2, 3, 32, 32), size=encoder.img_size)
+    images = F.interpolate(torch.rand(2, 3, 32, 32), size=encoder.img_size)
 
     with torch.no_grad():
-        first, second = encoder(pictures)
+        first, second = encoder(images)
 
     assert (first - second).abs().mean() > 0.3

@@ -7,7 +7,7 @@ import torch
 from finestsam.config import build_config
 from finestsam.errors import UserError
 from finestsam.model import load
-from finestsam.model.build import build_sam
+from finestsam.model.architectures import build_sam
 from finestsam.model.card import Card, read_card, write_card
 from finestsam.model.load import choose_device, choose_encoder_dtype, load_model
 
@@ -130,9 +130,9 @@ def test_what_is_no_card_is_named(tmp_path, text):
     ("changes", "message"),
     [
         ({"image_encoder.pos_embed": torch.zeros(1).expand(1, 10**6, 10**6, 32)}, "its weights stand for"),
-        ({"image_encoder.pos_embed": torch.zeros(1, 0, 10**6, 32)}, "pictures of 0 x 1000000 patches"),
-        ({"image_encoder.pos_embed": torch.zeros(1, 4, 5, 32)}, "pictures of 4 x 5 patches"),
-        ({"image_encoder.pos_embed": torch.zeros(1, 300, 300, 32)}, "pictures of 300 x 300 patches"),
+        ({"image_encoder.pos_embed": torch.zeros(1, 0, 10**6, 32)}, "images of 0 x 1000000 patches"),
+        ({"image_encoder.pos_embed": torch.zeros(1, 4, 5, 32)}, "images of 4 x 5 patches"),
+        ({"image_encoder.pos_embed": torch.zeros(1, 300, 300, 32)}, "images of 300 x 300 patches"),
         ({"image_encoder.patch_embed.proj.weight": torch.zeros(32)}, "is not a SAM checkpoint"),
         ({"image_encoder.patch_embed.proj.weight": torch.zeros(32, 3, 8, 8)}, "patches of 8 pixels"),
         ({"image_encoder.blocks.x.attn.fft_gain": torch.zeros(1)}, "SAM of unknown size"),

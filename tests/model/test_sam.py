@@ -4,7 +4,7 @@ from segment_anything.modeling import Sam
 
 from finestsam.batch import Prompts
 from finestsam.config import IMAGE_SIZES
-from finestsam.model.build import build_sam
+from finestsam.model.architectures import build_sam
 from finestsam.model.resample import upscale_logits
 from finestsam.model.sam import FinestSam
 

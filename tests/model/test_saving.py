@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import list_names
 
-from finestsam.model.build import build_sam
+from finestsam.model.architectures import build_sam
 from finestsam.model.saving import CheckpointNotSaved, save_file, save_weights
 
 

@@ -13,13 +13,13 @@ from finestsam.cli import main
 from finestsam.config import ModelLayerConfig, build_config
 from finestsam.errors import UserError
 from finestsam.model.adapt import adapt_
-from finestsam.model.build import build_sam
+from finestsam.model.architectures import build_sam
 from finestsam.model.load import load_model
 from finestsam.model.lora import list_lora, plain_state_dict
 from finestsam.model.sam import FinestSam
 from finestsam.model.saving import save_weights
 from finestsam.model.weights import identify, image_size_of
-from finestsam.training.schedules import build_optimizer
+from finestsam.training.optim import build_optimizer
 from finestsam.training.trainable import freeze_
 
 pytest.importorskip("timm")
@@ -63,17 +63,17 @@ def model(weights) -> FinestSam:
 
 
 def test_answers_are_those_of_mobile_sam():
-    """The numbers are what the modules of MobileSAM's tiny_vit_sam.py answered for these weights and this picture.
+    """The numbers are what the modules of MobileSAM's tiny_vit_sam.py answered for these weights and this image.
 
     Its grid of 40, 20, 10 and 10 tokens is no multiple of the windows of 7 and 14.
     """
     encoder = build_sam("vit_t", 160).image_encoder
     fill_(encoder)
     places = torch.arange(3 * 160 * 160, dtype=torch.float64)
-    picture = torch.cos(places * 0.37 + places**2 * 1e-7).view(1, 3, 160, 160).float()
+    image = torch.cos(places * 0.37 + places**2 * 1e-7).view(1, 3, 160, 160).float()
 
     with torch.no_grad():
-        found = encoder(picture)
+        found = encoder(image)
 
     assert found.shape == (1, 256, 10, 10)
     across = torch.tensor([0.42593, -0.66502, -1.49476, -0.94152, -0.54729, 0.50833])
@@ -130,14 +130,14 @@ def test_batch_norms_keep_their_statistics_while_everything_trains(model):
     freeze_(model, build_config({"model_layer.freeze.image_encoder": False}))
     model.train()
     before = {name: value.clone() for name, value in model.sam.image_encoder.named_buffers()}
-    pictures = [torch.randint(0, 255, (3, 64, 48), dtype=torch.uint8) for _ in range(2)]
+    images = [torch.randint(0, 255, (3, 64, 48), dtype=torch.uint8) for _ in range(2)]
 
-    together = model.encode(pictures)
+    together = model.encode(images)
     together.square().mean().backward()
 
     assert all(torch.equal(value, before[name]) for name, value in model.sam.image_encoder.named_buffers())
     assert all(weight.grad is not None for weight in model.sam.image_encoder.parameters())
-    torch.testing.assert_close(together[1:], model.encode(pictures[1:]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(together[1:], model.encode(images[1:]), rtol=1e-3, atol=1e-3)
 
 
 def test_recomputing_changes_no_gradient(model):
@@ -178,13 +178,13 @@ def test_blocks_count_through_all_stages_for_thawing_and_for_the_learning_rate(m
 
 @pytest.mark.parametrize(("layers", "count"), [("attention", 2 * 10), ("all", 4 * 10)])
 def test_low_rank_additions_lie_beside_its_attention_and_merge(model, layers, count):
-    pictures = [torch.full((3, 64, 64), 90, dtype=torch.uint8)]
-    before = model.encode(pictures)
+    images = [torch.full((3, 64, 64), 90, dtype=torch.uint8)]
+    before = model.encode(images)
 
     adapt_(model.sam, ModelLayerConfig(lora=build_config({
         "model_layer.lora.rank": 4, "model_layer.lora.encoder": layers}).model_layer.lora))  # fmt: skip
 
-    torch.testing.assert_close(model.encode(pictures), before, rtol=0, atol=0)
+    torch.testing.assert_close(model.encode(images), before, rtol=0, atol=0)
     additions = dict(list_lora(model.sam))
     assert len(additions) == count
     with torch.no_grad():
@@ -192,18 +192,18 @@ def test_low_rank_additions_lie_beside_its_attention_and_merge(model, layers, co
             layer.lora_B.weight.normal_(std=0.05)
         merged = build_sam("vit_t", 64)
         merged.load_state_dict(plain_state_dict(model.sam))
-        adapted = model.eval().encode(pictures)
+        adapted = model.eval().encode(images)
     assert (adapted - before).abs().max() > 0.1
     # These weights make rounding a thousand times as large.
-    torch.testing.assert_close(FinestSam(merged).encode(pictures), adapted, rtol=0, atol=5e-3)
+    torch.testing.assert_close(FinestSam(merged).encode(images), adapted, rtol=0, atol=5e-3)
 
 
 def test_half_precision_answers_nearly_the_same(model):
-    picture = torch.randint(0, 255, (3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = torch.randint(0, 255, (3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        exact = model.encode([picture])
+        exact = model.encode([image])
         model.encoder_dtype = torch.bfloat16
-        rounded = model.encode([picture])
+        rounded = model.encode([image])
 
     assert torch.corrcoef(torch.stack([rounded.flatten(), exact.flatten()]))[0, 1] > 0.97
 
@@ -252,8 +252,8 @@ def test_a_run_trains_goes_on_predicts_and_is_evaluated(weights, scenes, tmp_pat
     assert any(name.startswith("image_encoder.") for name in changed) == (frozen == "false")
     assert not any("running" in name or ".head." in name for name in changed)
     common = [f"--model.checkpoint={run}", "--device=cpu", "--generator.points_per_side=4"]
-    picture = next((scenes / "data" / "images").iterdir())
-    assert main(["--mode=predict", f"--input={picture}", f"--out_dir={tmp_path / 'out'}", *common]) == 0
+    image = next((scenes / "data" / "images").iterdir())
+    assert main(["--mode=predict", f"--input={image}", f"--out_dir={tmp_path / 'out'}", *common]) == 0
     flags = [
         f"--dataset={scenes}",
         "--evaluate.split=val",

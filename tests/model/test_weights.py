@@ -14,10 +14,9 @@ import pytest
 import torch
 from segment_anything.modeling.image_encoder import get_rel_pos
 
-from finestsam.cache_folder import cache_folder
 from finestsam.config import IMAGE_SIZES
 from finestsam.errors import UserError
-from finestsam.model.build import ARCHITECTURES, build_sam
+from finestsam.model.architectures import ARCHITECTURES, build_sam
 from finestsam.model.weights import (
     PUBLISHED_WEIGHTS,
     PublishedFile,
@@ -28,6 +27,7 @@ from finestsam.model.weights import (
     load_state_dict,
     resize_positions,
 )
+from finestsam.runtime.cache_folder import cache_folder
 
 VIT_B = PUBLISHED_WEIGHTS["vit_b"]
 
@@ -464,7 +464,7 @@ def test_a_sam_of_unknown_size_is_told_with_the_known_ones():
 
 
 @pytest.mark.parametrize("size", [32, 96, 128])
-def test_weights_serve_another_size_of_picture(size):
+def test_weights_serve_another_size_of_image(size):
     torch.manual_seed(0)
     sam = build_sam("vit_tiny_test")
     for name, weight in sam.named_parameters():
@@ -478,7 +478,7 @@ def test_weights_serve_another_size_of_picture(size):
     assert image_size_of(resized) == size
     untouched = [name for name, value in sam.state_dict().items() if value.shape == resized[name].shape]
     assert all(torch.equal(resized[name], sam.state_dict()[name]) for name in untouched)
-    # The places of the corners stay those of the corners, and relative places grow with the picture.
+    # The places of the corners stay those of the corners, and relative places grow with the image.
     table, larger = (weights["image_encoder.blocks.1.attn.rel_pos_h"] for weights in (sam.state_dict(), resized))
     assert len(larger) == 2 * size // 16 - 1
     middle, larger_middle = len(table) // 2, len(larger) // 2
@@ -486,7 +486,7 @@ def test_weights_serve_another_size_of_picture(size):
 
 
 def test_relative_places_are_those_that_segment_anything_would_interpolate():
-    """Its get_rel_pos does so while the model runs, and any table can be used for any picture."""
+    """Its get_rel_pos does so while the model runs, and any table can be used for any image."""
     torch.manual_seed(0)
     sam = build_sam("vit_tiny_test")
     name = "image_encoder.blocks.1.attn.rel_pos_h"

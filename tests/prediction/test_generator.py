@@ -11,13 +11,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from finestsam.config import GENERATOR_DEFAULTS, GeneratorConfig
-from finestsam.data.scenes import draw_scene
+from finestsam.data.scenes import render_scene
 from finestsam.errors import Defect
-from finestsam.images import compute_input_size, resize_image
+from finestsam.images.read import compute_input_size, resize_image
 from finestsam.masks import decode_rle, rle_to_json
-from finestsam.model.build import build_sam
+from finestsam.model.architectures import build_sam
 from finestsam.model.card import Card
-from finestsam.model.decoder import Answers
+from finestsam.model.decoder import PredictedMasks
 from finestsam.model.sam import FinestSam
 from finestsam.prediction.generator import LEAST_STABILITY, generate_masks, resolve_generator
 
@@ -41,7 +41,7 @@ class View(tuple):
 class BlobDecoder(nn.Module):
     """A decoder whose three masks are nested blobs around the point, roughened and scored by the random one it wraps.
 
-    Random weights alone answer every point with the same noise all over the picture, which no filter could tell apart.
+    Random weights alone answer every point with the same noise all over the image, which no filter could tell apart.
     """
 
     def __init__(self, sam):
@@ -59,10 +59,10 @@ class BlobDecoder(nn.Module):
         levels = torch.tensor([0.85, 0.7, 0.4])[: logits.shape[1], None, None]
         return 80 * (nearness - levels - self.level) + 8 * logits, 0.85 + scores
 
-    def look(self, embedding, places, dense):
+    def compute_image_features(self, embedding, places, dense):
         return View((embedding, places, dense))
 
-    def answer_above(self, view, sparse, masks, min_score, only_best=False):
+    def predict_above(self, view, sparse, masks, min_score, only_best=False):
         """The same numbers to the last bit: what is compared is the generator, not the decoder."""
         embedding, places, dense = view
         logits, scores = self.forward(
@@ -75,7 +75,7 @@ class BlobDecoder(nn.Module):
         is_kept = scores > min_score
         if only_best:
             is_kept &= F.one_hot(scores.argmax(dim=1), scores.shape[1]).bool()
-        return Answers(scores, is_kept, logits[is_kept], tokens=logits.new_zeros(int(is_kept.sum()), 32))
+        return PredictedMasks(scores, is_kept, logits[is_kept], tokens=logits.new_zeros(int(is_kept.sum()), 32))
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def model(sam):
 
 @pytest.fixture(scope="module")
 def image():
-    return draw_scene(0, 0, (96, 128)).image
+    return render_scene(0, 0, (96, 128)).image
 
 
 def describe(masks):
@@ -145,7 +145,7 @@ def describe_reference(sam, image, settings):
     ids=str,
 )
 def test_masks_are_those_of_segment_anything(sam, model, size, changes):
-    image, settings = draw_scene(1, 0, size).image, dataclasses.replace(SETTINGS, **changes)
+    image, settings = render_scene(1, 0, size).image, dataclasses.replace(SETTINGS, **changes)
 
     masks = generate_masks(model, image, settings)
 
@@ -245,7 +245,7 @@ def test_an_encoder_in_bfloat16_finds_nearly_the_same_masks(sam, image):
         ),
     ],
 )
-def test_a_picture_without_masks_says_which_threshold_removed_them(model, image, crop_n_layers, changes, message):
+def test_an_image_without_masks_says_which_threshold_removed_them(model, image, crop_n_layers, changes, message):
     settings = dataclasses.replace(SETTINGS, crop_n_layers=crop_n_layers, min_mask_region_area=9, **changes)
 
     masks = generate_masks(model, image, settings)
@@ -279,7 +279,7 @@ def test_broken_weights_are_named_as_the_reason_for_no_masks(model, image):
     assert re.search("none of the 768 predicted IoUs is a number", masks.report.explain_no_masks(SETTINGS))
 
 
-def test_a_picture_with_fewer_pixels_than_crops_is_searched(model):
+def test_an_image_with_fewer_pixels_than_crops_is_searched(model):
     settings = dataclasses.replace(SETTINGS, crop_n_layers=3, points_per_side=2, pred_iou_thresh=0.0)
 
     masks = generate_masks(model, np.zeros((3, 4, 3), np.uint8), settings)
@@ -287,7 +287,7 @@ def test_a_picture_with_fewer_pixels_than_crops_is_searched(model):
     assert masks.report.candidates > 12
 
 
-def test_a_picture_that_is_too_thin_is_a_defect(model):
+def test_an_image_that_is_too_thin_is_a_defect(model):
     with pytest.raises(Defect, match="4000 x 1 pixels shrink to nothing at 64"):
         generate_masks(model, np.zeros((1, 4000, 3), np.uint8), SETTINGS)
 

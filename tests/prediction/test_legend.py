@@ -3,7 +3,7 @@ import pytest
 
 from finestsam.masks import encode_mask
 from finestsam.prediction.legend import PAPER, add_legend
-from finestsam.prediction.overlay import colour_classes, draw_named_overlay, draw_overlay
+from finestsam.prediction.overlay import colour_classes, render_named_overlay, render_overlay
 
 SIZE = (300, 400)
 NAMES = ["ball", "crate", "größer <b>"]
@@ -14,17 +14,17 @@ def image() -> np.ndarray:
     return np.full((*SIZE, 3), 90, dtype=np.uint8)
 
 
-def draw_mask(rows: slice, columns: slice) -> dict:
+def sample_mask(rows: slice, columns: slice) -> dict:
     mask = np.zeros(SIZE, dtype=bool)
     mask[rows, columns] = True
     return encode_mask(mask)
 
 
 def test_masks_have_the_colours_of_their_categories(image):
-    rles = [draw_mask(slice(20, 100), slice(20, 100)), draw_mask(slice(120, 200), slice(20, 100))]
-    rles.append(draw_mask(slice(20, 100), slice(200, 380)))
+    rles = [sample_mask(slice(20, 100), slice(20, 100)), sample_mask(slice(120, 200), slice(20, 100))]
+    rles.append(sample_mask(slice(20, 100), slice(200, 380)))
 
-    drawn = draw_named_overlay(image, rles, np.array([2, 1, 2]), NAMES, opacity=1.0)
+    drawn = render_named_overlay(image, rles, np.array([2, 1, 2]), NAMES, opacity=1.0)
 
     colours = colour_classes(4)
     assert (drawn[60, 60] == colours[2]).all() and (drawn[60, 300] == colours[2]).all()
@@ -37,10 +37,10 @@ def test_the_legend_hides_nothing_and_has_what_is_there(size):
     mask = encode_mask(np.ones(size, dtype=bool))
     rles, classes = [mask, mask], np.array([1, 3])
 
-    drawn = draw_named_overlay(image, rles, classes, NAMES, opacity=0.5)
+    drawn = render_named_overlay(image, rles, classes, NAMES, opacity=0.5)
 
     colours = colour_classes(4)
-    plain = draw_overlay(image, rles, 0.5, colours[classes])
+    plain = render_overlay(image, rles, 0.5, colours[classes])
     assert (drawn[: size[0], : size[1]] == plain).all() and len(drawn) > size[0]
     strip = drawn[size[0] :].reshape(-1, 3).tolist()
     for number in (1, 3):
@@ -49,7 +49,7 @@ def test_the_legend_hides_nothing_and_has_what_is_there(size):
 
 
 def test_without_masks_there_is_no_legend(image):
-    assert (draw_named_overlay(image, [], np.zeros(0, dtype=int), NAMES, 0.5) == image).all()
+    assert (render_named_overlay(image, [], np.zeros(0, dtype=int), NAMES, 0.5) == image).all()
 
 
 @pytest.mark.parametrize("size", [(300, 400), (20, 30), (900, 100)])

@@ -10,12 +10,12 @@ from conftest import build_vivid_sam, list_shown
 from PIL import Image
 
 from finestsam.cli import main
-from finestsam.data.scenes import draw_scene
-from finestsam.images import write_image
+from finestsam.data.scenes import render_scene
+from finestsam.images.read import write_image
 from finestsam.model.card import Card, write_card
 from finestsam.model.head_file import head_path
 from finestsam.model.semantic_head import SemanticHead
-from finestsam.prediction.predict import name_outputs
+from finestsam.modes.predict import name_outputs
 
 CLASSES = ["background", "disc", "square"]
 
@@ -33,11 +33,11 @@ def weights(tmp_path_factory):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working directory with pictures/ of two."""
+    """A working directory with images/ of two."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for index, size in enumerate([(64, 96), (80, 60)]):
-        write_image(tmp_path / "pictures" / f"scene_{index}.png", draw_scene(0, index, size).image)
+        write_image(tmp_path / "images" / f"scene_{index}.png", render_scene(0, index, size).image)
     return tmp_path
 
 
@@ -53,8 +53,8 @@ def predict(weights, capsys):
     return run
 
 
-def test_each_picture_gets_an_overlay_and_a_label_map(predict, folder):
-    code, out, err = predict("pictures")
+def test_each_image_gets_an_overlay_and_a_label_map(predict, folder):
+    code, out, err = predict("images")
 
     assert (code, err) == (0, "")
     names = ["classes.json", "scene_0.classes.png", "scene_0.png", "scene_1.classes.png", "scene_1.png"]
@@ -64,32 +64,32 @@ def test_each_picture_gets_an_overlay_and_a_label_map(predict, folder):
         assert labels.size == (96, 64) and np.asarray(labels).max() < len(CLASSES)
 
 
-def test_a_broken_picture_fails_a_strict_prediction_after_the_others_are_done(predict, folder):
-    (folder / "pictures/scene_0.png").write_bytes(b"")
+def test_a_broken_image_fails_a_strict_prediction_after_the_others_are_done(predict, folder):
+    (folder / "images/scene_0.png").write_bytes(b"")
 
-    code, _, err = predict("pictures")
-    assert (code, err.count("skipped pictures/scene_0.png: not an image")) == (0, 1)
-    code, out, _ = predict("pictures", strict="true")
+    code, _, err = predict("images")
+    assert (code, err.count("skipped images/scene_0.png: not an image")) == (0, 1)
+    code, out, _ = predict("images", strict="true")
 
-    assert code == 2 and "1 pictures" in out
+    assert code == 2 and "1 images" in out
     assert list_shown(folder / "out") == ["classes.json", "scene_1.classes.png", "scene_1.png"]
 
 
 def test_resume_is_refused_in_one_line(predict, folder):
-    code, _, err = predict("pictures", resume="auto")
+    code, _, err = predict("images", resume="auto")
 
     assert code == 2
-    assert err == "finestsam: --resume: weights with classes for pixels predict every picture anew; leave it out\n"
+    assert err == "finestsam: --resume: weights with classes for pixels predict every image anew; leave it out\n"
 
 
-def test_outputs_beside_the_pictures_are_not_predicted_the_next_time(predict, folder):
-    shutil.copy("pictures/scene_0.png", "pictures/scene_0.jpg")
-    before = set(list_shown(folder / "pictures"))
+def test_outputs_beside_the_images_are_not_predicted_the_next_time(predict, folder):
+    shutil.copy("images/scene_0.png", "images/scene_0.jpg")
+    before = set(list_shown(folder / "images"))
 
-    outs = [predict("pictures", out_dir="pictures")[1] for _ in range(2)]
+    outs = [predict("images", out_dir="images")[1] for _ in range(2)]
 
-    assert all("3 pictures, " in out for out in outs)
-    assert sorted(set(list_shown(folder / "pictures")) - before) == [
+    assert all("3 images, " in out for out in outs)
+    assert sorted(set(list_shown(folder / "images")) - before) == [
         "classes.json",
         "scene_0.finestsam.classes.png",
         "scene_0.finestsam.png",
@@ -101,12 +101,12 @@ def test_outputs_beside_the_pictures_are_not_predicted_the_next_time(predict, fo
 
 
 @pytest.mark.parametrize("names", [("x.jpg", "x.classes.png"), ("x.classes.png", "x.jpg"), ("X.png", "x.CLASSES.png")])
-@pytest.mark.parametrize("out_dir", ["pictures", "out"])
+@pytest.mark.parametrize("out_dir", ["images", "out"])
 def test_a_label_map_and_an_overlay_never_have_the_same_name(folder, names, out_dir):
     (folder / "out").mkdir()
-    paths = [folder / "pictures" / name for name in names]
+    paths = [folder / "images" / name for name in names]
 
     outputs = name_outputs(paths, folder / out_dir, (".png", ".classes.png"))
 
     written = [path.name.casefold() for both in outputs for path in both]
-    assert len(set(written)) == 4 and not set(written) & {name.casefold() for name in names if out_dir == "pictures"}
+    assert len(set(written)) == 4 and not set(written) & {name.casefold() for name in names if out_dir == "images"}

@@ -5,11 +5,11 @@ from torch.nn import functional as F
 from finestsam.model.resample import upscale_logits
 from finestsam.prediction.upscaling import Upscaler, find_boxes, measure_masks
 
-# Input size and size of the picture: larger, smaller, the same, and far smaller than the logits themselves.
+# Input size and size of the image: larger, smaller, the same, and far smaller than the logits themselves.
 FRAMES = [((43, 64), (120, 180)), ((64, 48), (64, 48)), ((64, 64), (64, 64)), ((20, 64), (5, 17)), ((64, 1), (300, 2))]
 
 
-def draw_logits(kind: str) -> torch.Tensor:
+def sample_logits(kind: str) -> torch.Tensor:
     """Logits of 12 masks, 16 x 16: discs, noise that has islands everywhere, nothing, everything."""
     generator = torch.Generator().manual_seed(0)
     y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
@@ -22,7 +22,7 @@ def draw_logits(kind: str) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["discs", "noise", "nothing", "everything"])
 @pytest.mark.parametrize(("input_size", "size"), FRAMES)
 def test_parts_of_masks_are_those_of_masks_upscaled_whole(kind, input_size, size):
-    logits = draw_logits(kind)
+    logits = sample_logits(kind)
     whole = upscale_logits(logits[:, None], 64, input_size, size)[:, 0]
     upscaler = Upscaler(16, 64, input_size, size)
 

@@ -11,12 +11,12 @@ from finestsam.batch import Prompts
 from finestsam.cli import main
 from finestsam.config import build_config
 from finestsam.model.adapt import adapt_
-from finestsam.model.build import build_sam
-from finestsam.model.classes import ClassHead
+from finestsam.model.architectures import build_sam
+from finestsam.model.class_head import ClassHead
 from finestsam.model.load import load_model
 from finestsam.model.sam import FinestSam
 from finestsam.training import validation
-from finestsam.training.schedules import build_optimizer
+from finestsam.training.optim import build_optimizer
 from finestsam.training.trainable import freeze_, trains_encoder
 
 FROZEN = {"model_layer.freeze.image_encoder": True, "model_layer.freeze.prompt_encoder": True}

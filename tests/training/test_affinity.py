@@ -77,7 +77,7 @@ def test_what_is_answered_in_the_padding_or_in_a_crowd_does_not_count(mark):
     torch.testing.assert_close(affinity_loss(changed, labels), affinity_loss(logits, labels))
 
 
-def test_a_picture_that_is_all_padding_has_no_loss():
+def test_an_image_that_is_all_padding_has_no_loss():
     assert affinity_loss(torch.zeros(1, QUESTIONS, SIDE, SIDE), torch.full((1, SIDE, SIDE), PADDING)).item() == 0
 
 

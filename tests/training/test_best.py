@@ -9,7 +9,7 @@ from finestsam.training.best import keep_if_best
 from finestsam.training.run import Progress
 from finestsam.training.step import Stepper
 
-FLOOR = {"val_per_mask_iou": 0.2, "val_generator_ar_100": 0.5, "val_generator_ap": 0.1}
+BASELINE = {"val_per_mask_iou": 0.2, "val_generator_ar_100": 0.5, "val_generator_ap": 0.1}
 BEST = {"val_per_mask_iou": 0.3, "val_generator_ar_100": 0.6, "val_generator_ap": 0.2}
 
 
@@ -18,7 +18,7 @@ def continue_run(metrics: dict[str, float], **settings: object) -> SimpleNamespa
     return SimpleNamespace(
         config=build_config(settings),
         stepper=SimpleNamespace(metric=Stepper.metric, default_metrics=Stepper.default_metrics),
-        progress=Progress(floor=FLOOR, best=BEST, metrics=metrics),
+        progress=Progress(baseline=BASELINE, best=BEST, metrics=metrics),
         val_loader=object(),
         is_first_rank=False,
     )

@@ -14,11 +14,11 @@ from conftest import files_limited_to, list_names
 
 from finestsam.errors import UserError
 from finestsam.model.saving import CheckpointNotSaved
+from finestsam.runtime.whole_files import remove_unfinished
 from finestsam.training import run_folder
 from finestsam.training.checkpoint import TopWeights, load_state, save_last
 from finestsam.training.random_state import random_state, restore_random_state
 from finestsam.training.run_folder import create_run_folder
-from finestsam.whole_files import remove_unfinished
 
 WEIGHTS = {"image_encoder.pos_embed": torch.ones(1)}
 

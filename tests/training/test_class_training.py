@@ -1,4 +1,4 @@
-"""The task classes from training to prediction, on the smallest model and drawn pictures of two categories."""
+"""The task classes from training to prediction, on the smallest model and drawn images of two categories."""
 
 import copy
 import csv
@@ -19,15 +19,15 @@ from finestsam.data.categories import number_categories
 from finestsam.data.dataset import SampleDataset, SampleSettings
 from finestsam.data.index import Record
 from finestsam.data.read import read_training_set
-from finestsam.model.build import build_sam
-from finestsam.model.classes import ClassHead
+from finestsam.model.architectures import build_sam
+from finestsam.model.class_head import ClassHead
 from finestsam.model.head_file import head_path
 from finestsam.model.load import load_model
 from finestsam.model.sam import FinestSam
-from finestsam.prediction.precompute import Embedder
+from finestsam.prediction.embedder import Embedder
 from finestsam.training.classes import ClassStepper, _mean_best_and_others, fit_classes, weigh_classes
 from finestsam.training.losses import object_losses
-from finestsam.training.schedules import build_optimizer
+from finestsam.training.optim import build_optimizer
 from finestsam.training.trainable import freeze_
 
 TASK = "--task=classes"
@@ -236,16 +236,16 @@ def test_the_gradient_is_that_of_the_mean_loss_of_masks_and_classes(tiny_sam, sh
         for row, own in enumerate(sample.object_classes):
             others = []
             for mask in range(3):
-                chances = predictions.class_logits[row, mask].log_softmax(0)
+                probabilities = predictions.class_logits[row, mask].log_softmax(0)
                 iou = losses.ious[row, mask]
                 if mask == losses.best[row]:
-                    best = -weights[own] * chances[own]
+                    best = -weights[own] * probabilities[own]
                 elif iou >= 0.5:
-                    others.append(-weights[own] * chances[own])
+                    others.append(-weights[own] * probabilities[own])
                 elif fitting[row, mask] > 0:
-                    others.append(-weights[fitting[row, mask]] * chances[fitting[row, mask]])
+                    others.append(-weights[fitting[row, mask]] * probabilities[fitting[row, mask]])
                 elif fitting[row, mask] == 0 and iou < 0.3:
-                    others.append(-chances[0])
+                    others.append(-probabilities[0])
             total = total + losses.total[row] + 2.0 * ((best + sum(others) / len(others)) / 2 if others else best)
         background = plain(embedding, sample.background)
         targets = fit_classes(background.logits, sample)

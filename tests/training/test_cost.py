@@ -14,16 +14,16 @@ from finestsam.config import DatasetConfig, build_config
 from finestsam.data.dataset import SampleDataset, SampleSettings
 from finestsam.data.read import read_training_set
 from finestsam.data.semantic import number_classes
-from finestsam.model.build import build_sam
+from finestsam.model.architectures import build_sam
 from finestsam.model.sam import FinestSam
 from finestsam.model.semantic_head import SemanticHead
-from finestsam.prediction.precompute import Embedder
+from finestsam.prediction.embedder import Embedder
 from finestsam.training.affinity import AffinityHead
 from finestsam.training.cost import describe_cost
+from finestsam.training.image_step import AffinityStepper
 from finestsam.training.memory import list_savings
-from finestsam.training.picture_step import AffinityStepper
+from finestsam.training.optim import build_optimizer
 from finestsam.training.probe import USABLE_SHARE, MemoryNeed, measure_need
-from finestsam.training.schedules import build_optimizer
 from finestsam.training.semantic import SemanticStepper
 from finestsam.training.step import Stepper
 from finestsam.training.trainable import freeze_
@@ -131,7 +131,7 @@ def test_where_there_is_room_a_frozen_encoder_could_train_in_part_or_whole(scene
     assert "all of the image encoder could train as well, --model_layer.freeze.image_encoder false" in said[2][0]
 
 
-def test_where_an_encoder_trains_there_may_be_room_for_more_pictures_or_for_no_recomputing(tiny_need):
+def test_where_an_encoder_trains_there_may_be_room_for_more_images_or_for_no_recomputing(tiny_need):
     stepper, need = tiny_need
     total = need.fixed_bytes + need.object_bytes
     free = int((total + 4.5 * need.encoder_bytes) / USABLE_SHARE)
@@ -142,7 +142,7 @@ def test_where_an_encoder_trains_there_may_be_room_for_more_pictures_or_for_no_r
     assert "--model_layer.recompute_encoder false is faster" in describe_cost(recomputing, need, 1, 10**10)[1]
 
 
-def test_without_a_picture_to_try_the_weights_are_counted(tiny_need):
+def test_without_an_image_to_try_the_weights_are_counted(tiny_need):
     stepper, _ = tiny_need
 
     (line,) = describe_cost(stepper, None, 16, 10**9)

@@ -12,7 +12,7 @@ from finestsam.cli import main
 from finestsam.config import build_config
 from finestsam.data.dataset import SampleDataset, SampleSettings
 from finestsam.model.adapt import adapt_
-from finestsam.model.build import build_sam
+from finestsam.model.architectures import build_sam
 from finestsam.model.fft_attention import list_blocks
 from finestsam.model.load import load_model
 from finestsam.model.lora import list_lora
@@ -93,10 +93,10 @@ def test_a_run_saves_what_it_trained_and_prediction_uses_it(scenes, original, tm
     saved = torch.load(run / "best.pth", weights_only=True)
     assert list_blocks(saved) == [0, 1]
     last = torch.load(run / "last.ckpt", weights_only=True)["model"]
-    picture = next((scenes / "data" / "images").glob("*"))
+    image = next((scenes / "data" / "images").glob("*"))
     written = []
     for name in ("one", "two"):
-        arguments = ["--mode=predict", f"--input={picture}", f"--sav_dir={tmp_path / 'sav'}", "--device=cpu"]
+        arguments = ["--mode=predict", f"--input={image}", f"--sav_dir={tmp_path / 'sav'}", "--device=cpu"]
         arguments += ["--generator.pred_iou_thresh=0", "--generator.stability_score_thresh=0"]
         assert main([*arguments, f"--out_dir={tmp_path / name}"]) == 0
         written.append((tmp_path / name / "predictions.json").read_text())

@@ -16,10 +16,11 @@ import torch
 from conftest import FROM_SCRATCH, read_only, run_training
 
 from finestsam.cli import main
-from finestsam.interruption import WATCHED
 from finestsam.model import saving
-from finestsam.training import checkpoint, numbers, pace, step, train, validation
+from finestsam.runtime.signals import WATCHED
+from finestsam.training import checkpoint, numbers, step, train, validation
 from finestsam.training import run as training_run
+from finestsam.training import time_budget as pace
 from finestsam.training.run_folder import lock_run
 
 FLAGS = ["--num_epochs=2", "--dataset.val_size=0.4", "--generator.points_per_side=4"]
@@ -96,7 +97,7 @@ TRAIN, VALIDATION = "finestsam.training.train.", "finestsam.training.validation.
         (TRAIN + "save_last", 2, signal.SIGINT),
     ],
     ids=[
-        "floor", "floor's generator", "step", "validation", "validation's generator", "last validation", "saving",
+        "baseline", "baseline's generator", "step", "validation", "validation's generator", "last validation", "saving",
     ],
 )  # fmt: skip
 def test_a_signal_at_any_place_of_a_run_loses_nothing(
@@ -234,7 +235,7 @@ def test_a_mistake_of_the_user_is_no_crash(scenes, tmp_path, monkeypatch):
 
 
 def spoil_losses(monkeypatch, first: int, last: int = 10**9) -> None:
-    """Make the loss of no number from the n-th picture on."""
+    """Make the loss of no number from the n-th image on."""
     original, calls = step.object_losses, []
 
     def spoiled(*arguments):
@@ -326,21 +327,21 @@ def test_figures_that_are_no_numbers_make_no_best_weights(scenes, tmp_path, monk
 
 
 @pytest.mark.parametrize("task", ["masks", "semantic"])
-def test_pictures_that_break_in_the_middle_of_a_run_are_named_and_leave_no_figures(
+def test_images_that_break_in_the_middle_of_a_run_are_named_and_leave_no_figures(
     scenes, tmp_path, monkeypatch, capsys, task
 ):
     shutil.copytree(scenes, tmp_path / "scenes")
     count_step, broken = train._count_step, []
 
-    def break_pictures(run, *arguments):
+    def break_images(run, *arguments):
         count_step(run, *arguments)
         for record in run.data.val:
             record.path.write_bytes(b"")
             broken.append(record.file_name)
 
-    monkeypatch.setattr(train, "_count_step", break_pictures)
+    monkeypatch.setattr(train, "_count_step", break_images)
 
-    assert start(tmp_path / "scenes", tmp_path, f"--task={task}", "--evaluate.battery=true") == 0
+    assert start(tmp_path / "scenes", tmp_path, f"--task={task}", "--evaluate.all_prompts=true") == 0
 
     error = capsys.readouterr().err
     assert broken and all(f"skipped: {name}: not an image but an empty file" in error for name in broken)
@@ -510,11 +511,11 @@ def test_a_changed_rate_or_batch_size_is_told_with_the_one_that_wins(stopped, ca
         "warning: --resume: batch_size: 2 from here on, 1 before",
         "warning: --resume: opt.learning_rate 1e-05: the run goes on with 0.001, which its optimizer holds",
         "warning: --resume: opt.clip_norm: 2.0 from here on, 1.0 before",
-        "warning: --resume: 2 pictures a step from here on, 1 before: not what an unbroken run learns",
+        "warning: --resume: 2 images a step from here on, 1 before: not what an unbroken run learns",
     ]
     state = torch.load(stopped / "run" / "last.ckpt", weights_only=True)
     assert state["optimizer"]["param_groups"][0]["initial_lr"] == 1e-3
-    # One picture of four is done: of two pictures a step none is, and the first step begins with it again.
+    # One image of four is done: of two images a step none is, and the first step begins with it again.
     assert state["progress"]["batches_done"] == 1
 
 

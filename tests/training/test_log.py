@@ -7,7 +7,7 @@ from finestsam.errors import UserError
 from finestsam.training.log import COLUMNS, RunLog, describe_epoch, read_metrics
 
 KNOWN = {"val_per_mask_iou": 0.21}
-FLOOR = {"epoch": 0, "step": 0, "val_per_mask_iou": 0.21, "val_per_mask_dice": 0.3, "val_best_iou": 0.4}
+BASELINE = {"epoch": 0, "step": 0, "val_per_mask_iou": 0.21, "val_per_mask_dice": 0.3, "val_best_iou": 0.4}
 
 
 def make_row(epoch: int, **others: float | None) -> dict[str, float | None]:
@@ -27,7 +27,7 @@ def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_every_epoch_has_a_row_and_the_untouched_model_only_its_validation(tmp_path):
     log = RunLog(tmp_path)
-    log.log_epoch(FLOOR)
+    log.log_epoch(BASELINE)
     log.log_epoch(make_row(1, learning_rate=4e-05, step=1234567))
     with (tmp_path / "metrics.csv").open() as file:
         header, first, second = csv.reader(file)
@@ -68,7 +68,7 @@ def test_a_resumed_run_loses_and_doubles_no_row(tmp_path, resumed_epoch):
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     unbroken.mkdir()
     broken.mkdir()
-    rows = [FLOOR, *(make_row(epoch, iou=1 / (epoch + 2)) for epoch in range(1, 6))]
+    rows = [BASELINE, *(make_row(epoch, iou=1 / (epoch + 2)) for epoch in range(1, 6))]
     log = RunLog(unbroken)
     for row in rows:
         log.log_epoch(row)
@@ -184,7 +184,7 @@ def test_without_tensorboard_the_log_is_silent(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(f"lightning.fabric.loggers.tensorboard._{package}_AVAILABLE", False)
     log = RunLog(tmp_path)
     log.log_step(1, {"total_loss": 1.0})
-    log.log_epoch(FLOOR)
+    log.log_epoch(BASELINE)
     log.close()
     assert capsys.readouterr().err == ""
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
@@ -195,7 +195,7 @@ def test_an_epoch_and_its_validation_are_said_beside_the_baseline(tmp_path, caps
     row |= {"val_generator_ap": 0.44, "val_generator_masks": 7.25, "val_generator_objects": 6.9}
     RunLog(tmp_path, num_epochs=30).log_epoch(
         {"epoch": 3, "step": 108, "validation_seconds": 6.0, **row},
-        floor={"val_per_mask_iou": 0.21, "val_generator_ap": 0.1, "val_generator_masks": 20},
+        baseline={"val_per_mask_iou": 0.21, "val_generator_ap": 0.1, "val_generator_masks": 20},
     )
     assert capsys.readouterr().out.splitlines() == [
         "epoch 3/30 step 108 loss 0.412 iou 0.61 lr 4.0e-05 12.3 s",
@@ -205,9 +205,9 @@ def test_an_epoch_and_its_validation_are_said_beside_the_baseline(tmp_path, caps
 
 
 @pytest.mark.parametrize(
-    ("row", "floor", "line"),
+    ("row", "baseline", "line"),
     [
-        (FLOOR, KNOWN, "baseline, the weights that training starts from: point IoU 0.21"),
+        (BASELINE, KNOWN, "baseline, the weights that training starts from: point IoU 0.21"),
         ({"epoch": 1, "step": 2, "total_loss": 1.0}, KNOWN, "epoch 1 step 2 loss 1.000"),
         (
             {"epoch": 1, "step": 2, "val_per_mask_iou": 0.1},
@@ -217,5 +217,5 @@ def test_an_epoch_and_its_validation_are_said_beside_the_baseline(tmp_path, caps
         ({"epoch": 1, "step": 2, "val_per_mask_iou": 0.1}, None, "epoch 1 step 2\n  validation: point IoU 0.10"),
     ],
 )
-def test_the_lines_of_an_epoch_lack_what_was_not_measured(row, floor, line):
-    assert describe_epoch(dict.fromkeys(COLUMNS) | row, floor=floor) == line
+def test_the_lines_of_an_epoch_lack_what_was_not_measured(row, baseline, line):
+    assert describe_epoch(dict.fromkeys(COLUMNS) | row, baseline=baseline) == line

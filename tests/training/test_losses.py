@@ -6,7 +6,7 @@ import torch
 
 from finestsam.batch import Predictions, Prompts, Sample
 from finestsam.config import LossesConfig
-from finestsam.images import shrink_mask
+from finestsam.images.read import shrink_mask
 from finestsam.masks import encode_mask
 from finestsam.model.resample import upscale_logits
 from finestsam.training import losses as module
@@ -15,7 +15,7 @@ from finestsam.training.losses import dice_loss, focal_loss, measure_overlap, ob
 ORIGINAL_SIZE, INPUT_SIZE, IMAGE_SIZE = (90, 120), (48, 64), 64
 
 
-def draw_pair(seed: int = 0, scale: float = 4.0) -> tuple[torch.Tensor, torch.Tensor]:
+def render_pair(seed: int = 0, scale: float = 4.0) -> tuple[torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(seed)
     logits = torch.randn(5, 20, 30, generator=draw) * scale
     return logits, (torch.rand(5, 20, 30, generator=draw) > 0.6).float()
@@ -24,7 +24,7 @@ def draw_pair(seed: int = 0, scale: float = 4.0) -> tuple[torch.Tensor, torch.Te
 @pytest.mark.parametrize("alpha", [-1.0, 0.25, 0.8])
 @pytest.mark.parametrize("gamma", [0.0, 1.5, 2.0])
 def test_focal_loss_is_the_papers_formula_in_float64(alpha, gamma):
-    logits, targets = draw_pair()
+    logits, targets = render_pair()
     x, t = logits.double(), targets.double()
     p = 1 / (1 + torch.exp(-x))
     p_t = p * t + (1 - p) * (1 - t)
@@ -35,7 +35,7 @@ def test_focal_loss_is_the_papers_formula_in_float64(alpha, gamma):
 
 
 def test_dice_loss_is_the_formula_in_float64():
-    logits, targets = draw_pair()
+    logits, targets = render_pair()
     p, t = torch.sigmoid(logits.double()), targets.double()
     expected = 1 - (2 * (p * t).sum((1, 2)) + 1) / (p.sum((1, 2)) + t.sum((1, 2)) + 1)
 
@@ -55,7 +55,7 @@ def test_losses_of_extreme_logits_and_empty_masks_are_numbers():
 
 
 def test_overlap_is_counted_pixel_by_pixel_and_defined_for_empty_masks():
-    logits, targets = draw_pair()
+    logits, targets = render_pair()
     masks, truth = logits.numpy() > 0, targets.numpy() > 0.5
 
     iou, dice = measure_overlap(logits, targets)

@@ -6,14 +6,14 @@ import cv2
 import numpy as np
 import pytest
 
-from finestsam.training.plots import COLORS, LEGEND_WIDTH, TITLES, VALIDATION, draw_curves
+from finestsam.training.plots import COLORS, LEGEND_WIDTH, TITLES, VALIDATION, plot_curves
 
 NAMES = [*TITLES, "all_metrics"]
-FLOOR = {"epoch": 0, "step": 0, "val_per_mask_iou": 0.4}
+BASELINE = {"epoch": 0, "step": 0, "val_per_mask_iou": 0.4}
 
 
 def make_rows(epochs: int) -> list[dict[str, float | None]]:
-    rows = [dict(FLOOR)]
+    rows = [dict(BASELINE)]
     for epoch in range(1, epochs + 1):
         values = {name: 0.1 + place / 20 + 1 / epoch for place, name in enumerate(TITLES)}
         rows.append(values | {"epoch": epoch, "step": 5 * epoch, "val_per_mask_iou": 0.9 - 1 / (epoch + 1)})
@@ -21,8 +21,8 @@ def make_rows(epochs: int) -> list[dict[str, float | None]]:
 
 
 def draw(rows: list, folder: Path) -> dict[str, np.ndarray]:
-    """Draw and return {name: picture, H x W x 3, RGB}."""
-    return {path.stem: cv2.imread(str(path))[..., ::-1] for path in draw_curves(rows, folder)}
+    """Draw and return {name: image, H x W x 3, RGB}."""
+    return {path.stem: cv2.imread(str(path))[..., ::-1] for path in plot_curves(rows, folder)}
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +35,13 @@ def count_pixels(image: np.ndarray, color: str) -> int:
     return int((np.abs(image.astype(int) - rgb).max(axis=-1) < 20).sum())
 
 
-def test_every_curve_has_a_picture_and_there_is_one_of_all(tmp_path):
-    paths = draw_curves(make_rows(5), tmp_path)
+def test_every_curve_has_an_image_and_there_is_one_of_all(tmp_path):
+    paths = plot_curves(make_rows(5), tmp_path)
     assert paths == [tmp_path / "plots" / f"{name}.png" for name in NAMES]
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == sorted(path.name for path in paths)
 
 
-def test_a_curve_is_drawn_in_its_own_color_in_both_pictures(images):
+def test_a_curve_is_drawn_in_its_own_color_in_both_images(images):
     for name in ("focal_loss", "dice_loss", "iou_loss", "iou", "predicted_iou"):
         assert count_pixels(images[name], COLORS[name]) > 200
         assert count_pixels(images["all_metrics"], COLORS[name]) > 200
@@ -87,9 +87,9 @@ def test_the_baseline_is_a_line_through_the_whole_panel(images, tmp_path):
     assert count_columns(images["iou"]) > 200 > 60 > count_columns(without)
 
 
-@pytest.mark.parametrize("floor", [[FLOOR], []], ids=["beside a baseline", "alone"])
-def test_the_total_loss_is_drawn_whole_where_nothing_else_was_measured(tmp_path, floor):
-    rows = [*floor, *({"epoch": epoch, "step": epoch, "total_loss": 1 / epoch} for epoch in range(1, 9))]
+@pytest.mark.parametrize("baseline", [[BASELINE], []], ids=["beside a baseline", "alone"])
+def test_the_total_loss_is_drawn_whole_where_nothing_else_was_measured(tmp_path, baseline):
+    rows = [*baseline, *({"epoch": epoch, "step": epoch, "total_loss": 1 / epoch} for epoch in range(1, 9))]
     image = draw(rows, tmp_path)["all_metrics"]
     height, width = image.shape[:2]
     within = image[int(0.05 * height) : int(0.27 * height), int(0.12 * width) : int(0.7 * width)]  # no axes, no words
@@ -100,10 +100,10 @@ def test_the_total_loss_is_drawn_whole_where_nothing_else_was_measured(tmp_path,
     "rows",
     [
         [],
-        [FLOOR],
+        [BASELINE],
         [{"epoch": 1, "step": 2, "total_loss": 0.5}],
         make_rows(1),
-        [FLOOR, {"epoch": 1, "step": 2, "total_loss": 0.5, "iou": None, "learning_rate": 0.0}],
+        [BASELINE, {"epoch": 1, "step": 2, "total_loss": 0.5, "iou": None, "learning_rate": 0.0}],
         [row | ({"val_per_mask_iou": None} if row["epoch"] % 3 else {"iou_loss": None}) for row in make_rows(4)],
     ],
     ids=["no row", "the baseline", "one value", "one epoch", "no rate", "gaps"],
@@ -123,7 +123,7 @@ def test_many_epochs_are_drawn_as_a_line_without_points(tmp_path):
 def test_drawing_leaves_pyplot_and_the_settings_of_a_notebook_alone(tmp_path):
     script = (
         "import sys, matplotlib; from pathlib import Path; before = [*dict.items(matplotlib.rcParams)];"
-        "from finestsam.training.plots import draw_curves; draw_curves([], Path(sys.argv[1]));"
+        "from finestsam.training.plots import plot_curves; plot_curves([], Path(sys.argv[1]));"
         "assert 'matplotlib.pyplot' not in sys.modules; assert [*dict.items(matplotlib.rcParams)] == before"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
@@ -133,4 +133,4 @@ def test_drawing_leaves_pyplot_and_the_settings_of_a_notebook_alone(tmp_path):
 def test_a_place_that_cannot_be_written_is_an_os_error_for_the_caller(tmp_path):
     (tmp_path / "plots").touch()
     with pytest.raises(OSError, match="exists"):
-        draw_curves(make_rows(1), tmp_path)
+        plot_curves(make_rows(1), tmp_path)

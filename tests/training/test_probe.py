@@ -11,10 +11,10 @@ from finestsam.data.index import Record
 from finestsam.data.read import read_training_set
 from finestsam.data.scenes import write_scenes
 from finestsam.errors import UserError
-from finestsam.prediction.precompute import Embedder
+from finestsam.prediction.embedder import Embedder
 from finestsam.training import probe
+from finestsam.training.optim import build_optimizer
 from finestsam.training.probe import choose_chunk_objects, find_free_bytes, measure_need
-from finestsam.training.schedules import build_optimizer
 from finestsam.training.step import Stepper
 from finestsam.training.trainable import freeze_
 
@@ -39,7 +39,7 @@ def dataset(records) -> SampleDataset:
     return SampleDataset(records, SampleSettings(64, 16, 0, config.prompts, config.dataset))
 
 
-def test_the_heaviest_picture_is_tried(make_stepper, dataset):
+def test_the_heaviest_image_is_tried(make_stepper, dataset):
     need = measure_need(make_stepper(), dataset)
 
     assert len(need.sample) == max(len(record.annotations) for record in dataset.records)
@@ -48,7 +48,7 @@ def test_the_heaviest_picture_is_tried(make_stepper, dataset):
 @pytest.mark.parametrize(
     ("resolution", "max_objects", "side"), [("original", 0, 400), ("low", 0, 96), ("low", 4, 400), ("input", 0, 96)]
 )
-def test_the_heaviest_picture_has_the_most_pixels_of_masks(make_stepper, tmp_path, resolution, max_objects, side):
+def test_the_heaviest_image_has_the_most_pixels_of_masks(make_stepper, tmp_path, resolution, max_objects, side):
     small, large = (read_scene(tmp_path / str(size), size) for size in (96, 400))
     small, large = (
         replace(record, annotations=record.annotations[:1] * count) for record, count in ((small, 12), (large, 5))
@@ -90,7 +90,7 @@ def test_what_is_freed_on_the_way_does_not_count():
     assert probe._try(work, {weight.untyped_storage().data_ptr()})[0] == 100 * 4
 
 
-def test_pictures_of_one_object_are_tried_as_well(make_stepper, dataset):
+def test_images_of_one_object_are_tried_as_well(make_stepper, dataset):
     alone = [replace(record, annotations=record.annotations[:1]) for record in dataset.records]
 
     need = measure_need(make_stepper(), SampleDataset(alone, dataset.settings))
@@ -123,7 +123,7 @@ def test_corrections_need_more_for_an_object_than_its_first_answer(make_stepper,
     assert corrected > plain
 
 
-def test_a_training_encoder_and_more_pictures_need_more(make_stepper, dataset):
+def test_a_training_encoder_and_more_images_need_more(make_stepper, dataset):
     thawed = {"model_layer__freeze__image_encoder": False}
     needs = [
         measure_need(make_stepper(**values), dataset).fixed_bytes
@@ -179,7 +179,7 @@ FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
 
 @pytest.mark.parametrize("call", [0, 1])
-def test_a_picture_that_cannot_even_be_tried_is_named_with_what_needs_less(make_stepper, dataset, monkeypatch, call):
+def test_an_image_that_cannot_even_be_tried_is_named_with_what_needs_less(make_stepper, dataset, monkeypatch, call):
     fail_at(monkeypatch, call, FULL)
 
     with pytest.raises(

@@ -35,7 +35,7 @@ def test_changed_data_are_refused_with_the_difference(data, tmp_path):
     (tmp_path / SPLIT).write_text(json.dumps(before, indent=1))
     data.train.reverse()
 
-    with pytest.raises(UserError, match=rf"{REFUSED} \(the order of the pictures\); start a new run"):
+    with pytest.raises(UserError, match=rf"{REFUSED} \(the order of the images\); start a new run"):
         refuse_other_dataset(tmp_path, {"dataset": hash_fingerprint(before)}, take_fingerprint(data))
 
     name = data.val.pop().file_name
@@ -97,7 +97,7 @@ MISFITS = [
     (("progress", "generator"), {"points_per_side": 10**9}),
     (("random", "torch"), torch.zeros(3)), (("random", "python"), (3, (1, 2), None)), (("random", "numpy"), {}),
     (("config",), "{"), (("config",), "[]"), (("config",), "{}"), (("config",), "[" * 99_999), (("categories",), 7),
-    (("class_head",), []), (("pictures_per_batch",), 0), (("pictures_per_batch",), "2"),
+    (("class_head",), []), (("images_per_batch",), 0), (("images_per_batch",), "2"),
 ]  # fmt: skip
 
 

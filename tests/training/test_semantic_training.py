@@ -16,7 +16,7 @@ from finestsam.cli import main
 from finestsam.config import SemanticConfig, build_config
 from finestsam.data.semantic import IGNORED
 from finestsam.errors import UserError
-from finestsam.model.build import build_sam
+from finestsam.model.architectures import build_sam
 from finestsam.model.head_file import head_path
 from finestsam.model.load import load_model
 from finestsam.model.resample import upscale_logits
@@ -77,19 +77,19 @@ def test_a_resumed_run_matches_an_unbroken_one(scenes, tmp_path, frozen):
 
 
 def test_prediction_writes_overlays_label_maps_and_their_legend(finished, scenes, tmp_path):
-    pictures = scenes / "data" / "images"
-    arguments = ["--mode=predict", f"--input={pictures}", f"--model.checkpoint={finished}", "--device=cpu"]
+    images = scenes / "data" / "images"
+    arguments = ["--mode=predict", f"--input={images}", f"--model.checkpoint={finished}", "--device=cpu"]
 
     assert main([*arguments, f"--out_dir={tmp_path}"]) == 0
 
     card = json.loads((finished / "best.json").read_text())
     legend = json.loads((tmp_path / "classes.json").read_text())
     assert [entry["name"] for entry in legend] == card["classes"]
-    for picture in pictures.iterdir():
-        with Image.open(picture) as one, Image.open(tmp_path / f"{picture.stem}.classes.png") as labels:
+    for image in images.iterdir():
+        with Image.open(image) as one, Image.open(tmp_path / f"{image.stem}.classes.png") as labels:
             assert labels.size == one.size
             assert np.asarray(labels).max() < len(legend)
-        with Image.open(tmp_path / f"{picture.stem}.png") as overlay:
+        with Image.open(tmp_path / f"{image.stem}.png") as overlay:
             assert overlay.size == labels.size
 
 
@@ -191,7 +191,7 @@ def test_a_frozen_encoder_is_asked_once(scenes, tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache" / "embeddings").rglob("*.f16"))) == 6
 
 
-def test_a_head_sees_no_other_picture_of_its_batch():
+def test_a_head_sees_no_other_image_of_its_batch():
     torch.manual_seed(0)
     head = SemanticHead(32, 5)
     embeddings = torch.randn(3, 32, 4, 4)
@@ -237,26 +237,26 @@ def test_classes_in_bands_are_those_of_all_logits_at_once(tiny_sam):
 def test_losses_are_those_of_the_definitions():
     draw = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 3, 4, 5, generator=draw, dtype=torch.float64)
-    labels = torch.randint(-1, 2, (2, 4, 5), generator=draw)  # class 2 is in no picture
+    labels = torch.randint(-1, 2, (2, 4, 5), generator=draw)  # class 2 is in no image
 
     found = measure_classes(logits, labels, SemanticConfig(cross_entropy_ratio=2.0, dice_ratio=3.0))
 
-    for picture in range(2):
-        counted = labels[picture] != IGNORED
-        chances = logits[picture].softmax(0)[:, counted]
-        truth = labels[picture][counted]
-        entropy = -chances.gather(0, truth[None]).log().mean()
+    for image in range(2):
+        counted = labels[image] != IGNORED
+        probabilities = logits[image].softmax(0)[:, counted]
+        truth = labels[image][counted]
+        entropy = -probabilities.gather(0, truth[None]).log().mean()
         dices = []
         for number in (0, 1):
             inside = (truth == number).double()
-            both = 2 * (chances[number] * inside).sum() + 1
-            dices.append(1 - both / (chances[number].sum() + inside.sum() + 1))
-        expected = [2 * entropy, 3 * sum(dices) / 2, (chances.argmax(0) == truth).double().mean()]
-        torch.testing.assert_close(found[picture, 1:], torch.stack(expected))
-        torch.testing.assert_close(found[picture, 0], expected[0] + expected[1])
+            both = 2 * (probabilities[number] * inside).sum() + 1
+            dices.append(1 - both / (probabilities[number].sum() + inside.sum() + 1))
+        expected = [2 * entropy, 3 * sum(dices) / 2, (probabilities.argmax(0) == truth).double().mean()]
+        torch.testing.assert_close(found[image, 1:], torch.stack(expected))
+        torch.testing.assert_close(found[image, 0], expected[0] + expected[1])
 
 
-def test_a_picture_without_labels_teaches_nothing():
+def test_an_image_without_labels_teaches_nothing():
     logits = torch.randn(1, 3, 4, 4, requires_grad=True)
     labels = torch.full((1, 4, 4), IGNORED)
 

@@ -12,12 +12,12 @@ from finestsam.data.previous_logits import PreviousLogits
 from finestsam.errors import UserError
 from finestsam.masks import decode_rle
 from finestsam.model.adapt import adapt_
-from finestsam.out_of_memory import is_out_of_memory, naming_what_needs_less
-from finestsam.prediction.correction import add_clicks, show_preferred
-from finestsam.prediction.precompute import Embedder
+from finestsam.prediction.clicks import add_clicks, show_preferred
+from finestsam.prediction.embedder import Embedder
+from finestsam.runtime.memory import is_out_of_memory, naming_what_needs_less
 from finestsam.training.losses import ObjectLosses, object_losses
 from finestsam.training.memory import OutOfMemory
-from finestsam.training.schedules import build_optimizer
+from finestsam.training.optim import build_optimizer
 from finestsam.training.step import Stepper
 from finestsam.training.trainable import freeze_
 
@@ -291,7 +291,7 @@ DROPPING = {"model_layer.freeze.image_encoder": True, "model_layer.lora.rank": 2
 def test_a_step_that_runs_out_of_memory_is_taken_again_with_fewer_objects_at_a_time(tiny_sam, records, values, capsys):
     batches = make_batches(records, **values)
     steppers = [make_stepper(tiny_sam, chunk_objects=chunk, **values) for chunk in (8, 2)]
-    run_out_of_memory(steppers[0], objects=2, first=2)  # the first picture has left a gradient by then
+    run_out_of_memory(steppers[0], objects=2, first=2)  # the first image has left a gradient by then
 
     results = []
     for stepper in steppers:
@@ -308,7 +308,7 @@ def test_a_step_that_runs_out_of_memory_is_taken_again_with_fewer_objects_at_a_t
     assert all(torch.equal(value["exp_avg"], moments[1][key]["exp_avg"]) for key, value in moments[0].items())
 
 
-def test_a_step_that_does_not_fit_at_all_names_its_pictures_and_changes_nothing(tiny_sam, batches):
+def test_a_step_that_does_not_fit_at_all_names_its_images_and_changes_nothing(tiny_sam, batches):
     stepper = make_stepper(tiny_sam, chunk_objects=4)
     run_out_of_memory(stepper, objects=0, first=2)
     before = copy.deepcopy(stepper.model.state_dict())
@@ -349,7 +349,7 @@ def spoil_losses(monkeypatch, spoil) -> None:
     monkeypatch.setattr("finestsam.training.step.object_losses", spoiled)
 
 
-def test_the_picture_whose_loss_is_not_finite_is_suspected(tiny_sam, batches, monkeypatch):
+def test_the_image_whose_loss_is_not_finite_is_suspected(tiny_sam, batches, monkeypatch):
     stepper = make_stepper(tiny_sam, chunk_objects=500)
     spoil_losses(monkeypatch, lambda losses: replace(losses, total=losses.total * float("nan")))
     before = copy.deepcopy(stepper.model.state_dict())
@@ -357,11 +357,11 @@ def test_the_picture_whose_loss_is_not_finite_is_suspected(tiny_sam, batches, mo
     _, _, is_finite, _ = stepper.step(batches, epoch=0, wants_stop=False)
 
     assert not is_finite
-    assert stepper.suspects == [batches[0].samples[1].file_name]
+    assert stepper.nonfinite_images == [batches[0].samples[1].file_name]
     assert all(torch.equal(value, before[name]) for name, value in stepper.model.state_dict().items())
     monkeypatch.undo()
     assert stepper.step(batches, epoch=0, wants_stop=False)[2]
-    assert stepper.suspects == []
+    assert stepper.nonfinite_images == []
 
 
 def test_a_loss_that_is_not_finite_is_not_learnt_from_though_its_gradient_is(tiny_sam, batches, monkeypatch):
@@ -373,13 +373,13 @@ def test_a_loss_that_is_not_finite_is_not_learnt_from_though_its_gradient_is(tin
     assert stepper.optimizer.state_dict()["state"] == {}
 
 
-def test_a_gradient_that_overflows_though_no_loss_does_puts_all_pictures_under_suspicion(tiny_sam, batches):
+def test_a_gradient_that_overflows_though_no_loss_does_puts_all_images_under_suspicion(tiny_sam, batches):
     stepper = make_stepper(tiny_sam)
     weight = stepper.model.sam.mask_decoder.iou_token.weight
     weight.register_hook(lambda gradient: gradient * float("inf"))
 
     assert not stepper.step(batches, epoch=0, wants_stop=False)[2]
-    assert stepper.suspects == [sample.file_name for batch in batches for sample in batch.samples]
+    assert stepper.nonfinite_images == [sample.file_name for batch in batches for sample in batch.samples]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

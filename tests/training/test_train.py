@@ -17,7 +17,7 @@ from conftest import FROM_SCRATCH, run_training
 
 from finestsam.cli import main
 from finestsam.config import GENERATOR_DEFAULTS, build_config
-from finestsam.model.build import build_sam
+from finestsam.model.architectures import build_sam
 from finestsam.model.load import load_model
 from finestsam.model.sam import FinestSam
 from finestsam.training.hints import list_mismatches, warn_of_cpu, warn_of_schedule
@@ -45,7 +45,7 @@ def assert_same_weights(one: Path, other: Path, **tolerance: float) -> None:
 
 @pytest.fixture(scope="module")
 def finished(scenes, tmp_path_factory) -> Path:
-    flags = ["--num_epochs=3", "--save_top_k=2", "--evaluate.battery"]
+    flags = ["--num_epochs=3", "--save_top_k=2", "--evaluate.all_prompts"]
     return run_training(scenes, tmp_path_factory.mktemp("sav"), *flags)
 
 
@@ -66,7 +66,7 @@ def test_a_run_leaves_everything_that_is_needed_to_use_repeat_and_continue_it(fi
     card = json.loads((finished / "best.json").read_text())
     assert (card["model_type"], card["image_size"], card["multimask_output"]) == ("vit_tiny_test", 64, True)
     prompted = {"val_per_mask_iou", "val_per_mask_dice", "val_best_iou", "val_boundary_iou"}
-    assert prompted | {"val_generator_ar_100", "val_generator_masks"} <= set(card["floor"]) == set(card["metrics"])
+    assert prompted | {"val_generator_ar_100", "val_generator_masks"} <= set(card["baseline"]) == set(card["metrics"])
     assert set(GENERATOR_DEFAULTS) - {"no_object_thresh"} | {"score_map"} == set(card["generator"])
     assert set(card["generator"]) == set(card["baseline_generator"])
     validated = json.loads((finished / "split.json").read_text())["val"]
@@ -94,7 +94,7 @@ def test_best_weights_load_anywhere_and_are_never_worse_than_the_untouched_model
     assert all(value.device.type == "cpu" and value.dtype == torch.float32 for value in state_dict.values())
     card = json.loads((finished / "best.json").read_text())
     judged = ("val_generator_f1", "val_per_mask_iou")
-    assert [card["metrics"][name] for name in judged] >= [card["floor"][name] for name in judged]
+    assert [card["metrics"][name] for name in judged] >= [card["baseline"][name] for name in judged]
 
 
 def test_the_settings_of_a_run_repeat_it(finished, tmp_path):
@@ -148,11 +148,11 @@ def test_a_resumed_run_matches_an_unbroken_one(scenes, tmp_path, steps, flags):
 
 def test_neither_a_second_time_nor_worker_processes_change_anything(scenes, tmp_path):
     flags = ["--dataset.val_size=0.4", "--num_epochs=2", "--generator.points_per_side=4", "--prompts.use_boxes=true"]
-    picture = next((scenes / "data" / "images").iterdir())
+    image = next((scenes / "data" / "images").iterdir())
     kept = []
     for name, workers in (("first", 0), ("again", 0), ("workers", 2)):
         run = run_training(scenes, tmp_path / name, f"--num_workers={workers}", "--run_name=run", *flags)
-        arguments = ["--mode=predict", f"--input={picture}", f"--model.checkpoint={run}", "--device=cpu"]
+        arguments = ["--mode=predict", f"--input={image}", f"--model.checkpoint={run}", "--device=cpu"]
         loose = ["--generator.pred_iou_thresh=0", "--generator.stability_score_thresh=0"]
         assert main([*arguments, *loose, f"--out_dir={tmp_path / name / 'out'}"]) == 0
         written = [path.read_bytes() for path in sorted((tmp_path / name / "out").glob("[!.]*")) if path.is_file()]
@@ -275,7 +275,7 @@ def test_a_signal_saves_and_stops_and_the_run_can_be_continued(scenes, tmp_path,
             "--prompts.use_boxes=true",
             "--prompts.mix=true",
             "--dataset.background_points=6",
-            "--evaluate.battery",
+            "--evaluate.all_prompts",
         ],
         [
             "--prompts.use_points=false",
@@ -286,7 +286,7 @@ def test_a_signal_saves_and_stops_and_the_run_can_be_continued(scenes, tmp_path,
     ],
 )
 def test_two_processes_learn_what_one_learns_at_the_same_global_batch(scenes, tmp_path, flags):
-    flags = ["--num_epochs=2", "--dataset.val_size=0.5", *flags]  # 3 pictures a side: shares are never equal
+    flags = ["--num_epochs=2", "--dataset.val_size=0.5", *flags]  # 3 images a side: shares are never equal
     one = start_command(scenes, tmp_path, "--run_name=one", "--batch_size=2", *flags)
     assert one.wait(timeout=300) == 0, one.stderr.read()
     two = start_command(scenes, tmp_path, "--run_name=two", "--batch_size=1", "--num_devices=2", *flags)
@@ -296,9 +296,9 @@ def test_two_processes_learn_what_one_learns_at_the_same_global_batch(scenes, tm
     atol = 1e-4 if "--task=semantic" in flags else 1e-5
     assert_same_weights(tmp_path / "one", tmp_path / "two", rtol=1e-3, atol=atol)
     rows = [read_csv(tmp_path / name) for name in ("one", "two")]
-    # The untouched model is the same one, and what is measured does not depend on who measures it.
-    floors = [{name: value for name, value in row[0].items() if name != "validation_seconds"} for row in rows]
-    assert floors[0] == floors[1]
+    # The baseline is the same one, and what is measured does not depend on who measures it.
+    baselines = [{name: value for name, value in row[0].items() if name != "validation_seconds"} for row in rows]
+    assert baselines[0] == baselines[1]
     for first, second in zip(*rows, strict=True):
         for name in ("total_loss", "val_per_mask_iou", "val_best_iou", "val_miou"):
             if first.get(name):
@@ -392,7 +392,7 @@ def test_some_of_the_original_weights_can_be_put_back(scenes, tmp_path, capsys, 
     for name, value in result.items():
         expected = torch.lerp(best[name], original[name], kept) if name in original else best[name]
         torch.testing.assert_close(value, expected)
-    assert card["metrics"]["val_per_mask_iou"] >= card["floor"]["val_per_mask_iou"]
+    assert card["metrics"]["val_per_mask_iou"] >= card["baseline"]["val_per_mask_iou"]
     assert load_last(plain)["model"].keys() == load_last(blended)["model"].keys()
 
 

@@ -12,7 +12,7 @@ from finestsam.config import DatasetConfig, PromptsConfig
 from finestsam.data.dataset import SampleDataset, SampleSettings
 from finestsam.data.index import Annotation, Record
 from finestsam.data.read import read_training_set
-from finestsam.images import read_image
+from finestsam.images.read import read_image
 from finestsam.masks import decode_rle, encode_mask, rle_area, rle_box, rle_to_json
 
 
@@ -106,7 +106,7 @@ def test_cases_29_and_30_no_coordinate_takes_all_memory(zoo, value):
         ((140, 100, 500, 500), 400, ["clipped"]),
     ],
 )
-def test_case_31_what_leaves_the_picture_is_cut_at_its_edge(zoo, box, area, code):
+def test_case_31_what_leaves_the_image_is_cut_at_its_edge(zoo, box, area, code):
     zoo.add(9, segmentation=[polygon(box)], bbox=...)
 
     outcome = zoo.check()
@@ -129,7 +129,7 @@ def test_case_32_a_polygon_without_area_is_skipped(zoo, points):
 
 
 def test_case_33_what_vanishes_at_the_models_size_is_skipped(zoo):
-    zoo.write_picture("large.png", size=(300, 3000))
+    zoo.write_image("large.png", size=(300, 3000))
     zoo.content["images"].append({"id": 3, "file_name": "large.png", "width": 3000, "height": 300})
     zoo.add(9, image_id=3, segmentation=[polygon((10, 10, 2, 2))], bbox=...)
     zoo.add(10, image_id=3, segmentation=[polygon((10, 10, 20, 20))], bbox=...)
@@ -201,7 +201,7 @@ def test_case_37_run_lengths_of_both_kinds_are_objects(zoo, as_list):
         "0" * 5000, 7, None, [[1, 2]],
     ],
 )  # fmt: skip
-def test_case_38_run_lengths_that_do_not_fill_the_picture_are_skipped(zoo, counts):
+def test_case_38_run_lengths_that_do_not_fill_the_image_are_skipped(zoo, counts):
     zoo.add(9, segmentation={"size": [HEIGHT, WIDTH], "counts": counts})
 
     outcome = zoo.check_apart()
@@ -278,8 +278,8 @@ def test_case_44_the_same_mask_twice_is_told_and_dropped_when_asked(zoo):
 
 
 def make_dataset(zoo, masks: list[np.ndarray], **changes: object) -> SampleDataset:
-    """Return a dataset of one picture with these masks."""
-    path = zoo.write_picture("m.png", size=masks[0].shape)
+    """Return a dataset of one image with these masks."""
+    path = zoo.write_image("m.png", size=masks[0].shape)
     annotations = []
     for number, mask in enumerate(masks, start=1):
         rle = encode_mask(mask)
@@ -302,7 +302,7 @@ def test_case_45_thousands_of_objects_are_drawn_a_few_at_a_time(zoo):
     assert len(SampleDataset(dataset.records, everything)[(0, 0)]) == 5000
 
 
-def test_case_46_a_picture_without_objects_is_kept_for_validation_alone(zoo):
+def test_case_46_an_image_without_objects_is_kept_for_validation_alone(zoo):
     zoo.annotations.pop()
     zoo.write()
 
@@ -338,7 +338,7 @@ def test_case_49_the_centre_of_a_ring_lies_in_its_body(zoo, kind):
     assert mask[y, x]
 
 
-def test_masks_and_pictures_have_one_size(zoo):
+def test_masks_and_images_have_one_size(zoo):
     zoo.write()
     (first, _) = read_training_set(DatasetConfig(path=str(zoo.root), val_size=0.0, use_cache=False)).train
 
@@ -358,4 +358,4 @@ def test_a_box_only_export_is_refused_with_what_would_help(zoo):
 def test_a_list_of_results_is_no_dataset(zoo):
     results = [{"image_id": 1, "category_id": 1, "segmentation": make_rle(), "score": 0.5}]
 
-    assert_refused(zoo.check(text=json.dumps(results)), "which has no pictures to train on")
+    assert_refused(zoo.check(text=json.dumps(results)), "which has no images to train on")

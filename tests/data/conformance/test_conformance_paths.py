@@ -18,18 +18,18 @@ from conftest import list_shown, read_only
 from test_conformance_structure import SOUND
 
 from finestsam.cli import main
-from finestsam.images import write_image
+from finestsam.images.read import write_image
 
 
 @pytest.fixture
 def secret(zoo) -> Path:
-    """A sound picture beside the dataset, which must not be read."""
+    """A sound image beside the dataset, which must not be read."""
     path = zoo.root.parent / "secret.png"
     shutil.copy(zoo.images_dir / "a.png", path)
     return path
 
 
-def name_picture(zoo, name: str) -> None:
+def name_image(zoo, name: str) -> None:
     zoo.content["images"].append({"id": 3, "file_name": name, "width": 160, "height": 120})
     zoo.add(9, image_id=3)
 
@@ -42,7 +42,7 @@ def name_picture(zoo, name: str) -> None:
     ],
 )  # fmt: skip
 def test_case_69_a_name_that_leads_outside_is_never_opened(zoo, secret, name):
-    name_picture(zoo, name)
+    name_image(zoo, name)
 
     outcome = zoo.check()
 
@@ -52,12 +52,10 @@ def test_case_69_a_name_that_leads_outside_is_never_opened(zoo, secret, name):
     assert outcome.usable == SOUND
 
 
-@pytest.mark.parametrize(
-    "name", ["../../elsewhere/c.png", "/home/me/c.png", "C:\\pictures\\c.png", "http://host/c.png"]
-)
+@pytest.mark.parametrize("name", ["../../elsewhere/c.png", "/home/me/c.png", "C:\\images\\c.png", "http://host/c.png"])
 def test_case_69_its_bare_name_inside_the_dataset_is_taken_instead(zoo, name):
-    zoo.write_picture("sub/c.png", seed=3)
-    name_picture(zoo, name)
+    zoo.write_image("sub/c.png", seed=3)
+    name_image(zoo, name)
 
     outcome = zoo.check()
 
@@ -67,7 +65,7 @@ def test_case_69_its_bare_name_inside_the_dataset_is_taken_instead(zoo, name):
 
 def test_case_70_a_link_out_of_the_dataset_is_refused_unless_allowed(zoo, secret):
     (zoo.images_dir / "c.png").symlink_to(secret)
-    name_picture(zoo, "c.png")
+    name_image(zoo, "c.png")
 
     outcome = zoo.check()
 
@@ -78,12 +76,12 @@ def test_case_70_a_link_out_of_the_dataset_is_refused_unless_allowed(zoo, secret
 
 def test_case_70_links_inside_the_dataset_and_a_linked_folder_are_followed(zoo, tmp_path):
     (zoo.images_dir / "c.png").symlink_to(zoo.images_dir / "a.png")
-    name_picture(zoo, "c.png")
+    name_image(zoo, "c.png")
     assert zoo.check().usable[9] == SOUND[1]
 
-    zoo.images_dir.rename(tmp_path / "pictures")
-    zoo.images_dir.symlink_to(tmp_path / "pictures")
-    (tmp_path / "pictures" / "c.png").unlink()
+    zoo.images_dir.rename(tmp_path / "images")
+    zoo.images_dir.symlink_to(tmp_path / "images")
+    (tmp_path / "images" / "c.png").unlink()
     assert zoo.check().usable == SOUND
 
 
@@ -92,7 +90,7 @@ SECRET = "hunter2 is the word"
 
 @pytest.fixture
 def pairs(tmp_path):
-    """Return a function that writes a dataset of files beside pictures, and a secret beside the dataset."""
+    """Return a function that writes a dataset of files beside images, and a secret beside the dataset."""
     (tmp_path / "secret").write_text(f"{SECRET}\n0 .1 .1 .9 .1 .9 .9\n")
     (tmp_path / "secret.yaml").write_text(f"names: ['{SECRET}']\n")
     shape = {"label": SECRET, "points": [[2, 2], [20, 2], [20, 20]], "shape_type": "polygon"}
@@ -198,8 +196,8 @@ def test_case_68_pipes_and_devices_are_not_waited_for(tmp_path, capsys, pairs, l
 
 @pytest.mark.parametrize("name", ["sub\\c.png", ".\\sub\\c.png", "images\\sub\\c.png"])
 def test_case_71_windows_paths_are_read(zoo, name):
-    zoo.write_picture("sub/c.png", seed=3)
-    name_picture(zoo, name)
+    zoo.write_image("sub/c.png", seed=3)
+    name_image(zoo, name)
 
     assert zoo.check("--strict").usable[9] == SOUND[1]
 
@@ -230,7 +228,7 @@ def test_case_72_code_in_a_checkpoint_is_not_run(zoo, tmp_path, capsys, flag):
 
 
 def test_case_74_names_cannot_move_the_cursor_or_forge_a_line(zoo):
-    name_picture(zoo, "<script>\x1b[2J\nfinestsam: all is well\r.png")
+    name_image(zoo, "<script>\x1b[2J\nfinestsam: all is well\r.png")
     zoo.content["categories"][0]["name"] = "<b>\x1b[31mred\n"
 
     outcome = zoo.check()

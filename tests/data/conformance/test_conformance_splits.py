@@ -22,14 +22,14 @@ def names(records) -> list[str]:
     return [record.file_name for record in records]
 
 
-def add_pictures(zoo, count: int) -> None:
+def add_images(zoo, count: int) -> None:
     for number in range(3, count + 1):
-        zoo.write_picture(f"{number}.png", seed=number)
+        zoo.write_image(f"{number}.png", seed=number)
         zoo.content["images"].append({"id": number, "file_name": f"{number}.png", "width": 160, "height": 120})
         zoo.add(100 + number, image_id=number)
 
 
-def test_case_79_one_picture_cannot_be_split_but_trained_without_validation(zoo):
+def test_case_79_one_image_cannot_be_split_but_trained_without_validation(zoo):
     zoo.content["images"].pop()
     zoo.annotations.pop()
 
@@ -39,7 +39,7 @@ def test_case_79_one_picture_cannot_be_split_but_trained_without_validation(zoo)
     assert zoo.check().code == 0
 
 
-def test_case_80_two_pictures_give_one_to_each_side(zoo):
+def test_case_80_two_images_give_one_to_each_side(zoo):
     data = read(zoo, val_size=0.1)
 
     assert len(data.train) == len(data.val) == 1
@@ -54,7 +54,7 @@ def test_case_80_shares_that_are_none_are_refused(zoo, value, message):
 
 
 def test_case_81_the_split_does_not_depend_on_the_order_of_the_file(zoo):
-    add_pictures(zoo, 20)
+    add_images(zoo, 20)
     before = read(zoo, val_size=0.3)
 
     random.Random(0).shuffle(zoo.content["images"])
@@ -65,8 +65,8 @@ def test_case_81_the_split_does_not_depend_on_the_order_of_the_file(zoo):
     assert names(read(zoo, val_size=0.3, seed=7).val) != names(before.val)
 
 
-def test_case_81_copies_of_a_picture_stay_on_one_side(zoo):
-    add_pictures(zoo, 12)
+def test_case_81_copies_of_an_image_stay_on_one_side(zoo):
+    add_images(zoo, 12)
     for number in range(3, 13, 2):
         shutil.copy(zoo.images_dir / f"{number}.png", zoo.images_dir / f"{number + 1}.png")
 
@@ -83,13 +83,13 @@ def make_split_folders(zoo, names: tuple[str, ...] = ("train", "val")) -> None:
     zoo.annotation_file = zoo.root / names[0] / "annotations.json"
 
 
-def test_case_82_pictures_on_both_sides_are_told(zoo):
+def test_case_82_images_on_both_sides_are_told(zoo):
     make_split_folders(zoo)
 
     outcome = zoo.check()
 
     assert outcome.remarks.count("leakage") == 2
-    assert "the same picture as a.png of train" in outcome.message("leakage")
+    assert "the same image as a.png of train" in outcome.message("leakage")
 
 
 def test_case_83_an_empty_val_is_refused_and_a_missing_one_split(zoo):
@@ -121,7 +121,7 @@ def test_case_84_a_dataset_smaller_than_a_batch_trains(zoo, tmp_path):
     assert main([*arguments, "--num_epochs=2", "--batch_size=8"]) == 0
 
     rows = (tmp_path / "sav" / "run" / "metrics.csv").read_text().splitlines()
-    assert len(rows) == 1 + 3  # the header, the untouched model, two epochs
+    assert len(rows) == 1 + 3  # the header, the baseline, two epochs
 
 
 def test_case_85_categories_of_the_parts_are_matched_by_name(zoo):

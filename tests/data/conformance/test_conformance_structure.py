@@ -200,7 +200,7 @@ def test_case_16_a_size_as_text_is_a_size(zoo):
         ("nonsense", "no_image_id", "without an id"),
     ],
 )
-def test_case_17_a_picture_without_a_name_is_skipped(zoo, entry, code, message):
+def test_case_17_an_image_without_a_name_is_skipped(zoo, entry, code, message):
     zoo.content["images"].append(entry)
 
     outcome = zoo.check()
@@ -257,7 +257,7 @@ def test_case_21_numbers_that_are_none_do_no_harm_anywhere(zoo, value):
     assert "bad_bbox" in outcome.remarks
 
 
-def move_pictures(zoo, folder) -> None:
+def move_images(zoo, folder) -> None:
     folder.mkdir(parents=True)
     for path in zoo.images_dir.iterdir():
         path.rename(folder / path.name)
@@ -280,9 +280,9 @@ def test_case_22_roboflows_layout_is_read_with_its_placeholder_category(zoo):
     assert len(outcome.report["usable"]) == 8
 
 
-@pytest.mark.parametrize("pictures", ["images/default", "images", "default"])
-def test_case_22_cvats_layout_is_read(zoo, pictures):
-    move_pictures(zoo, zoo.root / pictures)
+@pytest.mark.parametrize("images", ["images/default", "images", "default"])
+def test_case_22_cvats_layout_is_read(zoo, images):
+    move_images(zoo, zoo.root / images)
     (zoo.root / "annotations").mkdir()
     zoo.annotation_file = zoo.root / "annotations" / "instances_default.json"
 
@@ -293,7 +293,7 @@ def test_case_22_cvats_layout_is_read(zoo, pictures):
 
 
 def test_case_22_label_studios_layout_is_read(zoo):
-    move_pictures(zoo, zoo.root / "images")
+    move_images(zoo, zoo.root / "images")
     zoo.annotation_file = zoo.root / "result.json"
     zoo.content["images"][0]["file_name"] = "images/a.png"
     zoo.content["images"][1]["file_name"] = "..\\..\\label-studio\\media\\upload\\4\\b.png"

@@ -1,0 +1,92 @@
+"""A SAM as two ONNX files, one that sees the image once and one that answers prompts on what it saw.
+
+Names are those of segment_anything's own export of the decoder, where it has them. It bakes the shape of one image
+into the step that brings masks to the image's size; here that step is left to the program.
+"""
+
+import importlib
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.export import Dim
+
+from finestsam.errors import UserError
+from finestsam.export.graphs import DecoderGraph, EncoderGraph
+from finestsam.model.sam import FinestSam
+
+ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
+DATA_SUFFIX = ".data"  # of the weights beside a file that is too small for them
+DECODER_INPUTS = ("image_embeddings", "point_coords", "point_labels", "mask_input", "has_mask_input")
+DECODER_OUTPUTS = ("low_res_masks", "iou_predictions")
+# Protocol buffers end at 2 GiB; what is left is for the graph.
+MAX_WEIGHT_BYTES = 2_000_000_000
+OPSET = 18
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+def require_packages() -> None:
+    """Raise unless everything is installed that writes the files and runs them."""
+    problems = []
+    for name in PACKAGES:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError(
+            f'export.format onnx: {"; ".join(problems)}; first run: pip install "finestsam[onnx]", which is: '
+            f"pip install {' '.join(PACKAGES)}"
+        )
+
+
+def write_onnx(model: FinestSam, folder: Path) -> None:
+    """Write both files of a model, which is on the CPU, into a folder."""
+    sam, size = model.sam, model.image_size
+    channels, side = sam.prompt_encoder.embed_dim, sam.prompt_encoder.image_embedding_size[0]
+    height, width = (Dim(name, min=2, max=size) for name in ("height", "width"))
+    _write(
+        folder / ENCODER,
+        EncoderGraph(sam),
+        {"image": torch.zeros(1, 3, size - 4, size - 8)},
+        ("image_embeddings",),
+        [{2: height, 3: width}],
+    )
+    # 2 prompts of 3 points: numbers that are taken neither for a fixed 1 nor for each other.
+    shapes = ((1, channels, side, side), (2, 3, 2), (2, 3), (1, 1, 4 * side, 4 * side), (1,))
+    prompts = {0: Dim("prompts"), 1: Dim("points")}
+    _write(
+        folder / DECODER,
+        DecoderGraph(sam),
+        {name: torch.zeros(shape) for name, shape in zip(DECODER_INPUTS, shapes, strict=True)},
+        DECODER_OUTPUTS,
+        [None, prompts, prompts, None, None],
+    )
+
+
+def _write(
+    path: Path, graph: nn.Module, example: dict[str, torch.Tensor], outputs: tuple[str, ...], sizes: list[dict | None]
+) -> None:
+    """Write one file.
+
+    Args:
+        example: the inputs, by name.
+        sizes: for each of them which dimensions can have other sizes, and what these are called.
+    """
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # that `prompts` is the size of two inputs, which is meant
+        program = torch.onnx.export(
+            graph.eval(),
+            tuple(example.values()),
+            input_names=list(example),
+            output_names=list(outputs),
+            dynamic_shapes=sizes,
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+        for node in program.model.graph.all_nodes():
+            node.metadata_props.clear()  # where in the source it came from, with the paths of this machine
+        weight_bytes = sum(value.nbytes for value in graph.state_dict().values())
+        program.save(path, external_data=weight_bytes > MAX_WEIGHT_BYTES)

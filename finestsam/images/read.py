@@ -1,0 +1,429 @@
+"""Read any image to RGB, resize its longest side, and move points and boxes between frames.
+
+`original` is the file, upright. `input` is the image with its longest side resized to the model's size, before the
+padding at the right and bottom.
+"""
+
+import functools
+import hashlib
+import io
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH
+
+from finestsam.config import ImagesConfig
+from finestsam.errors import Defect
+from finestsam.runtime.whole_files import replacing
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
+# What Pillow may take a file for, whatever its name. Its readers of rarer kinds fail in many more ways.
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+JPEG_QUALITY = 85
+ORIENTATION_TAG = 0x0112  # of EXIF; from 5 on width and height are exchanged
+# What brings a stored image upright, by its EXIF orientation.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+TURNS_BACK = TURNS | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+
+
+@dataclass
+class ImageFacts:
+    """What is known of an image once its file was read to the end."""
+
+    size: tuple[int, int]  # of the image as `read_image` returns it
+    digest: str  # of the file's bytes; of deep pixels also of how they are brought to 8 bits
+    remarks: list[tuple[str, str]] = field(default_factory=list)  # code and message of what is used all the same
+
+
+def read_image(
+    path: Path, expected_size: tuple[int, int] | None = None, settings: ImagesConfig | None = None
+) -> np.ndarray:
+    """Read an image of any common kind, upright.
+
+    Args:
+        expected_size: (height, width) that the annotations were drawn on. Labelling tools disagree about the EXIF
+            orientation: where the stored size is the expected one and the upright size is not, the image stays as
+            it is stored.
+
+    Returns:
+        H x W x 3, uint8, RGB.
+
+    Raises:
+        Defect: the file is missing, no image, cut short, too large, or of another size than expected.
+    """
+    return decode_image(_read_bytes(path), expected_size, settings)
+
+
+def read_hashed_image(path: Path, settings: ImagesConfig | None = None) -> tuple[np.ndarray, str]:
+    """Return an image, as `read_image` reads it, and its hash, as `hash_image` makes it, from the same bytes."""
+    data = _read_bytes(path)
+    return decode_image(data, settings=settings), _hash_image(data, settings)
+
+
+def decode_image(
+    data: bytes, expected_size: tuple[int, int] | None = None, settings: ImagesConfig | None = None
+) -> np.ndarray:
+    """Return an image from the bytes of its file, as `read_image` does."""
+    settings = settings or ImagesConfig()
+    with _open_image(data, settings) as image:
+        has_deep_colours = _has_deep_colours(image)
+        frame = _read_frame(image)
+        if has_deep_colours:
+            image = _read_deep_colours(data, settings)
+        image.load()
+        return _to_rgb(_turn(image, frame, expected_size), settings)
+
+
+def read_labels(path: Path, settings: ImagesConfig | None = None) -> tuple[np.ndarray, bool]:
+    """Read an image whose pixels are numbers, as it is stored: grey values, palette indices, or one number a colour.
+
+    Returns:
+        H x W, int64, and whether the format changes numbers (JPEG does), so that only dark and bright can be told.
+
+    Raises:
+        Defect: as `read_image`.
+    """
+    with _open_image(_read_bytes(path), settings or ImagesConfig()) as image:
+        image.load()
+        is_lossy = image.format in ("JPEG", "MPO")
+        if is_lossy or image.mode in ("1", "LA", "La"):
+            return np.asarray(image.convert("L")).astype(np.int64), is_lossy
+        if image.mode in ("L", "P") or image.mode.startswith("I"):
+            return np.asarray(image).astype(np.int64), False
+        if image.mode.startswith("F"):
+            return np.nan_to_num(np.asarray(image)).astype(np.int64), False
+        colours = np.asarray(image.convert("RGB")).astype(np.int64)
+        red, green, blue = (colours[..., channel] for channel in range(3))
+        if (red == green).all() and (green == blue).all():
+            return red, False
+        return (red << 16) | (green << 8) | blue, False
+
+
+def find_pixel_kind(path: Path, settings: ImagesConfig | None = None) -> Literal["palette", "grey", "colour", "deep"]:
+    """Return what the pixels of an image are; colours that are all grey are grey, more than 8 bits are deep.
+
+    Raises:
+        Defect: as `read_image`.
+    """
+    with _open_image(_read_bytes(path), settings or ImagesConfig()) as image:
+        if image.mode == "P":
+            return "palette"
+        if image.mode not in ("L", "LA", "La", "RGB", "RGBA"):
+            return "deep"
+        colours = np.asarray(image.convert("RGB"))  # grey in three channels is grey
+        return "grey" if (colours == colours[..., :1]).all() else "colour"
+
+
+def inspect_image(
+    path: Path, expected_size: tuple[int, int] | None = None, settings: ImagesConfig | None = None
+) -> ImageFacts:
+    """Decode an image to see that all of it can be read; cheaper than `read_image`, with the same defects."""
+    data = _read_bytes(path)
+    settings = settings or ImagesConfig()
+    with _open_image(data, settings) as image:
+        is_deep = _is_deep(image)
+        frame = _read_frame(image)
+        height, width = frame.stored
+        size = _choose_size(frame, expected_size)
+        # A JPEG is read to its end at an eighth of its size too, in half the time.
+        image.draft(None, (width // 8 or 1, height // 8 or 1))
+        image.load()
+        remarks = _list_remarks(image, is_deep)
+        if frame.orientation != 1 and height == width:
+            remarks.append(
+                ("ambiguous_turn", "a square image with an EXIF orientation: taken as annotated upright, check it")
+            )
+    return ImageFacts(size, _hash(data, is_deep, settings), remarks)
+
+
+def hash_image(path: Path, settings: ImagesConfig | None = None) -> str:
+    """Return the hash of an image, as `ImageFacts.digest` has it.
+
+    Raises:
+        Defect: the file is missing or no image.
+    """
+    return _hash_image(_read_bytes(path), settings)
+
+
+def _hash_image(data: bytes, settings: ImagesConfig | None) -> str:
+    settings = settings or ImagesConfig()
+    with _open_image(data, settings) as image:
+        return _hash(data, _is_deep(image), settings)
+
+
+def _hash(data: bytes, is_deep: bool, settings: ImagesConfig) -> str:
+    """Return a hash of what the pixels depend on."""
+    digest = hashlib.blake2b(data, digest_size=16)
+    if is_deep:
+        digest.update(settings.deep_range.encode())
+    return digest.hexdigest()
+
+
+def read_image_size(path: Path, settings: ImagesConfig | None = None) -> tuple[int, int]:
+    """Return the upright (height, width) from the file's head, without decoding the image."""
+    with _open_image(_read_bytes(path), settings or ImagesConfig()) as image:
+        return _read_frame(image).upright
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        if not path.is_file():  # False for folders, pipes and devices too, which must not be opened
+            raise Defect("missing_file", "no such file" if not path.exists() else "not a regular file")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise Defect("unreadable", f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+@contextmanager
+def _open_image(data: bytes, settings: ImagesConfig) -> Iterator[Image.Image]:
+    """Open an image whose claimed size was checked; what Pillow raises from here on becomes a Defect."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of damaged metadata, in words that no user can act on
+        yield from _open_checked(data, settings)
+
+
+def _open_checked(data: bytes, settings: ImagesConfig) -> Iterator[Image.Image]:
+    try:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is checked below
+        try:
+            image = Image.open(io.BytesIO(data), formats=_list_formats())
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+        with image:
+            # A file of a few kilobytes can claim billions of pixels.
+            if image.width * image.height > settings.max_pixels:
+                limit = f"at most {settings.max_pixels} (dataset.images.max_pixels)"
+                raise Defect("too_large", f"{image.width} x {image.height} pixels, {limit}")
+            yield image
+    except UnidentifiedImageError:
+        raise Defect(
+            "not_an_image", "not an image, whatever its name says" if data else "not an image but an empty file"
+        ) from None
+    except MemoryError:
+        raise Defect("too_large", "more pixels than there is memory for") from None
+    except Defect:
+        raise
+    except Exception as error:  # whatever a damaged file makes Pillow or OpenCV stumble over
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise Defect("broken_image", f"truncated or broken image ({told:.200})") from None
+
+
+@functools.cache
+def _list_formats() -> list[str]:
+    """Return those of `FORMATS` that this Pillow was built with."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+@dataclass
+class _Frame:
+    """How an image lies in its file."""
+
+    stored: tuple[int, int]
+    orientation: int  # of EXIF, 1 to 8
+    is_turned_on_load: bool  # Pillow and OpenCV bring a TIFF upright, and leave all others as they are stored
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        return self.stored[::-1] if self.orientation >= 5 else self.stored
+
+
+def _read_frame(image: Image.Image) -> _Frame:
+    """Return how an image lies in its file. Before it is loaded: then a TIFF forgets its orientation."""
+    orientation = image.getexif().get(ORIENTATION_TAG, 1)  # loads a PNG
+    orientation = int(orientation) if orientation in TURNS else 1  # damaged files have text or bytes there
+    if image.format == "TIFF":
+        # Its own size is already that of the upright image.
+        return _Frame((image.tag_v2[IMAGELENGTH], image.tag_v2[IMAGEWIDTH]), orientation, True)
+    return _Frame((image.height, image.width), orientation, False)
+
+
+def _choose_size(frame: _Frame, expected_size: tuple[int, int] | None) -> tuple[int, int]:
+    """Return which of the two the annotations were drawn on; upright where both or no expectation fits."""
+    if expected_size is None or frame.upright == expected_size:
+        return frame.upright
+    if frame.stored == expected_size:
+        return frame.stored
+    raise Defect(
+        "size_mismatch",
+        f"size mismatch: the annotations say {expected_size[1]} x {expected_size[0]}, "
+        f"the file has {frame.upright[1]} x {frame.upright[0]}",
+    )
+
+
+def _turn(image: Image.Image, frame: _Frame, expected_size: tuple[int, int] | None) -> Image.Image:
+    """Return a loaded image upright, or as it is stored where the annotations were drawn on that."""
+    is_wanted_upright = _choose_size(frame, expected_size) == frame.upright
+    if frame.orientation == 1 or is_wanted_upright == frame.is_turned_on_load:
+        return image
+    return image.transpose((TURNS if is_wanted_upright else TURNS_BACK)[frame.orientation])
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Tell pixels of more than 8 bits, which `dataset.images.deep_range` brings to 8. Before they are loaded."""
+    return image.mode.startswith(("I", "F")) or _has_deep_colours(image)
+
+
+def _has_deep_colours(image: Image.Image) -> bool:
+    """Tell 16 bits in each of several channels, of which Pillow would keep the upper eight. Before it is loaded."""
+    return len(image.getbands()) > 1 and any(";16" in str(tile[3]) for tile in image.tile)
+
+
+def _read_deep_colours(data: bytes, settings: ImagesConfig) -> Image.Image:
+    # Not IMREAD_COLOR_RGB: of a TIFF of 16 bits OpenCV then returns memory that it has not written.
+    values = cv2.imdecode(
+        np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
+    )
+    if values is None:
+        raise Defect("broken_image", "truncated or broken image (16 bits a channel)")
+    return Image.fromarray(_stretch_to_uint8(values[:, :, ::-1], settings))
+
+
+def _to_rgb(image: Image.Image, settings: ImagesConfig) -> np.ndarray:
+    if image.mode.startswith(("I", "F")):
+        return np.repeat(_stretch_to_uint8(np.asarray(image), settings)[:, :, None], 3, axis=2)
+    if image.mode == "P":
+        image = image.convert("RGBA")
+    # Alpha is dropped, not blended: what lies under it is what the labels were drawn on.
+    return np.array(image.convert("RGB"))
+
+
+def _stretch_to_uint8(values: np.ndarray, settings: ImagesConfig) -> np.ndarray:
+    """Map deep grey values to 0..255; between percentiles, because 12-bit data fills only 1/16 of 16 bits."""
+    finite = np.where(np.isfinite(values), values, 0).astype(np.float32)
+    if settings.deep_range == "full":
+        low, high = (0, 65535) if values.dtype.kind in "iu" else (0, 1)
+    else:
+        low, high = np.percentile(finite, (0.1, 99.9))
+    return np.clip((finite - low) * (255 / max(high - low, 1e-6)), 0, 255).astype(np.uint8)
+
+
+def _list_remarks(image: Image.Image, is_deep: bool) -> list[tuple[str, str]]:
+    remarks = []
+    if is_deep:
+        remarks.append(("deep_pixels", "16-bit or float pixels, brought to 8 bits as dataset.images.deep_range says"))
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a photo with its preview behind it
+        remarks.append(("several_frames", f"{image.n_frames} frames, the first is used"))
+    if "A" in image.getbands():
+        low, high = image.getchannel("A").getextrema()
+        if low != high:
+            remarks.append(("alpha", "transparency left out: what lies under it is used"))
+    return remarks
+
+
+def compute_input_size(original_size: tuple[int, int], image_size: int) -> tuple[int, int]:
+    """Return (height, width) with the longest side at `image_size`, rounded as SAM rounds."""
+    scale = image_size / max(original_size)
+    height, width = (int(side * scale + 0.5) for side in original_size)
+    if min(height, width) < 1:
+        raise Defect("too_thin", f"{original_size[1]} x {original_size[0]} pixels shrink to nothing at {image_size}")
+    return height, width
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize with the antialiased bilinear filter that SAM was trained with (Pillow's)."""
+    if image.shape[:2] == size:
+        return image
+    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
+
+
+def scale_points(points: np.ndarray, from_size: tuple[int, int], to_size: tuple[int, int]) -> np.ndarray:
+    """Move points (... x 2, XY) from a frame of one size to a frame of another, as SAM's own transform does."""
+    return points * np.array([to_size[1] / from_size[1], to_size[0] / from_size[0]])
+
+
+def scale_boxes(boxes: np.ndarray, from_size: tuple[int, int], to_size: tuple[int, int]) -> np.ndarray:
+    """Move boxes (N x 4, XYXY) from a frame of one size to a frame of another."""
+    return scale_points(boxes.reshape(-1, 2, 2), from_size, to_size).reshape(-1, 4)
+
+
+def shrink_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return the share of each target pixel that the mask covers, float32 in [0, 1], at (height, width) `size`."""
+    shrinks = size[0] <= mask.shape[0] and size[1] <= mask.shape[1]
+    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return cv2.resize(mask.astype(np.float32), size[::-1], interpolation=interpolation)
+
+
+def enlarge(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return an image or a map at a larger (height, width), smooth (bicubic) between its pixels."""
+    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_CUBIC)
+
+
+def blur(image: np.ndarray, sigma: float) -> np.ndarray:
+    """Blur with a Gaussian of `sigma` pixels."""
+    return cv2.GaussianBlur(image, (0, 0), sigma)
+
+
+def write_image(path: Path, image: np.ndarray) -> None:
+    """Write an RGB uint8 image, or H x W numbers, uint8 or uint16; the suffix names the format.
+
+    A reader never meets half a file.
+    """
+    with replacing(path) as partial:
+        Image.fromarray(image).save(partial, format=Image.registered_extensions()[path.suffix.lower()])
+
+
+def encode_image(image: np.ndarray, suffix: str) -> bytes:
+    """Return the bytes of an image file.
+
+    Args:
+        image: H x W x 3, RGB, or H x W x 4, RGBA, uint8.
+        suffix: .jpg (without transparency) or .png.
+    """
+    data = io.BytesIO()
+    options = {"quality": JPEG_QUALITY} if suffix == ".jpg" else {"optimize": True}
+    Image.fromarray(image).save(data, format=Image.registered_extensions()[suffix], **options)
+    return data.getvalue()
+
+
+def build_point_grid(points_per_side: int) -> np.ndarray:
+    """Return the generator's grid, K x 2, XY, in shares of the image's width and height, row by row."""
+    places = (np.arange(points_per_side) + 0.5) / points_per_side
+    return np.stack(np.meshgrid(places, places), axis=-1).reshape(-1, 2)
+
+
+def build_crop_boxes(size: tuple[int, int], layer_count: int, overlap_ratio: float) -> list[list[int]]:
+    """Return the image's own box, then the overlapping crops of each layer, 4^n in layer n, as XYXY pixels.
+
+    Source: `generate_crop_boxes` in segment_anything's utils/amg.py.
+
+    Args:
+        size: (height, width) of the image.
+        overlap_ratio: of the first layer's crops, share of the image's short side; halved in each further one.
+    """
+    height, width = size
+    boxes = [[0, 0, width, height]]
+    for layer in range(1, layer_count + 1):
+        count = 2**layer
+        overlap = int(overlap_ratio * min(size) * (2 / count))
+        crop_width, crop_height = (int(math.ceil((overlap * (count - 1) + side) / count)) for side in (width, height))
+        for left in range(count):
+            for top in range(count):
+                x0, y0 = int((crop_width - overlap) * left), int((crop_height - overlap) * top)
+                boxes.append([x0, y0, min(x0 + crop_width, width), min(y0 + crop_height, height)])
+    return boxes
+
+
+def use_one_thread() -> None:
+    """Keep OpenCV to one thread in this process and those that it starts from now on.
+
+    Called before processes are forked: a child that inherits a pool whose threads stayed with its parent waits for
+    them for ever, even in `setNumThreads` itself.
+    """
+    cv2.setNumThreads(1)

@@ -1,0 +1,126 @@
+"""Build a SAM from segment_anything's own modules, in Meta's three sizes and two of ours, or MobileSAM's."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from segment_anything.modeling import PromptEncoder, Sam, TwoWayTransformer
+from torch import nn
+
+from finestsam.config import IMAGE_SIZES, PATCH_SIZE
+from finestsam.errors import UserError
+from finestsam.model.decoder import FoldedMaskDecoder
+from finestsam.model.encoder import ChunkedImageEncoder
+from finestsam.model.initial import start_decoder_, start_encoder_
+
+# ImageNet's channel means and deviations, as in segment_anything's build_sam.py.
+PIXEL_MEAN = [123.675, 116.28, 103.53]
+PIXEL_STD = [58.395, 57.12, 57.375]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The numbers that tell one SAM from another; widths in channels."""
+
+    width: int
+    depth: int
+    heads: int
+    global_blocks: tuple[int, ...]  # the blocks whose attention sees the whole image, not one window
+    window_size: int = 14  # tokens
+    decoder_width: int = 256
+    decoder_mlp_width: int = 2048
+    mask_channels: int = 16
+    is_tiny_vit: bool = False  # as tiny_vit.py has it; the numbers of the encoder are those of its last blocks
+
+
+ARCHITECTURES = {
+    "vit_b": Architecture(width=768, depth=12, heads=12, global_blocks=(2, 5, 8, 11)),
+    "vit_l": Architecture(width=1024, depth=24, heads=16, global_blocks=(5, 11, 17, 23)),
+    "vit_h": Architecture(width=1280, depth=32, heads=16, global_blocks=(7, 15, 23, 31)),
+    # MobileSAM's.
+    "vit_t": Architecture(width=320, depth=12, heads=10, global_blocks=(), window_size=7, is_tiny_vit=True),
+    # For laptops: 5 M weights. Windows of 8 tokens tile its 48 x 48 without padding.
+    "vit_tiny": Architecture(
+        width=192, depth=8, heads=6, global_blocks=(1, 3, 5, 7), window_size=8, decoder_width=128,
+        decoder_mlp_width=1024,
+    ),
+    # For tests: built in milliseconds.
+    "vit_tiny_test": Architecture(
+        width=32, depth=2, heads=2, global_blocks=(1,), window_size=2, decoder_width=32,
+        decoder_mlp_width=64, mask_channels=4,
+    ),
+}  # fmt: skip
+
+
+def build_sam(model_type: str, image_size: int | None = None) -> Sam:
+    """Return a SAM with random weights, in evaluation mode.
+
+    Args:
+        model_type: a key of `ARCHITECTURES`.
+        image_size: pixels of the longest side, a multiple of 16; None: the type's own.
+
+    Raises:
+        UserError: vit_t, and timm is not there.
+    """
+    architecture = ARCHITECTURES[model_type]
+    image_size = image_size or IMAGE_SIZES[model_type]
+    grid_size = image_size // PATCH_SIZE
+    sam = Sam(
+        image_encoder=(_build_tiny_vit if architecture.is_tiny_vit else _build_image_encoder)(architecture, image_size),
+        prompt_encoder=PromptEncoder(
+            embed_dim=architecture.decoder_width,
+            image_embedding_size=(grid_size, grid_size),
+            input_image_size=(image_size, image_size),
+            mask_in_chans=architecture.mask_channels,
+        ),
+        mask_decoder=_build_mask_decoder(architecture),
+        pixel_mean=PIXEL_MEAN,
+        pixel_std=PIXEL_STD,
+    )
+    if not architecture.is_tiny_vit:
+        start_encoder_(sam.image_encoder)
+    start_decoder_(sam.mask_decoder)
+    return sam.eval()
+
+
+def _build_image_encoder(architecture: Architecture, image_size: int) -> ChunkedImageEncoder:
+    return ChunkedImageEncoder(
+        img_size=image_size,
+        patch_size=PATCH_SIZE,
+        embed_dim=architecture.width,
+        depth=architecture.depth,
+        num_heads=architecture.heads,
+        mlp_ratio=4,
+        out_chans=architecture.decoder_width,
+        qkv_bias=True,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        window_size=architecture.window_size,
+        global_attn_indexes=architecture.global_blocks,
+    )
+
+
+def _build_tiny_vit(architecture: Architecture, image_size: int) -> nn.Module:
+    try:
+        from finestsam.model.tiny_vit import TinyVitImageEncoder  # timm takes seconds to import, and need not be there
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "timm":
+            raise
+        raise UserError(
+            f"MobileSAM's image encoder is made of timm's blocks ({error}); to use vit_t, first run: pip install timm"
+        ) from None
+    return TinyVitImageEncoder(image_size, architecture.decoder_width)
+
+
+def _build_mask_decoder(architecture: Architecture) -> FoldedMaskDecoder:
+    return FoldedMaskDecoder(
+        num_multimask_outputs=3,
+        transformer=TwoWayTransformer(
+            depth=2,
+            embedding_dim=architecture.decoder_width,
+            mlp_dim=architecture.decoder_mlp_width,
+            num_heads=8,
+        ),
+        transformer_dim=architecture.decoder_width,
+        iou_head_depth=3,
+        iou_head_hidden_dim=256,
+    )

@@ -1,0 +1,76 @@
+"""Correct answers click by click, as an annotator does.
+
+Each click is in the middle of the largest error, an addition where the object was missed and a removal where it was
+overstepped, and brings the logits of the answer before it along (arXiv 2304.02643, section 3; the protocol of
+interactive segmentation, as in arXiv 2102.06583).
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finestsam.batch import Predictions, Prompts, Sample
+from finestsam.data.prompts import MISSING, NEGATIVE, POSITIVE
+from finestsam.images.read import scale_points
+from finestsam.masks import distance_inside, find_largest_component
+from finestsam.model.resample import upscale_logits
+
+
+@dataclass
+class Shown:
+    """What somebody sees of the answers to N prompts, and corrects."""
+
+    masks: list[np.ndarray]  # N, each H x W, bool, original frame
+    logits: Tensor | None  # N x 1 x 4g x 4g, of the same masks; None: nothing was asked yet
+
+
+@torch.no_grad()
+def show_preferred(predictions: Predictions, sample: Sample, image_size: int) -> Shown:
+    """Return of each answer the mask that the model itself prefers; without gradient."""
+    rows = torch.arange(len(predictions.scores), device=predictions.scores.device)
+    logits = predictions.logits.detach()[rows, predictions.scores.argmax(dim=1)][:, None]
+    masks = []
+    for one in logits:  # one at a time: at the size of the image they are large
+        large = upscale_logits(one[None], image_size, sample.input_size, sample.original_size)
+        masks.append((large[0, 0] > 0).cpu().numpy())
+    return Shown(masks, logits)
+
+
+def add_clicks(prompts: Prompts, shown: Shown, truth: list[np.ndarray], sample: Sample) -> Prompts:
+    """Return the prompts with one more click each, and with the logits that it corrects in place of any mask before.
+
+    Args:
+        prompts: N, or none yet.
+        truth: N masks, each H x W, bool, original frame.
+    """
+    clicks = [find_click(mask, answer) for mask, answer in zip(truth, shown.masks, strict=True)]
+    places = np.array([where for where, _ in clicks], dtype=float)  # N x 2
+    inputs = scale_points(places, sample.original_size, sample.input_size)
+    device = "cpu" if shown.logits is None else shown.logits.device
+    points = torch.tensor(inputs, dtype=torch.float32, device=device)[:, None]
+    labels = torch.tensor([label for _, label in clicks], device=device)[:, None]
+    if prompts.points is not None:
+        points, labels = torch.cat([prompts.points, points], dim=1), torch.cat([prompts.labels, labels], dim=1)
+    return replace(prompts, points=points, labels=labels, mask_logits=shown.logits, has_mask=None)
+
+
+def find_click(truth: np.ndarray, shown: np.ndarray) -> tuple[tuple[int, int], int]:
+    """Return where somebody would click next, XY, original frame, and the label of the click; none where all is right.
+
+    Args:
+        truth, shown: H x W, bool.
+    """
+    errors = truth ^ shown
+    rows, columns = (np.flatnonzero(errors.any(axis=axis)) for axis in (1, 0))
+    if len(rows) == 0:
+        return (0, 0), MISSING
+    top, left = int(rows[0]), int(columns[0])
+    part = np.s_[top : rows[-1] + 1, left : columns[-1] + 1]
+    missed, overstepped = (find_largest_component(mask[part] & errors[part]) for mask in (truth, shown))
+    is_addition = np.count_nonzero(missed[0]) >= np.count_nonzero(overstepped[0])
+    region, corner = missed if is_addition else overstepped
+    depth = distance_inside(region)
+    y, x = np.unravel_index(depth.argmax(), depth.shape)
+    return (left + corner[0] + int(x), top + corner[1] + int(y)), POSITIVE if is_addition else NEGATIVE

@@ -1,0 +1,48 @@
+"""A step that answers for whole images and decodes no masks; its loss is the mean over images."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from finestsam.batch import Batch, Sample
+from finestsam.training.affinity import affinity_loss
+from finestsam.training.log import AFFINITY_COLUMNS, AFFINITY_TRAINING_COLUMNS
+from finestsam.training.step import Stepper
+
+
+@dataclass
+class ImageStepper(Stepper):
+    """The base of those that judge embeddings."""
+
+    def count(self, batch: Batch) -> int:
+        return len(batch.samples)
+
+    def _add_gradients(self, batch: Batch, epoch: int, weight: float) -> Tensor:
+        if not batch.samples:
+            return torch.zeros(len(self.measures), dtype=torch.float64)
+        measures = self.compute_image_losses(self.encode(batch.samples), batch.samples)
+        self.fabric.backward(self.scaler.scale(measures[:, 0].sum() * weight))
+        found = zip(measures.detach().cpu().double(), batch.samples, strict=True)
+        return sum(self._note(sums, sample) for sums, sample in found)
+
+    def compute_image_losses(self, embeddings: Tensor, samples: list[Sample]) -> Tensor:
+        """Return the measures of samples, B x M, the first of them the loss with a gradient.
+
+        Args:
+            embeddings: B x C x g x g.
+        """
+        raise NotImplementedError
+
+
+@dataclass
+class AffinityStepper(ImageStepper):
+    """A step of an image encoder that learns by itself which places belong to the same object."""
+
+    measures: ClassVar[tuple[str, ...]] = AFFINITY_TRAINING_COLUMNS
+    columns: ClassVar[tuple[str, ...]] = AFFINITY_COLUMNS
+
+    def compute_image_losses(self, embeddings: Tensor, samples: list[Sample]) -> Tensor:
+        labels = torch.stack([sample.cells for sample in samples])
+        return self.config.losses.affinity_ratio * affinity_loss(self.model.affinity_head(embeddings), labels)[:, None]

@@ -1,0 +1,137 @@
+"""What the optimizer updates, and how its learning rate goes."""
+
+import bisect
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+
+from finestsam.config import LambdaLRConfig, OptConfig, SchedConfig
+
+# The image encoder's embeddings of places, which are bare parameters of its modules.
+POSITIONS = ("pos_embed", "rel_pos_h", "rel_pos_w")
+# A row for each of the decoder's masks, of which training asks for one or for three: decay would wear the others down.
+SCORES = "mask_decoder.iou_prediction_head.layers.2.weight"
+
+ENCODER = "sam.image_encoder."
+# At the start of the name of a weight: its block, in TinyViT within a stage.
+BLOCK = re.compile(r"(.*\bblocks\.\d+)\.")
+
+NamedParameters = list[tuple[str, nn.Parameter]]
+
+
+def build_optimizer(model: nn.Module, opt: OptConfig, fused: bool = False) -> torch.optim.AdamW:
+    """Return AdamW on what trains: for each learning rate one group with weight decay and one without.
+
+    Each group keeps its share of `opt.learning_rate` as `share`.
+    """
+    distances = _find_distances(name for name, _ in model.named_parameters() if name.startswith(ENCODER))
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for weight_decay, parameters in zip((opt.weight_decay, 0.0), split_parameters(model), strict=True):
+        for name, parameter in parameters:
+            share = _find_share(name, distances, opt)
+            groups.setdefault((share, weight_decay), []).append(parameter)
+    listed = [
+        {"params": parameters, "weight_decay": weight_decay, "lr": share * opt.learning_rate, "share": share}
+        for (share, weight_decay), parameters in groups.items()
+    ]
+    return torch.optim.AdamW(listed, lr=opt.learning_rate, fused=fused)
+
+
+def learning_rate_of(optimizer: torch.optim.Optimizer) -> float:
+    """Return the rate that every group learns with its share of."""
+    group = optimizer.param_groups[0]
+    return group["lr"] / group["share"]
+
+
+def _find_distances(names: Iterable[str]) -> dict[str, int]:
+    """Return for each weight of the image encoder the distance of its block from the neck, 1 for the last block.
+
+    What lies between two blocks counts to the first of them, and what lies before all of them is one further away.
+
+    Args:
+        names: in the order in which an image goes through.
+    """
+    blocks: list[str] = []
+    begun = {}  # blocks so far
+    for name in names:
+        found = BLOCK.match(name)
+        if found and found[1] not in blocks:
+            blocks.append(found[1])
+        begun[name] = len(blocks)
+    return {name: 0 if name.startswith(f"{ENCODER}neck.") else len(blocks) + 1 - count for name, count in begun.items()}
+
+
+def _find_share(name: str, distances: dict[str, int], opt: OptConfig) -> float:
+    """Return a weight's share of the learning rate.
+
+    With layer decay as in Bao et al., BEiT (arXiv 2106.08254): the neck learns at full rate, the last block with
+    layer_decay, the one before with its square, and what makes tokens of pixels with one power more than the first.
+    """
+    if not name.startswith("sam."):
+        return opt.rates.heads
+    part = name.split(".")[1]
+    share = getattr(opt.rates, part)
+    return share * opt.layer_decay ** distances[name] if part == "image_encoder" else share
+
+
+def split_parameters(model: nn.Module) -> tuple[NamedParameters, NamedParameters]:
+    """Return the trainable parameters with their names: those to decay, and those to leave alone.
+
+    Decay pulls towards zero. That suits the weights of linear layers and convolutions, whose outputs are sums; a norm's
+    scale, a bias, a token or a position has no reason to be small.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    decayed, spared = [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_spared = parameter.ndim < 2 or id(parameter) in embeddings or name.rpartition(".")[2] in POSITIONS
+        is_spared |= name.endswith(SCORES)
+        (spared if is_spared else decayed).append((name, parameter))
+    return decayed, spared
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, sched: SchedConfig, eval_interval: int, total_steps: int
+) -> LRScheduler:
+    """Return the learning rate's schedule.
+
+    LambdaLR is stepped after every optimizer step, ReduceLROnPlateau with the metric after every validation.
+
+    Args:
+        eval_interval: epochs between validations; 0: none in between.
+        total_steps: optimizer steps of the whole run, which decay steps below 1 are shares of.
+    """
+    if sched.type == "LambdaLR":
+        schedule = replace(sched.LambdaLR, steps=[_count_steps(step, total_steps) for step in sched.LambdaLR.steps])
+        return LambdaLR(optimizer, lambda step: lr_factor(step, schedule))
+    plateau = sched.ReduceLROnPlateau
+    return ReduceLROnPlateau(
+        optimizer,
+        mode="max",
+        factor=plateau.decay_factor,
+        patience=math.ceil(plateau.epoch_patience / max(eval_interval, 1)),  # torch counts validations
+        threshold=plateau.threshold,
+        cooldown=plateau.cooldown,
+        min_lr=plateau.min_lr,
+    )
+
+
+def _count_steps(step: float, total_steps: int) -> int:
+    return round(step * total_steps) if step < 1 else int(step)
+
+
+def lr_factor(step: int, schedule: LambdaLRConfig) -> float:
+    """Return what the learning rate is multiplied by, in (0, 1].
+
+    Args:
+        step: optimizer steps already taken; the first one trains with the factor of step 0.
+    """
+    if step < schedule.warmup_steps:
+        return (step + 1) / schedule.warmup_steps
+    return schedule.decay_factor ** -bisect.bisect_right(schedule.steps, step)
