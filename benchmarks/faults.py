@@ -477,8 +477,8 @@ class Fuzz:
 
 # Of each kind, how many are tried.
 COUNTS = {
-    "kills": 30, "signals": 30, "disks": 6, "annotations": 1000, "dataset_images": 300, "images": 5000, "checkpoints": 1000,
-    "yaml": 500, "outlines": 100, "servers": 100, "pairs": 4,
+    "kills": 30, "signals": 30, "disks": 6, "annotations": 1000, "dataset_images": 300, "images": 5000,
+    "checkpoints": 1000, "yaml": 500, "outlines": 100, "servers": 100, "pairs": 4,
 }  # fmt: skip
 
 

@@ -54,7 +54,7 @@ class ModelConfig:
     image_size: int | None = setting(
         None,
         "pixels of the longest side that the model sees, a multiple of 16; default: what the weights were made for. "
-        "Another size has what they know of places interpolated, and is worth training at",
+        "Another size has its position embeddings interpolated, and is worth training at",
         f"[{IMAGE_SIZE_RANGE[0]}, {IMAGE_SIZE_RANGE[1]}]",
     )
 
@@ -301,7 +301,7 @@ class DatasetConfig:
     masks_from_boxes: bool = setting(False, "take the box for the mask where an annotation has nothing else")
     include_crowd: bool = setting(False, "train on crowd regions (iscrowd 1) as if each were one object")
     dedup: bool = setting(False, "of annotations with exactly the same mask in one image keep the first")
-    follow_symlinks: bool = setting(False, "read files that are links to places outside the dataset")
+    follow_symlinks: bool = setting(False, "read files that are links to files outside the dataset")
     mask_instances: Literal["auto", "components", "values", "classes"] = setting(
         "auto",
         "objects of a mask image: its connected components, or its different grey values; auto: values where a "

@@ -149,8 +149,8 @@ def _decode_counts(text: bytes) -> np.ndarray:
     starts = np.concatenate([[0], ends[:-1] + 1])
     if (ends - starts).max() > 8:
         raise Defect("rle_counts", "a run length is longer than any image")
-    places = np.arange(len(codes)) - np.repeat(starts, ends - starts + 1)
-    values = np.add.reduceat((codes & 0x1F) << (5 * places), starts)
+    positions = np.arange(len(codes)) - np.repeat(starts, ends - starts + 1)
+    values = np.add.reduceat((codes & 0x1F) << (5 * positions), starts)
     values -= np.where(codes[ends] & 0x10, 1 << (5 * (ends - starts + 1)), 0)
     values[1::2] = values[1::2].cumsum()
     values[2::2] = values[2::2].cumsum()
@@ -195,7 +195,7 @@ def labels_to_rles(labels: np.ndarray) -> dict[int, dict]:
 
 
 def find_runs(rle: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Return where the runs inside a mask begin, R, and the places behind their ends, R, in column-major order."""
+    """Return where the runs inside a mask begin, R, and the pixels behind their ends, R, in column-major order."""
     edges = _decode_counts(rle["counts"]).cumsum()
     return edges[: len(edges) // 2 * 2 : 2], edges[1::2]
 

@@ -146,3 +146,11 @@ def run_training(scenes: Path, folder: Path, *flags: str) -> Path:
     before = set(folder.glob("*"))
     assert main(arguments) == 0
     return next(iter(set(folder.glob("*")) - before), folder)
+
+
+def run_evaluation(scenes: Path, folder: Path, *flags: str) -> dict:
+    """Run the real command with the smallest model and random weights, and return the figures that it writes."""
+    arguments = ["--mode=evaluate", f"--dataset={scenes}", f"--out_dir={folder}", "--model.type=vit_tiny_test"]
+    arguments += ["--model.checkpoint=none", "--device=cpu", "--num_workers=0", "--generator.points_per_side=4"]
+    assert main([*arguments, "--seed_device=0", *flags]) == 0
+    return json.loads((folder / "evaluation.json").read_text())

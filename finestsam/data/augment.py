@@ -76,7 +76,7 @@ def choose_variant(augment: AugmentConfig, epoch: int) -> int:
 
 
 def show_all(record: Record) -> tuple[View, np.ndarray]:
-    """Return the view that leaves an image as it is, and the places of its objects in `record.annotations`."""
+    """Return the view that leaves an image as it is, and the indices of its objects in `record.annotations`."""
     return View((0, 0, record.size[1], record.size[0])), np.arange(len(record.annotations))
 
 
@@ -89,14 +89,14 @@ def choose_view(
         min_area_pixels: objects of a smaller area in the input frame do not count as shown.
 
     Returns:
-        The view, and the places in `record.annotations` of the objects that it shows, rising.
+        The view, and the indices in `record.annotations` of the objects that it shows, rising.
     """
     view = sample_view(augment, record.size, generator)
-    places = find_shown(record, view, image_size, min_area_pixels)
-    if len(places) == 0:
-        whole, places = show_all(record)
+    indices = find_shown(record, view, image_size, min_area_pixels)
+    if len(indices) == 0:
+        whole, indices = show_all(record)
         view = replace(view, window=whole.window, scale=whole.scale)
-    return view, places
+    return view, indices
 
 
 def sample_view(augment: AugmentConfig, size: tuple[int, int], generator: np.random.Generator) -> View:
@@ -141,7 +141,7 @@ def _render_window(
 
 
 def find_shown(record: Record, view: View, image_size: int, min_area_pixels: float) -> np.ndarray:
-    """Return the places in `record.annotations` of the objects that enough is left of, rising."""
+    """Return the indices in `record.annotations` of the objects that enough is left of, rising."""
     pixel_scale = view.compute_input_side(image_size) / max(view.size)
     if min(view.size) * pixel_scale < 0.5:  # too thin: the shorter side would round to nothing
         return np.arange(0)

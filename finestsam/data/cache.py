@@ -83,8 +83,8 @@ def read_index(path: Path, key: str, part: Part, settings: DatasetConfig) -> Ind
         content = json.loads(body)
         records = [_read_record(entry) for entry in content["records"]]
         resolve = os.path.abspath if settings.follow_symlinks else os.path.realpath
-        places = (part.root, part.images_dir, cache_folder() / "images")  # the last has those of labelme's files
-        roots = tuple(f"{resolve(place)}{os.sep}" for place in places)
+        folders = (part.root, part.images_dir, cache_folder() / "images")  # the last has those of labelme's files
+        roots = tuple(f"{resolve(folder)}{os.sep}" for folder in folders)
         if not all(resolve(record.path).startswith(roots) and _has_sound_masks(record) for record in records):
             return None
         findings = [Finding(**finding) for finding in content["report"].pop("findings")]

@@ -53,11 +53,11 @@ def measure_reach(records: list[Record]) -> dict[str, dict[str, float]]:
 
 def find_hits(record: Record) -> np.ndarray:
     """Return whether an object has a point of a grid inside, objects x GRIDS, bool."""
-    places = [_list_grid_places(grid, record.size) for grid in GRIDS]
+    pixels = [_list_grid_pixels(grid, record.size) for grid in GRIDS]
     hits = np.zeros((len(record.annotations), len(GRIDS)), dtype=bool)
     for row, annotation in enumerate(record.annotations):
         starts, ends = find_runs(record.rle(annotation))
-        for column, some in enumerate(places):
+        for column, some in enumerate(pixels):
             hits[row, column] = (np.searchsorted(some, ends) > np.searchsorted(some, starts)).any()
     return hits
 
@@ -68,8 +68,8 @@ def name_size(area: int) -> str:
 
 
 @lru_cache(maxsize=64)
-def _list_grid_places(grid: Grid, size: tuple[int, int]) -> np.ndarray:
-    """Return the pixels that the points of a grid fall into, as sorted places of a column-major image."""
+def _list_grid_pixels(grid: Grid, size: tuple[int, int]) -> np.ndarray:
+    """Return the pixels that the points of a grid fall into, as sorted indices of a column-major image."""
     points = np.concatenate(
         [corner + build_point_grid(grid.points_per_side) * side for corner, side in _list_crops(grid, size)]
     )

@@ -97,7 +97,7 @@ class SampleDataset(Dataset):
         epoch, position = key
         record = self.records[position]
         variant = choose_variant(self.settings.augment, epoch)
-        view, places = self._choose_view(record, variant)
+        view, indices = self._choose_view(record, variant)
         try:
             input_size = self._compute_input_size(view)
             embedding = self._read_embedding(record, view)
@@ -115,17 +115,17 @@ class SampleDataset(Dataset):
         if self.settings.wants_cells or self.settings.categories:
             cells = label_cells(record, view, input_size, side)
         background = self._sample_background(record, view, input_size, epoch)
-        places = self._choose_objects(record, places, epoch)
-        asked = self._choose_kind(record, epoch)
+        indices = self._choose_objects(record, indices, epoch)
+        wanted = self._choose_kind(record, epoch)
         frames = _Frames(view.size, input_size, build_image_grid(self.settings.points_per_side, view.size))
         rles, prompts, counts = [], [], []
-        for place in places:
-            shown = show_object(record, record.annotations[place], view)
-            prompts.append(self._sample_prompts(asked, shown, frames, epoch))
+        for index in indices:
+            shown = show_object(record, record.annotations[index], view)
+            prompts.append(self._sample_prompts(wanted, shown, frames, epoch))
             counts.append(len(prompts[-1]))
             rles += [shown.rle] * counts[-1]
-        places = np.repeat(places, counts)
-        rows = (self.first_rows[position] + places).tolist()
+        indices = np.repeat(indices, counts)
+        rows = (self.first_rows[position] + indices).tolist()
         return Sample(
             image_id=record.image_id,
             file_name=record.file_name,
@@ -134,14 +134,14 @@ class SampleDataset(Dataset):
             image=pixels,
             prompts=self._insert_previous_logits(_stack_prompts(prompts), rows, epoch),
             rles=rles,
-            annotation_ids=[record.annotations[place].id for place in places],
+            annotation_ids=[record.annotations[index].id for index in indices],
             rows=rows,
             correction_clicks=self._count_corrections(record, epoch),
             variant=variant,
             embedding=embedding,
             background=background,
             cells=cells,
-            object_classes=self._list_classes([record.annotations[place] for place in places]),
+            object_classes=self._list_classes([record.annotations[index] for index in indices]),
             cell_classes=self._list_classes(sort_by_area(record.annotations)),
         )
 
@@ -178,19 +178,19 @@ class SampleDataset(Dataset):
         return compute_input_size(view.size, view.compute_input_side(self.settings.image_size))
 
     def _choose_view(self, record: Record, variant: int) -> tuple[View, np.ndarray]:
-        """Return how the image is shown, and the places of the objects that can be seen; the same in each epoch."""
+        """Return how the image is shown, and the indices of the objects that can be seen; the same in each epoch."""
         if variant == 0:
             return show_all(record)
         settings = self.settings
         generator = self._open_stream(variant, record.image_id, VARIANT)
         return choose_view(record, settings.augment, settings.image_size, settings.dataset.min_area_pixels, generator)
 
-    def _choose_objects(self, record: Record, places: np.ndarray, epoch: int) -> np.ndarray:
+    def _choose_objects(self, record: Record, indices: np.ndarray, epoch: int) -> np.ndarray:
         limit = self.settings.max_objects
-        if limit == 0 or len(places) <= limit:
-            return places
+        if limit == 0 or len(indices) <= limit:
+            return indices
         generator = self._open_stream(epoch, record.image_id, CHOICE)
-        return np.sort(generator.choice(places, size=limit, replace=False))
+        return np.sort(generator.choice(indices, size=limit, replace=False))
 
     def _sample_background(self, record: Record, view: View, input_size: tuple[int, int], epoch: int) -> Prompts:
         """Return points of the grid that lie in no object and no crowd region, at most as many as are asked for."""
@@ -215,35 +215,35 @@ class SampleDataset(Dataset):
 
     def _choose_kind(self, record: Record, epoch: int) -> PromptsConfig:
         """Return what an image's objects are asked for with: all kinds that are turned on, or one of them."""
-        asked = self.settings.prompts
-        kinds = [name for name in PROMPT_KINDS if getattr(asked, name)]
-        if not asked.mix or len(kinds) < 2:
-            return asked
+        wanted = self.settings.prompts
+        kinds = [name for name in PROMPT_KINDS if getattr(wanted, name)]
+        if not wanted.mix or len(kinds) < 2:
+            return wanted
         chosen = kinds[self._open_stream(epoch, record.image_id, KIND).integers(len(kinds))]
-        return replace(asked, **{name: name == chosen for name in PROMPT_KINDS})
+        return replace(wanted, **{name: name == chosen for name in PROMPT_KINDS})
 
     def _count_corrections(self, record: Record, epoch: int) -> int:
         """Return how often the first answers on an image's objects are corrected."""
-        asked = self.settings.prompts
-        if asked.correction_clicks == 0:
+        wanted = self.settings.prompts
+        if wanted.correction_clicks == 0:
             return 0
-        is_corrected = self._open_stream(epoch, record.image_id, CORRECTION).random() < asked.correction_share
-        return asked.correction_clicks if is_corrected else 0
+        is_corrected = self._open_stream(epoch, record.image_id, CORRECTION).random() < wanted.correction_share
+        return wanted.correction_clicks if is_corrected else 0
 
-    def _sample_prompts(self, asked: PromptsConfig, shown: ShownObject, frames: "_Frames", epoch: int) -> Prompts:
+    def _sample_prompts(self, wanted: PromptsConfig, shown: ShownObject, frames: "_Frames", epoch: int) -> Prompts:
         """Return what one object is asked for with: S prompts with other points, and one box and one mask for all."""
         prompts, count = Prompts(), 1
-        if asked.use_points:
+        if wanted.use_points:
             generator = self._open_stream(epoch, shown.annotation_id, POINTS)
             points, labels = self._sample_points(shown, frames, generator)
             prompts.points, prompts.labels, count = torch.from_numpy(points), torch.from_numpy(labels), len(points)
-        if asked.use_boxes:
+        if wanted.use_boxes:
             generator = self._open_stream(epoch, shown.annotation_id, BOX)
             prompts.boxes = torch.from_numpy(self._sample_box(shown, frames, generator)).expand(count, -1)
-        if asked.use_masks or asked.use_logits:
+        if wanted.use_masks or wanted.use_logits:
             generator = self._open_stream(epoch, shown.annotation_id, MASK)
             prompts.mask_logits = torch.from_numpy(self._sample_mask(shown, frames, generator)).expand(count, 1, -1, -1)
-            prompts.has_mask = torch.full((count,), asked.use_masks)
+            prompts.has_mask = torch.full((count,), wanted.use_masks)
         return prompts
 
     def _sample_points(
@@ -261,11 +261,11 @@ class SampleDataset(Dataset):
 
     def _sample_box(self, shown: ShownObject, frames: "_Frames", generator: np.random.Generator) -> np.ndarray:
         """Return the box with its noise, XYXY, input frame."""
-        asked = self.settings.prompts
+        wanted = self.settings.prompts
         x, y, width, height = shown.box
         corners = np.array([[x, y, x + width, y + height]], dtype=float)
         box = scale_boxes(corners, frames.original_size, frames.input_size)[0]
-        box = jitter_box(box, frames.input_size, asked.box_jitter_ratio, asked.box_jitter_max_pixels, generator)
+        box = jitter_box(box, frames.input_size, wanted.box_jitter_ratio, wanted.box_jitter_max_pixels, generator)
         return box.astype(np.float32)
 
     def _sample_mask(self, shown: ShownObject, frames: "_Frames", generator: np.random.Generator) -> np.ndarray:

@@ -156,21 +156,21 @@ def select(candidates: Candidates, settings: GeneratorConfig) -> np.ndarray:
     masks = candidates.masks
     is_good = masks.scores > settings.pred_iou_thresh if settings.pred_iou_thresh else np.True_
     is_good = is_good & (masks.no_object_probabilities <= settings.no_object_thresh)
-    places = np.flatnonzero(is_asked & is_good & (masks.stability >= settings.stability_score_thresh))
+    indices = np.flatnonzero(is_asked & is_good & (masks.stability >= settings.stability_score_thresh))
     corners, crop_areas = masks.corners, masks.crop_areas
     kept = []
-    areas = crop_areas[places]
+    areas = crop_areas[indices]
     for area in np.unique(areas):
-        kept.append(_suppress(corners, places[areas == area], masks.priorities, settings.box_nms_thresh))
-    places = np.concatenate(kept) if kept else places
+        kept.append(_suppress(corners, indices[areas == area], masks.priorities, settings.box_nms_thresh))
+    indices = np.concatenate(kept) if kept else indices
     if len(kept) > 1:
-        places = _suppress(corners, np.sort(places), 1 / crop_areas, settings.crop_nms_thresh)
-    return np.sort(places)
+        indices = _suppress(corners, np.sort(indices), 1 / crop_areas, settings.crop_nms_thresh)
+    return np.sort(indices)
 
 
-def _suppress(corners: np.ndarray, places: np.ndarray, priorities: np.ndarray, max_overlap: float) -> np.ndarray:
-    boxes = torch.from_numpy(corners[places]).float()
-    return places[nms(boxes, torch.from_numpy(priorities[places]).float(), max_overlap).numpy()]
+def _suppress(corners: np.ndarray, indices: np.ndarray, priorities: np.ndarray, max_overlap: float) -> np.ndarray:
+    boxes = torch.from_numpy(corners[indices]).float()
+    return indices[nms(boxes, torch.from_numpy(priorities[indices]).float(), max_overlap).numpy()]
 
 
 def clean(chosen: Candidates, record: Record, settings: GeneratorConfig) -> MeasuredMasks:
@@ -197,10 +197,10 @@ def match(ious: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
         return found
     is_left = np.ones((len(thresholds), objects), dtype=bool)
     rows = np.arange(len(thresholds))
-    for place in np.flatnonzero(ious.max(axis=1) >= thresholds[0]):
-        left = np.where(is_left, ious[place], -1.0)
+    for index in np.flatnonzero(ious.max(axis=1) >= thresholds[0]):
+        left = np.where(is_left, ious[index], -1.0)
         best = left.argmax(axis=1)
         hits = left[rows, best] >= thresholds
-        found[hits, place] = best[hits]
+        found[hits, index] = best[hits]
         is_left[rows[hits], best[hits]] = False
     return found

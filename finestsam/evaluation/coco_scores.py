@@ -65,9 +65,9 @@ class CocoScorer:
             "ap75": _mean(precision[5, :, 0, 0, -1]),
         }
         sizes = list(enumerate(AREAS))[1:]
-        scores |= {f"ap_{area}": _mean(precision[:, :, 0, place, -1]) for place, area in sizes}
-        scores |= {f"ar_{limit}": _mean(recall[:, 0, 0, place]) for place, limit in enumerate(LIMITS)}
-        scores |= {f"ar_{LIMITS[-1]}_{area}": _mean(recall[:, 0, place, 2]) for place, area in sizes}
+        scores |= {f"ap_{area}": _mean(precision[:, :, 0, index, -1]) for index, area in sizes}
+        scores |= {f"ar_{limit}": _mean(recall[:, 0, 0, index]) for index, limit in enumerate(LIMITS)}
+        scores |= {f"ar_{LIMITS[-1]}_{area}": _mean(recall[:, 0, index, 2]) for index, area in sizes}
         scores["f1"] = self._measure_f1(range(len(self._counts[0])))
         return {name: value for name, value in scores.items() if value is not None}
 
@@ -78,8 +78,8 @@ class CocoScorer:
         """
         if not self.has_objects:
             return {}
-        places = [int(np.argmin(np.abs(self._evaluator.params.iouThrs - iou))) for iou in TRACED_IOUS]
-        precision = self._tables["precision"][places, :, 0, 0, -1]
+        indices = [int(np.argmin(np.abs(self._evaluator.params.iouThrs - iou))) for iou in TRACED_IOUS]
+        precision = self._tables["precision"][indices, :, 0, 0, -1]
         return dict(zip(TRACED_IOUS, precision, strict=True))
 
     @cached_property
@@ -94,37 +94,37 @@ class CocoScorer:
         thresholds = len(self._evaluator.params.iouThrs)
         images = self._evaluator.evalImgs[: len(self._evaluator.params.imgIds)]  # those of all areas come first
         hits, entries = (np.zeros((len(images), thresholds), dtype=np.int64) for _ in range(2))
-        for place, one in enumerate(images):
+        for index, one in enumerate(images):
             if one is None:
                 continue
             is_ignored = np.asarray(one["dtIgnore"], dtype=bool)
-            hits[place] = ((one["dtMatches"] > 0) & ~is_ignored).sum(axis=1)
+            hits[index] = ((one["dtMatches"] > 0) & ~is_ignored).sum(axis=1)
             objects = (~np.asarray(one["gtIgnore"], dtype=bool)).sum()
-            entries[place] = (~is_ignored).sum(axis=1) + objects
+            entries[index] = (~is_ignored).sum(axis=1) + objects
         return hits, entries
 
-    def _measure_f1(self, places: Sequence[int]) -> float:
-        """Return the mean over IoU thresholds for a draw of the images."""
-        hits, entries = (counts[places].sum(axis=0) for counts in self._counts)
+    def _measure_f1(self, indices: Sequence[int]) -> float:
+        """Return the mean over IoU thresholds for some of the images."""
+        hits, entries = (counts[indices].sum(axis=0) for counts in self._counts)
         return float(np.mean(2 * hits / np.maximum(entries, 1)))
 
-    def resample(self, places: Sequence[int]) -> dict[str, float]:
-        """Return `ap`, `ar_100`, `ar_1000` and `f1` of a draw of the images, in which some may be several times."""
-        drawn = copy.copy(self._evaluator)
-        count = len(places)
-        drawn.params, drawn.eval = copy.deepcopy(self._evaluator.params), {}
-        drawn.params.imgIds, drawn.params.areaRng = list(range(count)), drawn.params.areaRng[:1]
-        drawn.params.areaRngLbl, drawn.params.maxDets = AREAS[:1], drawn.params.maxDets[1:]
-        drawn._paramsEval = drawn.params
-        drawn.evalImgs = [self._evaluator.evalImgs[place] for place in places]  # those of all areas come first
+    def resample(self, indices: Sequence[int]) -> dict[str, float]:
+        """Return `ap`, `ar_100`, `ar_1000` and `f1` of a bootstrap sample of the images, which may repeat images."""
+        resampled = copy.copy(self._evaluator)
+        count = len(indices)
+        resampled.params, resampled.eval = copy.deepcopy(self._evaluator.params), {}
+        resampled.params.imgIds, resampled.params.areaRng = list(range(count)), resampled.params.areaRng[:1]
+        resampled.params.areaRngLbl, resampled.params.maxDets = AREAS[:1], resampled.params.maxDets[1:]
+        resampled._paramsEval = resampled.params
+        resampled.evalImgs = [self._evaluator.evalImgs[index] for index in indices]  # those of all areas come first
         with _silence():
-            drawn.accumulate()
-        tables = drawn.eval
+            resampled.accumulate()
+        tables = resampled.eval
         figures = {
             "ap": _mean(tables["precision"][..., -1]),
             "ar_100": _mean(tables["recall"][..., 0]),
             "ar_1000": _mean(tables["recall"][..., 1]),
-            "f1": self._measure_f1(places),
+            "f1": self._measure_f1(indices),
         }
         return {name: value or 0.0 for name, value in figures.items()}
 

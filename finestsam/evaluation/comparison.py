@@ -25,14 +25,14 @@ def render_comparison(evaluation: Evaluation, config: Config) -> np.ndarray | No
     Returns:
         None where the generator did not run, or no image with objects can be read.
     """
-    places = list(evaluation.ratings)[::-1]
-    chosen = np.unique(np.linspace(0, len(places) - 1, IMAGES_SHOWN).round().astype(int)) if places else []
-    rows = [row for row in (_render_row(evaluation, places[rank], config) for rank in chosen) if row is not None]
+    indices = list(evaluation.ratings)[::-1]
+    chosen = np.unique(np.linspace(0, len(indices) - 1, IMAGES_SHOWN).round().astype(int)) if indices else []
+    rows = [row for row in (_render_row(evaluation, indices[rank], config) for rank in chosen) if row is not None]
     return np.concatenate(rows) if rows else None
 
 
-def _render_row(evaluation: Evaluation, place: int, config: Config) -> np.ndarray | None:
-    record = evaluation.ours.records[place]
+def _render_row(evaluation: Evaluation, index: int, config: Config) -> np.ndarray | None:
+    record = evaluation.ours.records[index]
     try:
         pixels = read_image(record.path, record.size, config.dataset.images)
     except Defect:
@@ -45,20 +45,20 @@ def _render_row(evaluation: Evaluation, place: int, config: Config) -> np.ndarra
         _render_panel(
             "annotated",
             name_count(len(truth), "object"),
-            _lay(image, truth, evaluation.ours.colour_truth(place), config),
+            _lay(image, truth, evaluation.ours.colour_truth(index), config),
         ),
     ]
     for title in COLUMNS:
         one = evaluation.measurements.get(title)
         if one is not None and one.found is not None:
-            shown = _lay(image, one.found[place].rles, one.colour_found(place), config)
-            panels.append(_render_panel(title, describe_found(one, place), shown))
+            shown = _lay(image, one.found[index].rles, one.colour_found(index), config)
+            panels.append(_render_panel(title, describe_found(one, index), shown))
     return np.concatenate(panels, axis=1)
 
 
-def describe_found(measured: Measurement, place: int) -> str:
+def describe_found(measured: Measurement, index: int) -> str:
     """Return how many masks there are in an image, and how many of its objects they find."""
-    counts = measured.counts[place]
+    counts = measured.counts[index]
     return f"{name_count(counts.mask_count, 'mask')}, finds {counts.objects['found']} of {counts.object_count}"
 
 

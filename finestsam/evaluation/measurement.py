@@ -46,11 +46,11 @@ class Measurement:
 
     def keep(self, image_ids: Collection[int]) -> "Measurement":
         """Return the same of fewer images; means over clicks and further figures stay those of all."""
-        places = [place for place, record in enumerate(self.records) if record.image_id in image_ids]
+        indices = [place for index, record in enumerate(self.records) if record.image_id in image_ids]
         return replace(
             self,
-            records=[self.records[place] for place in places],
-            found=None if self.found is None else [self.found[place] for place in places],
+            records=[self.records[index] for index in indices],
+            found=None if self.found is None else [self.found[index] for index in indices],
             prompted={
                 kind: [score for score in scores if score.image_id in image_ids]
                 for kind, scores in self.prompted.items()
@@ -101,15 +101,15 @@ class Measurement:
         figures = {"mean_absolute_error": error / len(self.counts)}
         return figures | ({"relative_error": error / objects} if objects else {})
 
-    def colour_found(self, place: int) -> np.ndarray | None:
+    def colour_found(self, index: int) -> np.ndarray | None:
         """Return the colours of an image's masks by their categories, K x 3; None where none are known."""
-        return None if self.table is None else self._colour(self.found[place].classes)
+        return None if self.table is None else self._colour(self.found[index].classes)
 
-    def colour_truth(self, place: int) -> np.ndarray | None:
+    def colour_truth(self, index: int) -> np.ndarray | None:
         """Return the colours of an image's objects by their categories, G x 3; None where none are known."""
         if self.table is None:
             return None
-        return self._colour([self.table.by_category.get(one.category_id, 0) for one in self.records[place].annotations])
+        return self._colour([self.table.by_category.get(one.category_id, 0) for one in self.records[index].annotations])
 
     def _colour(self, classes: Sequence[int]) -> np.ndarray:
         return colour_classes(len(self.table.names))[np.asarray(classes, dtype=int)]
@@ -117,22 +117,22 @@ class Measurement:
     @cached_property
     def sums(self) -> dict[str, np.ndarray]:
         """Return for each prompted measure its sum in each image, and under `{kind}/count` how many it is over."""
-        places = {record.image_id: place for place, record in enumerate(self.records)}
+        indices = {record.image_id: index for index, record in enumerate(self.records)}
         sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(len(self.records)))
         for kind, scores in self.prompted.items():
             for score in scores:
-                if score.image_id not in places:
+                if score.image_id not in indices:
                     continue
-                place = places[score.image_id]
-                sums[f"{kind}/count"][place] += 1
+                index = indices[score.image_id]
+                sums[f"{kind}/count"][index] += 1
                 for name in PROMPT_MEASURES:
-                    sums[f"{kind}/{name}"][place] += getattr(score, name)
+                    sums[f"{kind}/{name}"][index] += getattr(score, name)
         for one in self.background:
-            if one.image_id in places:
-                place = places[one.image_id]
-                sums["background/count"][place] += len(one.scores)
-                sums["background/score"][place] += one.scores.sum(dtype=float)
-                sums["background/taken_share"][place] += one.is_taken.sum()
+            if one.image_id in indices:
+                index = indices[one.image_id]
+                sums["background/count"][index] += len(one.scores)
+                sums["background/score"][index] += one.scores.sum(dtype=float)
+                sums["background/taken_share"][index] += one.is_taken.sum()
         return dict(sums)
 
     @cached_property
@@ -150,25 +150,25 @@ class Measurement:
         return [name for name in self.sums if not name.endswith("/count")]
 
     def resample_generator(self, samples: np.ndarray) -> dict[str, np.ndarray]:
-        """Return COCO's figures for each sample of images, S x I places; one pass over them gives all."""
+        """Return COCO's figures for each sample of images, S x I indices; one pass over them gives all."""
         key = samples.tobytes()
         if key not in self._resampled:
-            figures = [self.scorer.resample(places) for places in samples]
+            figures = [self.scorer.resample(indices) for indices in samples]
             self._resampled[key] = {name: np.array([one[name] for one in figures]) for name in GENERATOR_MEASURES}
         return self._resampled[key]
 
     def list_images(self) -> list[dict[str, object]]:
         """Return a row of figures for each image."""
         rows = []
-        for place, record in enumerate(self.records):
+        for index, record in enumerate(self.records):
             row: dict[str, object] = {"file_name": record.file_name, "objects": len(record.annotations)}
             for name in self.sampled:
-                count = self.sums[f"{name.split('/')[0]}/count"][place]
-                row[name] = float(self.sums[name][place] / count) if count else None
+                count = self.sums[f"{name.split('/')[0]}/count"][index]
+                row[name] = float(self.sums[name][index] / count) if count else None
             if self.scorer:
-                row["generator/masks"] = len(self.found[place].rles)
-                row |= {f"generator/{name}": value for name, value in self.scorer.resample([place]).items()}
-                row |= {f"counting/{name}": value for name, value in _list_counts(self.counts[place]).items()}
+                row["generator/masks"] = len(self.found[index].rles)
+                row |= {f"generator/{name}": value for name, value in self.scorer.resample([index]).items()}
+                row |= {f"counting/{name}": value for name, value in _list_counts(self.counts[index]).items()}
             rows.append(row)
         return rows
 
@@ -244,7 +244,7 @@ def _list_common(ours: Measurement, theirs: Measurement) -> list[str]:
 
 
 def _resample(measurement: Measurement, name: str, samples: np.ndarray) -> np.ndarray:
-    """Return a figure for each sample of images, S x I places; not a number where a sample has no object."""
+    """Return a figure for each sample of images, S x I indices; not a number where a sample has no object."""
     kind, measure = name.split("/")
     if kind == "generator":
         return measurement.resample_generator(samples)[measure]

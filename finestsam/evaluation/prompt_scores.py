@@ -65,18 +65,18 @@ def _score_objects(predictions: Predictions, sample: Sample, first: int, image_s
     for start in range(0, count, piece):
         logits = predictions.logits[start : start + piece]
         masks = upscale_logits(logits, image_size, sample.input_size, sample.original_size) > 0  # n x M x H x W
-        places = range(first + start, first + start + len(masks))
-        truth = decode_rles([sample.rles[place] for place in places]).to(masks.device)[:, None]
+        indices = range(first + start, first + start + len(masks))
+        truth = decode_rles([sample.rles[index] for index in indices]).to(masks.device)[:, None]
         shared, sizes = (counts.cpu().double() for counts in count_overlap(masks, truth))
         ious, dices = shared / (sizes - shared), 2 * shared / sizes  # the truth is never empty, so neither is a union
-        for row, place in enumerate(places):
+        for row, index in enumerate(indices):
             expected = predictions.scores[start + row]
             chosen = int(expected.argmax())
             mask, target = masks[row, chosen].cpu().numpy(), truth[row, 0].cpu().numpy()
             scores.append(
                 ObjectScore(
                     sample.image_id,
-                    sample.annotation_ids[place],
+                    sample.annotation_ids[index],
                     float(ious[row, chosen]),
                     float(dices[row, chosen]),
                     float(ious[row].max()),

@@ -80,8 +80,8 @@ def _write_summary(evaluation: Evaluation) -> str:
     count, names = len(evaluation.learned), sorted(evaluation.learned)
     listed = ", ".join(f"<code>{escape_text(name)}</code>" for name in names[:20]) + (", ..." if count > 20 else "")
     return (
-        f"{summary}<p class='worse'>{count} of the {len(evaluation.ours.records)} images were trained on, so other images "
-        f"will have lower figures: {listed}</p>"
+        f"{summary}<p class='worse'>{count} of the {len(evaluation.ours.records)} images were trained on, "
+        f"so other images will have lower figures: {listed}</p>"
     )
 
 

@@ -31,14 +31,14 @@ def write_images(evaluation: Evaluation, config: Config) -> str:
         "<div class='sticky'><label><input type='checkbox' id='masks' checked> masks (key m)</label> "
         "<span class='quiet'>wheel: zoom, drag: move, double click: whole image</span></div>"
     ]
-    for title, places in groups.items():
-        images = [_write_image(evaluation, place, config) for place in places]
+    for title, indices in groups.items():
+        images = [_write_image(evaluation, index, config) for index in indices]
         parts += [f"<h2>{title}</h2>", *images] if images else []
     return "\n".join(parts)
 
 
-def _write_image(evaluation: Evaluation, place: int, config: Config) -> str:
-    record, rating = evaluation.ours.records[place], evaluation.ratings[place]
+def _write_image(evaluation: Evaluation, index: int, config: Config) -> str:
+    record, rating = evaluation.ours.records[index], evaluation.ratings[index]
     try:
         pixels = read_image(record.path, record.size, config.dataset.images)
     except Defect as defect:
@@ -53,7 +53,7 @@ def _write_image(evaluation: Evaluation, place: int, config: Config) -> str:
             name_count(len(truth), "object"),
             base,
             truth,
-            evaluation.ours.colour_truth(place),
+            evaluation.ours.colour_truth(index),
             record,
             size,
         ),
@@ -61,8 +61,8 @@ def _write_image(evaluation: Evaluation, place: int, config: Config) -> str:
     for title in COLUMNS:
         one = evaluation.measurements.get(title)
         if one is not None and one.found is not None:
-            rles, colours = one.found[place].rles, one.colour_found(place)
-            panels.append(_write_panel(title, describe_found(one, place), base, rles, colours, record, size))
+            rles, colours = one.found[index].rles, one.colour_found(index)
+            panels.append(_write_panel(title, describe_found(one, index), base, rles, colours, record, size))
     learned = "; trained on" if record.file_name in evaluation.learned else ""
     return (
         f"<div class='image'><div><code>{escape_text(record.file_name)}</code> "

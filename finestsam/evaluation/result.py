@@ -52,8 +52,8 @@ class Evaluation:
     @cached_property
     def ratings(self) -> dict[int, Rating]:
         """By the place of an image with objects, the worst first."""
-        places = [place for place, record in enumerate(self.ours.records) if record.annotations and self.ours.counts]
-        rated = {place: _rate(self.ours.counts[place]) for place in places}
+        indices = [place for index, record in enumerate(self.ours.records) if record.annotations and self.ours.counts]
+        rated = {index: _rate(self.ours.counts[index]) for index in indices}
         return dict(sorted(rated.items(), key=lambda item: (item[1].f1, item[1].recall)))
 
     @cached_property

@@ -44,27 +44,27 @@ def read_results(
     entries = content.get("annotations") if isinstance(content, dict) else content
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{printable(path)}: not a COCO results file, a list of image_id, segmentation and score")
-    places = _find_places(content, records, path)
+    indices = _index_images(content, records, path)
     table = _find_categories(content, entries, categories, task, path)
     found: list[list[tuple[float, dict, int]]] = [[] for _ in records]
     left_out = 0
     for number, entry in enumerate(entries):
-        place = places.get(_read_id(entry, "image_id", f"result {number}", path, takes_text=isinstance(content, dict)))
-        if place is None:
+        index = indices.get(_read_id(entry, "image_id", f"result {number}", path, takes_text=isinstance(content, dict)))
+        if index is None:
             left_out += 1  # of another part of the dataset
             continue
         score = entry.get("score", 1.0)
         try:
             if not _is_score(score):
                 raise Defect("score", f"its score is {score!r:.40}")
-            rle = segmentation_to_rle(entry.get("segmentation"), records[place].size)
+            rle = segmentation_to_rle(entry.get("segmentation"), records[index].size)
         except Defect as defect:
             if defect.code != "empty_mask":
                 raise UserError(f"{printable(path)}: result {number}: {defect.message}") from None
-            rle = encode_mask(np.zeros(records[place].size, dtype=bool))  # found, and wrong
+            rle = encode_mask(np.zeros(records[index].size, dtype=bool))  # found, and wrong
         category_id = as_id(entry.get("category_id"))
         is_known = table is not None and category_id is not None
-        found[place].append((float(score), rle, table.by_category.get(category_id, UNKNOWN) if is_known else UNKNOWN))
+        found[index].append((float(score), rle, table.by_category.get(category_id, UNKNOWN) if is_known else UNKNOWN))
     if not any(found) and entries:
         raise UserError(f"{printable(path)}: none of its {len(entries)} results is of an image of this set")
     if left_out:
@@ -104,37 +104,37 @@ def _find_categories(
     return None
 
 
-def _find_places(content: Any, records: Sequence[Record], path: Path) -> dict[int | str, int]:
-    """Return the place of each image of the set by the id that the file has for it."""
+def _index_images(content: Any, records: Sequence[Record], path: Path) -> dict[int | str, int]:
+    """Return the index of each image of the set by the id that the file has for it."""
     if not isinstance(content, dict):
-        return {record.image_id: place for place, record in enumerate(records)}
+        return {record.image_id: index for index, record in enumerate(records)}
     images = content.get("images")
     if not isinstance(images, list):
         raise UserError(f"{printable(path)}: has annotations and no list of images")
     by_name: dict[str, list[int]] = {}
-    for place, record in enumerate(records):
-        by_name.setdefault(PurePosixPath(record.file_name).name, []).append(place)
+    for index, record in enumerate(records):
+        by_name.setdefault(PurePosixPath(record.file_name).name, []).append(index)
     claims: dict[int, list[tuple[int, str, Any]]] = {}  # of an image: the entries that may be it, by what they share
     for number, image in enumerate(images):
         image_id = _read_id(image, "id", f"image {number}", path, takes_text=True)
         name = str(image.get("file_name"))
         candidates = by_name.get(PurePosixPath(name).name, [])
-        common = [_count_common_parts(name, records[place].path) for place in candidates]
+        common = [_count_common_parts(name, records[index].path) for index in candidates]
         if common and common.count(max(common)) > 1:
             raise UserError(f"{printable(path)}: several images of this set are called {printable(name)}")
         if common:
             claims.setdefault(candidates[common.index(max(common))], []).append((max(common), name, image_id))
-    places: dict[int | str, int] = {}
-    for place, entries in claims.items():
+    indices: dict[int | str, int] = {}
+    for index, entries in claims.items():
         most = max(common for common, _, _ in entries)
         names = sorted({name for common, name, _ in entries if common == most})
         if len(names) > 1:
-            told = printable(records[place].file_name)
+            told = printable(records[index].file_name)
             raise UserError(f"{printable(path)}: {' and '.join(map(printable, names[:2]))} may both be {told}")
         for image_id in (image_id for common, _, image_id in entries if common == most):
-            if places.setdefault(image_id, place) != place:
+            if indices.setdefault(image_id, index) != index:
                 raise UserError(f"{printable(path)}: image id {image_id!r:.40} stands for several images")
-    return places
+    return indices
 
 
 def _read_id(entry: Any, key: str, told: str, path: Path, takes_text: bool = False) -> int | str:

@@ -41,7 +41,7 @@ class DecoderGraph(nn.Module):
         self.prompt_encoder = sam.prompt_encoder
         self.mask_decoder = sam.mask_decoder
         self.image_size = sam.image_encoder.img_size
-        self.register_buffer("places", sam.prompt_encoder.get_dense_pe().detach())
+        self.register_buffer("image_pe", sam.prompt_encoder.get_dense_pe().detach())
 
     def forward(
         self, embedding: Tensor, points: Tensor, labels: Tensor, mask_input: Tensor, has_mask_input: Tensor
@@ -60,16 +60,16 @@ class DecoderGraph(nn.Module):
         no_mask = encoder.no_mask_embed.weight[:, :, None, None]
         return self.mask_decoder.predict_masks(
             image_embeddings=embedding,
-            image_pe=self.places,
+            image_pe=self.image_pe,
             sparse_prompt_embeddings=self._embed_points(points, labels[..., None]),
             dense_prompt_embeddings=torch.where(has_mask_input[:, None, None, None] > 0, masks, no_mask),
         )
 
     def _embed_points(self, points: Tensor, labels: Tensor) -> Tensor:
-        """Return N x P x C; segment_anything writes into masked places, which no exporter can follow."""
+        """Return N x P x C; segment_anything writes into masked positions, which no exporter can follow."""
         encoder = self.prompt_encoder
-        places = encoder.pe_layer._pe_encoding((points + 0.5) / self.image_size)
-        embedded = torch.where(labels == -1, encoder.not_a_point_embed.weight, places)
+        position_encoding = encoder.pe_layer._pe_encoding((points + 0.5) / self.image_size)
+        embedded = torch.where(labels == -1, encoder.not_a_point_embed.weight, position_encoding)
         for label, kind in enumerate(encoder.point_embeddings):
-            embedded = torch.where(labels == label, places + kind.weight, embedded)
+            embedded = torch.where(labels == label, position_encoding + kind.weight, embedded)
         return embedded

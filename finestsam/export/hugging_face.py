@@ -42,7 +42,7 @@ RENAMED = (
     (r"(iou_prediction_head|output_hypernetworks_mlps\.\d)\.layers\.2\.", r"\1.proj_out."),
     (r"(iou_prediction_head|output_hypernetworks_mlps\.\d)\.layers\.1\.", r"\1.layers.0."),
 )
-PLACES, PLACES_OF_IMAGE = (
+POSITIONS, IMAGE_POSITIONS = (
     "prompt_encoder.shared_embedding.positional_embedding",
     "shared_image_embedding.positional_embedding",
 )
@@ -78,7 +78,7 @@ def rename_weights(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         for pattern, replacement in RENAMED:
             name = re.sub(pattern, replacement, name)
         renamed[name] = value.detach().to("cpu", torch.float32).contiguous()
-    return renamed | {PLACES_OF_IMAGE: renamed[PLACES].clone()}
+    return renamed | {IMAGE_POSITIONS: renamed[POSITIONS].clone()}
 
 
 def describe_model(model_type: str, image_size: int) -> dict[str, Any]:

@@ -175,8 +175,8 @@ def _find_coco_subsets(root: Path) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     for file in files:
         subset = file.stem.removeprefix("instances_")
-        places = (root / subset, root / "images" / subset, root / "images", root)
-        images_dir = next(place for place in places if place.is_dir())
+        folders = (root / subset, root / "images" / subset, root / "images", root)
+        images_dir = next(folder for folder in folders if folder.is_dir())
         name = _name_subset(subset)
         if name in parts:
             raise UserError(f"dataset {root}: {file.name} and {parts[name].labels.name} are both for {name}: keep one")

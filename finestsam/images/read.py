@@ -394,8 +394,8 @@ def encode_image(image: np.ndarray, suffix: str) -> bytes:
 
 def build_point_grid(points_per_side: int) -> np.ndarray:
     """Return the generator's grid, K x 2, XY, in shares of the image's width and height, row by row."""
-    places = (np.arange(points_per_side) + 0.5) / points_per_side
-    return np.stack(np.meshgrid(places, places), axis=-1).reshape(-1, 2)
+    centres = (np.arange(points_per_side) + 0.5) / points_per_side
+    return np.stack(np.meshgrid(centres, centres), axis=-1).reshape(-1, 2)
 
 
 def build_crop_boxes(size: tuple[int, int], layer_count: int, overlap_ratio: float) -> list[list[int]]:

@@ -119,7 +119,7 @@ class _AttentionInPieces(torch.autograd.Function):
 def attend_masked(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
     """Do the same with a fused kernel that adds a mask, about `CHUNK_BYTES` of it at once; without a gradient."""
     count, height, width, _ = q.shape
-    marks = _mark_places(height, width, k).T.contiguous()
+    marks = _mark_positions(height, width, k).T.contiguous()
     by_position = torch.cat([by_row, by_column], dim=-1).flatten(1, 2)
     seen, some = torch.empty_like(v), max(1, CHUNK_BYTES // q.element_size() // (height * width) ** 2)
     for i in range(0, count, some):
@@ -133,7 +133,7 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Te
 def attend_folded(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
     """Do the same with a fused kernel that takes no mask."""
     height, width, channels = by_row.shape[-1], by_column.shape[-1], q.shape[-1]
-    marks = _mark_places(height, width, k)
+    marks = _mark_positions(height, width, k)
     q = torch.cat([q, by_row, by_column], dim=-1).flatten(1, 2)
     k = torch.cat([k, marks.expand(len(k), -1, -1)], dim=-1)
     more = -q.shape[-1] % 8  # fused kernels want a multiple of 8, and values as wide as keys
@@ -142,7 +142,7 @@ def attend_folded(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Te
     return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], scale=1.0)[:, 0, :, :channels]
 
 
-def _mark_places(height: int, width: int, like: Tensor) -> Tensor:
-    """Return each place's row and column as ones among zeros, height * width x (height + width)."""
-    places = torch.tensor(list(product(range(height), range(width))), device=like.device)
-    return torch.cat([F.one_hot(places[:, 0], height), F.one_hot(places[:, 1], width)], dim=1).to(like.dtype)
+def _mark_positions(height: int, width: int, like: Tensor) -> Tensor:
+    """Return the row and column as ones among zeros, height * width x (height + width)."""
+    positions = torch.tensor(list(product(range(height), range(width))), device=like.device)
+    return torch.cat([F.one_hot(positions[:, 0], height), F.one_hot(positions[:, 1], width)], dim=1).to(like.dtype)

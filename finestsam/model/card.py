@@ -30,7 +30,7 @@ class Card:
     # the same images.
     baseline_generator: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
-    baseline: dict[str, float] = field(default_factory=dict)  # the same metrics of the baseline
+    baseline: dict[str, float] = field(default_factory=dict)  # the same metrics of the starting weights
     step: int = 0
     started_from: str = "random weights"
     started_from_sha256: str | None = None
@@ -55,6 +55,8 @@ def read_card(weights: Path) -> Card | None:
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
+        if "floor" in values:  # what version 0.1 calls the baseline
+            values.setdefault("baseline", values.pop("floor"))
         known = {entry.name for entry in dataclasses.fields(Card)}
         card = Card(**{name: value for name, value in values.items() if name in known})
         problem = _find_problem(card)

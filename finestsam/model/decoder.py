@@ -1,17 +1,17 @@
-"""segment_anything's mask decoder with the same weights, names and answers, and a third of the arithmetic.
+"""segment_anything's mask decoder with the same weights, names and outputs, and a third of the arithmetic.
 
 What it saves, all of it exact up to the order of sums. g is the side of the embedding in tokens, L = g * g; T tokens
 of one prompt (5 to 9), H heads of d channels each, C channels of a token:
 
-- Before the first layer the image's tokens are the same for every prompt: they are projected once (`look`).
+- Before the first layer the image's tokens are the same for every prompt: they are projected once (`compute_image_features`).
 - Afterwards they differ by prompt, and stock attention projects all L of them. But a projection W of the image can be
   moved to the other side: q (W x) = (q W) x, and the sum P (x W) = (P x) W. Only products with H * T columns touch the
   L tokens, and no projected image is ever made. A bias of the keys adds the same to every weight of a row, which a
   softmax does not notice.
-- The positional encoding is added to the image in front of every projection. What it gives by itself does not depend
-  on the prompt and is projected once; the sum is never made.
+- The positional encoding is added to the image in front of every projection. Its own projection does not depend
+  on the prompt and is computed once; the sum is never made.
 - A transposed convolution whose stride is its size is one matrix product over channels.
-- Only the mask tokens that are asked for get a mask, and only prompts whose score is worth it are upscaled.
+- Only the wanted mask tokens get a mask, and only masks whose score is high enough are upscaled.
 """
 
 import math
@@ -33,13 +33,15 @@ CHUNK_BYTES = 70_000_000
 
 @dataclass
 class ImageFeatures:
-    """What the decoder sees of an image before it knows the prompt. S is 1, or N where mask prompts change it."""
+    """What the decoder computes once for an image. S is 1, or N where mask prompts change the image."""
 
     tokens: Tensor  # S x L x C: the embedding, and what mask prompts add to it
-    keys: Tensor  # S x H x L x d, of the first layer's tokens looking at the image
+    keys: Tensor  # S x H x L x d, of the first layer's attention from tokens to image
     values: Tensor  # the same
-    queries: Tensor  # S x H x L x d, of the image looking at the first layer's tokens
-    key_positions: list[Tensor]  # 1 x H x L x d: what the position adds to the keys of the second look, and of the last
+    queries: Tensor  # S x H x L x d, of the first layer's attention from image to tokens
+    key_positions: list[
+        Tensor
+    ]  # 1 x H x L x d: what position encodings add to the keys of later attentions to the image
     query_positions: list[
         Tensor
     ]  # 1 x H x L x d: what the position and the bias add to the queries of the second layer
@@ -54,7 +56,7 @@ class ImageFeatures:
 
         Prompts, scores and what is learnt about them stay in theirs. Without a gradient only.
         """
-        lists = ([places.to(dtype) for places in some] for some in (self.key_positions, self.query_positions))
+        lists = ([positions.to(dtype) for positions in some] for some in (self.key_positions, self.query_positions))
         parts = (self.tokens, self.keys, self.values, self.queries)
         return ImageFeatures(*(part.to(dtype) for part in parts), *lists)
 
@@ -68,7 +70,7 @@ class ImageFeatures:
 
 @dataclass
 class PredictedMasks:
-    """What some prompts are answered with; k masks of N x M that are worth it."""
+    """The masks of N prompts whose score is high enough: k of N x M."""
 
     scores: Tensor  # N x M
     is_kept: Tensor  # N x M, bool
@@ -77,37 +79,37 @@ class PredictedMasks:
 
 
 class FoldedMaskDecoder(MaskDecoder):
-    """The decoder. `forward` is segment_anything's own; `look` and then `answer` or `predict_above` are the fast way."""
+    """The decoder. `forward` is segment_anything's own; the fast way is `compute_image_features`, then `predict`."""
 
-    def compute_image_features(self, embedding: Tensor, places: Tensor, dense: Tensor) -> ImageFeatures:
+    def compute_image_features(self, embedding: Tensor, image_pe: Tensor, dense: Tensor) -> ImageFeatures:
         """Project what all prompts of an image share.
 
         Args:
             embedding: 1 x C x g x g.
-            places: 1 x C x g x g, the positional encoding.
+            image_pe: 1 x C x g x g, the position encoding.
             dense: S x C x g x g, or what broadcasts to it: the embeddings of mask prompts, or of none.
         """
         # Token by token in memory, as every prompt will copy them.
         tokens = (embedding + dense).flatten(2).transpose(1, 2).contiguous()
-        places = places.flatten(2).transpose(1, 2)
-        placed = tokens + places
+        image_pe = image_pe.flatten(2).transpose(1, 2)
+        placed = tokens + image_pe
         first, *later = self.transformer.layers
-        looks = [layer.cross_attn_token_to_image for layer in later] + [self.transformer.final_attn_token_to_image]
-        answers = [layer.cross_attn_image_to_token for layer in later]
-        look, answer = first.cross_attn_token_to_image, first.cross_attn_image_to_token
+        to_image = [layer.cross_attn_token_to_image for layer in later] + [self.transformer.final_attn_token_to_image]
+        to_tokens = [layer.cross_attn_image_to_token for layer in later]
+        first_to_image, first_to_tokens = first.cross_attn_token_to_image, first.cross_attn_image_to_token
         return ImageFeatures(
             tokens,
-            keys=_split_heads(F.linear(placed, weight_of(look.k_proj)), look),
-            values=_split_heads(look.v_proj(tokens), look),
-            queries=_split_heads(answer.q_proj(placed), answer),
-            key_positions=[_split_heads(F.linear(places, weight_of(look.k_proj)), look) for look in looks],
-            query_positions=[_split_heads(answer.q_proj(places), answer) for answer in answers],
+            keys=_split_heads(F.linear(placed, weight_of(first_to_image.k_proj)), first_to_image),
+            values=_split_heads(first_to_image.v_proj(tokens), first_to_image),
+            queries=_split_heads(first_to_tokens.q_proj(placed), first_to_tokens),
+            key_positions=[_split_heads(F.linear(image_pe, weight_of(one.k_proj)), one) for one in to_image],
+            query_positions=[_split_heads(one.q_proj(image_pe), one) for one in to_tokens],
         )
 
-    def answer(
-        self, view: ImageFeatures, sparse: Tensor, masks: slice, learns_masks: bool = True
+    def predict(
+        self, features: ImageFeatures, sparse: Tensor, masks: slice, learns_masks: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Answer prompts.
+        """Predict the masks of prompts.
 
         Args:
             sparse: N x t x C, the embeddings of points and boxes.
@@ -118,8 +120,8 @@ class FoldedMaskDecoder(MaskDecoder):
             Logits, N x M x 4g x 4g, scores, N x M, and the tokens that the masks are made from, N x M x C.
         """
         logits, scores, read = [], [], []
-        for part in self._list_chunks(view, len(sparse)):
-            tokens, image = self._attend(view[part], sparse[part], masks)
+        for part in self._list_chunks(features, len(sparse)):
+            tokens, image = self._attend(features[part], sparse[part], masks)
             scores.append(self._score(tokens, masks))
             read.append(tokens[:, 1:])
             with torch.set_grad_enabled(torch.is_grad_enabled() and learns_masks):
@@ -127,17 +129,17 @@ class FoldedMaskDecoder(MaskDecoder):
         return torch.cat(logits), torch.cat(scores), torch.cat(read)
 
     def predict_above(
-        self, view: ImageFeatures, sparse: Tensor, masks: slice, min_score: float, only_best: bool = False
+        self, features: ImageFeatures, sparse: Tensor, masks: slice, min_score: float, only_best: bool = False
     ) -> PredictedMasks:
-        """Answer prompts, and make only the masks whose score is above `min_score`; arguments as of `answer`.
+        """Make only the masks whose score is above `min_score`; arguments as of `predict`.
 
         Args:
             only_best: of each prompt's masks at most the one with the highest score.
         """
-        side = 4 * view.side
+        side = 4 * features.side
         logits, scores, is_kept, read = [sparse.new_zeros(0, side, side)], [], [], []
-        for part in self._list_chunks(view, len(sparse)):
-            tokens, image = self._attend(view[part], sparse[part], masks)
+        for part in self._list_chunks(features, len(sparse)):
+            tokens, image = self._attend(features[part], sparse[part], masks)
             scores.append(self._score(tokens, masks))
             is_kept.append(scores[-1] > min_score)
             if only_best:
@@ -146,10 +148,10 @@ class FoldedMaskDecoder(MaskDecoder):
             read.append(tokens[:, 1:][is_kept[-1]])
         return PredictedMasks(torch.cat(scores), torch.cat(is_kept), torch.cat(logits), torch.cat(read))
 
-    def score(self, view: ImageFeatures, sparse: Tensor, masks: slice) -> Tensor:
-        """Return what `answer` gives as scores, N x M, without making a mask; arguments as of `answer`."""
-        parts = self._list_chunks(view, len(sparse))
-        return torch.cat([self._score(self._attend(view[part], sparse[part], masks)[0], masks) for part in parts])
+    def score(self, features: ImageFeatures, sparse: Tensor, masks: slice) -> Tensor:
+        """Return the scores of `predict`, N x M, without making a mask; arguments as of `predict`."""
+        parts = self._list_chunks(features, len(sparse))
+        return torch.cat([self._score(self._attend(features[part], sparse[part], masks)[0], masks) for part in parts])
 
     def _make_kept(self, image: Tensor, filters: Tensor, is_kept: Tensor) -> list[Tensor]:
         """Return some of the masks, each list entry k x 4g x 4g, in the order of n x M `is_kept`."""
@@ -174,16 +176,16 @@ class FoldedMaskDecoder(MaskDecoder):
         middle = F.linear(image, *_as_matrix(first, image.dtype)).view(count * length * 4, -1)
         middle = activation(_normalize(norm, middle))
         fine = last_activation(F.linear(middle, *_as_matrix(second, image.dtype))).view(count, length * 16, -1)
-        return _place_pixels((filters.to(image.dtype) @ fine.transpose(1, 2)).to(filters.dtype), side)
+        return _arrange_pixels((filters.to(image.dtype) @ fine.transpose(1, 2)).to(filters.dtype), side)
 
-    def _list_chunks(self, view: ImageFeatures, count: int) -> Iterator[slice]:
+    def _list_chunks(self, features: ImageFeatures, count: int) -> Iterator[slice]:
         """Yield the prompts that go through the decoder together."""
-        tokens, limit = view.tokens, CHUNK_BYTES // 2 if torch.is_grad_enabled() else CHUNK_BYTES
+        tokens, limit = features.tokens, CHUNK_BYTES // 2 if torch.is_grad_enabled() else CHUNK_BYTES
         size = count if tokens.is_cuda else max(1, limit // (tokens[0].numel() * tokens.element_size()))
         for start in range(0, count, size):
             yield slice(start, start + size)
 
-    def _attend(self, view: ImageFeatures, sparse: Tensor, masks: slice) -> tuple[Tensor, Tensor]:
+    def _attend(self, features: ImageFeatures, sparse: Tensor, masks: slice) -> tuple[Tensor, Tensor]:
         """Go through the transformer.
 
         Returns:
@@ -191,29 +193,29 @@ class FoldedMaskDecoder(MaskDecoder):
         """
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
         prompt = torch.cat([own.expand(len(sparse), -1, -1), sparse], dim=1)
-        tokens, image = prompt, view.tokens.expand(len(sparse), -1, -1)
+        tokens, image = prompt, features.tokens.expand(len(sparse), -1, -1)
         for number, layer in enumerate(self.transformer.layers):
             tokens = _attend_to_each_other(layer, tokens, prompt)
-            look, answer = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
+            to_image, to_tokens = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
             if number == 0:
-                seen = _look_at_projected(look, tokens + prompt, view.keys, view.values)
+                seen = _attend_to_projected(to_image, tokens + prompt, features.keys, features.values)
             else:
-                seen = _look(look, tokens + prompt, image, view.key_positions[number - 1])
+                seen = _attend_to_image(to_image, tokens + prompt, image, features.key_positions[number - 1])
             tokens = layer.norm2(tokens + seen)
             tokens = layer.norm3(tokens + layer.mlp(tokens))
             if number == 0:
-                weights = _weigh_answers(answer, tokens + prompt, view.queries, None)
+                weights = _weigh_tokens(to_tokens, tokens + prompt, features.queries, None)
             else:
-                weights = _weigh_answers(answer, tokens + prompt, view.query_positions[number - 1], image)
-            # In place where no gradient will ask for what stood there, and the image is no longer everyone's.
+                weights = _weigh_tokens(to_tokens, tokens + prompt, features.query_positions[number - 1], image)
+            # In place where no gradient needs the old values and the prompts no longer share the tensor.
             add = torch.baddbmm if number == 0 or torch.is_grad_enabled() else Tensor.baddbmm_
-            added = _fold_values(answer, tokens).to(image.dtype)
+            added = _fold_values(to_tokens, tokens).to(image.dtype)
             image = _normalize(layer.norm4, add(image, weights.transpose(1, 2), added))
         last = self.transformer.final_attn_token_to_image
-        # Nobody reads the other tokens once they have looked, and none looks at another.
+        # The final attention goes from tokens to image alone, so tokens that nobody reads can be left out.
         read = [0, *range(1, 1 + self.num_mask_tokens)[masks]]
         tokens, prompt = tokens[:, read], prompt[:, read]
-        tokens = tokens + _look(last, tokens + prompt, image, view.key_positions[-1])
+        tokens = tokens + _attend_to_image(last, tokens + prompt, image, features.key_positions[-1])
         return self.transformer.norm_final_attn(tokens), image
 
     def _score(self, tokens: Tensor, masks: slice) -> Tensor:
@@ -221,7 +223,7 @@ class FoldedMaskDecoder(MaskDecoder):
 
     def _make_filters(self, tokens: Tensor, masks: slice) -> Tensor:
         networks = self.output_hypernetworks_mlps[masks]
-        return torch.stack([network(tokens[:, 1 + place]) for place, network in enumerate(networks)], dim=1)
+        return torch.stack([network(tokens[:, 1 + number]) for number, network in enumerate(networks)], dim=1)
 
 
 def _attend_to_each_other(layer: TwoWayAttentionBlock, tokens: Tensor, prompt: Tensor) -> Tensor:
@@ -231,7 +233,7 @@ def _attend_to_each_other(layer: TwoWayAttentionBlock, tokens: Tensor, prompt: T
     return layer.norm1(tokens + layer.self_attn(q=placed, k=placed, v=tokens))
 
 
-def _look_at_projected(attention: Attention, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def _attend_to_projected(attention: Attention, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Attend from n x T x C tokens to an image whose keys and values are there."""
     weights = _compare(_scale_queries(attention, tokens).to(keys.dtype), keys).softmax(dim=-1)  # n x H x T x L
     if len(values) == 1:
@@ -243,7 +245,7 @@ def _look_at_projected(attention: Attention, tokens: Tensor, keys: Tensor, value
     return attention.out_proj(seen.flatten(2).to(tokens.dtype))
 
 
-def _look(attention: Attention, tokens: Tensor, image: Tensor, key_positions: Tensor) -> Tensor:
+def _attend_to_image(attention: Attention, tokens: Tensor, image: Tensor, key_positions: Tensor) -> Tensor:
     """Attend from n x T x C tokens to an image, n x L x C, whose keys and values are never made."""
     queries = _scale_queries(attention, tokens)
     folded = queries @ _split_rows(weight_of(attention.k_proj), attention)  # n x H x T x C
@@ -254,7 +256,7 @@ def _look(attention: Attention, tokens: Tensor, image: Tensor, key_positions: Te
     return attention.out_proj(seen.transpose(1, 2).flatten(2) + attention.v_proj.bias)
 
 
-def _weigh_answers(attention: Attention, tokens: Tensor, queries: Tensor, image: Tensor | None) -> Tensor:
+def _weigh_tokens(attention: Attention, tokens: Tensor, queries: Tensor, image: Tensor | None) -> Tensor:
     """Return what each of the image's tokens takes of each of the prompt's, n x H T x L.
 
     Args:
@@ -306,7 +308,7 @@ def _normalize(norm: nn.Module, x: Tensor) -> Tensor:
     return F.layer_norm(x, norm.weight.shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
 
 
-def _place_pixels(masks: Tensor, side: int) -> Tensor:
+def _arrange_pixels(masks: Tensor, side: int) -> Tensor:
     """Return masks, n x M x 4g x 4g, from their pixels token by token, n x M x 16 L.
 
     Of a pixel the row is the token's y, the first step's y and the second's, and the column the same of x.

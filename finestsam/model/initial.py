@@ -42,9 +42,9 @@ def make_waves(side: int) -> Tensor:
 
     Each is scaled so that its product with patches of images of deviation 1 has a deviation of about 1.
     """
-    places = torch.arange(side, dtype=torch.float64) + 0.5
+    positions = torch.arange(side, dtype=torch.float64) + 0.5
     numbers = torch.arange(side, dtype=torch.float64)
-    cosines = torch.cos(math.pi / side * numbers[:, None] * places) * math.sqrt(2 / side)
+    cosines = torch.cos(math.pi / side * numbers[:, None] * positions) * math.sqrt(2 / side)
     cosines[0] /= math.sqrt(2)
     axes = torch.tensor(COLOUR_AXES, dtype=torch.float64)
     axes = axes / axes.norm(dim=1, keepdim=True)

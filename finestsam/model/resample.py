@@ -60,9 +60,9 @@ def build_axis(low_side: int, image_size: int, input_length: int, length: int | 
 
 def find_ranges(is_used: Tensor) -> tuple[Tensor, Tensor]:
     """Return the first column used in each row and the one behind the last; for a row that uses none, all and 0."""
-    places = torch.arange(is_used.shape[1])
-    firsts = torch.where(is_used, places, is_used.shape[1]).amin(1)
-    return firsts, torch.where(is_used, places, -1).amax(1) + 1
+    positions = torch.arange(is_used.shape[1])
+    firsts = torch.where(is_used, positions, is_used.shape[1]).amin(1)
+    return firsts, torch.where(is_used, positions, -1).amax(1) + 1
 
 
 def pair(firsts: Tensor, ends: Tensor) -> list[tuple[int, int]]:
@@ -85,7 +85,7 @@ def upscale_logits(
         ... x H x W.
     """
     rows, columns = (
-        build_axis(logits.shape[-1], image_size, length, original_size and original_size[place])
-        for place, length in enumerate(input_size)
+        build_axis(logits.shape[-1], image_size, length, original_size and original_size[axis])
+        for axis, length in enumerate(input_size)
     )
     return rows.spread(columns.spread(logits.transpose(-2, -1)).transpose(-2, -1))

@@ -17,9 +17,9 @@ class FinestSam(nn.Module):
 
     Args:
         sam: its weights are shared, not copied.
-        multimask_output: answer with the three masks of decoder tokens 1 to 3, or with the one of token 0.
+        multimask_output: predict the three masks of decoder tokens 1 to 3, or with the one of token 0.
         encoder_dtype: the image encoder computes in this under autocast; None: in float32. bfloat16 is also what
-            `look` makes the decoder see the image in. Coordinates never pass through it: it would round 1001.3 to
+            `compute_image_features` gives the decoder. Coordinates never pass through it: it would round 1001.3 to
             1000.
     """
 
@@ -53,14 +53,14 @@ class FinestSam(nn.Module):
     def forward(
         self, embedding: Tensor | None, prompts: Prompts | None, learns_masks: bool = True
     ) -> Predictions | Tensor | None:
-        """Answer the prompts of one image.
+        """Predict the masks of one image's prompts.
 
-        Without prompts, which is None, the semantic head answers: the logits of the classes, B x K x 4g x 4g, of any
+        Without prompts, which is None, the semantic head predicts: the logits of the classes, B x K x 4g x 4g, of any
         number of embeddings.
 
         Args:
             embedding: 1 x C x g x g.
-            prompts: of N objects. None answers none, which arms the gradient synchronisation of a rank without objects.
+            prompts: of N objects. None predicts nothing, which arms the gradient synchronisation of a rank without objects.
             learns_masks: false: without a gradient through the masks, which takes less memory.
         """
         if prompts is None:
@@ -69,8 +69,8 @@ class FinestSam(nn.Module):
             return None
         sparse, dense = self._embed_prompts(prompts)
         decoder = self.sam.mask_decoder
-        view = decoder.compute_image_features(embedding, self.sam.prompt_encoder.get_dense_pe(), dense)
-        logits, scores, tokens = decoder.predict(view, sparse, self._mask_slice, learns_masks)
+        features = decoder.compute_image_features(embedding, self.sam.prompt_encoder.get_dense_pe(), dense)
+        logits, scores, tokens = decoder.predict(features, sparse, self._mask_slice, learns_masks)
         return Predictions(logits, scores, self.classify(embedding, tokens, logits))
 
     def classify(self, embedding: Tensor, tokens: Tensor, logits: Tensor) -> Tensor | None:
@@ -85,8 +85,8 @@ class FinestSam(nn.Module):
         """
         sparse, _ = self._embed_prompts(prompts)
         decoder = self.sam.mask_decoder
-        view = decoder.compute_image_features(embedding, self.sam.prompt_encoder.get_dense_pe(), self._no_mask)
-        return decoder.score(view, sparse, self._mask_slice)
+        features = decoder.compute_image_features(embedding, self.sam.prompt_encoder.get_dense_pe(), self._no_mask)
+        return decoder.score(features, sparse, self._mask_slice)
 
     def compute_image_features(self, embedding: Tensor) -> ImageFeatures:
         """Return what the decoder computes once for all prompts of an image that bring no mask; without gradient.
@@ -94,26 +94,26 @@ class FinestSam(nn.Module):
         Args:
             embedding: 1 x C x g x g.
         """
-        view = self.sam.mask_decoder.compute_image_features(
+        features = self.sam.mask_decoder.compute_image_features(
             embedding, self.sam.prompt_encoder.get_dense_pe(), self._no_mask
         )
         # float16 has too small a range for what nobody trained in it.
-        return view.to(torch.bfloat16) if self.encoder_dtype == torch.bfloat16 else view
+        return features.to(torch.bfloat16) if self.encoder_dtype == torch.bfloat16 else features
 
     def predict_above(
-        self, view: ImageFeatures, prompts: Prompts, min_score: float, only_best: bool = False
+        self, features: ImageFeatures, prompts: Prompts, min_score: float, only_best: bool = False
     ) -> PredictedMasks:
-        """Answer prompts that bring no mask, with only those masks whose score is above `min_score`.
+        """Predict masks of prompts that bring no mask: only those whose score is above `min_score`.
 
         Args:
             only_best: of each prompt's masks at most the one with the highest score.
         """
         sparse, _ = self._embed_prompts(prompts)
-        return self.sam.mask_decoder.predict_above(view, sparse, self._mask_slice, min_score, only_best)
+        return self.sam.mask_decoder.predict_above(features, sparse, self._mask_slice, min_score, only_best)
 
     @property
     def _mask_slice(self) -> slice:
-        """Which of the decoder's mask tokens answer: the three of an ambiguous prompt, or the single one."""
+        """Which of the decoder's mask tokens are predicted: the three of an ambiguous prompt, or the single one."""
         return slice(1, None) if self.multimask_output else slice(0, 1)
 
     @property

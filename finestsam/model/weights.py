@@ -322,7 +322,7 @@ def identify(state_dict: dict[str, Tensor], path: Path | str = "the file") -> st
     patches = state_dict.get("image_encoder.patch_embed.proj.weight")
     if position is None or patches is None or position.ndim != 4 or patches.ndim != 4:
         raise UserError(f"{path} is not a SAM checkpoint (first keys: {', '.join(list(state_dict)[:3]):.200})")
-    _check_places(position, patches, path)
+    _check_positions(position, patches, path)
     width = position.shape[-1]
     depth = len({name.split(".")[2] for name in state_dict if name.startswith("image_encoder.blocks.")})
     for model_type, architecture in ARCHITECTURES.items():
@@ -334,7 +334,7 @@ def identify(state_dict: dict[str, Tensor], path: Path | str = "the file") -> st
     raise UserError(f"{path} is a SAM of unknown size: width {width} and {depth} blocks, known are {known}")
 
 
-def _check_places(position: Tensor, patches: Tensor, path: Path | str) -> None:
+def _check_positions(position: Tensor, patches: Tensor, path: Path | str) -> None:
     """Raise unless weights are for square images of a size that a setting may have."""
     rows, columns, side = *position.shape[1:3], patches.shape[-1]
     low, high = IMAGE_SIZE_RANGE
@@ -354,9 +354,9 @@ def _identify_tiny_vit(state_dict: dict[str, Tensor], path: Path | str) -> str:
 
 
 def resize_positions(state_dict: dict[str, Tensor], image_size: int) -> dict[str, Tensor]:
-    """Return the weights for images of another size: what they know of places is interpolated, the rest stays.
+    """Return the weights for images of another size: their position embeddings are interpolated, the rest stays.
 
-    The embeddings of places are resized as images are, bicubic; the tables of relative places of global attention,
+    Position embeddings are resized as images are, bicubic; the tables of relative positions of global attention,
     one entry for each distance from one side of the image to the other, along their length. Windows keep their size.
 
     Args:
@@ -364,13 +364,15 @@ def resize_positions(state_dict: dict[str, Tensor], image_size: int) -> dict[str
     """
     model_type = identify(state_dict)
     if ARCHITECTURES[model_type].is_tiny_vit:
-        return dict(state_dict)  # it knows of places within its windows alone
+        return dict(state_dict)  # it has positions within its windows alone
     patch_size = state_dict["image_encoder.patch_embed.proj.weight"].shape[-1]
     side = image_size // patch_size
     resized = dict(state_dict)
-    places = state_dict["image_encoder.pos_embed"].permute(0, 3, 1, 2)
-    places = F.interpolate(places.float(), size=(side, side), mode="bicubic", antialias=side < places.shape[-1])
-    resized["image_encoder.pos_embed"] = places.permute(0, 2, 3, 1).to(places.dtype)
+    positions = state_dict["image_encoder.pos_embed"].permute(0, 3, 1, 2)
+    positions = F.interpolate(
+        positions.float(), size=(side, side), mode="bicubic", antialias=side < positions.shape[-1]
+    )
+    resized["image_encoder.pos_embed"] = positions.permute(0, 2, 3, 1).to(positions.dtype)
     for block in ARCHITECTURES[model_type].global_blocks:
         for axis in ("rel_pos_h", "rel_pos_w"):
             name = f"image_encoder.blocks.{block}.attn.{axis}"

@@ -72,7 +72,7 @@ COCO_PARTS = tuple(PARTS)
 
 
 @dataclass(frozen=True)
-class Places:
+class Targets:
     """Where the files of one part lie."""
 
     annotations: Path
@@ -95,18 +95,18 @@ def fetch_coco(name: str, root: Path, image_count: int | None = None, base_url: 
         base_url: of a mirror; None: $FINESTSAM_COCO_URL or COCO's own. https, or http on this machine.
     """
     part = PARTS[name]
-    places = Places(root / f"annotations/instances_{part.name}.json", root / part.name, root / f".{name}")
+    targets = Targets(root / f"annotations/instances_{part.name}.json", root / part.name, root / f".{name}")
     wanted = min(image_count or part.image_count, part.image_count)
     base_url = base_url or os.environ.get("FINESTSAM_COCO_URL") or BASE_URL
     try:
-        count = places.count_complete()
+        count = targets.count_complete()
         if count < wanted:
             root.mkdir(parents=True, exist_ok=True)
             with lock(root / f".{name}.lock", root):
-                count = places.count_complete()  # another process may have fetched it meanwhile
+                count = targets.count_complete()  # another process may have fetched it meanwhile
                 if count < wanted:
                     print(f"fetching {wanted:,} images of {name} into {root}", file=sys.stderr)
-                    _fetch(part, places, wanted, base_url.rstrip("/"))
+                    _fetch(part, targets, wanted, base_url.rstrip("/"))
                     count = wanted
     except OSError as error:
         raise UserError(f"cannot fetch {name} into {root}: {error.strerror or error}") from error
@@ -114,29 +114,29 @@ def fetch_coco(name: str, root: Path, image_count: int | None = None, base_url: 
         print(f"{root} holds {count:,} images of {name}, more than {wanted:,}: all are used", file=sys.stderr)
 
 
-def _fetch(part: CocoPart, places: Places, wanted: int, base_url: str) -> None:
-    all_annotations = _fetch_annotations(part, places, base_url)
-    _refuse_foreign(places.annotations, all_annotations, wanted)
+def _fetch(part: CocoPart, targets: Targets, wanted: int, base_url: str) -> None:
+    all_annotations = _fetch_annotations(part, targets, base_url)
+    _refuse_foreign(targets.annotations, all_annotations, wanted)
     annotations = restrict_annotations(all_annotations, wanted)
     names = list_images(annotations)
-    places.images.mkdir(exist_ok=True)
-    missing = find_missing(places.images, names)
+    targets.images.mkdir(exist_ok=True)
+    missing = find_missing(targets.images, names)
     is_whole = wanted == part.image_count
     if is_whole and missing:
-        _fetch_all_images(part, places, missing, base_url)
+        _fetch_all_images(part, targets, missing, base_url)
     elif missing:
-        urls = {places.images / name: f"{base_url}/{part.name}/{name}" for name in missing}
+        urls = {targets.images / name: f"{base_url}/{part.name}/{name}" for name in missing}
         download_all(urls, f"images of {part.name}")
-    places.annotations.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(places.annotations, annotations)
+    targets.annotations.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(targets.annotations, annotations)
     if is_whole:
-        shutil.rmtree(places.work)
+        shutil.rmtree(targets.work)
 
 
-def _fetch_annotations(part: CocoPart, places: Places, base_url: str) -> bytes:
+def _fetch_annotations(part: CocoPart, targets: Targets, base_url: str) -> bytes:
     """Return the annotations of all images of the part."""
     name = f"annotations/instances_{part.name}.json"
-    archive, folder = places.work / "annotations.zip", places.work / "annotations"
+    archive, folder = targets.work / "annotations.zip", targets.work / "annotations"
     if not folder.is_dir():
         download(f"{base_url}/{ANNOTATIONS.path}", archive, ANNOTATIONS.sha256, ANNOTATIONS.size_bytes)
         unpack(archive, folder, lambda member: member == name, LIMIT_BYTES)
@@ -144,9 +144,9 @@ def _fetch_annotations(part: CocoPart, places: Places, base_url: str) -> bytes:
     return (folder / name).read_bytes()
 
 
-def _fetch_all_images(part: CocoPart, places: Places, missing: list[str], base_url: str) -> None:
+def _fetch_all_images(part: CocoPart, targets: Targets, missing: list[str], base_url: str) -> None:
     """Fetch the archive of all images and move those that are missing to their place."""
-    archive, folder = places.work / f"{part.name}.zip", places.work / "images"
+    archive, folder = targets.work / f"{part.name}.zip", targets.work / "images"
     if not folder.is_dir():
         _refuse_full_disk(archive, part.images.size_bytes)
         download(f"{base_url}/{part.images.path}", archive, part.images.sha256, part.images.size_bytes)
@@ -154,8 +154,8 @@ def _fetch_all_images(part: CocoPart, places: Places, missing: list[str], base_u
     archive.unlink(missing_ok=True)
     for name in missing:
         if not (folder / part.name / name).is_file():
-            raise UserError(f"{folder}: {part.name}/{name} is missing; remove {places.work} and start again")
-        os.replace(folder / part.name / name, places.images / name)
+            raise UserError(f"{folder}: {part.name}/{name} is missing; remove {targets.work} and start again")
+        os.replace(folder / part.name / name, targets.images / name)
 
 
 def _refuse_full_disk(archive: Path, size_bytes: int) -> None:

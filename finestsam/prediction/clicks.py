@@ -46,8 +46,8 @@ def add_clicks(prompts: Prompts, shown: Shown, truth: list[np.ndarray], sample: 
         truth: N masks, each H x W, bool, original frame.
     """
     clicks = [find_click(mask, answer) for mask, answer in zip(truth, shown.masks, strict=True)]
-    places = np.array([where for where, _ in clicks], dtype=float)  # N x 2
-    inputs = scale_points(places, sample.original_size, sample.input_size)
+    points = np.array([where for where, _ in clicks], dtype=float)  # N x 2
+    inputs = scale_points(points, sample.original_size, sample.input_size)
     device = "cpu" if shown.logits is None else shown.logits.device
     points = torch.tensor(inputs, dtype=torch.float32, device=device)[:, None]
     labels = torch.tensor([label for _, label in clicks], device=device)[:, None]

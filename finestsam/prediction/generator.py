@@ -1,4 +1,4 @@
-"""The automatic mask generator: ask SAM at every point of a grid, and keep the answers that are good, stable and new.
+"""The automatic mask generator: prompt SAM with every point of a grid, and keep the masks that are good, stable and new.
 
 The masks and scores are those of segment_anything's `SamAutomaticMaskGenerator`, found with less work and memory:
 scores are filtered before anything is upscaled, survivors are upscaled a few at a time, and only those that are no
@@ -38,7 +38,7 @@ class _Crop:
     size: tuple[int, int]
     input_size: tuple[int, int]
     embedding: Tensor  # 1 x C x g x g
-    view: ImageFeatures
+    features: ImageFeatures
     points: np.ndarray  # P x 2, XY, pixels of the crop
     upscaler: Upscaler  # from logits to pixels of the crop
 
@@ -117,7 +117,7 @@ def _cut_crops(
 
 
 def _find_layer(number: int) -> int:
-    """Return the layer of a crop by its place in `build_crop_boxes`: 1 of layer 0, then 4, then 16."""
+    """Return the layer of a crop by its index in `build_crop_boxes`: 1 of layer 0, then 4, then 16."""
     layer = 0
     while number >= 4**layer:
         number, layer = number - 4**layer, layer + 1
@@ -141,7 +141,7 @@ def _search(model: FinestSam, crop: _Crop, settings: GeneratorConfig, report: Fi
 def make_point_prompts(
     points: np.ndarray, size: tuple[int, int], input_size: tuple[int, int], device: torch.device
 ) -> Prompts:
-    """Return the prompts that ask with one point each, P x 2, XY, of an image or crop of (height, width) `size`."""
+    """Return the prompts of one point each, P x 2, XY, of an image or crop of (height, width) `size`."""
     inputs = torch.tensor(scale_points(points, size, input_size), dtype=torch.float32, device=device)
     return Prompts(inputs[:, None], torch.ones(len(points), 1, dtype=torch.int, device=device))
 
@@ -152,21 +152,21 @@ def _predict_points(
     """Decode the masks of some points of a crop, and return those that are good, stable and whole."""
     points = crop.points[indices.start : indices.stop]
     prompts = make_point_prompts(points, crop.size, crop.input_size, model.device)
-    # A threshold of 0 lets every number pass, as in segment_anything: the score head may answer below 0.
+    # A threshold of 0 lets every number pass, as in segment_anything: the score head may return less than 0.
     only_best = settings.masks_per_point == "best"
-    answers = model.predict_above(crop.view, prompts, settings.pred_iou_thresh or -np.inf, only_best)
-    scores, is_good = answers.scores.flatten(), answers.is_kept.flatten()
-    point_indices = torch.tensor(indices, device=model.device).repeat_interleave(answers.scores.shape[1])
-    stability, boxes = measure_masks(crop.upscaler, answers.logits, settings.stability_score_offset)
-    class_logits = model.classify(crop.embedding, answers.tokens, answers.logits)
-    probabilities = answers.logits.new_zeros(len(boxes), 0) if class_logits is None else class_logits.softmax(dim=1)
+    predicted = model.predict_above(crop.features, prompts, settings.pred_iou_thresh or -np.inf, only_best)
+    scores, is_good = predicted.scores.flatten(), predicted.is_kept.flatten()
+    point_indices = torch.tensor(indices, device=model.device).repeat_interleave(predicted.scores.shape[1])
+    stability, boxes = measure_masks(crop.upscaler, predicted.logits, settings.stability_score_offset)
+    class_logits = model.classify(crop.embedding, predicted.tokens, predicted.logits)
+    probabilities = predicted.logits.new_zeros(len(boxes), 0) if class_logits is None else class_logits.softmax(dim=1)
     kept_scores = scores[is_good]
     priorities = kept_scores * stability.clamp(min=LEAST_STABILITY) if only_best else kept_scores
     candidates = _Candidates(
-        answers.logits, kept_scores, point_indices[is_good], stability, priorities, boxes, probabilities
+        predicted.logits, kept_scores, point_indices[is_good], stability, priorities, boxes, probabilities
     )
     if only_best:
-        report.count_scores(answers.scores.amax(dim=1), answers.is_kept.any(dim=1))
+        report.count_scores(predicted.scores.amax(dim=1), predicted.is_kept.any(dim=1))
     else:
         report.count_scores(scores, is_good)
     return _filter_measured(candidates, crop, settings, report)

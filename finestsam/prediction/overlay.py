@@ -66,8 +66,8 @@ def render_named_overlay(
 
 def _sort_masks(rles: list[dict], colours: np.ndarray | None) -> tuple[list[dict], np.ndarray, np.ndarray]:
     """Return masks, the largest first, their boxes (XYWH) and colours."""
-    order = sorted(range(len(rles)), key=lambda place: rle_area(rles[place]), reverse=True)
-    rles = [rles[place] for place in order]
+    order = sorted(range(len(rles)), key=lambda index: rle_area(rles[index]), reverse=True)
+    rles = [rles[index] for index in order]
     boxes = np.array([rle_box(rle) for rle in rles], dtype=np.int64).reshape(-1, 4)
     return rles, boxes, PALETTE[choose_colours(boxes)] if colours is None else colours[order]
 
@@ -91,9 +91,9 @@ def render_classes(image: np.ndarray, classes: np.ndarray, opacity: float) -> np
 
 def colour_classes(count: int) -> np.ndarray:
     """Return the colours of classes 0, 1, ..., count x 3, uint8, RGB; from class 85 on some share one."""
-    turns, places = np.divmod(np.arange(count) - 1, len(PALETTE))
+    turns, indices = np.divmod(np.arange(count) - 1, len(PALETTE))
     factors, addends = CLASS_SHADES[turns % len(CLASS_SHADES)].T[..., None]
-    return (PALETTE[places] * factors + addends).astype(np.uint8)
+    return (PALETTE[indices] * factors + addends).astype(np.uint8)
 
 
 def render_layer(
@@ -126,13 +126,13 @@ def choose_colours(boxes_xywh: np.ndarray) -> np.ndarray:
     list has that colour and a box that touches, the next colour is taken.
     """
     first, behind = boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]
-    # Two large primes scatter places that are near each other over the whole palette.
-    places = (first + behind) // 2 @ np.array([73_856_093, 19_349_663]) % len(PALETTE)
+    # Two large primes scatter indices that are near each other over the whole palette.
+    indices = (first + behind) // 2 @ np.array([73_856_093, 19_349_663]) % len(PALETTE)
     chosen = np.zeros(len(boxes_xywh), dtype=np.int64)
-    for i, place in enumerate(places):
+    for i, index in enumerate(indices):
         touches = ((first[:i] <= behind[i]) & (first[i] <= behind[:i])).all(axis=1)
         uses = np.bincount(chosen[:i][touches], minlength=len(PALETTE))
-        preferred = (place + np.arange(len(PALETTE))) % len(PALETTE)
+        preferred = (index + np.arange(len(PALETTE))) % len(PALETTE)
         chosen[i] = preferred[np.argmin(uses[preferred])]
     return chosen
 

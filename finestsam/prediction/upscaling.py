@@ -111,9 +111,9 @@ def find_boxes(masks: Tensor) -> Tensor:
     firsts, lasts = [], []
     for dim in (1, 2):
         is_inside = masks.view(torch.uint8).amax(dim).bool()  # K x w, then K x h; as bytes far faster than `any`
-        places = torch.arange(is_inside.shape[1], device=masks.device)
-        firsts.append(torch.where(is_inside, places, len(places)).amin(1))
-        lasts.append(torch.where(is_inside, places, -1).amax(1))
+        positions = torch.arange(is_inside.shape[1], device=masks.device)
+        firsts.append(torch.where(is_inside, positions, len(positions)).amin(1))
+        lasts.append(torch.where(is_inside, positions, -1).amax(1))
     return torch.stack([*firsts, *lasts], dim=1)
 
 

@@ -62,7 +62,7 @@ def download(url: str, target: Path, sha256: str | None, size_bytes: int | None)
 
 
 def download_all(urls: dict[Path, str], title: str) -> None:
-    """Fetch many small files, several at a time; what stands in their places is replaced.
+    """Fetch many small files, several at a time; files that exist are replaced.
 
     Nothing is locked: the caller sees to it that no other process fetches the same files meanwhile.
 

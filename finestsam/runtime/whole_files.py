@@ -77,7 +77,7 @@ def replacing(path: Path, previous: Path | None = None, is_lasting: bool = True)
 
 @contextmanager
 def replacing_set(folder: Path, names: Sequence[str]) -> Iterator[Path]:
-    """Give a folder to write files into that belong together; when all are whole, they take the places of an older set.
+    """Give a folder to write files into that belong together; when all are whole, they replace an older set.
 
     Where writing fails the older set stays as it is, and nothing stays beside it.
 

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from finestsam.config import LambdaLRConfig, OptConfig, SchedConfig
 
-# The image encoder's embeddings of places, which are bare parameters of its modules.
+# The image encoder's position embeddings, which are bare parameters of its modules.
 POSITIONS = ("pos_embed", "rel_pos_h", "rel_pos_w")
 # A row for each of the decoder's masks, of which training asks for one or for three: decay would wear the others down.
 SCORES = "mask_decoder.iou_prediction_head.layers.2.weight"

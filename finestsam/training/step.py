@@ -37,8 +37,8 @@ class Stepper:
         chunk_objects: prompts decoded at a time, at most; halved where the memory does not suffice.
 
     Attributes:
-        nonfinite_images: names of the images that made the newest step's loss or gradient other than finite, as far as this
-            rank knows.
+        nonfinite_images: names of the images whose loss or gradient in the newest step is not finite, as far as this rank
+            knows.
         measures: what is summed over objects, in this order; the losses with their weights, so that they add up to the
             total.
         columns: of metrics.csv.
@@ -166,8 +166,8 @@ class Stepper:
     def _remember(self, epoch: int, rows: list[int], predictions: Predictions, losses: ObjectLosses) -> None:
         """Keep the first answers for the next epoch; of several on one object the last."""
         if self.previous_logits is not None:
-            places = torch.arange(len(rows), device=losses.best.device)
-            self.previous_logits.write(epoch, rows, predictions.logits[places, losses.best])
+            indices = torch.arange(len(rows), device=losses.best.device)
+            self.previous_logits.write(epoch, rows, predictions.logits[indices, losses.best])
 
     def correct(self, prompts: Prompts, predictions: Predictions, sample: Sample, first: int) -> Prompts:
         """Return what the same objects are asked for with after a corrective click on each answer."""

@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import run_training
+from conftest import run_evaluation, run_training
 
 from finestsam.batch import Batch
 from finestsam.cli import main
@@ -31,13 +31,6 @@ SETTINGS = GeneratorConfig(
 
 
 QUICK = ["--evaluate.clicks=0", "--evaluate.generator=false", "--evaluate.background_points=0"]
-
-
-def run_evaluation(scenes, folder, *flags):
-    arguments = ["--mode=evaluate", f"--dataset={scenes}", f"--out_dir={folder}", "--model.type=vit_tiny_test"]
-    arguments += ["--model.checkpoint=none", "--device=cpu", "--num_workers=0", "--generator.points_per_side=4"]
-    assert main([*arguments, "--seed_device=0", *flags]) == 0
-    return json.loads((folder / "evaluation.json").read_text())
 
 
 @pytest.fixture
