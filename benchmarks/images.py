@@ -20,10 +20,10 @@ import numpy as np
 from benchmarks.measure import describe_machine, print_table, run_process
 from finestsam.config import build_config
 from finestsam.data.dataset import SampleDataset, SampleSettings
-from finestsam.data.index import Record
 from finestsam.data.read import read_evaluation_set
 from finestsam.images.read import read_image
 from finestsam.masks import decode_rle, encode_mask, rle_to_json
+from finestsam.records import Record
 
 SCALES = (50, 200, 800)
 FIGURES = ("point/best_iou", "point/iou", "box/iou", "generator/ar_1000", "generator/ap")

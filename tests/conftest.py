@@ -18,12 +18,12 @@ from segment_anything.modeling import Sam
 
 from finestsam.cli import main
 from finestsam.config import DatasetConfig
-from finestsam.data.index import Record
 from finestsam.data.read import read_training_set
 from finestsam.data.scenes import write_scenes
 from finestsam.images.read import write_image
 from finestsam.model.architectures import build_sam
 from finestsam.model.sam import FinestSam
+from finestsam.records import Record
 
 FROM_SCRATCH = [
     "--model.checkpoint=none",

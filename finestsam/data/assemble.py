@@ -3,10 +3,9 @@
 from collections.abc import Iterable
 
 from finestsam.config import DatasetConfig
-from finestsam.data.index import UNNAMED_CATEGORY, Annotation, Index, Record
-from finestsam.data.report import DatasetReport
 from finestsam.formats.found import CheckedImage
 from finestsam.masks import Remark
+from finestsam.records import UNNAMED_CATEGORY, Annotation, DatasetReport, Index, Record
 
 
 def assemble(

@@ -14,8 +14,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from finestsam.config import AugmentConfig
-from finestsam.data.index import Annotation, Record
 from finestsam.masks import box_to_rle, decode_rle, encode_mask, rle_box, shared_area
+from finestsam.records import Annotation, Record
 
 # A crop's width over its height is at most this much more, or less, than the image's: shapes stay likely.
 MAX_ASPECT_CHANGE = 4 / 3

@@ -16,12 +16,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from finestsam.config import DatasetConfig
-from finestsam.data.index import Annotation, Index, Record
-from finestsam.data.report import DatasetReport, Finding
 from finestsam.errors import Defect
 from finestsam.formats.layouts import Part
 from finestsam.formats.yolo import read_names
 from finestsam.masks import segmentation_to_rle
+from finestsam.records import Annotation, DatasetReport, Finding, Index, Record
 from finestsam.runtime.cache_folder import cache_folder
 from finestsam.runtime.whole_files import write_text
 

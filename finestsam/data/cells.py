@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from finestsam.data.augment import View, show
-from finestsam.data.index import Annotation, Record
 from finestsam.masks import decode_rle
+from finestsam.records import Annotation, Record
 
 BACKGROUND, PADDING, CROWD = 0, -1, -2
 # Along each side of a cell, input frame.

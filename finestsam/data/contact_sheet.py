@@ -7,7 +7,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from finestsam.config import CheckConfig, DatasetConfig
-from finestsam.data.index import Annotation, Record
 from finestsam.data.prompts import (
     POSITIVE,
     PointCounts,
@@ -20,6 +19,7 @@ from finestsam.data.prompts import (
 from finestsam.errors import Defect, printable
 from finestsam.images.read import compute_input_size, read_image, resize_image, shrink_mask
 from finestsam.masks import decode_rle
+from finestsam.records import Annotation, Record
 
 TILE_PIXELS = 384  # the longest side of an image on a sheet of a few
 CAPTION_PIXELS, LEGEND_PIXELS, MARGIN_PIXELS = 40, 34, 10

@@ -7,9 +7,9 @@ from functools import lru_cache
 import numpy as np
 
 from finestsam.config import GeneratorConfig
-from finestsam.data.index import Record
 from finestsam.images.read import build_crop_boxes, build_point_grid
 from finestsam.masks import find_runs
+from finestsam.records import Record
 from finestsam.runtime.processes import map_in_processes
 
 # COCO's names for the sizes of objects: areas in pixels of the original frame, as in pycocotools' cocoeval.py.

@@ -26,7 +26,6 @@ from finestsam.data.augment import (
     show_object,
 )
 from finestsam.data.cells import CELL_PIXELS, label_cells, sort_by_area
-from finestsam.data.index import Annotation, Record
 from finestsam.data.previous_logits import PreviousLogits
 from finestsam.data.prompts import (
     MASK_LOGIT,
@@ -43,6 +42,7 @@ from finestsam.errors import Defect
 from finestsam.images.read import compute_input_size, read_image, resize_image, scale_boxes, scale_points
 from finestsam.masks import decode_rle, join_rles
 from finestsam.model.embeddings import EmbeddingStore, image_key
+from finestsam.records import Annotation, Record
 
 # What a random stream is for, the end of its seed: drawing one never changes another. None is 0, which at the end of a
 # seed counts for nothing in numpy.

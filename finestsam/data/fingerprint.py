@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from finestsam.data.index import Record
 from finestsam.data.read import LabelledSet
 from finestsam.data.split import DIGITS
 from finestsam.errors import printable
+from finestsam.records import Record
 
 SPLIT = "split.json"  # of a run: the fingerprint of what it learns from and is validated on
 SIDES = ("train", "val")

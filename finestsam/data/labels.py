@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from finestsam.data.index import Record
 from finestsam.masks import join_rles, rle_area
+from finestsam.records import Record
 
 # An image with fewer objects than this share of the median stands out, where the median is at least MANY_OBJECTS.
 FEW_SHARE, MANY_OBJECTS = 0.25, 8

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from finestsam.data.dataset import SampleDataset, StepSampler, collate
 from finestsam.errors import UserError
-from finestsam.images.read import use_one_thread
+from finestsam.runtime.processes import use_one_thread
 from finestsam.runtime.signals import leave_signals_to_parent
 
 # Those that have processes. They are kept, for what goes in a circle of references is destroyed in any order: a pass

@@ -8,14 +8,13 @@ from pathlib import Path
 from finestsam.config import DatasetConfig
 from finestsam.data import cache
 from finestsam.data.assemble import assemble
-from finestsam.data.index import Annotation, Index, Record
-from finestsam.data.report import DatasetReport, merge_reports
 from finestsam.data.split import split_as_before, split_records
 from finestsam.errors import UserError
 from finestsam.formats import coco, labelme, yolo
 from finestsam.formats import mask_images as mask_pairs
 from finestsam.formats.found import CheckedImage, ImageJob
 from finestsam.formats.layouts import Layout, Part, find_layout
+from finestsam.records import Annotation, DatasetReport, Index, Record, merge_reports
 from finestsam.runtime.processes import map_in_processes
 
 READERS = {"coco": coco, "labelme": labelme, "masks": mask_pairs, "yolo": yolo}

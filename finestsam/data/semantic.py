@@ -9,8 +9,8 @@ from torch import Tensor
 
 from finestsam.data.augment import View, show
 from finestsam.data.cells import find_middles
-from finestsam.data.index import Record
 from finestsam.masks import decode_rle
+from finestsam.records import Record
 
 BACKGROUND, IGNORED = 0, -1
 BACKGROUND_NAME = "background"

@@ -3,8 +3,8 @@
 import random
 from collections.abc import Collection, Mapping
 
-from finestsam.data.index import Record
 from finestsam.errors import UserError
+from finestsam.records import Record
 
 # Of a file's hash, enough to know an image again.
 DIGITS = 16

@@ -15,7 +15,6 @@ from torchvision.ops.boxes import nms
 from tqdm import tqdm
 
 from finestsam.config import GeneratorConfig, ImagesConfig
-from finestsam.data.index import Record
 from finestsam.errors import Defect
 from finestsam.images.read import build_point_grid, compute_input_size, read_image
 from finestsam.masks import rle_overlaps
@@ -24,6 +23,7 @@ from finestsam.model.sam import FinestSam
 from finestsam.prediction.embedder import Embedder
 from finestsam.prediction.generator import clean_regions, generate_masks, make_point_prompts
 from finestsam.prediction.results import FilterReport, GeneratedMasks
+from finestsam.records import Record
 
 # Candidates of an image that are worth a mask, those with the best scores, by generator.masks_per_point. With fewer,
 # other thresholds would be chosen: up to 363 candidates of an image of cell nuclei lay above the threshold chosen for

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from finestsam.data.index import Record
 from finestsam.data.semantic import ClassTable
 from finestsam.errors import printable
 from finestsam.evaluation.coco_scores import LIMITS, Detections, build_results, build_truth, run_pycocotools
 from finestsam.prediction.results import GeneratedMasks
+from finestsam.records import Record
 
 MEASURES = ("ap", "ap50", "ar_100")
 

@@ -16,8 +16,8 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from finestsam.data.index import Record
 from finestsam.masks import rle_area, rle_box
+from finestsam.records import Record
 
 CATEGORY_ID = 1
 # Detections of an image, the best first, within which recall is measured.

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from finestsam.data.coverage import SIZES, name_size
-from finestsam.data.index import Record
 from finestsam.evaluation.candidates import match, measure_truth
 from finestsam.evaluation.coco_scores import Detections
 from finestsam.masks import rle_area, rle_overlaps
+from finestsam.records import Record
 
 # A mask finds an object from this IoU on; most of something is more than half of it.
 FOUND_IOU, MOST = 0.5, 0.5

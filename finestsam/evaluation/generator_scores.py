@@ -8,7 +8,6 @@ from typing import Any
 from tqdm import tqdm
 
 from finestsam.config import GENERATOR_DEFAULTS, GeneratorConfig, ImagesConfig
-from finestsam.data.index import Record
 from finestsam.evaluation.candidates import Candidates, clean, read_embedded, select
 from finestsam.evaluation.class_scores import detect
 from finestsam.evaluation.coco_scores import CocoScorer, Detections
@@ -16,6 +15,7 @@ from finestsam.evaluation.thresholds import Calibration, SearchResult, calibrate
 from finestsam.prediction.embedder import Embedder
 from finestsam.prediction.generator import generate_masks
 from finestsam.prediction.results import FilterReport
+from finestsam.records import Record
 
 
 def find_all(

@@ -7,7 +7,6 @@ from functools import cached_property
 
 import numpy as np
 
-from finestsam.data.index import Record
 from finestsam.data.semantic import ClassTable
 from finestsam.evaluation.background import BackgroundScores, summarize_background
 from finestsam.evaluation.class_scores import score_classes
@@ -17,6 +16,7 @@ from finestsam.evaluation.prompt_scores import ObjectScore, summarize_scores
 from finestsam.evaluation.setup import Setup
 from finestsam.evaluation.thresholds import Calibration
 from finestsam.prediction.overlay import colour_classes
+from finestsam.records import Record
 
 BOOTSTRAP_SAMPLES = 300
 # Share of the bootstrap samples inside an interval.
@@ -46,7 +46,7 @@ class Measurement:
 
     def keep(self, image_ids: Collection[int]) -> "Measurement":
         """Return the same of fewer images; means over clicks and further figures stay those of all."""
-        indices = [place for index, record in enumerate(self.records) if record.image_id in image_ids]
+        indices = [index for index, record in enumerate(self.records) if record.image_id in image_ids]
         return replace(
             self,
             records=[self.records[index] for index in indices],

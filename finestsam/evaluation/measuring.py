@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from finestsam.config import CHUNK_OBJECTS, Config
-from finestsam.data.index import Record
 from finestsam.data.semantic import ClassTable
 from finestsam.evaluation.baseline import Subject
 from finestsam.evaluation.candidates import find_candidates
@@ -15,6 +14,7 @@ from finestsam.evaluation.measurement import Measurement
 from finestsam.evaluation.prompt_scorer import PromptScorer
 from finestsam.evaluation.setup import Thresholds
 from finestsam.prediction.embedder import Embedder, open_store
+from finestsam.records import Record
 from finestsam.runtime.memory import naming_what_needs_less
 
 

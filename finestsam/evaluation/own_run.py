@@ -5,11 +5,11 @@ from pathlib import Path
 
 from finestsam.config import Config
 from finestsam.data.fingerprint import SPLIT, read_sides
-from finestsam.data.index import Record
 from finestsam.data.split import DIGITS
 from finestsam.errors import Defect, name_count, printable
 from finestsam.model.card import GOALS
 from finestsam.model.load import find_run_weights
+from finestsam.records import Record
 from finestsam.runtime.plain_yaml import read_yaml
 
 SETTINGS_NAME = "config.yaml"

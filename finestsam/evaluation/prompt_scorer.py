@@ -9,13 +9,13 @@ from tqdm import tqdm
 from finestsam.batch import Batch
 from finestsam.config import CHUNK_OBJECTS, Config, PromptsConfig
 from finestsam.data.dataset import SampleDataset, SampleSettings
-from finestsam.data.index import Record
 from finestsam.data.loaders import build_validation_loader
 from finestsam.evaluation.background import BackgroundScores, measure_background
 from finestsam.evaluation.clicks import measure_clicks
 from finestsam.evaluation.prompt_scores import ObjectScore, score_batches
 from finestsam.prediction.embedder import Embedder, fill_store
 from finestsam.prediction.generator import resolve_generator
+from finestsam.records import Record
 
 PROMPT_KINDS = {
     "point": PromptsConfig(use_points=True, use_boxes=False),

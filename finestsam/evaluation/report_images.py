@@ -5,13 +5,13 @@ import base64
 import numpy as np
 
 from finestsam.config import Config
-from finestsam.data.index import Record
 from finestsam.errors import Defect, name_count
 from finestsam.evaluation.comparison import COLUMNS, describe_found, shrink_rle
 from finestsam.evaluation.html_text import escape_text
 from finestsam.evaluation.result import Evaluation
 from finestsam.images.read import compute_input_size, encode_image, read_image, resize_image
 from finestsam.prediction.overlay import render_layer
+from finestsam.records import Record
 
 # Of each end of the ranking.
 IMAGES_SHOWN = 4

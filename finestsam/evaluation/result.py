@@ -51,8 +51,8 @@ class Evaluation:
 
     @cached_property
     def ratings(self) -> dict[int, Rating]:
-        """By the place of an image with objects, the worst first."""
-        indices = [place for index, record in enumerate(self.ours.records) if record.annotations and self.ours.counts]
+        """Return the rating of each image with objects by its index, the worst first."""
+        indices = [index for index, record in enumerate(self.ours.records) if record.annotations and self.ours.counts]
         rated = {index: _rate(self.ours.counts[index]) for index in indices}
         return dict(sorted(rated.items(), key=lambda item: (item[1].f1, item[1].recall)))
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from finestsam.data.categories import number_categories
-from finestsam.data.index import Record
 from finestsam.data.semantic import ClassTable
 from finestsam.errors import Defect, UserError, printable
 from finestsam.evaluation.coco_scores import Detections
 from finestsam.formats.coco import as_id, load_json
 from finestsam.masks import encode_mask, segmentation_to_rle
+from finestsam.records import Record
 
 # The class of what is of no category of the dataset: it counts where categories do not.
 UNKNOWN = 0

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from finestsam.batch import Batch, Sample
-from finestsam.data.index import Record
 from finestsam.data.semantic import BACKGROUND_NAME, IGNORED, ClassTable, render_label_map
 from finestsam.prediction.embedder import Embedder
 from finestsam.prediction.semantic import classify
+from finestsam.records import Record
 
 
 def count_images(

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from finestsam.config import GeneratorConfig
-from finestsam.data.index import Record
 from finestsam.evaluation.candidates import Candidates, MeasuredMasks, clean, match, select
+from finestsam.records import Record
 
 # COCO's, at which a mask counts as the object.
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)

@@ -5,13 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from finestsam.config import DatasetConfig
-from finestsam.data.index import UNNAMED_CATEGORY
-from finestsam.data.report import DatasetReport
 from finestsam.errors import Defect, UserError
 from finestsam.formats.files import Border, FileFinder
 from finestsam.formats.found import CheckedImage, as_source_id
 from finestsam.formats.layouts import Part
 from finestsam.masks import Remark, box_iou, rle_box, segmentation_to_rle
+from finestsam.records import UNNAMED_CATEGORY, DatasetReport
 
 # A box from the file that overlaps the mask's box by less is worth a look.
 MIN_BOX_IOU = 0.5

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Protocol
 
 from finestsam.config import DatasetConfig
-from finestsam.data.report import KEPT, SKIPPED_ANNOTATION, SKIPPED_IMAGE, Finding
 from finestsam.errors import Defect
 from finestsam.images.read import inspect_image
 from finestsam.masks import Remark, rle_area, rle_box
+from finestsam.records import KEPT, SKIPPED_ANNOTATION, SKIPPED_IMAGE, Finding
 
 # Below this on either side there is nothing to segment; SAM's own transform fails on 1 x 4000.
 MIN_SIDE_PIXELS = 2

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from finestsam.config import DatasetConfig
-from finestsam.data.report import DatasetReport
 from finestsam.errors import Defect, UserError
 from finestsam.formats.coco import parse_json
 from finestsam.formats.files import FileFinder
@@ -19,6 +18,7 @@ from finestsam.formats.found import CheckedImage
 from finestsam.formats.layouts import Part
 from finestsam.images.read import IMAGE_SUFFIXES, decode_image
 from finestsam.masks import Remark, encode_mask, join_rles, rle_area, segmentation_to_rle
+from finestsam.records import DatasetReport
 from finestsam.runtime.cache_folder import cache_folder
 from finestsam.runtime.whole_files import write_bytes
 

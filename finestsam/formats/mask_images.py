@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from finestsam.config import DatasetConfig
-from finestsam.data.report import DatasetReport
 from finestsam.errors import Defect
 from finestsam.formats.files import Border
 from finestsam.formats.found import CheckedImage
 from finestsam.formats.layouts import Part
 from finestsam.images.read import IMAGE_SUFFIXES, find_pixel_kind, read_labels
 from finestsam.masks import encode_mask, find_components, labels_to_rles, rle_area
+from finestsam.records import DatasetReport
 
 # What tools add to an image's name for its mask's.
 MASK_ENDING = re.compile(r"[-_. ]?(mask|masks|label|labels|seg|segmentation|gt|annotation)$", re.IGNORECASE)

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finestsam.config import DatasetConfig
-from finestsam.data.report import DatasetReport
 from finestsam.errors import Defect
 from finestsam.formats.files import Border
 from finestsam.formats.found import CheckedImage
 from finestsam.formats.layouts import Part
 from finestsam.images.read import IMAGE_SUFFIXES
 from finestsam.masks import Remark, segmentation_to_rle
+from finestsam.records import DatasetReport
 from finestsam.runtime.plain_yaml import parse_yaml
 
 MAX_FILE_BYTES = 256_000_000

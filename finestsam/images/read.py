@@ -418,12 +418,3 @@ def build_crop_boxes(size: tuple[int, int], layer_count: int, overlap_ratio: flo
                 x0, y0 = int((crop_width - overlap) * left), int((crop_height - overlap) * top)
                 boxes.append([x0, y0, min(x0 + crop_width, width), min(y0 + crop_height, height)])
     return boxes
-
-
-def use_one_thread() -> None:
-    """Keep OpenCV to one thread in this process and those that it starts from now on.
-
-    Called before processes are forked: a child that inherits a pool whose threads stayed with its parent waits for
-    them for ever, even in `setNumThreads` itself.
-    """
-    cv2.setNumThreads(1)

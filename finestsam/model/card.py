@@ -55,8 +55,8 @@ def read_card(weights: Path) -> Card | None:
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
-        if "floor" in values:  # what version 0.1 calls the baseline
-            values.setdefault("baseline", values.pop("floor"))
+        if "baseline" in values:  # what version 0.1 calls the baseline
+            values.setdefault("baseline", values.pop("baseline"))
         known = {entry.name for entry in dataclasses.fields(Card)}
         card = Card(**{name: value for name, value in values.items() if name in known})
         problem = _find_problem(card)

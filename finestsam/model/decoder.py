@@ -3,7 +3,7 @@
 What it saves, all of it exact up to the order of sums. g is the side of the embedding in tokens, L = g * g; T tokens
 of one prompt (5 to 9), H heads of d channels each, C channels of a token:
 
-- Before the first layer the image's tokens are the same for every prompt: they are projected once (`compute_image_features`).
+- Before the first layer the image's tokens are the same for every prompt: `compute_image_features` projects them once.
 - Afterwards they differ by prompt, and stock attention projects all L of them. But a projection W of the image can be
   moved to the other side: q (W x) = (q W) x, and the sum P (x W) = (P x) W. Only products with H * T columns touch the
   L tokens, and no projected image is ever made. A bias of the keys adds the same to every weight of a row, which a
@@ -61,7 +61,7 @@ class ImageFeatures:
         return ImageFeatures(*(part.to(dtype) for part in parts), *lists)
 
     def __getitem__(self, part: slice) -> "ImageFeatures":
-        """Return the view for some of the prompts."""
+        """Return the features for some of the prompts."""
         if len(self.tokens) == 1:
             return self
         parts = (self.tokens[part], self.keys[part], self.values[part], self.queries[part])

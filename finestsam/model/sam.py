@@ -60,7 +60,8 @@ class FinestSam(nn.Module):
 
         Args:
             embedding: 1 x C x g x g.
-            prompts: of N objects. None predicts nothing, which arms the gradient synchronisation of a rank without objects.
+            prompts: of N objects. With N = 0 nothing is predicted; the call alone arms the gradient synchronisation of
+                a rank without objects.
             learns_masks: false: without a gradient through the masks, which takes less memory.
         """
         if prompts is None:

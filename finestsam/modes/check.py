@@ -8,13 +8,12 @@ import numpy as np
 from finestsam.config import GENERATOR_DEFAULTS, IMAGE_SIZES, Config
 from finestsam.data.contact_sheet import render_contact_sheet
 from finestsam.data.coverage import SIZES, measure_reach, name_size
-from finestsam.data.index import Index, Record
 from finestsam.data.labels import describe_labels
 from finestsam.data.read import describe_dataset, list_categories, read_parts, report_vanishing
-from finestsam.data.report import DatasetReport, merge_reports, write_report
 from finestsam.errors import printable
 from finestsam.formats.layouts import find_layout
 from finestsam.images.read import write_image
+from finestsam.records import DatasetReport, Index, Record, merge_reports, write_report
 from finestsam.runtime.output_folder import claim_output_folder
 
 REPORT_NAME, SHEET_NAME = "dataset_report.json", "samples.png"

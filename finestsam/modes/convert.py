@@ -9,13 +9,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from finestsam.config import Config
-from finestsam.data.index import Annotation, Index, Record
 from finestsam.data.read import describe_dataset, list_categories, read_parts, refuse_empty
-from finestsam.data.report import merge_reports, write_report
 from finestsam.data.split import split_records
 from finestsam.errors import UserError, printable
 from finestsam.formats.layouts import ANNOTATION_FILE, find_layout
 from finestsam.masks import rle_area, rle_box, rle_to_json
+from finestsam.records import Annotation, Index, Record, merge_reports, write_report
 from finestsam.runtime.output_folder import make_output_folder
 from finestsam.runtime.whole_files import remove_unfinished, unfinished_folder, write_json
 

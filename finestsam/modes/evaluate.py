@@ -6,7 +6,6 @@ from pathlib import Path
 
 from finestsam.config import Config
 from finestsam.data.read import LabelledSet, describe_dataset, read_evaluation_set, refuse_unread
-from finestsam.data.report import write_report
 from finestsam.errors import UserError, printable
 from finestsam.evaluation.baseline import Subject, are_alike, find_baseline
 from finestsam.evaluation.class_matching import match_categories, refuse_strangers
@@ -25,6 +24,7 @@ from finestsam.evaluation.setup import find_sam_thresholds, find_thresholds
 from finestsam.evaluation.store_thresholds import refuse_unwritable_card, store_thresholds
 from finestsam.images.read import write_image
 from finestsam.model.load import LoadedModel, load_model
+from finestsam.records import write_report
 from finestsam.runtime.cpu import set_processor
 from finestsam.runtime.output_folder import claim_output_folder
 

@@ -1,4 +1,4 @@
-"""The automatic mask generator: prompt SAM with every point of a grid, and keep the masks that are good, stable and new.
+"""The automatic mask generator: prompt SAM with every point of a grid; keep masks that are good, stable and new.
 
 The masks and scores are those of segment_anything's `SamAutomaticMaskGenerator`, found with less work and memory:
 scores are filtered before anything is upscaled, survivors are upscaled a few at a time, and only those that are no

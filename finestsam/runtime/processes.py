@@ -8,10 +8,10 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
+import cv2
 from tqdm import tqdm
 
 from finestsam.errors import UserError
-from finestsam.images.read import use_one_thread
 from finestsam.runtime.signals import leave_signals_to_parent
 
 # Fewer than these are done before processes have started.
@@ -67,3 +67,12 @@ def _start_process() -> None:
 def count_cores() -> int:
     """Return the cores that this process may use, which a container can limit."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def use_one_thread() -> None:
+    """Keep OpenCV to one thread in this process and those that it starts from now on.
+
+    Called before processes are forked: a child that inherits a pool whose threads stayed with its parent waits for
+    them for ever, even in `setNumThreads` itself.
+    """
+    cv2.setNumThreads(1)

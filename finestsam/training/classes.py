@@ -13,11 +13,11 @@ from finestsam.batch import Predictions, Sample
 from finestsam.config import ClassesConfig
 from finestsam.data.categories import number_categories
 from finestsam.data.cells import CROWD
-from finestsam.data.index import Record
 from finestsam.data.semantic import IGNORED, ClassTable
 from finestsam.errors import printable
 from finestsam.model.class_head import NO_OBJECT, ClassHead, load_class_head
 from finestsam.model.load import LoadedModel
+from finestsam.records import Record
 from finestsam.training.log import CLASS_COLUMNS, CLASS_TRAINING_COLUMNS
 from finestsam.training.losses import ObjectLosses
 from finestsam.training.step import Stepper

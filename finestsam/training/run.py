@@ -27,7 +27,6 @@ from finestsam.data.fingerprint import SPLIT, hash_fingerprint, take_fingerprint
 from finestsam.data.loaders import build_train_loader, build_validation_loader, end_workers
 from finestsam.data.previous_logits import PreviousLogits
 from finestsam.data.read import LabelledSet, describe_dataset, read_training_set
-from finestsam.data.report import write_report
 from finestsam.data.semantic import ClassTable
 from finestsam.errors import VALUE_ERRORS, UserError
 from finestsam.model.adapt import adapt_
@@ -36,6 +35,7 @@ from finestsam.model.load import LoadedModel, load_model, load_weights_
 from finestsam.model.sam import FinestSam
 from finestsam.prediction.embedder import Embedder, encode_missing, find_missing, open_store
 from finestsam.prediction.generator import resolve_generator
+from finestsam.records import write_report
 from finestsam.runtime.download import hash_file
 from finestsam.runtime.ranks import Ranks
 from finestsam.runtime.value_types import fits

@@ -37,8 +37,7 @@ class Stepper:
         chunk_objects: prompts decoded at a time, at most; halved where the memory does not suffice.
 
     Attributes:
-        nonfinite_images: names of the images whose loss or gradient in the newest step is not finite, as far as this rank
-            knows.
+        nonfinite_images: names of the images whose loss or gradient in the newest step is not finite, of this rank.
         measures: what is summed over objects, in this order; the losses with their weights, so that they add up to the
             total.
         columns: of metrics.csv.

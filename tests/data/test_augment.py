@@ -12,11 +12,11 @@ from finestsam.cli import main
 from finestsam.config import AugmentConfig, build_config
 from finestsam.data.augment import find_shown, sample_view, show, show_image, show_object
 from finestsam.data.dataset import SampleDataset, SampleSettings, StepSampler
-from finestsam.data.index import Annotation, Record
 from finestsam.data.loaders import build_train_loader
 from finestsam.data.prompts import build_image_grid, cut_out, find_grid_points_inside
 from finestsam.images.read import read_image, resize_image, scale_points, write_image
 from finestsam.masks import decode_rle, encode_mask, rle_area, rle_box
+from finestsam.records import Annotation, Record
 
 SIZE = (80, 120)
 BACKGROUND = (20, 20, 20)

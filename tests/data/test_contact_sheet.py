@@ -7,8 +7,8 @@ import pytest
 from finestsam.config import CheckConfig, DatasetConfig
 from finestsam.data import contact_sheet
 from finestsam.data.contact_sheet import render_contact_sheet, sample_prompts
-from finestsam.data.index import Annotation
 from finestsam.masks import decode_rle, encode_mask
+from finestsam.records import Annotation
 
 
 def draw(records, **settings) -> np.ndarray:

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from finestsam.data.coverage import GRIDS, find_hits, measure_reach
-from finestsam.data.index import Annotation, Record
 from finestsam.images.read import build_crop_boxes, build_point_grid
 from finestsam.masks import encode_mask, rle_area, rle_box
+from finestsam.records import Annotation, Record
 
 
 def make_record(masks: list[np.ndarray]) -> Record:

@@ -7,7 +7,7 @@ import pytest
 
 from finestsam.data.fingerprint import hash_fingerprint, list_changes, take_fingerprint
 from finestsam.data.read import LabelledSet
-from finestsam.data.report import DatasetReport
+from finestsam.records import DatasetReport
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from PIL import Image
 from finestsam.config import DatasetConfig, build_config
 from finestsam.data.augment import View
 from finestsam.data.dataset import SampleDataset, SampleSettings
-from finestsam.data.index import Annotation, Record
 from finestsam.data.read import read_training_set
 from finestsam.data.semantic import IGNORED, match_classes, number_classes, render_label_cells, render_label_map
 from finestsam.masks import encode_mask, rle_area, rle_box
+from finestsam.records import Annotation, Record
 
 SIZE = (8, 12)
 CATEGORIES = {7: "roof", 3: "wall", 90: "tree"}

@@ -15,7 +15,6 @@ from test_coco_scores import SIZE, draw, make_record, move
 from finestsam.cli import main
 from finestsam.config import build_config
 from finestsam.data.categories import number_categories
-from finestsam.data.index import Record
 from finestsam.evaluation.class_scores import describe_categories, score_classes
 from finestsam.evaluation.coco_scores import Detections, score_detections
 from finestsam.masks import encode_mask, rle_area, rle_box, rle_to_json
@@ -24,6 +23,7 @@ from finestsam.model.card import Card, write_card
 from finestsam.model.class_head import ClassHead
 from finestsam.model.head_file import head_path
 from finestsam.modes.evaluate import evaluate
+from finestsam.records import Record
 
 # Of the dataset; no image has an object of the last, and the model lacks the third and knows another one.
 NAMES = {2: "ball", 5: "crate", 6: "wheel", 9: "bird"}

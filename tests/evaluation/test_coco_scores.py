@@ -6,9 +6,9 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from finestsam.data.index import Annotation, Record
 from finestsam.evaluation.coco_scores import TRACED_RECALLS, CocoScorer, Detections, score_detections
 from finestsam.masks import encode_mask, rle_area, rle_box, rle_to_json
+from finestsam.records import Annotation, Record
 
 SIZE = (200, 300)
 

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from finestsam.data.index import Annotation, Record
 from finestsam.evaluation.coco_scores import Detections
 from finestsam.evaluation.errors import Mistakes, count_mistakes, sum_mistakes
 from finestsam.masks import encode_mask, rle_area, rle_box
+from finestsam.records import Annotation, Record
 
 SIZE = (60, 200)
 

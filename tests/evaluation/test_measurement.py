@@ -3,11 +3,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finestsam.data.index import Annotation, Record
 from finestsam.evaluation.coco_scores import Detections
 from finestsam.evaluation.measurement import Measurement, compare, keep_common
 from finestsam.evaluation.prompt_scores import ObjectScore
 from finestsam.masks import encode_mask, rle_area, rle_box
+from finestsam.records import Annotation, Record
 
 SIZE = (40, 60)
 COUNT = 30

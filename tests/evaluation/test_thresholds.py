@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from finestsam.config import GENERATOR_DEFAULTS, GeneratorConfig, ImagesConfig
-from finestsam.data.index import Record
 from finestsam.evaluation import candidates as candidates_module
 from finestsam.evaluation.candidates import Candidates, find_candidates, match, select
 from finestsam.evaluation.coco_scores import CocoScorer, Detections
@@ -19,6 +18,7 @@ from finestsam.prediction.calibration import correct_scores
 from finestsam.prediction.embedder import Embedder
 from finestsam.prediction.generator import generate_masks
 from finestsam.prediction.results import GeneratedMasks
+from finestsam.records import Record
 
 START = GeneratorConfig(**GENERATOR_DEFAULTS | {"points_per_side": 6})
 

@@ -1,11 +1,11 @@
 import pytest
 
 from finestsam.config import build_config
-from finestsam.data.index import Annotation, Record
 from finestsam.data.read import read_evaluation_set, read_training_set
 from finestsam.data.split import split_records
 from finestsam.errors import UserError
 from finestsam.formats.layouts import find_layout
+from finestsam.records import Annotation, Record
 
 
 def write_part(folder):

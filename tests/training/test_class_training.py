@@ -17,7 +17,6 @@ from finestsam.cli import main
 from finestsam.config import ClassesConfig, DatasetConfig, build_config
 from finestsam.data.categories import number_categories
 from finestsam.data.dataset import SampleDataset, SampleSettings
-from finestsam.data.index import Record
 from finestsam.data.read import read_training_set
 from finestsam.model.architectures import build_sam
 from finestsam.model.class_head import ClassHead
@@ -25,6 +24,7 @@ from finestsam.model.head_file import head_path
 from finestsam.model.load import load_model
 from finestsam.model.sam import FinestSam
 from finestsam.prediction.embedder import Embedder
+from finestsam.records import Record
 from finestsam.training.classes import ClassStepper, _mean_best_and_others, fit_classes, weigh_classes
 from finestsam.training.losses import object_losses
 from finestsam.training.optim import build_optimizer

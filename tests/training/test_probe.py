@@ -7,11 +7,11 @@ from lightning.fabric import Fabric
 
 from finestsam.config import DatasetConfig, build_config
 from finestsam.data.dataset import SampleDataset, SampleSettings
-from finestsam.data.index import Record
 from finestsam.data.read import read_training_set
 from finestsam.data.scenes import write_scenes
 from finestsam.errors import UserError
 from finestsam.prediction.embedder import Embedder
+from finestsam.records import Record
 from finestsam.training import probe
 from finestsam.training.optim import build_optimizer
 from finestsam.training.probe import choose_chunk_objects, find_free_bytes, measure_need

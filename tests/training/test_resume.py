@@ -13,8 +13,8 @@ from finestsam.cli import main
 from finestsam.config import build_config, flatten_config
 from finestsam.data.fingerprint import SPLIT, hash_fingerprint, take_fingerprint
 from finestsam.data.read import LabelledSet
-from finestsam.data.report import DatasetReport
 from finestsam.errors import UserError
+from finestsam.records import DatasetReport
 from finestsam.training.resume import STATE, check_settings, find_problem, load_state, refuse_other_dataset
 from finestsam.training.run import Progress
 

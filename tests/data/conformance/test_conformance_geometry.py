@@ -10,10 +10,10 @@ from test_conformance_structure import SOUND
 
 from finestsam.config import DatasetConfig, PromptsConfig
 from finestsam.data.dataset import SampleDataset, SampleSettings
-from finestsam.data.index import Annotation, Record
 from finestsam.data.read import read_training_set
 from finestsam.images.read import read_image
 from finestsam.masks import decode_rle, encode_mask, rle_area, rle_box, rle_to_json
+from finestsam.records import Annotation, Record
 
 
 def make_mask(box: tuple[int, int, int, int]) -> np.ndarray:
