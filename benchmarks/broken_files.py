@@ -1,6 +1,6 @@
 """Files that are broken at random, read by thousands in one process that has little memory and little time for each.
 
-Part of `make faults`. An outcome is the code of a defect, `refused` where the user is told in one line, or what was
+Part of `make faults`. An outcome is the code of a defect, `refused` where the user gets one line, or what was
 read.
 """
 
@@ -85,9 +85,9 @@ class Tally:
     peak_bytes: int = 0
 
     def describe(self, title: str) -> str:
-        told = ", ".join(f"{number} x {outcome}" for outcome, number in self.outcomes.most_common())
+        shown = ", ".join(f"{number} x {outcome}" for outcome, number in self.outcomes.most_common())
         cost = f"slowest {self.slowest:.1f} s, peak {self.peak_bytes / 1e6:.0f} MB"
-        return f"{self.outcomes.total()} {title}: {told}; {cost}"
+        return f"{self.outcomes.total()} {title}: {shown}; {cost}"
 
 
 def read_all(trials: Iterator[Trial], path: Path, read: Callable[[Trial, Path], str]) -> Tally:
@@ -139,8 +139,8 @@ def _read_in_fork(trials: Iterator[Trial], path: Path, read: Callable, results: 
                 if len(str(error)) > 2000:
                     wrong = f"{trial.name}: a message of {len(str(error))} letters: {_keep(current, path)}"
             except BaseException as error:  # whatever it is, it is what is looked for
-                told = "".join(traceback.format_exception(error)[-3:])[-800:]
-                outcome, wrong = type(error).__name__, f"{trial.name}: {_keep(current, path)}\n{told}"
+                trace = "".join(traceback.format_exception(error)[-3:])[-800:]
+                outcome, wrong = type(error).__name__, f"{trial.name}: {_keep(current, path)}\n{trace}"
             signal.alarm(0)
             file.write(json.dumps([outcome, time.monotonic() - start, wrong]) + "\n")
 
@@ -191,7 +191,7 @@ class BrokenFiles:
         return "images", read_all(draw(), self.folder / "image", read)
 
     def read_checkpoints(self, count: int) -> tuple[str, Tally]:
-        """Broken weights, cards, adapters and states: what loads is what was saved, and what does not is told."""
+        """Broken weights, cards, adapters and states: what loads is what was saved, and what does not is reported."""
         torch.manual_seed(0)
         sam = build_sam("vit_tiny_test")
         home = self.folder / "run"

@@ -19,7 +19,7 @@ from finestsam.config import GENERATOR_DEFAULTS
 BASE = "the defaults (loss at the decoder's size)"
 CHOICES = {
     BASE: [],
-    "3 points an object, each asked alone": ["--dataset.prompts_per_object", "3"],
+    "3 points an object, each prompted alone": ["--dataset.prompts_per_object", "3"],
     "no background points": ["--dataset.background_points", "0"],
     "3 corrective clicks": ["--prompts.correction_clicks", "3"],
     "points alone": ["--prompts.use_boxes", "false"],

@@ -3,7 +3,7 @@
     python -m benchmarks.encoder
 
 One image of 1024 pixels through vit_b with random weights. Every variant is a process of its own; segment_anything
-runs as it is and with glibc's allocator told to keep memory.
+runs as it is and with glibc's allocator set to keep memory.
 """
 
 import argparse

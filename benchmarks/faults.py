@@ -192,8 +192,8 @@ class Course:
             else:
                 moments[describe_moment(self.folder / "killed")] += 1
         self.finish("killed")
-        told = ", ".join(f"{number} {name}" for name, number in sorted(moments.items()))
-        return f"{moments.total()} kills in {finished + 1} runs: {told}"
+        shown = ", ".join(f"{number} {name}" for name, number in sorted(moments.items()))
+        return f"{moments.total()} kills in {finished + 1} runs: {shown}"
 
     def signal(self, count: int) -> str:
         """Send signals at random moments: the run must stop by itself, soon, and go on as if nothing had been."""
@@ -232,7 +232,7 @@ class Course:
             self.findings.expect("Traceback" not in end.output, f"disk of {limit} bytes: {end.output[-800:]}")
             self._check_files(self.folder / name, limit)
             end = run_apart([*self.begin(name), *flags, "--max_steps=0"])
-            # Best weights that could not be saved are told again, and are the one thing that is lost.
+            # Best weights that could not be saved are reported again, and are the one thing that is lost.
             is_told = end.code == 2 and "best.pth does not hold the best weights" in end.output
             self.findings.expect(end.code == 0 or is_told, f"after a disk of {limit} bytes: {end.output[-500:]}")
             for difference in compare_runs(self.folder / "short", self.folder / name, ["last.ckpt"]):
@@ -471,8 +471,8 @@ class Fuzz:
                 kept = Path(tempfile.gettempdir()) / f"broken_{title.split()[0]}_{place}"
                 kept.write_bytes(broken)
                 self.findings.expect(False, f"{kept}: ended with {end.code}: {end.output[-800:]}")
-        told = ", ".join(f"{number} x {code}" for code, number in sorted(codes.items()))
-        return f"{count} {title}; exit codes {told}; slowest {slowest:.1f} s, peak {peak / 1e6:.0f} MB"
+        shown = ", ".join(f"{number} x {code}" for code, number in sorted(codes.items()))
+        return f"{count} {title}; exit codes {shown}; slowest {slowest:.1f} s, peak {peak / 1e6:.0f} MB"
 
 
 # Of each kind, how many are tried.
@@ -523,14 +523,14 @@ def run() -> int:
             "pairs": pairs.run,
         }
         for kind, count in wanted.items():
-            told = works[kind](count)
-            if isinstance(told, tuple):
-                title, tally = told
+            result = works[kind](count)
+            if isinstance(result, tuple):
+                title, tally = result
                 for line in tally.wrong:
                     findings.expect(False, line)
                 findings.expect(tally.peak_bytes < PEAK_BYTES, f"{title}: {tally.peak_bytes / 1e6:.0f} MB")
-                told = tally.describe(title)
-            print(told, flush=True)
+                result = tally.describe(title)
+            print(result, flush=True)
     print(f"{len(findings.lines)} things went wrong, in {time.monotonic() - start:.0f} s")
     return min(len(findings.lines), 1)
 

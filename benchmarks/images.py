@@ -4,8 +4,8 @@
 
 The generator's thresholds are searched on the same images, for either model. The classical one is Felzenszwalb and
 Huttenlocher's (Efficient graph-based image segmentation, 2004) of scikit-image at several scales, which a model without
-training has to beat: all its segments are its masks, the smaller scale first; a point is answered with the best of the
-three scales' segments it lies in, as SAM answers with the best of three masks.
+training has to beat: all its segments are its masks, the smaller scale first; the mask of a point is the best of the
+three scales' segments it lies in, as SAM's best of three masks would be.
 """
 
 import argparse
@@ -104,7 +104,7 @@ def segment(record: Record) -> list[np.ndarray]:
 
 
 def measure_points(sample, record: Record, labels: list[np.ndarray]) -> list[float]:
-    """Return for each object the IoU of the best segment at the point that SAM is asked with."""
+    """Return for each object the IoU of the best segment at the point that SAM is prompted with."""
     height, width = record.size
     scale = max(height, width) / 512
     ious = []

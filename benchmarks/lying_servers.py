@@ -28,7 +28,7 @@ LIES = (
 
 
 class Liar:
-    """A server whose answers are lies in the order given, and the truth after them."""
+    """A server whose responses are lies in the order given, and the truth after them."""
 
     def __init__(self, body: bytes, lies: list[str]):
         self.body, self.lies, self.sent = body, list(lies), 0
@@ -37,7 +37,7 @@ class Liar:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 with contextlib.suppress(OSError):
-                    liar.answer(self, liar.lies.pop(0) if liar.lies else "none")
+                    liar.respond(self, liar.lies.pop(0) if liar.lies else "none")
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -53,10 +53,10 @@ class Liar:
         self.server.shutdown()
         self.server.server_close()
 
-    def answer(self, handler: BaseHTTPRequestHandler, lie: str) -> None:
-        asked = handler.headers.get("Range", "")
-        start = int(asked.removeprefix("bytes=").rstrip("-") or 0) if asked else 0
-        is_part = bool(asked) and lie != "200 to a range"
+    def respond(self, handler: BaseHTTPRequestHandler, lie: str) -> None:
+        wanted = handler.headers.get("Range", "")
+        start = int(wanted.removeprefix("bytes=").rstrip("-") or 0) if wanted else 0
+        is_part = bool(wanted) and lie != "200 to a range"
         body = self.body[start:] if is_part else self.body
         if lie == "garbage":
             handler.wfile.write(b"\xff\x00 not http\r\n\r\n" * 9)
@@ -111,7 +111,7 @@ def try_servers(folder: Path, findings: "Findings", generator: np.random.Generat
             is_silent = "other bytes" not in lies and not {"length too short", "empty", "no length", "endless"} & {
                 *lies
             }
-            if outcome == "whole" and (is_known or is_silent):  # without a hash some lies cannot be told
+            if outcome == "whole" and (is_known or is_silent):  # without a hash some lies cannot be noticed
                 findings.expect(target.read_bytes() == body, f"servers {lies}: another file arrived")
             findings.expect(outcome == "whole" or not target.exists(), f"servers {lies}: half a file is at its place")
             if is_known:
@@ -123,5 +123,5 @@ def try_servers(folder: Path, findings: "Findings", generator: np.random.Generat
         findings.expect(seconds < SECONDS_FOR_ONE, f"servers {lies}: {seconds:.0f} s")
         outcomes[outcome] += 1
     downloading.PAUSES_SECONDS = pauses
-    told = ", ".join(f"{amount} x {outcome}" for outcome, amount in sorted(outcomes.items()))
-    return f"{count} lying servers: {told}; slowest {slowest:.1f} s"
+    shown = ", ".join(f"{amount} x {outcome}" for outcome, amount in sorted(outcomes.items()))
+    return f"{count} lying servers: {shown}; slowest {slowest:.1f} s"

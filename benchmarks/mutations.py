@@ -119,7 +119,7 @@ def _list_places(node: Any) -> list[tuple[Any, Any]]:
 
 
 def mutate_image(data: bytes, generator: np.random.Generator) -> bytes:
-    """Return the bytes of a broken image; in most the first ones are left, by which its kind is told."""
+    """Return the bytes of a broken image; in most the first ones are left, by which its kind is recognised."""
     kept = 16 if generator.random() < 0.8 else 0
     return data[:kept] + mutate_bytes(data[kept:], generator)
 

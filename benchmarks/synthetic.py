@@ -1,8 +1,8 @@
-"""Objects for a model with random weights: logits and scores added to what its decoder answers.
+"""Objects for a model with random weights: logits and scores added to what its decoder predicts.
 
-Random weights answer every point with the same faint noise, which no filter keeps; the benchmarks need candidates that
+Random weights predict the same faint noise for every point, which no filter keeps; the benchmarks need candidates that
 live, die and repeat each other as a trained model's do. Both sides of a comparison get the same numbers for the same
-point. The image is a lattice of cells; a point in a cell is answered with three nested discs around the cell's
+point. The image is a lattice of cells; the masks of a point in a cell are three nested discs around the cell's
 middle, each a little sharper or duller than its neighbours' and with a score of its own.
 """
 
@@ -23,7 +23,7 @@ class SyntheticObjects:
 
     Args:
         encoder: on `device`.
-        points: P x 2, XY, input frame, all that will be asked for.
+        points: P x 2, XY, input frame, all that will be prompts.
         fills: discs as large as the image instead of a cell.
     """
 
@@ -40,7 +40,7 @@ class SyntheticObjects:
         self.discs = _render_discs(side, FILLING_RADII if fills else RADII).to(device)
 
     def find(self, sparse: Tensor) -> Tensor:
-        """Return which points were asked for; batches of another size may round them differently."""
+        """Return which points the prompts are; batches of another size may round them differently."""
         return torch.cdist(sparse[:, 0], self.embedded).argmin(dim=1)
 
     def get(self, places: Tensor, masks: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def _render_discs(side: int, radii: tuple[float, ...]) -> Tensor:
 
 
 class StockWithObjects(MaskDecoder):
-    """segment_anything's decoder, its answers changed."""
+    """segment_anything's decoder, its outputs changed."""
 
     objects: SyntheticObjects
 
@@ -70,7 +70,7 @@ class StockWithObjects(MaskDecoder):
 
 
 class FoldedWithObjects(FoldedMaskDecoder):
-    """finestsam's decoder, its answers changed in the same way."""
+    """finestsam's decoder, its outputs changed in the same way."""
 
     objects: SyntheticObjects
 

@@ -4,7 +4,7 @@
 
 vit_b with random weights, its encoder frozen, ten objects an image of 640 x 480, losses at the images' own size. The
 plain loop encodes every image in every epoch, decodes all its objects together and upscales all their masks at once,
-as finestSAM and its relatives do. It runs twice, as it is and with glibc's allocator told to keep memory.
+as finestSAM and its relatives do. It runs twice, as it is and with glibc's allocator set to keep memory.
 """
 
 import argparse

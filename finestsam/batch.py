@@ -1,6 +1,6 @@
 """The one page that defines shapes, frames and orders of what travels between the rooms.
 
-N prompts of one image, one for each of its objects or several, P points of a prompt, M masks of its answer. Points
+N prompts of one image, one for each of its objects or several, P points of a prompt, M masks that it gives. Points
 and boxes are pixels of the input frame (`images.py`), XY and XYXY, float32. g is the side of the embedding in tokens
 (64 at 1024 pixels): SAM's masks are 4g x 4g logits that cover the padded square.
 """
@@ -13,7 +13,7 @@ from torch import Tensor, device
 
 @dataclass
 class Prompts:
-    """What objects are asked for with, N times; each kind is there for all N or None."""
+    """N prompts; each kind is there for all N or None."""
 
     points: Tensor | None = None  # N x P x 2
     labels: Tensor | None = None  # N x P, int: 1 inside, 0 outside, -1 no point
@@ -47,13 +47,13 @@ class Sample:
     rles: list[dict] = field(default_factory=list)  # N masks, original frame, pycocotools' compressed form
     annotation_ids: list[int] = field(default_factory=list)  # N; equal ones follow each other: prompts of one object
     rows: list[int] = field(default_factory=list)  # N, the objects' places in the whole set, counted through
-    correction_clicks: int = 0  # how often training corrects the first answer
+    correction_clicks: int = 0  # how often training corrects the first masks
     variant: int = 0  # which augmented variant of the image; 0: the plain one
     embedding: Tensor | None = None  # C x g x g, float16, from the store
     background: Prompts = field(default_factory=Prompts)  # points where no object is; one label each, inside
-    cells: Tensor | None = None  # 4g x 4g, int32: the object in each, from 1; as `data.cells`. None: not asked for
-    classes: Tensor | None = None  # 4g x 4g, int64: the class in each cell, -1 ignored. None: not asked for
-    object_classes: list[int] = field(default_factory=list)  # N; empty: not asked for
+    cells: Tensor | None = None  # 4g x 4g, int32: the object in each, from 1; as `data.cells`. None: not needed
+    classes: Tensor | None = None  # 4g x 4g, int64: the class in each cell, -1 ignored. None: not needed
+    object_classes: list[int] = field(default_factory=list)  # N; empty: not needed
     cell_classes: list[int] = field(default_factory=list)  # of the objects that `cells` numbers, in their order
 
     def __len__(self) -> int:
@@ -102,7 +102,7 @@ class Batch:
 
 @dataclass
 class Predictions:
-    """What the decoder answers to N prompts of one image. M is 3, or 1 where one mask is asked for."""
+    """What the decoder predicts for N prompts of one image. M is 3, or 1 with `multimask_output` off."""
 
     logits: Tensor  # N x M x 4g x 4g, float32, inside where above 0
     scores: Tensor  # N x M, float32: the IoU that the model expects

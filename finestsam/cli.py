@@ -73,8 +73,8 @@ def parse_command_line(arguments: list[str]) -> tuple[str, Config]:
 def _parse(parser: ArgumentParser, words: list[str]) -> Namespace:
     """Parse, with the defaults that follow from the model type and the labels."""
     _refuse_endless(words)
-    asked = parser.parse_args([word for word in words if word.partition("=")[0] not in ("--print_config", "--help")])
-    values = _flatten_namespace(asked)
+    known = parser.parse_args([word for word in words if word.partition("=")[0] not in ("--print_config", "--help")])
+    values = _flatten_namespace(known)
     parser.set_defaults(list_derived_defaults(values | {"model.type": _find_type(values)}))
     return parser.parse_args(words)
 
@@ -93,7 +93,7 @@ def _refuse_endless(words: list[str]) -> None:
 
 
 def _find_type(values: dict[str, Any]) -> str:
-    """Return the model type; for `auto` that of the weights that are named, where a card beside them tells it."""
+    """Return the model type; for `auto` that of the named weights, where they have a card."""
     if values["model.type"] != "auto" or values["model.checkpoint"] in ("auto", "none"):
         return values["model.type"]
     weights = Path(values["model.checkpoint"])

@@ -1,7 +1,7 @@
 """Every setting: its name, type, default, valid range and what it does.
 
 The command line, the YAML file, `--help` and the checks are all made from these dataclasses. Names that finestSAM has
-are kept. Nothing heavy is imported here, so that `--help` and a mistyped flag answer at once.
+are kept. Nothing heavy is imported here, so that `--help` and a mistyped flag are reported at once.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ class ModelConfig:
 @dataclass(frozen=True)
 class PromptsConfig:
     use_boxes: bool = setting(True, "train with boxes; prompts.use_logits: false")
-    use_points: bool = setting(True, "train with points, which is what the generator asks with")
+    use_points: bool = setting(True, "train with points, which is what the generator prompts with")
     use_masks: bool = setting(False, "train with a coarse, perturbed version of the mask as input")
     use_logits: bool = setting(
         False,
@@ -75,14 +75,14 @@ class PromptsConfig:
     )
     correction_clicks: int = setting(
         0,
-        "clicks that correct the first answer in training, one after the other: each in the middle of the largest "
-        "error, together with the logits of the answer before, as annotators work and --mode evaluate measures. All "
-        "answers on an object share its weight; each click takes at least as long as the first answer",
+        "clicks that correct the first masks in training, one after the other: each in the middle of the largest "
+        "error, together with the logits of the mask before, as annotators work and --mode evaluate measures. All "
+        "masks of an object share its weight; each click takes at least as long as the first prompt",
         "[0, 20]",
     )
     correction_share: float = setting(
         0.5,
-        "share of the training images that are corrected, drawn anew in every epoch; the others are asked once",
+        "share of the training images that are corrected, sampled anew in every epoch; the others are prompted once",
         "(0, 1]",
     )
     box_jitter_ratio: float = setting(0.1, "standard deviation of the noise on a box, as a share of its side", "[0, 1]")
@@ -241,12 +241,12 @@ class FftAttentionConfig:
     blocks: Literal["none", "global", "windowed", "all"] = setting(
         "none",
         "blocks of the image encoder whose attention training replaces by one through the Fourier transform, which "
-        "costs N log N instead of N^2 for N tokens and gives other answers: those that see the whole image, windows "
+        "costs N log N instead of N^2 for N tokens and gives other outputs: those that see the whole image, windows "
         "of it, or all. Weights that have some keep them. segment_anything refuses such weights",
     )
     distill_steps: int = setting(
         100,
-        "before training, steps of one image each in which the replaced blocks learn to answer what the original "
+        "before training, steps of one image each in which the replaced blocks learn to give what the original "
         "ones do, frozen encoder or not; afterwards freeze.image_encoder decides. Not from random weights",
         "[0, inf)",
     )
@@ -317,9 +317,9 @@ class DatasetConfig:
     negative_points: int = setting(0, "points outside each object, inside its box where there is room", "[0, 1000]")
     prompts_per_object: int = setting(
         1,
-        "times that each object of a training image is asked for in a step, each time with other points, on the grid "
-        "at most as often as it has points there: the generator asks it at every one of them. They share the object's "
-        "weight, and take so many times as long",
+        "prompts for each object of a training image in a step, each with other points; on the grid at most as many as "
+        "the object has grid points, as the generator uses every one. They share its weight, and the step takes "
+        "so many times as long",
         "[1, 1024]",
     )
     background_points: int = setting(
@@ -429,7 +429,7 @@ GENERATOR_DEFAULTS = {
 
 @dataclass(frozen=True)
 class StoreConfig:
-    enabled: bool = setting(True, "keep what a frozen image encoder answers for each image, so that it runs once")
+    enabled: bool = setting(True, "keep a frozen image encoder's embedding of each image, so that it runs once")
     folder: str | None = setting(None, "where; default: in the user's cache folder")
     max_gigabytes: float = setting(
         20.0, "of the disk at most (2 MB an image at 1024 pixels); the least recently used go first", "[0, inf)"
@@ -457,11 +457,11 @@ class EvaluateConfig:
     all_prompts: bool = setting(
         False,
         "in each validation of a training as well, ask for every object with a box, and correct the model on it with "
-        "so many clicks: an answer more for each object and click",
+        "so many clicks: one more prediction for each object and click",
     )
     background_points: int = setting(
         32,
-        "points of the grid in each image where no object is, asked for in --mode evaluate: where every object is "
+        "points of the grid in each image where no object is, prompted with in --mode evaluate: where every object is "
         "labelled the predicted IoU should be low there; 0: none",
         "[0, 1024]",
     )
@@ -789,7 +789,7 @@ def _find_training_problems(config: Config) -> list[str]:
     prompts, losses = config.prompts, config.losses
     points = config.dataset.positive_points + config.dataset.negative_points
     if not (prompts.use_boxes or prompts.use_points or prompts.use_masks):
-        problems.append("nothing is asked: turn on prompts.use_points, prompts.use_boxes or prompts.use_masks")
+        problems.append("no prompts: turn on prompts.use_points, prompts.use_boxes or prompts.use_masks")
     if prompts.use_points and points == 0:
         problems.append("prompts.use_points needs dataset.positive_points or dataset.negative_points above 0")
     if config.dataset.prompts_per_object > 1 and not prompts.use_points:
@@ -800,7 +800,7 @@ def _find_training_problems(config: Config) -> list[str]:
             "turn, scale_min, scale_max and crop_min as they are by default"
         )
     if prompts.mix and prompts.use_logits:
-        problems.append("prompts.mix changes what an object is asked with, prompts.use_logits feeds on the last answer")
+        problems.append("prompts.mix changes an object's prompts, prompts.use_logits needs the logits of the last")
     has_head = config.task == "classes"
     if has_head and losses.class_ratio == 0:
         problems.append("no classes are learnt: losses.class_ratio is 0; --task masks trains masks alone")

@@ -80,8 +80,8 @@ def _refuse_long_outline(polygons: list[list[float]], size: tuple[int, int]) -> 
     limit = min(max(OUTLINE_PER_PIXEL * size[0] * size[1], MIN_OUTLINE_LIMIT), MAX_OUTLINE_LIMIT)
     length = sum(map(_measure_outline, polygons))
     if length > limit:
-        told = f"an outline of {length:.3g} pixels in an image of {size[1]} x {size[0]}"
-        raise Defect("long_outline", f"{told}, at most {limit}: it runs to and fro")
+        outline = f"an outline of {length:.3g} pixels in an image of {size[1]} x {size[0]}"
+        raise Defect("long_outline", f"{outline}, at most {limit}: it runs to and fro")
 
 
 def _measure_outline(polygon: list[float]) -> float:

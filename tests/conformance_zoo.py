@@ -23,7 +23,7 @@ MEMORY_BYTES = 3_000_000_000
 
 @dataclass
 class Outcome:
-    """What `--mode check` answered."""
+    """What `--mode check` predicted."""
 
     code: int
     out: str
@@ -149,7 +149,7 @@ def _limit_memory() -> None:
 
 
 def assert_skipped(zoo: Zoo, number: int, code: str) -> Outcome:
-    """Assert that one annotation alone is skipped, counted and told, and that --strict refuses it."""
+    """Assert that one annotation alone is skipped, counted and reported, and that --strict refuses it."""
     outcome = zoo.check()
     assert outcome.code == 0
     assert outcome.skipped == {number: code}

@@ -46,7 +46,7 @@ class Site:
 
         return Handler
 
-    def answer(self, handler):
+    def output(self, handler):
         if self.failures or self.redirect_to:
             handler.send_response(self.failures.pop(0) if self.failures else 302)
             handler.send_header("Location", self.redirect_to or "")

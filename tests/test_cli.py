@@ -180,7 +180,7 @@ def test_a_file_that_is_no_settings_file_is_refused(tmp_path, content, message):
         (["--mode=predict", "--input=a", "--opacity=1.5"], "opacity must lie in [0, 1], got 1.5"),
         (
             ["--mode=train", "--dataset=d", "--prompts.use_points=false", "--prompts.use_boxes=false"],
-            "nothing is asked",
+            "no prompts: turn on",
         ),
         (
             [
@@ -266,7 +266,7 @@ def test_the_printed_settings_are_the_settings(capsys):
 
 
 @pytest.mark.parametrize("flags", [["--help"], ["--mode", "train", "--bach_size", "3"]])
-def test_help_and_mistakes_answer_without_what_takes_seconds_to_import(flags):
+def test_help_and_mistakes_are_printed_without_slow_imports(flags):
     result = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "finestsam", *flags],
         cwd=ROOT, capture_output=True, text=True, timeout=60,
@@ -326,7 +326,7 @@ def test_a_settings_file_that_stands_for_too_much_is_named(tmp_path, text, messa
         parse_command_line(["--mode=check", "--dataset=d", f"--config={path}"])
 
 
-def test_every_wrong_setting_of_a_whole_file_is_told_and_no_other(tmp_path):
+def test_every_wrong_setting_of_a_whole_file_is_reported_and_no_other(tmp_path):
     path = tmp_path / "c.yaml"
     settings = flatten_config(Config()) | {
         "input": None,

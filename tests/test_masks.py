@@ -205,7 +205,7 @@ def test_the_largest_island_stays_however_small():
     assert cleaned[5, 5]
 
 
-def test_boundaries_are_as_thick_as_the_image_asks_and_their_iou_is_that_of_plain_loops():
+def test_boundaries_are_as_thick_as_the_image_needs_and_their_iou_is_that_of_plain_loops():
     rng = np.random.default_rng(0)
     shape = (60, 80)  # 2 % of its diagonal of 100: 2 pixels
     truth = rasterize(np.array([[5.0, 5.0], [60.0, 10.0], [70.0, 50.0], [10.0, 59.0]]), shape)

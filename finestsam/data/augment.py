@@ -43,12 +43,12 @@ class View:
         return (width, height) if self.quarter_turns % 2 else (height, width)
 
     def leaves_pixels(self, original_size: tuple[int, int]) -> bool:
-        """Tell whether every pixel of an image of that (height, width) is shown where it lies."""
+        """Return whether every pixel of an image of that (height, width) is shown where it lies."""
         window = (0, 0, original_size[1], original_size[0])
         return self.window == window and not (self.quarter_turns or self.flip_horizontal or self.flip_vertical)
 
     def meets(self, box: list[int]) -> bool:
-        """Tell whether any pixel of a box, XYWH, of the plain image lies in the window."""
+        """Return whether any pixel of a box, XYWH, of the plain image lies in the window."""
         x, y, width, height = self.window
         left, top, box_width, box_height = box
         return left < x + width and x < left + box_width and top < y + height and y < top + box_height
@@ -101,7 +101,7 @@ def choose_view(
 
 def sample_view(augment: AugmentConfig, size: tuple[int, int], generator: np.random.Generator) -> View:
     """Draw a view of an image of a (height, width)."""
-    # All are drawn whatever is asked for: turning one setting on does not change what the others do.
+    # All are sampled whatever the settings are: turning one on does not change what the others do.
     mirror, upend, turn, angle, zoom, share, aspect, left, top, *colours = generator.random(13).tolist()
     # Evenly by ratio: half as large is as likely as twice as large.
     scale = augment.scale_min * (augment.scale_max / augment.scale_min) ** zoom

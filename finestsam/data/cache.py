@@ -36,7 +36,7 @@ UNREAD_SETTINGS = {
 
 
 def find_cache_file(part: Part, settings: DatasetConfig) -> Path:
-    """Return where the index of a part is kept: beside the annotations under the name asked for, or with the user's."""
+    """Return where the index of a part is kept: beside the annotations under the wanted name, or with the user's."""
     if settings.sav:
         folder = part.labels if part.labels.is_dir() else part.labels.parent
         return folder / Path(settings.sav).name

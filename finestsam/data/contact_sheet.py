@@ -63,7 +63,7 @@ def render_contact_sheet(
 def sample_prompts(
     record: Record, annotation: Annotation, settings: CheckConfig, dataset: DatasetConfig, points_per_side: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the points that an object is asked with, P x 2, XY, pixels of the image, and their labels."""
+    """Return the points that prompt for an object, P x 2, XY, pixels of the image, and their labels."""
     found = cut_out(decode_rle(record.rle(annotation)), annotation.box)
     generator = np.random.default_rng([dataset.seed, annotation.id & 0xFFFFFFFF])
     inside = None

@@ -1,4 +1,4 @@
-"""What the generator can find at all: an object without a point of the grid inside is never asked for."""
+"""What the generator can find at all: an object without a point of the grid inside is never prompted for."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("
 
 @dataclass(frozen=True)
 class Grid:
-    """Points that the generator asks at: of the whole image, and of the crops of each further layer."""
+    """Points that the generator prompts with: of the whole image, and of the crops of each further layer."""
 
     points_per_side: int
     crop_layers: int = 0

@@ -62,7 +62,7 @@ class SampleSettings:
     max_objects: int = 0  # a random choice where an image has more; 0: all
     augment: AugmentConfig = AugmentConfig()
     wants_cells: bool = False  # which object each cell of the decoder's grid belongs to
-    classes: ClassTable | None = None  # a class for each of those cells is all that is asked for; None: objects are
+    classes: ClassTable | None = None  # a class for each of those cells is all that is needed; None: objects are
     categories: ClassTable | None = None  # of objects, which come with their classes; None: they do not
 
 
@@ -71,7 +71,7 @@ class SampleDataset(Dataset):
 
     Args:
         records: images, each with at least one object.
-        previous_logits: what the model answered an epoch ago, as mask prompts; None: not used.
+        previous_logits: what the model predicted an epoch ago, as mask prompts; None: not used.
         store: where the embeddings of images may be, whose pixels are then not read; None: not used.
     """
 
@@ -193,11 +193,11 @@ class SampleDataset(Dataset):
         return np.sort(generator.choice(indices, size=limit, replace=False))
 
     def _sample_background(self, record: Record, view: View, input_size: tuple[int, int], epoch: int) -> Prompts:
-        """Return points of the grid that lie in no object and no crowd region, at most as many as are asked for."""
+        """Return points of the grid that lie in no object and no crowd region, at most as many as the settings say."""
         count = self.settings.dataset.background_points
         if count == 0:
             return Prompts()
-        # All of them: of an object that the view cuts too short to be asked for, the rest is no background.
+        # All of them: of an object that the view cuts too short to be prompted for, the rest is no background.
         rles = [record.rle(annotation) for annotation in record.annotations]
         rles += [{"size": list(record.size), "counts": counts} for counts in record.crowds]
         is_taken = decode_rle(join_rles(rles)) if rles else np.zeros(record.size, dtype=bool)
@@ -214,7 +214,7 @@ class SampleDataset(Dataset):
         return Prompts(points[:, None], torch.ones(len(points), 1, dtype=torch.int64))
 
     def _choose_kind(self, record: Record, epoch: int) -> PromptsConfig:
-        """Return what an image's objects are asked for with: all kinds that are turned on, or one of them."""
+        """Return the kinds of prompts for an image's objects: all that are turned on, or one of them."""
         wanted = self.settings.prompts
         kinds = [name for name in PROMPT_KINDS if getattr(wanted, name)]
         if not wanted.mix or len(kinds) < 2:
@@ -223,7 +223,7 @@ class SampleDataset(Dataset):
         return replace(wanted, **{name: name == chosen for name in PROMPT_KINDS})
 
     def _count_corrections(self, record: Record, epoch: int) -> int:
-        """Return how often the first answers on an image's objects are corrected."""
+        """Return how often the first masks of an image's objects are corrected."""
         wanted = self.settings.prompts
         if wanted.correction_clicks == 0:
             return 0
@@ -231,7 +231,7 @@ class SampleDataset(Dataset):
         return wanted.correction_clicks if is_corrected else 0
 
     def _sample_prompts(self, wanted: PromptsConfig, shown: ShownObject, frames: "_Frames", epoch: int) -> Prompts:
-        """Return what one object is asked for with: S prompts with other points, and one box and one mask for all."""
+        """Return S prompts for one object, with other points each, and one box and one mask for all."""
         prompts, count = Prompts(), 1
         if wanted.use_points:
             generator = self._open_stream(epoch, shown.annotation_id, POINTS)

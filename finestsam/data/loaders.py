@@ -126,7 +126,7 @@ def build_validation_loader(dataset: SampleDataset, num_workers: int, rank: int 
 
 
 def end_workers(loader: DataLoader) -> None:
-    """End the processes that a loader keeps between epochs; they answer no signal, and Python would wait for them."""
+    """End the processes that a loader keeps between epochs; they ignore signals, and Python would wait for them."""
     iterator, loader._iterator = loader._iterator, None
     if iterator is not None and loader.num_workers > 0:
         _end(iterator)

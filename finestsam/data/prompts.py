@@ -115,7 +115,7 @@ def _sample_positive(found: ObjectMask, counts: PointCounts, generator: np.rando
     if counts.grid is not None:
         return _sample_from_grid(found, counts, generator)
     pixels = _list_pixels(found, inside=True)
-    # With replacement: an object of one pixel can still be asked for three points.
+    # With replacement: an object of one pixel can still have three points.
     chosen = pixels[generator.integers(len(pixels), size=counts.positive)]
     if counts.use_center:
         chosen[0] = find_center(found)
@@ -123,7 +123,7 @@ def _sample_positive(found: ObjectMask, counts: PointCounts, generator: np.rando
 
 
 def _sample_from_grid(found: ObjectMask, counts: PointCounts, generator: np.random.Generator) -> np.ndarray:
-    """Choose grid points inside, without repeats: fewer than asked for where the object covers fewer."""
+    """Choose grid points inside, without repeats: fewer than wanted where the object covers fewer."""
     if len(counts.grid) == 0:
         return find_center(found)[None]
     shuffled = counts.grid[generator.permutation(len(counts.grid))]

@@ -1,4 +1,4 @@
-"""What a model answers to points where no object is: the scores that a good one keeps low."""
+"""What a model predicts for points where no object is: a good one gives them low scores."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from finestsam.prediction.embedder import Embedder
 
 @dataclass(frozen=True)
 class BackgroundScores:
-    """The answers in one image."""
+    """The scores in one image."""
 
     image_id: int
     scores: np.ndarray  # K, of each point the best IoU that the model expects of a mask there

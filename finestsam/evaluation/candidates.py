@@ -49,7 +49,7 @@ class MeasuredMasks:
 class Candidates(MeasuredMasks):
     """What settings can choose from."""
 
-    points_per_side: np.ndarray  # K, int: the grid that asked
+    points_per_side: np.ndarray  # K, int: the grid of its point
     layers: np.ndarray  # K, int: of crops; 0: the whole image
 
     def __getitem__(self, index: np.ndarray) -> "Candidates":
@@ -98,11 +98,11 @@ def _find(
         )
         parts.append(generate_masks(embedder.model, pixels, open_settings, embedding))
     joined = GeneratedMasks.join(parts, FilterReport())
-    asked = np.repeat(grids, [len(part) for part in parts])
+    grid_sides = np.repeat(grids, [len(part) for part in parts])
     order = np.argsort(-joined.priorities, kind="stable")
     masks = joined[order]
     layers = _find_layers(masks.crop_areas, pixels.shape[:2], settings)
-    return Candidates(masks, *measure_truth(masks.rles, record), asked[order], layers)
+    return Candidates(masks, *measure_truth(masks.rles, record), grid_sides[order], layers)
 
 
 def read_embedded(embedder: Embedder, record: Record, images: ImagesConfig) -> tuple[np.ndarray, torch.Tensor] | None:
@@ -174,7 +174,7 @@ def _suppress(corners: np.ndarray, indices: np.ndarray, priorities: np.ndarray, 
 
 
 def clean(chosen: Candidates, record: Record, settings: GeneratorConfig) -> MeasuredMasks:
-    """Return what the generator makes of the masks that it gives: without small holes and islands, where asked for."""
+    """Return the chosen masks as the generator gives them, small holes and islands removed if the settings say so."""
     if settings.min_mask_region_area == 0:
         return chosen
     masks = clean_regions(chosen.masks[np.arange(len(chosen))], settings)

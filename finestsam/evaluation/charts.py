@@ -12,7 +12,7 @@ from finestsam.evaluation.coco_scores import TRACED_RECALLS, CocoScorer
 from finestsam.evaluation.history import History
 from finestsam.evaluation.thresholds import Calibration
 
-# Okabe and Ito's, told apart by the colour-blind too.
+# Okabe and Ito's, which the colour-blind can distinguish too.
 OURS, THEIRS = "#0072B2", "#999999"
 # What is drawn of a run's validations: how a line is called, and its colour.
 VALIDATED = {

@@ -54,6 +54,6 @@ def _correct(
     for _ in range(clicks):
         prompts = add_clicks(prompts, shown, truth, sample).to(model.device)
         shown = show_preferred(model(embedding, prompts), sample, model.image_size)
-        for row, (mask, answer) in enumerate(zip(truth, shown.masks, strict=True)):
-            ious[row].append(np.count_nonzero(answer & mask) / np.count_nonzero(answer | mask))
+        for row, (mask, predicted) in enumerate(zip(truth, shown.masks, strict=True)):
+            ious[row].append(np.count_nonzero(predicted & mask) / np.count_nonzero(predicted | mask))
     return ious

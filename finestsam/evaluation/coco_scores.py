@@ -1,6 +1,6 @@
 """COCO's average precision and recall of instance masks, by pycocotools, here without categories.
 
-Every object has the same category, as SAM's generator knows none; `class_scores` tells them apart. Crowd regions are
+Every object has the same category, as SAM's generator knows none; `class_scores` distinguishes them. Crowd regions are
 ignored, as COCO does: what lies in them is neither right nor wrong. No mask is cut off: pycocotools' limit of
 detections is raised to what was found.
 """

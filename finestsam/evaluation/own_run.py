@@ -18,7 +18,7 @@ NAMED = 5
 
 @dataclass(frozen=True)
 class OwnRun:
-    """What the folder of a run tells.
+    """What the folder of a run holds.
 
     Attributes:
         sides: under `train` and `val` the beginnings of the images' digests, as `read_sides` returns them.

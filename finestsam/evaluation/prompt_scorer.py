@@ -25,7 +25,7 @@ PROMPT_KINDS = {
 
 @dataclass(frozen=True)
 class PromptScorer:
-    """What one model is asked on labelled images: the same, whatever the model.
+    """Scores one model's masks on labelled images for a fixed set of prompts, the same for every model.
 
     Args:
         records: each with at least one object.

@@ -34,7 +34,7 @@ def read_results(
 
     Args:
         categories: of the labels, names by id.
-        task: masks: categories are not asked for; classes: they are, and may be a single one.
+        task: masks: categories do not count; classes: they do, and may be a single one.
 
     Raises:
         UserError: not such a file, an image that is not of this set, a mask that is none, or categories that are asked
@@ -129,19 +129,19 @@ def _index_images(content: Any, records: Sequence[Record], path: Path) -> dict[i
         most = max(common for common, _, _ in entries)
         names = sorted({name for common, name, _ in entries if common == most})
         if len(names) > 1:
-            told = printable(records[index].file_name)
-            raise UserError(f"{printable(path)}: {' and '.join(map(printable, names[:2]))} may both be {told}")
+            shown = printable(records[index].file_name)
+            raise UserError(f"{printable(path)}: {' and '.join(map(printable, names[:2]))} may both be {shown}")
         for image_id in (image_id for common, _, image_id in entries if common == most):
             if indices.setdefault(image_id, index) != index:
                 raise UserError(f"{printable(path)}: image id {image_id!r:.40} stands for several images")
     return indices
 
 
-def _read_id(entry: Any, key: str, told: str, path: Path, takes_text: bool = False) -> int | str:
+def _read_id(entry: Any, key: str, name: str, path: Path, takes_text: bool = False) -> int | str:
     """Return an id, a whole number however it is written.
 
     Args:
-        told: what the entry is, for the message.
+        name: of the entry, for the message.
         takes_text: where both ends of a reference stand in the file, they may be any text.
     """
     value = entry.get(key) if isinstance(entry, dict) else None
@@ -150,7 +150,7 @@ def _read_id(entry: Any, key: str, told: str, path: Path, takes_text: bool = Fal
         return number
     if takes_text and isinstance(value, str):
         return value
-    raise UserError(f"{printable(path)}: {told}: its {key} is {printable(repr(value)):.40}, expected a whole number")
+    raise UserError(f"{printable(path)}: {name}: its {key} is {printable(repr(value)):.40}, expected a whole number")
 
 
 def _is_score(value: Any) -> bool:

@@ -43,7 +43,7 @@ def count_pixels(truth: np.ndarray, predicted: np.ndarray, class_count: int) -> 
 def summarize_pixels(counts: np.ndarray, names: list[str]) -> dict[str, float]:
     """Return `miou`, `mdice` and `pixel_accuracy`, and under `iou/<class>` and `dice/<class>` those of each class.
 
-    The means are over the classes that are there, in the truth or in the answers, the background among them. Source:
+    The means are over the classes that are there, in the truth or in the prediction, the background among them. Source:
     Everingham et al., The PASCAL Visual Object Classes Challenge (IJCV 2010), section 4.3, which counts the pixels of
     all images together.
 

@@ -1,4 +1,4 @@
-"""A SAM as two ONNX files, one that sees the image once and one that answers prompts on what it saw.
+"""A SAM as two ONNX files, one that sees the image once and one that predicts masks from prompts on what it saw.
 
 Names are those of segment_anything's own export of the decoder, where it has them. It bakes the shape of one image
 into the step that brings masks to the image's size; here that step is left to the program.

@@ -1,4 +1,4 @@
-"""Whether exported files answer in onnxruntime as their model does in torch: images and prompts of several shapes."""
+"""Whether exported files give in onnxruntime what their model gives in torch: images and prompts of several shapes."""
 
 import math
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ MIN_IOU = 0.999
 
 @dataclass
 class Agreement:
-    """How far the files' answers are from the model's, at the worst."""
+    """The largest difference between the files' outputs and the model's."""
 
     difference: float = 0.0  # of a logit, as a share of the largest, or of a score
     iou: float = 1.0  # of two masks in the image's frame
@@ -53,7 +53,7 @@ class OnnxSam:
         """Return the embedding, 1 x C x g x g, of an image in the input frame."""
         return self.encoder.run(None, {"image": image.transpose(2, 0, 1)[None].astype(np.float32)})[0]
 
-    def answer(self, embedding: np.ndarray, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    def predict(self, embedding: np.ndarray, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Return the logits, N x 4 x 4g x 4g, and the scores, N x 4."""
         inputs = (embedding, *_list_inputs(prompts, self.decoder.get_inputs()[3].shape))
         logits, scores = self.decoder.run(None, dict(zip(DECODER_INPUTS, inputs, strict=True)))
@@ -91,7 +91,7 @@ def check_onnx(exported: OnnxSam, model: FinestSam) -> Agreement:
         UserError: they do not.
     """
     found = Agreement()
-    # The model answers with three masks or with the single one; the files with all four.
+    # The model predicts three masks or the single one; the files all four.
     models = [FinestSam(model.sam, multimask_output) for multimask_output in (False, True)]
     for index, size in enumerate(IMAGE_SIZES):
         scene = render_scene(0, index, size).image
@@ -103,11 +103,11 @@ def check_onnx(exported: OnnxSam, model: FinestSam) -> Agreement:
             for prompts in _make_prompts(image.shape[:2], model.image_size // 4, seed=index):
                 parts = [part(embedding, prompts) for part in models]
                 expected = [torch.cat(both, dim=1) for both in zip(*((p.logits, p.scores) for p in parts), strict=True)]
-                actual = exported.answer(own_embedding, prompts)
+                actual = exported.predict(own_embedding, prompts)
                 _compare_(found, actual, expected, upscaler)
     if found.difference >= MAX_DIFFERENCE or found.iou <= MIN_IOU:
         raise UserError(
-            f"onnxruntime does not answer as torch does: difference {found.difference:.1e}, expected below "
+            f"onnxruntime does not give what torch gives: difference {found.difference:.1e}, expected below "
             f"{MAX_DIFFERENCE:.0e}; IoU of masks {found.iou:.4f}, expected above {MIN_IOU}; nothing is written. Other "
             "versions of torch, onnxscript or onnxruntime may do better"
         )

@@ -80,7 +80,7 @@ class YoloJob:
 def list_jobs(
     part: Part, settings: DatasetConfig, report: DatasetReport
 ) -> tuple[list[YoloJob], dict[int, str] | None]:
-    """Return a job for every image, and the names of the classes where a file tells them."""
+    """Return a job for every image, and the names of the classes where a file has them."""
     jobs, border = [], Border(part, settings)
     for path in sorted(part.images_dir.rglob("*")):
         if path.suffix.lower() in IMAGE_SUFFIXES:

@@ -94,7 +94,7 @@ def read_labels(path: Path, settings: ImagesConfig | None = None) -> tuple[np.nd
     """Read an image whose pixels are numbers, as it is stored: grey values, palette indices, or one number a colour.
 
     Returns:
-        H x W, int64, and whether the format changes numbers (JPEG does), so that only dark and bright can be told.
+        H x W, int64, and whether the format changes numbers (JPEG does): then only dark and bright are distinct.
 
     Raises:
         Defect: as `read_image`.
@@ -220,8 +220,8 @@ def _open_checked(data: bytes, settings: ImagesConfig) -> Iterator[Image.Image]:
     except Defect:
         raise
     except Exception as error:  # whatever a damaged file makes Pillow or OpenCV stumble over
-        told = " ".join(str(error).split()) or type(error).__name__
-        raise Defect("broken_image", f"truncated or broken image ({told:.200})") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise Defect("broken_image", f"truncated or broken image ({reason:.200})") from None
 
 
 @functools.cache

@@ -75,7 +75,7 @@ def _weigh(q: Tensor, columns: Tensor, by_row: Tensor, by_column: Tensor, out: T
 class _AttentionInPieces(torch.autograd.Function):
     """`attend_in_pieces` with a gradient in pieces as well.
 
-    With weights P = softmax(S) of values V, the answer O = P V and its gradient G, that of the scores S is
+    With weights P = softmax(S) of values V, the output O = P V and its gradient G, that of the scores S is
     P (G V' - the sum over channels of G O), row by row: FlashAttention, arXiv 2205.14135, appendix B.
     """
 

@@ -17,11 +17,11 @@ NO_OBJECT = 0
 class ClassHead(nn.Module):
     """From a mask to logits of being no object and of each category.
 
-    It reads two things of a mask. Its token, as the decoder leaves it, knows what was asked for and which of several
-    nested things this mask is; but nothing in SAM ever asked it what that is. The embedding under the mask has what the
+    It reads two things of a mask. Its token, as the decoder leaves it, knows the prompt and which of several
+    nested things this mask is; but SAM was never trained to say what that is. The embedding under the mask has what the
     thing looks like; it is the same for two things of one look. The embedding is read as it is and with each of its
-    channels normalised over the image, as some encoders answer nearly the same everywhere and what little differs is
-    what tells.
+    channels normalised over the image, as some encoders give nearly the same everywhere, and the little that differs is
+    what matters.
 
     The mask itself is taken as it is: no gradient goes through where it lies, so that its shape is the mask losses'
     alone. Tokens and embedding do learn from the classes.

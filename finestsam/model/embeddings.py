@@ -1,4 +1,4 @@
-"""The embedding store: what a frozen encoder answers for an image, kept on disk in float16, found again by content.
+"""The embedding store: a frozen encoder's embeddings of images, kept on disk in float16 and found by content.
 
 One file an image, memory-mapped, in a folder per encoder: any number of processes may read and fill it at once, an
 interrupted filling goes on where it stopped, and half a file is never seen. A checksum stands behind the numbers: what
@@ -79,7 +79,7 @@ class EmbeddingStore:
         return True
 
     def _checksum(self, key: str, content: bytes) -> bytes:
-        """Return what tells whether the numbers are those of this image and this encoder."""
+        """Return the checksum that ties the numbers to this image and this encoder."""
         seed = f"{self.encoder_key} {key} {self.shape} ".encode()
         return hashlib.blake2b(seed + content, digest_size=CHECKSUM_BYTES).digest()
 

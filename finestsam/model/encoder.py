@@ -1,4 +1,4 @@
-"""segment_anything's image encoder with the same weights, names and answers, in less memory and time.
+"""segment_anything's image encoder with the same weights, names and outputs, in less memory and time.
 
 Stock attention makes all heads' scores at once, 800 MB for each global block of vit_b, and goes over them five times;
 here it is `attention.py`'s, which makes them a piece at a time, and again for their gradient.

@@ -1,7 +1,7 @@
 """Attention by the offset between tokens, through the Fourier transform: N log N steps for N tokens instead of N^2.
 
 SAM's attention weighs every pair of tokens by its own score. Here a channel has one weight for each offset of the grid,
-the same for all pairs that lie so far apart: from the correlation of its queries and keys, which tells how well they
+the same for all pairs that lie so far apart: from the correlation of its queries and keys, which measures how well they
 agree at that offset on the whole,
 
     c[d] = mean over m of q[m + d] k[m] = irfft2(rfft2(q) conj(rfft2(k))) / N    (Wiener and Khinchin)
@@ -12,7 +12,7 @@ as in Autoformer's auto-correlation (Wu et al., arXiv 2106.13008), in two dimens
 multiplies c with v place by place (Kong et al., arXiv 2211.12250), which does not move along with an image; this does.
 
 The grid is taken as a circle, not filled up with zeros. So every token sees all others with weights that add up to one,
-answers move along with an image exactly, and no more than the tokens is transformed, where zeros would make it four
+outputs move along with an image exactly, and no more than the tokens is transformed, where zeros would make it four
 times as much. The price is that opposite edges are neighbours.
 """
 
@@ -25,7 +25,7 @@ from segment_anything.modeling import ImageEncoderViT, Sam
 from segment_anything.modeling.image_encoder import Attention
 from torch import Tensor, nn
 
-# The weight that SAM's attention does not have. By it a state dict tells which blocks are replaced, and
+# The weight that SAM's attention does not have. Its name in a state dict marks the blocks that are replaced, and
 # segment_anything, which knows no such weight, refuses the file.
 MARKER = "fft_gain"
 

@@ -48,12 +48,12 @@ def load_model(config: Config, prefer_runs: bool = False, device: torch.device |
     """Build the model that the settings name.
 
     Args:
-        prefer_runs: where no checkpoint is named, take the best weights of the newest run in sav_dir; and answer with
+        prefer_runs: where no checkpoint is named, take the best weights of the newest run in sav_dir; and predict with
             the masks that the weights were trained for, whatever the settings say.
         device: where it goes; None: where the settings say.
 
     Raises:
-        UserError: weights that are missing, broken, or of another type or size than asked for.
+        UserError: weights that are missing, broken, or of another type or size than the settings want.
     """
     device = device or choose_device(config.device)
     path = find_weights(config, prefer_runs)
@@ -86,8 +86,8 @@ def _build_with_weights(config: Config, path: Path | None, card: Card | None) ->
     try:
         load_weights_(sam, state_dict if size == own_size else resize_positions(state_dict, size))
     except (RuntimeError, *VALUE_ERRORS) as error:
-        told = (str(error).splitlines()[1:] or [repr(error)])[0].strip()
-        raise UserError(f"{path}: not the weights of a {model_type}: {told:.300}") from None
+        reason = (str(error).splitlines()[1:] or [repr(error)])[0].strip()
+        raise UserError(f"{path}: not the weights of a {model_type}: {reason:.300}") from None
     return sam, model_type
 
 
@@ -152,7 +152,7 @@ def choose_device(name: str) -> torch.device:
     """Return the device for one process.
 
     Raises:
-        UserError: the one asked for is not there. A silent fallback to the CPU would cost the user hours.
+        UserError: the wanted one is not there. A silent fallback to the CPU would cost the user hours.
     """
     available = {
         "cuda": torch.cuda.is_available(),

@@ -13,8 +13,8 @@ class SemanticHead(nn.Module):
     """From an embedding to logits of classes at a quarter of the input's side.
 
     The embedding is enlarged in two steps of a factor of two, and has fewer channels after each, so that none is both
-    wide and large. Norms are those of single images: first over the places of each channel, as some encoders answer
-    nearly the same everywhere and what little differs is what tells, then over the channels of a place.
+    wide and large. Norms are those of single images: first over the places of each channel, as some encoders give
+    nearly the same everywhere, and the little that differs is what matters; then over the channels of a place.
 
     Args:
         width: channels of the embedding.

@@ -305,7 +305,7 @@ def check_matches(state_dict: dict[str, Tensor], model_type: str, path: Path) ->
 
 
 def identify(state_dict: dict[str, Tensor], path: Path | str = "the file") -> str:
-    """Return the key of `ARCHITECTURES` that these weights belong to, told by their shapes.
+    """Return the key of `ARCHITECTURES` that these weights belong to, by their shapes.
 
     Args:
         path: where they came from, for the message.

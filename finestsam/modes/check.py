@@ -1,4 +1,4 @@
-"""`--mode check`: the dataset doctor. Everything is read, what is wrong is told, and what the generator can reach."""
+"""`--mode check`: the dataset doctor. It reads everything and prints what is wrong and what the generator can reach."""
 
 from collections import Counter
 from pathlib import Path

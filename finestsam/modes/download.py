@@ -178,7 +178,7 @@ def _refuse_foreign(existing: Path, all_annotations: bytes, wanted: int) -> None
     count = len(list_images(content))
     if count > wanted:
         raise UserError(
-            f"{existing} lists {count:,} images that are not all there, more than the {wanted:,} asked for; ask for "
+            f"{existing} lists {count:,} images that are not all there, more than the {wanted:,} requested; request "
             "as many, or move it away"
         )
     if content != restrict_annotations(all_annotations, count):

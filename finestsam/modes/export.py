@@ -43,7 +43,7 @@ def export(config: Config) -> int:
     """Run the mode and return the exit code, 0.
 
     Raises:
-        UserError: the model has no such form, a package is missing, the files do not answer as the model does, or they
+        UserError: the model has no such form, a package is missing, the files do not give what the model gives, or they
             cannot be written.
     """
     form = FORMATS[config.export.format]
@@ -58,14 +58,14 @@ def export(config: Config) -> int:
         # A signal raises at once while the files are made, and waits while they are put in place.
         with watch_signals() as interruption, interruption.held(), replacing_set(out_dir, form.names) as folder:
             with interruption.released():
-                told = form.write(loaded, config, folder)
+                done = form.write(loaded, config, folder)
             sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     except OSError as error:
         raise UserError(f"out_dir {printable(out_dir)}: cannot be written: {error.strerror or error}") from None
     for name in form.names:
         if name in sizes:
             print(f"{printable(out_dir / name)}: {sizes[name] / 1e6:.3g} MB")
-    print(told)
+    print(done)
     return 0
 
 
@@ -73,11 +73,13 @@ def _refuse(loaded: LoadedModel, form: Format, config: Config, out_dir: Path) ->
     """Raise where this model cannot be exported, or not there."""
     if loaded.model.semantic_head is not None or loaded.model.class_head is not None:
         raise UserError(f"{printable(loaded.source)} were trained for --task {loaded.card.task}: {HEADS_STAY}")
-    source, asked = printable(loaded.source), f"export.format {config.export.format}"
+    source, setting = printable(loaded.source), f"export.format {config.export.format}"
     if blocks := list_blocks(loaded.model.sam.state_dict()):
-        raise UserError(f"{asked}: {form.without_fft_attention}, which is in blocks {blocks} of {source}")
+        raise UserError(f"{setting}: {form.without_fft_attention}, which is in blocks {blocks} of {source}")
     if form is FORMATS["huggingface"] and ARCHITECTURES[loaded.model_type].is_tiny_vit:
-        raise UserError(f"{asked}: transformers' SamModel has no TinyViT, which is {loaded.model_type}'s image encoder")
+        raise UserError(
+            f"{setting}: transformers' SamModel has no TinyViT, which is {loaded.model_type}'s image encoder"
+        )
     for path in _list_sources(loaded):
         for name in form.names:
             if (out_dir / name).exists() and (out_dir / name).samefile(path):
@@ -135,8 +137,8 @@ def _describe(loaded: LoadedModel, config: Config) -> dict[str, Any]:
 
 def _write_hugging_face(loaded: LoadedModel, config: Config, folder: Path) -> str:
     hugging_face.write_hugging_face(loaded.model.sam, loaded.model_type, folder)
-    asked = "" if loaded.model.multimask_output else "; these weights are asked with multimask_output=False"
-    return f"loads with transformers' SamModel.from_pretrained and SamProcessor.from_pretrained{asked}"
+    hint = "" if loaded.model.multimask_output else "; use these weights with multimask_output=False"
+    return f"loads with transformers' SamModel.from_pretrained and SamProcessor.from_pretrained{hint}"
 
 
 def _write_sam(loaded: LoadedModel, config: Config, folder: Path) -> str:

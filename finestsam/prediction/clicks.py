@@ -1,7 +1,7 @@
-"""Correct answers click by click, as an annotator does.
+"""Correct masks click by click, as an annotator does.
 
 Each click is in the middle of the largest error, an addition where the object was missed and a removal where it was
-overstepped, and brings the logits of the answer before it along (arXiv 2304.02643, section 3; the protocol of
+overstepped, and brings the logits of the mask before it along (arXiv 2304.02643, section 3; the protocol of
 interactive segmentation, as in arXiv 2102.06583).
 """
 
@@ -20,15 +20,15 @@ from finestsam.model.resample import upscale_logits
 
 @dataclass
 class Shown:
-    """What somebody sees of the answers to N prompts, and corrects."""
+    """The masks of N prompts that an annotator sees and corrects."""
 
     masks: list[np.ndarray]  # N, each H x W, bool, original frame
-    logits: Tensor | None  # N x 1 x 4g x 4g, of the same masks; None: nothing was asked yet
+    logits: Tensor | None  # N x 1 x 4g x 4g, of the same masks; None: nothing was predicted yet
 
 
 @torch.no_grad()
 def show_preferred(predictions: Predictions, sample: Sample, image_size: int) -> Shown:
-    """Return of each answer the mask that the model itself prefers; without gradient."""
+    """Return for each prompt the mask with the highest score; without gradient."""
     rows = torch.arange(len(predictions.scores), device=predictions.scores.device)
     logits = predictions.logits.detach()[rows, predictions.scores.argmax(dim=1)][:, None]
     masks = []
@@ -45,7 +45,7 @@ def add_clicks(prompts: Prompts, shown: Shown, truth: list[np.ndarray], sample: 
         prompts: N, or none yet.
         truth: N masks, each H x W, bool, original frame.
     """
-    clicks = [find_click(mask, answer) for mask, answer in zip(truth, shown.masks, strict=True)]
+    clicks = [find_click(mask, predicted) for mask, predicted in zip(truth, shown.masks, strict=True)]
     points = np.array([where for where, _ in clicks], dtype=float)  # N x 2
     inputs = scale_points(points, sample.original_size, sample.input_size)
     device = "cpu" if shown.logits is None else shown.logits.device

@@ -1,4 +1,4 @@
-"""Encode images once: answer from the embedding store, and fill it."""
+"""Encode images once: read from the embedding store, and fill it."""
 
 import hashlib
 import sys
@@ -23,7 +23,7 @@ from finestsam.model.sam import FinestSam
 from finestsam.runtime.cache_folder import cache_folder
 from finestsam.runtime.processes import use_one_thread
 
-# Raised whenever the same weights answer otherwise for the same file: reading, resizing or normalising changed.
+# Raised whenever the same weights give another embedding of the same file: reading, resizing or normalising changed.
 VERSION = 2
 
 

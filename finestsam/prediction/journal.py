@@ -1,6 +1,6 @@
 """What is done of a folder of images: a line for each, so that a prediction that was ended can go on.
 
-The folder is locked meanwhile. Where a disk has no locks each line still tells what weights and settings it is of.
+The folder is locked meanwhile. Where a disk has no locks each line still names the weights and settings that it is of.
 """
 
 import hashlib

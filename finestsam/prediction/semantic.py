@@ -60,7 +60,7 @@ def predict_classes(
         The exit code: 2 where `strict` is set and an image cannot be predicted, else 0.
 
     Raises:
-        UserError: none of the images can be read, the results cannot be written, or `resume` is asked for.
+        UserError: none of the images can be read, the results cannot be written, or `resume` is set.
     """
     if config.resume:
         raise UserError("--resume: weights with classes for pixels predict every image anew; leave it out")

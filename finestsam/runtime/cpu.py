@@ -31,7 +31,7 @@ def keep_freed_memory() -> bool:
     For work on the CPU; the process then holds its peak until it ends.
 
     Returns:
-        Whether the C library is one that can be told so.
+        Whether the C library has that setting.
     """
     if not sys.platform.startswith("linux"):
         return False

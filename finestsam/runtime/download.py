@@ -77,7 +77,7 @@ def download_all(urls: dict[Path, str], title: str) -> None:
 
     first, *others = urls
     with ThreadPoolExecutor(PARALLEL_COUNT) as pool, tqdm(desc=title, total=len(urls), disable=None) as progress:
-        bring(first, False)  # alone: offline is told at once, and once
+        bring(first, False)  # alone: being offline is reported at once, and once
         progress.update()
         jobs = [pool.submit(bring, target, True) for target in others]
         try:
@@ -160,7 +160,7 @@ def _fetch_rest(url: str, part: Path, size_bytes: int | None) -> None:
         if size_bytes and total and total != size_bytes:
             raise UserError(f"{url}: the server offers {total:,} bytes, expected {size_bytes:,}")
         if response.status == 206 and (start != length or _read_version(response) not in (version, "")):
-            version_file.unlink(missing_ok=True)  # the next try asks for the whole
+            version_file.unlink(missing_ok=True)  # the next try fetches the whole
             raise HTTPException(f"the server sent other bytes than those from {length:,} on of {version or 'the file'}")
         with open(part, "r+b" if start else "wb") as file:
             version_file.write_text(_read_version(response), encoding="utf-8")
@@ -218,7 +218,7 @@ def _copy_body(response: HTTPResponse, file: BinaryIO, total: int | None, limit:
 
 
 def _check(url: str, part: Path, sha256: str | None, size_bytes: int | None) -> None:
-    """Raise and remove `part` if it is not the file that was asked for."""
+    """Raise and remove `part` if it is not the expected file."""
     problem = None
     size = part.stat().st_size
     if size_bytes is not None and size != size_bytes:

@@ -74,17 +74,17 @@ def is_replaceable(path: Path) -> bool:
     return not os.path.lexists(path) or (claim is not None and claim.wrote(path))
 
 
-def lock_folder(lock_file: Path, told: str) -> FileLock | None:
+def lock_folder(lock_file: Path, owner: str) -> FileLock | None:
     """Lock a folder until the lock is released or this process ends, however it ends; None where the disk has no locks.
 
     Args:
-        told: who has it, where another process does.
+        owner: what the message says of another process that has it.
     """
     lock = FileLock(lock_file)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise UserError(f"{told}; wait for its end, or stop it") from None
+        raise UserError(f"{owner}; wait for its end, or stop it") from None
     except (OSError, NotImplementedError) as error:
         place = printable(lock_file.parent)
         print(f"warning: {place} cannot be locked ({error}): start no second process on it", file=sys.stderr)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-# A scheduler that takes the machine away sends SIGTERM, or SIGUSR1 where it is asked to warn first; a terminal that is
+# A scheduler that takes the machine away sends SIGTERM, or SIGUSR1 where it is set to warn first; a terminal that is
 # closed, or loses its connection, SIGHUP.
 WATCHED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 WARNING = getattr(signal, "SIGUSR1", None)
@@ -97,7 +97,7 @@ class Interruption:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
-            return  # a process that was just forked; who forked it answers
+            return  # a process that was just forked; its parent handles the signal
         if not self._is_held and _must_end_first(frame):
             _thread.start_new_thread(_send_later, (number,))  # threading's own would take locks, which may be taken
             return
@@ -161,7 +161,7 @@ def watch_signals(is_command: bool = False) -> Iterator[Interruption]:
 
 
 def leave_signals_to_parent(but_end_on_sigterm: bool = False) -> None:
-    """Let the process that started this one answer the signals that reach both, and end with it.
+    """Let the process that started this one handle the signals that reach both, and end with it.
 
     Args:
         but_end_on_sigterm: for a pool that ends its processes so.

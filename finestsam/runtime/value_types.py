@@ -24,8 +24,8 @@ def find_misfit(values: dict[str, Any], kind: type, finite: bool = True) -> str 
         if name not in hints:
             return f"{name} is unknown"
         if not fits(value, hints[name], finite):
-            told = getattr(hints[name], "__name__", None) if not get_args(hints[name]) else None
-            return f"{name} is {value!r:.60}, expected {told or str(hints[name]).replace('typing.', '')}"
+            expected = getattr(hints[name], "__name__", None) if not get_args(hints[name]) else None
+            return f"{name} is {value!r:.60}, expected {expected or str(hints[name]).replace('typing.', '')}"
     return None
 
 

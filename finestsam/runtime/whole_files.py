@@ -1,7 +1,8 @@
 """Files that are whole or not there, whatever happens while one is written: a kill, a full disk, a power cut.
 
 What is being written has a name that nothing else has, `.NAME.0123456789abcdef.finestsam.tmp`, and is locked by its
-process: so what a killed one has left is told from what another writes, in whatever container or on whatever machine.
+process: so the rest of a killed process is never taken for the file of a running one, in whatever container or on
+whatever machine.
 """
 
 import json
@@ -26,7 +27,7 @@ _guards: dict[Path, Callable[[Path, Path | None], None]] = {}
 
 
 def guard_folder(folder: Path, guard: Callable[[Path, Path | None], None]) -> None:
-    """Let a function be asked before a file of a folder is replaced.
+    """Call a function before a file of a folder is replaced.
 
     Args:
         folder: resolved.
@@ -169,7 +170,7 @@ def _unlock(descriptor: int | None) -> None:
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Whether no process works on an unfinished file or folder any more. What cannot be told stays."""
+    """Whether no process works on an unfinished file or folder any more. Where that is not known the file stays."""
     lock_file = path / OWNER if path.is_dir() else path
     if path.is_symlink() or lock_file.is_symlink() or not lock_file.is_file():
         return False

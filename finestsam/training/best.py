@@ -33,7 +33,7 @@ def choose_metric(run: Run) -> str:
 def rank(run: Run, metrics: dict[str, float]) -> list[float]:
     """Return what weights are compared by: the metric that was chosen, and of equals the task's own.
 
-    What could not be measured, as the weights answer no numbers, is worse than everything.
+    What could not be measured, as the weights give no finite numbers, is worse than everything.
     """
     return [metrics.get(name, -math.inf) for name in (choose_metric(run), run.stepper.metric)]
 

@@ -130,7 +130,7 @@ class TopWeights:
         return dict(self._metrics)
 
     def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
-        """Take up the files that are there; of one that was written after the state its name alone tells."""
+        """Take up the files that are there; a file that was written after the state is known by its name alone."""
         names = {path.name for path in self.folder.glob("*.pth") if re.fullmatch(r"\d+-\d+\.\d\d\.pth", path.name)}
         self._metrics = {name: state.get(name, {}) for name in sorted(names)}
 

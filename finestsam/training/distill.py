@@ -1,4 +1,4 @@
-"""Teach attention that stands in for another to answer as that one did, before fine-tuning begins.
+"""Teach replaced attention to give the outputs of the original, before fine-tuning begins.
 
 Each block learns by itself: what the original encoder has before and behind its own attention are input and target, so
 that one pass through the original serves all blocks, and none has to make up for another's mistakes.
@@ -89,8 +89,8 @@ def _add_gradients(model: FinestSam, teachers: dict[int, torch.nn.Module], image
             target = attend(teachers.get(number, block.attn), given, block.window_size)
             if number in teachers:
                 with torch.enable_grad():
-                    answer = attend(block.attn, given, block.window_size)
-                    error = F.mse_loss(answer.float(), target.float())
+                    output = attend(block.attn, given, block.window_size)
+                    error = F.mse_loss(output.float(), target.float())
                     error = error / target.float().var(dim=(1, 2)).mean().clamp(min=torch.finfo(torch.float32).tiny)
                     error.backward()
                 errors.append(error.item())
@@ -104,6 +104,6 @@ def _describe(blocks: list[int], history: list[list[float]]) -> str:
     first, last = (np.mean(part, axis=0) for part in (history[:count], history[-count:]))
     parts = [f"{number}: {one:.2g} to {other:.2g}" for number, one, other in zip(blocks, first, last, strict=True)]
     return (
-        f"FFT attention, error as a share of the variance of the original's answers after {len(history)} steps of "
+        f"FFT attention, error as a share of the variance of the original's outputs after {len(history)} steps of "
         f"distillation, by block: {', '.join(parts)}"
     )

@@ -69,14 +69,14 @@ def warn_of_counts(metrics: Mapping[str, float], labels: str) -> list[str]:
         ]
     if masks < FEW_MASKS * objects:
         return [
-            f"{ratio}: many objects are missed; --mode check tells how many the generator's grid can reach, "
+            f"{ratio}: many objects are missed; --mode check prints how many the generator's grid can reach, "
             "--generator.points_per_side and --model.image_size raise it, more epochs (--num_epochs) help the rest"
         ]
     return []
 
 
 def warn_of_cpu(config: Config, device: str, model: FinestSam, model_type: str) -> list[str]:
-    """Return a warning where nobody asked for the CPU and a large model will take its time there.
+    """Return a warning where nobody chose the CPU and a large model will take its time there.
 
     Args:
         device: the type of the one that was found.
@@ -114,7 +114,7 @@ def _list_prompt_mismatches(config: Config) -> list[str]:
     prompts, data = config.prompts, config.dataset
     if not prompts.use_points or data.positive_points == 0:
         warnings.append(
-            "trains without positive points, but the generator asks with points alone: it will find little; "
+            "trains without positive points, but the generator prompts with points alone: it will find little; "
             "--prompts.use_points true --dataset.positive_points 1 trains what it reads"
         )
     elif (
@@ -124,7 +124,7 @@ def _list_prompt_mismatches(config: Config) -> list[str]:
         or data.negative_points > 0
     ):
         warnings.append(
-            "every training prompt holds more than the one point that the generator asks with; "
+            "every training prompt holds more than the one point that the generator prompts with; "
             "what is learnt from them need not show in its masks"
         )
     if prompts.use_points and not data.snap_to_grid:

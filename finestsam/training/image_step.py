@@ -1,4 +1,4 @@
-"""A step that answers for whole images and decodes no masks; its loss is the mean over images."""
+"""A step that learns from whole images and decodes no masks; its loss is the mean over images."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -43,7 +43,7 @@ Row = dict[str, float | None]
 class RunLog:
     """`metrics.csv` and `tensorboard/` in the folder of a run; only the first rank has one.
 
-    A disk that is full never ends a run: it is told once, the rows wait in memory and are written with the next one.
+    A full disk never ends a run: it is reported once, and the rows wait in memory until the next one.
 
     Args:
         resumed_epoch: complete epochs of the checkpoint that the run continues from, whose rows stay; None: a new run.

@@ -14,7 +14,7 @@ from finestsam.config import LambdaLRConfig, OptConfig, SchedConfig
 
 # The image encoder's position embeddings, which are bare parameters of its modules.
 POSITIONS = ("pos_embed", "rel_pos_h", "rel_pos_w")
-# A row for each of the decoder's masks, of which training asks for one or for three: decay would wear the others down.
+# A row for each of the decoder's masks, of which training uses one or three: decay would wear the others down.
 SCORES = "mask_decoder.iou_prediction_head.layers.2.weight"
 
 ENCODER = "sam.image_encoder."

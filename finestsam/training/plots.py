@@ -15,7 +15,7 @@ from finestsam.runtime.whole_files import replacing
 
 Rows = Sequence[Mapping[str, float | None]]
 
-# Title and colour (Okabe and Ito's, told apart by the colour-blind too) of what is drawn against epochs.
+# Title and colour (Okabe and Ito's, which the colour-blind can distinguish too) of what is drawn against epochs.
 TITLES = {
     "total_loss": "Total loss",
     "focal_loss": "Focal loss",

@@ -157,7 +157,7 @@ def _count_pixels(dataset: SampleDataset, place: int, resolution: str) -> int:
 
 def _decode(stepper: Stepper, embedding: Tensor, sample: Sample, count: int) -> Tensor:
     prompts = sample.prompts[:count]
-    with torch.no_grad():  # the last correction is the heaviest answer: it brings a mask along, and the most clicks
+    with torch.no_grad():  # the last correction takes the most memory: it brings a mask along, and the most clicks
         for _ in range(stepper.config.prompts.correction_clicks):
             prompts = stepper.correct(prompts, stepper.model(embedding, prompts), sample, 0)
     predictions = stepper.model(embedding, prompts)

@@ -190,8 +190,8 @@ def refuse_other_dataset(folder: Path, state: dict[str, Any], now: dict[str, Any
         changes = list_changes(before, now) or ["the order of the images"] if is_its_own else []
     except (OSError, ValueError):
         changes = []
-    told = f" ({'; '.join(changes)})" if changes else ""
-    raise UserError(f"--resume: the dataset is not the one that the run was trained on{told}; start a new run with it")
+    shown = f" ({'; '.join(changes)})" if changes else ""
+    raise UserError(f"--resume: the dataset is not the one that the run was trained on{shown}; start a new run with it")
 
 
 def convert_batches(batches: int, before: int, now: int) -> int:

@@ -51,8 +51,8 @@ def train(config: Config) -> int:
             precision="32-true",  # the model itself autocasts its encoder; Fabric would round coordinates as well
         )
     except (MisconfigurationException, ValueError, TypeError) as error:
-        told = " ".join(str(error).split())
-        raise UserError(f"--num_devices {config.num_devices} of device {config.device}: {told}") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"--num_devices {config.num_devices} of device {config.device}: {reason}") from None
     return fabric.launch(_train, config)
 
 

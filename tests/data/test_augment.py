@@ -57,14 +57,14 @@ def record(tmp_path_factory) -> Record:
 
 
 def make_settings(augment: dict, image_size: int = 120, max_objects: int = 0, **values: object) -> SampleSettings:
-    asked = {
+    wanted = {
         "prompts.use_boxes": True,
         "prompts.use_masks": True,
         "prompts.mix": False,
         "prompts.box_jitter_ratio": 0.0,
     }
-    asked |= {"dataset.positive_points": 3, "dataset.negative_points": 3}
-    config = build_config(asked | values)
+    wanted |= {"dataset.positive_points": 3, "dataset.negative_points": 3}
+    config = build_config(wanted | values)
     return SampleSettings(image_size, 32, 0, config.prompts, config.dataset, max_objects, AugmentConfig(**augment))
 
 
@@ -92,10 +92,10 @@ def test_every_pixel_of_a_mask_stays_on_its_object(record, seed):
     assert 0 <= y < y + height <= SIZE[0]
     assert len(set(zip(shown_xs.ravel(), shown_ys.ravel(), strict=True))) == width * height
     assert (shown_xs.min(), shown_ys.min()) == (x, y)
-    places = find_shown(record, view, 120, 1.0)
+    positions = find_shown(record, view, 120, 1.0)
     shares = [(shown_labels == each.id).sum() / each.area for each in record.annotations]
-    assert places.tolist() == [place for place, share in enumerate(shares) if share >= 0.1]
-    for place in places:
+    assert positions.tolist() == [place for place, share in enumerate(shares) if share >= 0.1]
+    for place in positions:
         shown = show_object(record, record.annotations[place], view)
         assert (shown.mask == (shown_labels == shown.annotation_id)).all()
         assert (decode_rle(shown.rle) == shown.mask).all()
@@ -177,7 +177,7 @@ def test_snapped_points_of_scaled_and_cropped_samples_mean_pixels_of_the_objects
         inside = find_grid_points_inside(cut_out(mask, rle_box(rle)), grid, scale)
         points = sample.prompts.points[row][sample.prompts.labels[row] == 1].numpy()
         if len(inside) == 0:
-            continue  # the centre is asked for instead
+            continue  # the centre is requested instead
         expected = scale_points(inside, sample.original_size, sample.input_size)
         assert len(points) == len(expected)
         np.testing.assert_allclose(sorted(points.tolist()), sorted(expected.tolist()), atol=1e-4)
@@ -260,7 +260,7 @@ def test_colours_change_without_masks_and_prompts(record):
 def test_a_variant_is_a_pure_function_of_seed_epoch_and_image(record):
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     first, again = (SampleDataset([record], make_settings(EVERYTHING | COLOURS)) for _ in range(2))
-    again[(5, 0)]  # what was asked for before must not matter
+    again[(5, 0)]  # what was requested before must not matter
 
     assert_same(first[(2, 0)], again[(2, 0)])
     assert not torch.equal(first[(2, 0)].image, first[(3, 0)].image)

@@ -33,7 +33,7 @@ def test_a_cell_belongs_to_the_smallest_object_in_its_middle(records):
             assert labels[row, column] == (there[-1] if there else 0)
 
 
-def test_cells_are_turned_and_flipped_with_the_image_and_hold_objects_that_are_not_asked_for(records):
+def test_cells_are_turned_and_flipped_with_the_image_and_hold_objects_that_are_not_requested(records):
     config = build_config({})
     settings = SampleSettings(64, 16, 0, config.prompts, config.dataset, max_objects=1, wants_cells=True)
     position = next(place for place, record in enumerate(records) if record.size[0] == record.size[1])
@@ -67,6 +67,6 @@ def test_cells_of_a_part_of_the_image_are_read_off_that_part(records, seed):
     assert (cells.numpy()[: len(rows), : len(columns)] == shown[np.ix_(rows, columns)]).all()
 
 
-def test_without_being_asked_for_there_are_none(records):
+def test_without_being_requested_there_are_none(records):
     config = build_config({})
     assert SampleDataset(records, SampleSettings(64, 16, 0, config.prompts, config.dataset))[(0, 0)].cells is None

@@ -39,7 +39,7 @@ def test_hits_are_those_of_every_point_looked_up_in_every_mask(size):
         assert (hits[:, column] == expected).all(), grid
 
 
-def test_shares_are_told_by_size():
+def test_shares_are_reported_by_size():
     size = (320, 320)  # a point of 16 x 16 every 20 pixels, from 10
     on_a_point, between_points = render_rectangle(size, 5, 5, 10, 10), render_rectangle(size, 12, 12, 10, 10)
     large = render_rectangle(size, 40, 40, 200, 200)

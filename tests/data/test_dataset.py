@@ -70,7 +70,7 @@ def test_positive_points_lie_inside_and_negative_points_outside_their_objects(re
 
 def test_prompts_change_from_epoch_to_epoch_and_nothing_else_changes_them(records):
     first, again = (SampleDataset(records, make_settings()) for _ in range(2))
-    again[(5, 0)]  # what was asked for before must not matter
+    again[(5, 0)]  # what was requested before must not matter
 
     assert_same(first[(1, 2)], again[(1, 2)])
     assert not torch.equal(first[(1, 2)].prompts.boxes, first[(2, 2)].prompts.boxes)
@@ -187,8 +187,8 @@ def test_a_batch_counts_its_objects_and_goes_to_a_device_whole(records):
 def test_what_is_drawn_for_one_kind_of_prompt_does_not_depend_on_the_others(records):
     everything = SampleDataset(records, make_settings())[(1, 2)].prompts
     kinds = {"use_points": ("points", "labels"), "use_boxes": ("boxes",), "use_masks": ("mask_logits", "has_mask")}
-    for asked, names in kinds.items():
-        prompts = build_config({f"prompts.{kind}": kind == asked for kind in kinds} | {"prompts.mix": False}).prompts
+    for wanted, names in kinds.items():
+        prompts = build_config({f"prompts.{kind}": kind == wanted for kind in kinds} | {"prompts.mix": False}).prompts
         alone = SampleDataset(records, make_settings(prompts=prompts))[(1, 2)].prompts
         for name in ("points", "labels", "boxes", "mask_logits", "has_mask"):
             if name in names:
@@ -215,7 +215,7 @@ print(len(list(build_validation_loader(Numbers([1, 2, 3]), num_workers=2))))
     assert done.stdout.split() == ["5050", "3"], done.stderr
 
 
-def test_of_mixed_kinds_an_image_is_asked_for_one_and_every_epoch_for_another(records):
+def test_of_mixed_kinds_an_image_is_requested_one_and_every_epoch_for_another(records):
     config = build_config({"prompts.use_boxes": True, "prompts.mix": True})
     dataset = SampleDataset(records, make_settings(prompts=config.prompts))
 
@@ -238,9 +238,9 @@ def test_background_points_lie_on_the_grid_and_in_no_object(records):
         taken = sum(decode_rle(record.rle(annotation)) for annotation in record.annotations)
         assert 1 <= len(sample.background) <= 5 and (sample.background.labels == 1).all()
         grid = build_image_grid(16, record.size)
-        asked = torch.from_numpy(scale_points(grid, record.size, sample.input_size)).float()
+        wanted = torch.from_numpy(scale_points(grid, record.size, sample.input_size)).float()
         for (point,) in sample.background.points:
-            ((x, y),) = grid[(asked == point).all(dim=1)] + 0.5 * max(record.size) / 64
+            ((x, y),) = grid[(wanted == point).all(dim=1)] + 0.5 * max(record.size) / 64
             assert not taken[min(int(y), record.size[0] - 1), min(int(x), record.size[1] - 1)]
         assert torch.equal(sample.background.points, dataset[(0, position)].background.points)
     assert len(SampleDataset(records, make_settings())[(0, 0)].background) == 0
@@ -262,10 +262,10 @@ def test_what_a_crop_leaves_of_an_object_is_no_background(records):
             place = scale_points(point[None].double().numpy(), sample.input_size, view.size)[0]
             x, y = np.floor(place + 0.5 * max(view.size) / max(sample.input_size) + 1e-4).astype(int)
             assert not taken[min(y, view.size[0] - 1), min(x, view.size[1] - 1)]
-    assert cut_off  # in some images objects are seen that are too cut to be asked for
+    assert cut_off  # in some images objects are seen that are too cut to be requested
 
 
-def test_an_object_is_asked_for_at_several_points_that_share_its_weight(records):
+def test_an_object_is_requested_at_several_points_that_share_its_weight(records):
     config = build_config({"dataset.prompts_per_object": 3, "prompts.use_masks": True, "prompts.mix": False})
     dataset = SampleDataset(records, make_settings(prompts=config.prompts, dataset=config.dataset, max_objects=4))
     once = SampleDataset(records, make_settings(prompts=config.prompts, max_objects=4))[(1, 0)]

@@ -1,4 +1,4 @@
-"""What is told of a dataset that is not what it was."""
+"""What is reported of a dataset that has changed."""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -56,7 +56,7 @@ def drop_most(data: LabelledSet) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "printed"),
     [
         (change_labels, "with other labels: {1}"),
         (change_a_category, "with other labels: {1}"),
@@ -68,7 +68,7 @@ def drop_most(data: LabelledSet) -> None:
         (drop_most, "gone: {1}, {2}, {3} and 2 more"),
     ],
 )
-def test_what_has_changed_is_named(data, records, change, told):
+def test_what_has_changed_is_named(data, records, change, printed):
     before = take_fingerprint(data)
     changed = deepcopy(data)
 
@@ -76,7 +76,7 @@ def test_what_has_changed_is_named(data, records, change, told):
 
     now = take_fingerprint(changed)
     assert hash_fingerprint(now) != hash_fingerprint(before)
-    assert list_changes(before, now) == [told.format(*(record.file_name for record in records))]
+    assert list_changes(before, now) == [printed.format(*(record.file_name for record in records))]
 
 
 def test_an_order_that_has_changed_is_another_dataset(data):

@@ -74,7 +74,7 @@ def test_a_snapped_centre_is_the_nearest_grid_point_inside():
     assert (points[0] == inside[distances.argmin()]).all()
 
 
-def test_an_object_between_grid_points_is_asked_for_at_its_centre_and_padded():
+def test_an_object_between_grid_points_is_requested_at_its_centre_and_padded():
     mask = np.zeros((320, 320), dtype=bool)
     mask[7:10, 8:11] = True  # grid points of 32 a side lie at 5, 15, ...
     inside = find_grid_points_inside(cut(mask), build_image_grid(32, mask.shape), scale=1.0)
@@ -114,7 +114,7 @@ def test_prompts_of_one_object_share_no_grid_point_and_end_with_them(positive, w
     assert (points[0] == first).all()  # further prompts change nothing about the first
 
 
-def test_an_object_between_grid_points_is_asked_for_once_and_off_the_grid_as_often_as_wanted():
+def test_an_object_between_grid_points_has_one_prompt_and_off_the_grid_as_many_as_wanted():
     mask = np.zeros((320, 320), dtype=bool)
     mask[7:10, 8:11] = True
     between = find_grid_points_inside(cut(mask), build_image_grid(32, mask.shape), scale=1.0)
@@ -163,7 +163,7 @@ def test_an_object_that_fills_the_image_has_no_negative_point():
     assert labels.tolist() == [1, -1, -1, -1]
 
 
-def test_an_object_of_one_pixel_can_be_asked_for_three_points():
+def test_an_object_of_one_pixel_can_be_requested_three_points():
     mask = np.zeros((20, 30), dtype=bool)
     mask[4, 7] = True
 

@@ -56,7 +56,7 @@ def test_every_kind_draws_objects_of_many_sizes(kind):
     assert max(fractions) > 20 * min(fractions)
 
 
-def test_without_a_kind_the_seed_draws_all_but_those_that_are_asked_for_by_name():
+def test_without_a_kind_the_seed_draws_all_but_those_that_are_requested_by_name():
     drawn = {render_scene(0, index, (64, 64)).categories[0] for index in range(20)}
 
     asked_for = {"window", "body", "quarter", "pebble", "grain"}
@@ -131,7 +131,7 @@ def test_scenery_has_few_bodies_that_fill_much_of_the_image_or_many_small_ones()
 
 
 def test_the_ground_of_scenery_has_no_mask():
-    """A body is told from what it stands on, however much that is like a thing."""
+    """A body is distinguished from what it stands on, however much that is like a thing."""
     covered = [np.any(render_scene(1, index, (128, 128), "scenery").masks, axis=0) for index in range(30)]
 
     assert 0.05 < np.mean(covered) < 0.5

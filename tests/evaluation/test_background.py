@@ -29,7 +29,7 @@ def test_a_point_has_the_best_score_that_the_model_gives_there(tiny_sam, samples
         assert one.is_taken.all()  # a threshold of 0 lets every number pass, below 0 too
 
 
-def test_the_generators_threshold_tells_what_it_would_take(tiny_sam, samples):
+def test_the_generators_threshold_shows_what_it_would_take(tiny_sam, samples):
     embedder = Embedder(tiny_sam)
     (one, *_) = measure_background(embedder, [collate(samples)], 100, pred_iou_thresh=0.0)
     middle = float(np.median(one.scores))
@@ -59,9 +59,9 @@ def test_figures_are_means_over_points_and_differ_with_an_interval(records):
     assert summarize_background([]) == {}
 
 
-def test_the_command_asks_the_background_and_can_leave_it_out(scenes, tmp_path):
+def test_the_command_needs_the_background_and_can_leave_it_out(scenes, tmp_path):
     quick = ["--evaluate.clicks=0", "--evaluate.generator=false"]
-    figures = run_evaluation(scenes, tmp_path / "asked", *quick, "--generator.points_per_side=16")
+    figures = run_evaluation(scenes, tmp_path / "wanted", *quick, "--generator.points_per_side=16")
     without = run_evaluation(scenes, tmp_path / "not", *quick, "--evaluate.background_points=0")
 
     assert figures["background/points"] == 32  # of one image, a tenth of six

@@ -78,12 +78,12 @@ def test_figures_are_those_of_pycocotools(images, tmp_path):
     reference.evaluate()
     reference.accumulate()
     precision, recall = reference.eval["precision"][:, :, :, 0, -1], reference.eval["recall"][:, :, 0, -1]
-    places = {NAMES.get(number, "fish"): place for place, number in enumerate(reference.params.catIds)}
+    positions = {NAMES.get(number, "fish"): place for place, number in enumerate(reference.params.catIds)}
 
     figures = score_classes(records, found, number_categories(NAMES, OURS))
 
     for name in ("ball", "crate"):
-        place = places[name]
+        place = positions[name]
         assert figures[f"ap/{name}"] == pytest.approx(precision[:, :, place].mean(), abs=1e-12)
         assert figures[f"ap50/{name}"] == pytest.approx(precision[0, :, place].mean(), abs=1e-12)
         assert figures[f"ar_100/{name}"] == pytest.approx(recall[:, place].mean(), abs=1e-12)
@@ -180,7 +180,7 @@ def test_evaluation_shows_every_category_with_its_name_escaped(shapes, weights, 
     assert "ball <b> & co" in capsys.readouterr().out
 
 
-def test_masks_alone_are_evaluated_where_they_are_asked_for(shapes, weights, tmp_path):
+def test_masks_alone_are_evaluated_where_they_are_requested(shapes, weights, tmp_path):
     figures = run_evaluation(shapes, tmp_path, f"--model.checkpoint={weights}", "--task=masks", "--evaluate.clicks=0")
 
     assert "generator/ap" in figures and not any(name.startswith("classes/") for name in figures)
@@ -259,7 +259,7 @@ def test_a_file_that_names_one_category_of_several_knows_none(shapes, tmp_path, 
 
     figures = run_evaluation(shapes, tmp_path / "auto", f"--evaluate.predictions={path}")
     assert figures["generator/ap"] == pytest.approx(1) and "classes/ap" not in figures
-    figures = run_evaluation(shapes, tmp_path / "asked", f"--evaluate.predictions={path}", "--task=classes")
+    figures = run_evaluation(shapes, tmp_path / "wanted", f"--evaluate.predictions={path}", "--task=classes")
     assert figures["classes/ar_100/crate"] == 0 and figures[f"classes/ar_100/{CATEGORIES[3]}"] == pytest.approx(1)
 
     path.write_text(json.dumps([one | {"category_id": 4} for one in results]))

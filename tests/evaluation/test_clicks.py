@@ -26,12 +26,12 @@ def test_chunks_change_nothing_and_only_the_reported_counts_are_given(tiny_sam, 
         assert 0 <= value <= 1
 
 
-def test_a_model_that_answers_with_its_clicks_gets_better_with_each(tiny_sam, batches, monkeypatch):
+def test_a_model_that_returns_the_clicked_pixels_gets_better_with_each_click(tiny_sam, batches, monkeypatch):
     """A stand-in for a decoder: an object is what lies near positive clicks and not near negative ones."""
     embedder = Embedder(tiny_sam)
     seen = []
 
-    def answer(embedding, prompts):
+    def output(embedding, prompts):
         side = tiny_sam.image_size // 4
         y, x = torch.meshgrid(torch.arange(side) * 4.0, torch.arange(side) * 4.0, indexing="ij")
         distance = (x - prompts.points[..., 0, None, None]) ** 2 + (y - prompts.points[..., 1, None, None]) ** 2
@@ -40,10 +40,10 @@ def test_a_model_that_answers_with_its_clicks_gets_better_with_each(tiny_sam, ba
         seen.append((prompts.points.shape[1], None if prompts.mask_logits is None else prompts.mask_logits.shape))
         return type("P", (), {"logits": votes, "scores": torch.ones(len(votes), 1)})
 
-    monkeypatch.setattr(type(tiny_sam), "forward", lambda self, *args: answer(*args))
+    monkeypatch.setattr(type(tiny_sam), "forward", lambda self, *args: output(*args))
 
     found = average_clicks(measure_clicks(embedder, batches, 1000, clicks=8))
 
     assert found[8] > found[1]
     assert [count for count, _ in seen[:8]] == list(range(1, 9))
-    assert seen[0][1] is None and seen[1][1] is not None  # the answer before goes along
+    assert seen[0][1] is None and seen[1][1] is not None  # the output before goes along

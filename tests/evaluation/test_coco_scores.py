@@ -64,12 +64,12 @@ def write_files(records, found, folder):
             )  # fmt: skip
         for rle, score in zip(one.rles, one.scores, strict=True):
             results.append({"image_id": number, "category_id": 1, "segmentation": rle_to_json(rle), "score": score})
-    truth, answers = folder / "truth.json", folder / "results.json"
+    truth, outputs = folder / "truth.json", folder / "results.json"
     truth.write_text(
         json.dumps({"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "object"}]})
     )
-    answers.write_text(json.dumps(results))
-    return str(truth), str(answers)
+    outputs.write_text(json.dumps(results))
+    return str(truth), str(outputs)
 
 
 # In the order of pycocotools' summary. No image has more than a hundred detections, its limit for sizes.
@@ -87,9 +87,9 @@ def assert_same_scores(scores, stats):
 
 
 def test_scores_are_those_of_pycocotools_called_plainly(images, tmp_path):
-    truth, answers = write_files(*images, tmp_path)
+    truth, outputs = write_files(*images, tmp_path)
     coco = COCO(truth)
-    evaluator = COCOeval(coco, coco.loadRes(answers), "segm")
+    evaluator = COCOeval(coco, coco.loadRes(outputs), "segm")
     evaluator.evaluate()
     evaluator.accumulate()
     evaluator.summarize()
@@ -100,9 +100,9 @@ def test_scores_are_those_of_pycocotools_called_plainly(images, tmp_path):
 def test_scores_are_those_of_faster_coco_eval(images, tmp_path):
     """Another implementation than pycocotools', in C++."""
     faster = pytest.importorskip("faster_coco_eval")
-    truth, answers = write_files(*images, tmp_path)
+    truth, outputs = write_files(*images, tmp_path)
     coco = faster.COCO(truth)
-    evaluator = faster.COCOeval_faster(coco, coco.loadRes(answers), "segm")
+    evaluator = faster.COCOeval_faster(coco, coco.loadRes(outputs), "segm")
     evaluator.evaluate()
     evaluator.accumulate()
     evaluator.summarize()
@@ -124,11 +124,11 @@ def test_the_traced_precision_is_what_average_precision_is_the_mean_of(images):
 
 def test_a_draw_of_images_scores_what_a_dataset_of_them_would(images):
     records, found = images
-    places = [3, 3, 0, 7, 7, 7, 11, 5]
+    positions = [3, 3, 0, 7, 7, 7, 11, 5]
 
-    drawn = CocoScorer(records, found).resample(places)
+    drawn = CocoScorer(records, found).resample(positions)
 
-    expected = score_detections([records[place] for place in places], [found[place] for place in places])
+    expected = score_detections([records[place] for place in positions], [found[place] for place in positions])
     for name, value in drawn.items():
         assert value == pytest.approx(expected[name], abs=1e-12), name
 

@@ -31,7 +31,7 @@ def list_kinds(counts: dict[str, int]) -> dict[str, int]:
     return {kind: number for kind, number in counts.items() if number}
 
 
-def test_each_kind_of_mistake_is_told_from_the_others():
+def test_each_kind_of_mistake_is_reported_from_the_others():
     truth = [make_mask(0, 20), make_mask(30, 50), make_mask(51, 71), make_mask(80, 140), make_mask(160, 180)]
     found = [
         make_mask(1, 20),  # finds the first

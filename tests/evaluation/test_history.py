@@ -16,7 +16,7 @@ def load(folder: Path, step: int = 8, has_card: bool = True) -> LoadedModel:
     return LoadedModel(None, "vit_tiny_test", card, "best.pth", folder / "best.pth")
 
 
-def test_a_run_is_told_epoch_by_epoch_with_the_one_that_the_weights_are_of(tmp_path):
+def test_a_run_is_reported_epoch_by_epoch_with_the_one_that_the_weights_are_of(tmp_path):
     (tmp_path / "metrics.csv").write_text(TABLE)
 
     history = read_history(load(tmp_path))
@@ -41,7 +41,7 @@ def test_weights_outside_a_run_have_no_history(tmp_path):
         "epoch,step\n1,-inf\n",
     ],
 )  # fmt: skip
-def test_a_table_that_is_none_is_told_and_left_out(tmp_path, capsys, text):
+def test_a_table_that_is_none_is_reported_and_left_out(tmp_path, capsys, text):
     (tmp_path / "metrics.csv").write_text(text)
 
     assert read_history(load(tmp_path)) is None

@@ -88,7 +88,7 @@ def test_names_are_text_and_never_html(page):
     assert "<img src=x" not in text and "\u202e" not in text
 
 
-def test_the_page_asks_the_network_for_nothing(page):
+def test_the_page_needs_the_network_for_nothing(page):
     text = page.read_text(encoding="utf-8")
 
     sources = re.findall(r"""(?:src|href)=["']([^"']*)""", text)

@@ -94,7 +94,7 @@ def test_an_empty_mask_is_one_that_is_wrong(scenes, everything, tmp_path):
         ('[{"image_id": 1, "segmentation": [[1, 2, 3, 4, 5, 9]], "score": NaN}]', "its score is nan"),
     ],
 )
-def test_a_file_that_is_none_is_told(scenes, everything, tmp_path, capsys, content, message):
+def test_a_file_that_is_none_is_reported(scenes, everything, tmp_path, capsys, content, message):
     path = tmp_path / "results.json"
     path.write_text(content.replace('"image_id": 1,', f'"image_id": {everything[0].image_id},'))
 
@@ -128,7 +128,7 @@ def test_ids_are_numbers_however_they_are_written(everything, read, write, key):
 
 
 @pytest.mark.parametrize("value", [[1], {"a": 1}, True, None, "scene", "", 1.5, float("nan"), float("inf")])
-def test_an_id_that_is_none_is_told(everything, read, value):
+def test_an_id_that_is_none_is_reported(everything, read, value):
     results = list_results(everything)
     results[3]["image_id"] = value
     with pytest.raises(UserError, match=r"results.json: result 3: its image_id is .*, expected a whole number"):
@@ -160,7 +160,7 @@ def test_a_category_beyond_all_is_of_no_category(everything, read):
 
 
 @pytest.mark.parametrize("value", [10**400, -(10**400), True, "0.5", None, [1], float("nan")])
-def test_a_score_that_is_none_is_told(everything, read, value):
+def test_a_score_that_is_none_is_reported(everything, read, value):
     results = list_results(everything)
     results[2]["score"] = value
 
@@ -174,7 +174,7 @@ def list_images(records) -> list[dict]:
 
 @pytest.mark.parametrize("entry", [{"id": [1], "file_name": "a.png"}, {"id": True}, {}, 7, None])
 @pytest.mark.parametrize("part", ["images", "categories"])
-def test_what_a_file_lists_without_an_id_is_told(everything, read, entry, part):
+def test_what_a_file_lists_without_an_id_is_reported(everything, read, entry, part):
     content = {"images": list_images(everything), "annotations": list_results(everything)}
     content[part] = [*content.get(part, []), entry]
     name = {"images": f"image {len(everything)}", "categories": "category 0"}[part]
@@ -191,7 +191,7 @@ def test_text_may_be_the_id_of_an_image_that_the_file_lists(everything, read):
     assert read({"images": images, "annotations": results})[0] == [len(record.annotations) for record in everything]
 
 
-def test_an_id_of_several_images_is_told(records, tmp_path):
+def test_an_id_of_several_images_is_reported(records, tmp_path):
     images = list_images(records)
     images[1]["id"] = str(images[0]["id"])
     path = tmp_path / "results.json"

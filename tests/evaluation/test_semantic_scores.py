@@ -33,7 +33,7 @@ def test_figures_are_those_of_each_class_alone(pair):
     assert "iou/tree" not in figures
 
 
-def test_a_class_that_is_only_in_the_answers_counts_as_missed():
+def test_a_class_that_is_only_in_the_outputs_counts_as_missed():
     truth, predicted = np.zeros((2, 4), dtype=np.int16), np.array([[0, 0, 0, 3]] * 2)
 
     figures = summarize_pixels(count_pixels(truth, predicted, 4), NAMES)

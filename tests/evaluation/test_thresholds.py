@@ -26,10 +26,10 @@ START = GeneratorConfig(**GENERATOR_DEFAULTS | {"points_per_side": 6})
 def make_candidates(scores, ious, **changes) -> Candidates:
     """Return candidates that overlap nobody, of known scores and IoUs (K x G)."""
     count = len(scores)
-    places = np.arange(count)[:, None] * 10
+    positions = np.arange(count)[:, None] * 10
     masks = GeneratedMasks(
         rles=[encode_mask(np.ones((2, 2), dtype=bool))] * count,
-        boxes_xywh=np.concatenate([places, places, np.full((count, 2), 6)], axis=1),
+        boxes_xywh=np.concatenate([positions, positions, np.full((count, 2), 6)], axis=1),
         scores=np.array(scores, dtype=np.float32),
         stability=np.ones(count),
         priorities=np.array(scores, dtype=np.float32),
@@ -177,7 +177,9 @@ def test_without_candidates_there_is_nothing_to_correct():
 
 
 @pytest.mark.parametrize("min_area", [None, 40])
-def test_tuned_settings_are_told_by_the_names_of_the_generator_and_give_what_they_promise(tiny_sam, records, min_area):
+def test_tuned_settings_are_reported_by_the_names_of_the_generator_and_give_what_they_promise(
+    tiny_sam, records, min_area
+):
     embedder, images = Embedder(tiny_sam), ImagesConfig()
     candidates = find_candidates(embedder, records, START, (3, 6), images)
     start = START if min_area is None else dataclasses.replace(START, min_mask_region_area=min_area)

@@ -63,7 +63,7 @@ def test_a_line_that_gives_no_mask_is_skipped(read, line, code):
     assert index.report.usable_annotation_count == 1
 
 
-def test_boxes_are_masks_where_that_is_asked_for(read):
+def test_boxes_are_masks_where_that_is_requested(read):
     (annotation,) = read("0 0.5 0.5 0.25 0.5", masks_from_boxes=True).records[0].annotations
 
     assert (annotation.box, annotation.area) == ([30, 10, 20, 20], 400)

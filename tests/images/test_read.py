@@ -137,7 +137,7 @@ def test_an_orientation_that_is_no_number_is_none(tmp_path, quadrants, kind):
     assert (read_image(tmp_path / "a.png") == quadrants).all()
 
 
-def test_the_hash_of_deep_pixels_tells_how_they_are_read_and_others_keep_theirs(tmp_path, quadrants):
+def test_the_hash_of_deep_pixels_shows_how_they_are_read_and_others_keep_theirs(tmp_path, quadrants):
     full, stretched = ImagesConfig(deep_range="full"), ImagesConfig()
     write_image(tmp_path / "a.png", quadrants)
     Image.fromarray(quadrants[..., 0].astype(np.uint16) * 9).save(tmp_path / "grey.png")

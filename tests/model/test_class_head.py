@@ -67,7 +67,7 @@ def test_what_classes_teach_reaches_tokens_and_embedding_and_no_mask(head):
 
 
 @pytest.mark.parametrize("multimask_output", [True, False])
-def test_every_mask_of_an_answer_has_its_class_and_the_generator_gets_the_same(tiny_sam, multimask_output):
+def test_every_mask_of_an_output_has_its_class_and_the_generator_gets_the_same(tiny_sam, multimask_output):
     model = FinestSam(tiny_sam.sam, multimask_output).eval()
     prompts, embedding = make_prompts(5), torch.randn(1, 32, 4, 4)
     assert model(embedding, prompts).class_logits is None
@@ -76,8 +76,8 @@ def test_every_mask_of_an_answer_has_its_class_and_the_generator_gets_the_same(t
     with torch.no_grad():
         predictions = model(embedding, prompts)
         middle = float(predictions.scores.median())
-        answers = model.predict_above(model.compute_image_features(embedding), prompts, middle)
-        found = model.classify(embedding, answers.tokens, answers.logits)
+        outputs = model.predict_above(model.compute_image_features(embedding), prompts, middle)
+        found = model.classify(embedding, outputs.tokens, outputs.logits)
 
     assert predictions.class_logits.shape == (5, 3 if multimask_output else 1, 3)
     assert 0 < len(found) < predictions.scores.numel()
@@ -130,7 +130,7 @@ def test_a_head_is_loaded_with_its_weights_or_what_is_wrong_is_said(tmp_path):
         {"token_norm.weight": torch.zeros(10**7)}, {"classify.0.weight": torch.zeros(0, 10**9)}, {"a": torch.zeros(1)},
     ],
 )  # fmt: skip
-def test_a_head_of_odd_shapes_is_told_before_memory_is_taken_for_it(tmp_path, changes):
+def test_a_head_of_odd_shapes_is_reported_before_memory_is_taken_for_it(tmp_path, changes):
     save_model(tmp_path, ["ball", "crate"])
     torch.save(ClassHead(32, 3).state_dict() | changes, head_path(tmp_path / "best.pth", ClassHead))
 
@@ -138,7 +138,7 @@ def test_a_head_of_odd_shapes_is_told_before_memory_is_taken_for_it(tmp_path, ch
         load_model(build_config({"model.checkpoint": str(tmp_path), "device": "cpu"}), prefer_runs=True)
 
 
-def test_a_head_for_another_model_is_told(tmp_path):
+def test_a_head_for_another_model_is_reported(tmp_path):
     save_model(tmp_path, ["ball", "crate"])
     torch.save(ClassHead(64, 3).state_dict(), head_path(tmp_path / "best.pth", ClassHead))
 

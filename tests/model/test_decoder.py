@@ -36,22 +36,24 @@ def make_prompts(kinds):
     return prompts
 
 
-def answer(sam, embedding, prompts, multimask_output, is_folded):
+def output(sam, embedding, prompts, multimask_output, is_folded):
     """Answer in the type of the embedding."""
     model = FinestSam(sam, multimask_output)
     decoder = sam.mask_decoder.to(embedding.dtype)
     sparse, dense = (some.to(embedding.dtype) for some in model._embed_prompts(prompts))
-    places = sam.prompt_encoder.get_dense_pe().to(embedding.dtype)
+    positions = sam.prompt_encoder.get_dense_pe().to(embedding.dtype)
     if is_folded:
-        return decoder.predict(decoder.compute_image_features(embedding, places, dense), sparse, model._mask_slice)[:2]
+        return decoder.predict(decoder.compute_image_features(embedding, positions, dense), sparse, model._mask_slice)[
+            :2
+        ]
     dense = dense.expand(COUNT, *embedding.shape[1:])
-    return decoder(embedding, places, sparse, dense, multimask_output)
+    return decoder(embedding, positions, sparse, dense, multimask_output)
 
 
 def compute_gradients(sam, embedding, is_folded):
     sam.zero_grad()
     leaf = embedding.clone().requires_grad_()
-    logits, scores = answer(sam, leaf, make_prompts({"points"}), True, is_folded)
+    logits, scores = output(sam, leaf, make_prompts({"points"}), True, is_folded)
     factors = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)).to(logits)
     ((logits * factors).sum() + (scores * factors[..., 0, 0]).sum()).backward()
     weights = sam.mask_decoder.named_parameters()
@@ -67,14 +69,14 @@ def measure_error(found, exact):
 @pytest.mark.parametrize("chunk", [1, 2, COUNT])
 @pytest.mark.parametrize("multimask_output", [True, False])
 @pytest.mark.parametrize("kinds", [{"points"}, {"boxes"}, {"points", "boxes", "masks"}, {"masks"}], ids=str)
-def test_answers_are_those_of_segment_anything(sam, monkeypatch, kinds, multimask_output, chunk):
+def test_outputs_are_those_of_segment_anything(sam, monkeypatch, kinds, multimask_output, chunk):
     embedding, prompts = torch.randn(1, 32, 4, 4), make_prompts(kinds)
 
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-13)):
         # With a gradient half of it is used.
         monkeypatch.setattr(decoder_module, "CHUNK_BYTES", 2 * chunk * embedding.to(dtype).nbytes)
-        expected = answer(sam, embedding.to(dtype), prompts, multimask_output, is_folded=False)
-        found = answer(sam, embedding.to(dtype), prompts, multimask_output, is_folded=True)
+        expected = output(sam, embedding.to(dtype), prompts, multimask_output, is_folded=False)
+        found = output(sam, embedding.to(dtype), prompts, multimask_output, is_folded=True)
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=tolerance * float(other.detach().abs().max()))
 
@@ -91,7 +93,7 @@ def test_gradients_are_those_of_segment_anything(sam):
 
 
 def test_what_has_no_gradient_is_what_does_not_count(sam):
-    """A bias of keys shifts all weights of a softmax alike, and the fourth mask is not asked for."""
+    """A bias of keys shifts all weights of a softmax alike, and the fourth mask is not requested."""
     embedding = torch.randn(1, 32, 4, 4).double()
     exact = compute_gradients(sam, embedding, is_folded=False)
 
@@ -111,10 +113,10 @@ def test_only_masks_that_are_worth_it_are_made(sam):
 
     for share in (-1, 0, 0.4, 0.9, 1):
         threshold = float("-inf") if share < 0 else float(scores.detach().flatten().quantile(share))
-        answers = model.predict_above(view, prompts, threshold)
-        assert torch.equal(answers.scores, scores)
-        assert torch.equal(answers.is_kept, scores > threshold)
-        torch.testing.assert_close(answers.logits, logits[scores > threshold])
+        outputs = model.predict_above(view, prompts, threshold)
+        assert torch.equal(outputs.scores, scores)
+        assert torch.equal(outputs.is_kept, scores > threshold)
+        torch.testing.assert_close(outputs.logits, logits[scores > threshold])
 
 
 def test_the_weights_keep_their_names(sam):

@@ -160,7 +160,7 @@ def test_a_disk_that_is_full_all_of_a_sudden_is_said_once(store, capsys):
     assert not store.holds("aa") and not list(store.folder.glob("*/*/*"))
 
 
-def test_a_key_tells_images_sizes_and_variants_apart():
+def test_a_key_shows_images_sizes_and_variants_apart():
     keys = {
         image_key("a", (2, 3)), image_key("b", (2, 3)), image_key("a", (3, 2)), image_key("a", (2, 3), "flip"),
     }  # fmt: skip

@@ -85,7 +85,7 @@ def test_a_change_in_one_token_reaches_all_others(attention):
 
 
 @pytest.mark.parametrize("shift", [(1, 0), (0, 2), (3, 4)])
-def test_an_image_that_moves_takes_its_answers_along(attention, shift):
+def test_outputs_move_along_with_the_image(attention, shift):
     x = sample_tokens(2, *SIZE)
 
     moved = attention(x.roll(shift, (1, 2)))
@@ -97,10 +97,10 @@ def test_an_image_that_moves_takes_its_answers_along(attention, shift):
 def test_gradients_are_finite_differences(attention):
     names, weights = zip(*attention.named_parameters(), strict=True)
 
-    def answer(x, *values):
+    def output(x, *values):
         return torch.func.functional_call(attention, dict(zip(names, values, strict=True)), x)
 
-    assert torch.autograd.gradcheck(answer, (sample_tokens(1, *SIZE).requires_grad_(), *weights))
+    assert torch.autograd.gradcheck(output, (sample_tokens(1, *SIZE).requires_grad_(), *weights))
 
 
 def test_it_starts_from_the_weights_of_sam_under_their_names(original, attention):
@@ -108,10 +108,10 @@ def test_it_starts_from_the_weights_of_sam_under_their_names(original, attention
         for weight in attention.parameters():
             weight.zero_()
 
-    answer = attention.load_state_dict(original.state_dict(), strict=False)
+    output = attention.load_state_dict(original.state_dict(), strict=False)
 
-    assert answer.missing_keys == ["fft_gain"]
-    assert answer.unexpected_keys == []
+    assert output.missing_keys == ["fft_gain"]
+    assert output.unexpected_keys == []
     for name, weight in original.state_dict().items():
         assert torch.equal(attention.state_dict()[name], weight)
         assert attention.state_dict()[name].data_ptr() != weight.data_ptr()

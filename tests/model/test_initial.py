@@ -48,7 +48,7 @@ def test_blocks_and_neck_begin_by_passing_on_what_they_get(model_type):
     torch.testing.assert_close(encoder.neck[2](narrow), narrow)
 
 
-def test_an_encoder_from_nothing_tells_images_apart():
+def test_an_encoder_from_nothing_shows_images_apart():
     torch.manual_seed(0)
     encoder = build_sam("vit_tiny").image_encoder
     images = F.interpolate(torch.rand(2, 3, 32, 32), size=encoder.img_size)

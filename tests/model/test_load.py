@@ -52,7 +52,7 @@ def test_the_weights_loaded_are_the_weights_saved(tmp_path):
     assert all(torch.equal(value, saved[name]) for name, value in loaded.model.sam.state_dict().items())
 
 
-def test_another_type_or_size_than_asked_for_is_named(tmp_path):
+def test_another_type_or_size_than_requested_is_named(tmp_path):
     path = save_run(tmp_path, "run", age_seconds=0)
 
     with pytest.raises(UserError, match="vit_tiny_test.*vit_b"):
@@ -143,7 +143,7 @@ def test_what_is_no_card_is_named(tmp_path, text):
     ],
 )
 @pytest.mark.parametrize("size", [None, 128])
-def test_tensors_of_odd_shapes_are_told_before_memory_is_taken_for_them(tmp_path, changes, message, size):
+def test_tensors_of_odd_shapes_are_reported_before_memory_is_taken_for_them(tmp_path, changes, message, size):
     path = save_run(tmp_path, "run", age_seconds=0)
     torch.save(torch.load(path, weights_only=True) | changes, path)
 
@@ -151,7 +151,7 @@ def test_tensors_of_odd_shapes_are_told_before_memory_is_taken_for_them(tmp_path
         load_model(make_config(tmp_path, **{"model.checkpoint": str(path), "model.image_size": size}))
 
 
-def test_weights_that_lack_what_another_size_is_made_of_are_told(tmp_path):
+def test_weights_that_lack_what_another_size_is_made_of_are_reported(tmp_path):
     path = save_run(tmp_path, "run", age_seconds=0)
     state_dict = torch.load(path, weights_only=True)
     del state_dict["image_encoder.blocks.1.attn.rel_pos_h"]
@@ -168,11 +168,11 @@ def test_a_device_that_is_not_there_is_not_replaced_in_silence():
     assert choose_device("cpu").type == "cpu"
 
 
-def test_precision_is_what_was_asked_for_and_else_what_the_processor_computes_in(monkeypatch):
+def test_precision_is_what_was_requested_and_else_what_the_processor_computes_in(monkeypatch):
     cpu = torch.device("cpu")
 
-    asked = [choose_encoder_dtype(name, cpu) for name in ("32-true", "bf16-mixed", "16-mixed")]
-    assert asked == [None, torch.bfloat16, torch.float16]
+    wanted = [choose_encoder_dtype(name, cpu) for name in ("32-true", "bf16-mixed", "16-mixed")]
+    assert wanted == [None, torch.bfloat16, torch.float16]
     for features, expected in (({"avx2"}, None), ({"avx2", "avx512_bf16"}, torch.bfloat16)):
         monkeypatch.setattr(load, "has_feature", features.__contains__)
         assert choose_encoder_dtype("auto", cpu) == expected

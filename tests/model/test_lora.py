@@ -32,7 +32,7 @@ def make_sam(lora: LoraConfig = EVERYWHERE, learnt: bool = False):
     return sam
 
 
-def answer(sam):
+def output(sam):
     torch.manual_seed(1)
     image = torch.randint(0, 255, (3, 64, 48), dtype=torch.uint8)
     model = FinestSam(sam)
@@ -42,7 +42,7 @@ def answer(sam):
 
 
 def test_it_starts_as_the_identity_bit_for_bit():
-    plain, adapted = answer(make_sam(LoraConfig())), answer(make_sam())
+    plain, adapted = output(make_sam(LoraConfig())), output(make_sam())
 
     assert torch.equal(adapted.logits, plain.logits)
     assert torch.equal(adapted.scores, plain.scores)
@@ -52,17 +52,17 @@ def test_merged_is_unmerged():
     sam, plain = make_sam(learnt=True), build_sam("vit_tiny_test")
     plain.load_state_dict(plain_state_dict(sam))
 
-    adapted, merged, untouched = answer(sam), answer(plain), answer(make_sam(LoraConfig()))
+    adapted, merged, unchanged = output(sam), output(plain), output(make_sam(LoraConfig()))
 
     torch.testing.assert_close(merged.logits, adapted.logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(merged.scores, adapted.scores, rtol=1e-5, atol=1e-5)
-    assert (adapted.logits - untouched.logits).abs().max() > 0.01
+    assert (adapted.logits - unchanged.logits).abs().max() > 0.01
 
 
 def test_the_decoder_sees_its_additions_by_every_way():
     """Its algebra takes weights apart instead of calling the layers."""
     sam = make_sam(LoraConfig(rank=2, encoder="none", decoder="all"), learnt=True)
-    fast, model = answer(sam), FinestSam(sam)
+    fast, model = output(sam), FinestSam(sam)
     torch.manual_seed(1)
     image = torch.randint(0, 255, (3, 64, 48), dtype=torch.uint8)
     points = (torch.tensor([[[9.0, 20.0]], [[30.0, 5.0]]]), torch.ones(2, 1))
@@ -114,12 +114,12 @@ def test_blocks_that_are_not_there_are_named():
 
 def test_plain_weights_take_the_place_of_additions():
     sam = make_sam(learnt=True)
-    expected, plain = answer(sam), plain_state_dict(sam)
+    expected, plain = output(sam), plain_state_dict(sam)
 
     load_plain_(sam, plain)
 
     assert all((layer.lora_B.weight == 0).all() for _, layer in list_lora(sam))
-    torch.testing.assert_close(answer(sam).logits, expected.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output(sam).logits, expected.logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture

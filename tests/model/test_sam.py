@@ -54,7 +54,7 @@ def test_the_forward_pass_is_segment_anythings(tiny_sam, image, kinds, multimask
     assert torch.equal(masks, expected["masks"])
 
 
-def test_objects_without_a_mask_prompt_are_answered_as_if_none_had_one(tiny_sam, image):
+def test_objects_without_a_mask_prompt_are_predicted_as_if_none_had_one(tiny_sam, image):
     embedding = tiny_sam.encode([image])
     with_masks, without = make_prompts({"points", "masks"}), make_prompts({"points"})
     with_masks.has_mask = torch.tensor([True, False, False])

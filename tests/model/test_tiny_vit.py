@@ -1,4 +1,4 @@
-"""MobileSAM's encoder of timm's blocks: its answers, its file, and what training does with it."""
+"""MobileSAM's encoder of timm's blocks: its outputs, its file, and what training does with it."""
 
 import json
 import sys
@@ -32,8 +32,8 @@ def fill_(module: nn.Module) -> None:
         for number, (name, value) in enumerate(sorted(module.state_dict().items())):
             if not value.is_floating_point():
                 continue
-            places = torch.arange(value.numel(), dtype=torch.float64)
-            waves = torch.sin(places * (1.7 + number) + number).view(value.shape)
+            positions = torch.arange(value.numel(), dtype=torch.float64)
+            waves = torch.sin(positions * (1.7 + number) + number).view(value.shape)
             if name.endswith("running_var"):
                 waves = 0.3 + 0.1 * waves
             elif value.ndim == 1:
@@ -47,7 +47,7 @@ def fill_(module: nn.Module) -> None:
 def weights() -> dict[str, torch.Tensor]:
     sam = build_sam("vit_t", 64)
     fill_(sam.image_encoder)
-    # So that its answers are of a size that gradients survive.
+    # So that its outputs are of a size that gradients survive.
     for module in sam.image_encoder.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_var.fill_(3.0)
@@ -62,15 +62,15 @@ def model(weights) -> FinestSam:
     return FinestSam(sam)
 
 
-def test_answers_are_those_of_mobile_sam():
-    """The numbers are what the modules of MobileSAM's tiny_vit_sam.py answered for these weights and this image.
+def test_outputs_are_those_of_mobile_sam():
+    """The numbers are what the modules of MobileSAM's tiny_vit_sam.py predicted for these weights and this image.
 
     Its grid of 40, 20, 10 and 10 tokens is no multiple of the windows of 7 and 14.
     """
     encoder = build_sam("vit_t", 160).image_encoder
     fill_(encoder)
-    places = torch.arange(3 * 160 * 160, dtype=torch.float64)
-    image = torch.cos(places * 0.37 + places**2 * 1e-7).view(1, 3, 160, 160).float()
+    positions = torch.arange(3 * 160 * 160, dtype=torch.float64)
+    image = torch.cos(positions * 0.37 + positions**2 * 1e-7).view(1, 3, 160, 160).float()
 
     with torch.no_grad():
         found = encoder(image)
@@ -104,7 +104,7 @@ def test_names_are_those_of_the_file_of_mobile_sam(weights):
     assert weights["image_encoder.head.weight"].shape == (1000, 320)
 
 
-def test_another_tiny_vit_is_told(weights):
+def test_another_tiny_vit_is_reported(weights):
     wider = weights | {"image_encoder.neck.0.weight": torch.zeros(256, 448, 1, 1)}
 
     with pytest.raises(UserError, match="big.pt has a TinyViT for its image encoder, but another one than MobileSAM's"):
@@ -198,7 +198,7 @@ def test_low_rank_additions_lie_beside_its_attention_and_merge(model, layers, co
     torch.testing.assert_close(FinestSam(merged).encode(images), adapted, rtol=0, atol=5e-3)
 
 
-def test_half_precision_answers_nearly_the_same(model):
+def test_half_precision_gives_nearly_the_same(model):
     image = torch.randint(0, 255, (3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         exact = model.encode([image])

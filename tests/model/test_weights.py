@@ -157,7 +157,7 @@ def test_a_missing_file_of_meta_is_downloaded_into_the_weights_folder(folders, m
     assert path.read_bytes() == content
 
 
-def test_offline_tells_the_address_the_place_the_hash_and_what_works_without(folders, monkeypatch):
+def test_offline_shows_the_address_the_place_the_hash_and_what_works_without(folders, monkeypatch):
     server = HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
     server.server_close()  # its port is free now, and nobody listens
     url = f"http://127.0.0.1:{server.server_port}/{VIT_B.file_name}"
@@ -172,7 +172,7 @@ def test_offline_tells_the_address_the_place_the_hash_and_what_works_without(fol
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_file_that_may_not_be_downloaded_is_told_the_same_way(folders):
+def test_a_missing_file_that_may_not_be_downloaded_is_reported_the_same_way(folders):
     with pytest.raises(UserError, match=f"{VIT_B.file_name} is not in .*cache, ., sav; to fetch it by hand") as caught:
         find_published_weights("vit_b", download=False)
 
@@ -229,7 +229,7 @@ def test_safetensors_are_read(tiny_weights, tmp_path):
     torch.testing.assert_close(load_state_dict(tmp_path / "w.safetensors"), dict(tiny_weights), rtol=0, atol=0)
 
 
-def test_truncated_safetensors_are_told(tiny_weights, tmp_path):
+def test_truncated_safetensors_are_reported(tiny_weights, tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     safetensors.save_file(dict(tiny_weights), tmp_path / "w.safetensors")
     cut_in_half(tmp_path / "w.safetensors")
@@ -285,7 +285,7 @@ def cut_in_half(path):
 
 
 @pytest.mark.parametrize("is_zip", [True, False])
-def test_a_truncated_file_is_told_with_its_size(tiny_weights, tmp_path, is_zip):
+def test_a_truncated_file_is_reported_with_its_size(tiny_weights, tmp_path, is_zip):
     torch.save(tiny_weights, tmp_path / "cut.pth", _use_new_zipfile_serialization=is_zip)
     cut_in_half(tmp_path / "cut.pth")
     size = (tmp_path / "cut.pth").stat().st_size
@@ -294,7 +294,7 @@ def test_a_truncated_file_is_told_with_its_size(tiny_weights, tmp_path, is_zip):
         load_state_dict(tmp_path / "cut.pth")
 
 
-def test_a_truncated_file_of_meta_is_told_with_the_expected_size_too(tiny_weights, tmp_path):
+def test_a_truncated_file_of_meta_is_reported_with_the_expected_size_too(tiny_weights, tmp_path):
     path = save(tiny_weights, tmp_path / VIT_B.file_name)
     cut_in_half(path)
 
@@ -318,7 +318,7 @@ def test_a_truncated_file_of_meta_is_told_with_the_expected_size_too(tiny_weight
     ],
     ids=["empty", "page", "page with mark", "lfs", "three bytes", "zeros", "json", "noise"],
 )
-def test_a_file_that_is_no_checkpoint_is_told_in_one_line(tmp_path, content, message):
+def test_a_file_that_is_no_checkpoint_is_reported_in_one_line(tmp_path, content, message):
     (tmp_path / "weights.pth").write_bytes(content)
 
     with pytest.raises(UserError, match=f"weights.pth: {message}") as caught:
@@ -352,7 +352,7 @@ def test_a_file_that_unpacks_to_far_more_than_it_is_is_refused(tiny_weights, tmp
 
 
 @pytest.mark.parametrize("shape", [[1, 0, 10**18, 32], [2**40, 2**40], [10**30], [-1, 4], "x"])
-def test_safetensors_of_absurd_shapes_are_told(tmp_path, shape):
+def test_safetensors_of_absurd_shapes_are_reported(tmp_path, shape):
     pytest.importorskip("safetensors")
     header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
     path = tmp_path / "a.safetensors"
@@ -369,7 +369,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
         load_state_dict(tmp_path / "a.pth")
 
 
-def test_a_missing_file_and_a_folder_are_told(tmp_path):
+def test_a_missing_file_and_a_folder_are_reported(tmp_path):
     with pytest.raises(UserError, match="nowhere.pth: no such file; give one, auto for Meta's weights, or none"):
         load_state_dict(tmp_path / "nowhere.pth")
     with pytest.raises(UserError, match="is a folder, expected a checkpoint file such as .*best.pth"):
@@ -392,7 +392,7 @@ def test_a_file_below_a_file_cannot_be_read(tmp_path):
         ({"state_dict": {7: torch.zeros(3)}}, "is not a state dict: 7 is a Tensor, expected a tensor"),
     ],
 )
-def test_a_checkpoint_without_weights_is_told(tmp_path, content, message):
+def test_a_checkpoint_without_weights_is_reported(tmp_path, content, message):
     with pytest.raises(UserError, match=f"other.pth: {message}"):
         load_state_dict(save(content, tmp_path / "other.pth"))
 
@@ -401,7 +401,7 @@ def test_a_checkpoint_without_weights_is_told(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_every_type_is_told_by_its_shapes(model_type):
+def test_every_type_is_reported_by_its_shapes(model_type):
     weights = shapes_of(model_type)
 
     assert identify(weights) == model_type
@@ -416,7 +416,7 @@ def test_the_image_size_is_that_of_the_weights():
     assert identify(weights) == "vit_b"
 
 
-def test_a_checkpoint_of_another_type_is_told_in_one_line():
+def test_a_checkpoint_of_another_type_is_reported_in_one_line():
     with pytest.raises(UserError, match="sam_x.pth is vit_h, the settings say vit_b; use --model.type vit_h") as caught:
         check_matches(shapes_of("vit_h"), "vit_b", Path("sam_x.pth"))
     assert "\n" not in str(caught.value)
@@ -439,7 +439,7 @@ def test_relatives_of_sam_are_called_by_their_names(key, family):
         check_matches(weights, "vit_b", Path("model.pth"))
 
 
-def test_weights_of_something_else_are_told_with_their_first_keys():
+def test_weights_of_something_else_are_reported_with_their_first_keys():
     weights = {f"layer{index}.weight": torch.zeros(1) for index in range(9)}
     message = r"is not a SAM checkpoint \(first keys: layer0.weight, layer1.weight, layer2.weight\)"
 
@@ -454,7 +454,7 @@ def test_a_flat_position_embedding_is_not_a_sam():
         identify(shapes_of("vit_b") | {"image_encoder.pos_embed": torch.zeros(1, 197, 192)})
 
 
-def test_a_sam_of_unknown_size_is_told_with_the_known_ones():
+def test_a_sam_of_unknown_size_is_reported_with_the_known_ones():
     weights = shapes_of("vit_b") | {"image_encoder.pos_embed": torch.zeros(1, 64, 64, 384)}
 
     with pytest.raises(
@@ -476,16 +476,16 @@ def test_weights_serve_another_size_of_image(size):
     other = build_sam("vit_tiny_test", size)
     other.load_state_dict(resized)
     assert image_size_of(resized) == size
-    untouched = [name for name, value in sam.state_dict().items() if value.shape == resized[name].shape]
-    assert all(torch.equal(resized[name], sam.state_dict()[name]) for name in untouched)
-    # The places of the corners stay those of the corners, and relative places grow with the image.
+    unchanged = [name for name, value in sam.state_dict().items() if value.shape == resized[name].shape]
+    assert all(torch.equal(resized[name], sam.state_dict()[name]) for name in unchanged)
+    # The positions of the corners stay those of the corners, and relative positions grow with the image.
     table, larger = (weights["image_encoder.blocks.1.attn.rel_pos_h"] for weights in (sam.state_dict(), resized))
     assert len(larger) == 2 * size // 16 - 1
     middle, larger_middle = len(table) // 2, len(larger) // 2
     torch.testing.assert_close(larger[larger_middle], table[middle])  # a token's own place
 
 
-def test_relative_places_are_those_that_segment_anything_would_interpolate():
+def test_relative_positions_are_those_that_segment_anything_would_interpolate():
     """Its get_rel_pos does so while the model runs, and any table can be used for any image."""
     torch.manual_seed(0)
     sam = build_sam("vit_tiny_test")

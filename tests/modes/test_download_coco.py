@@ -218,7 +218,7 @@ def test_a_lost_connection_is_continued_by_the_next_run(site, root, archive, bef
     assert_whole(root)
 
 
-def test_a_server_without_ranges_is_asked_for_the_whole_again(site, root):
+def test_a_server_without_ranges_is_requested_the_whole_again(site, root):
     site.cuts, site.has_ranges = [1 << 30, len(IMAGES_ZIP) // 2], False
 
     fetch(root)
@@ -281,7 +281,7 @@ def test_two_processes_fetch_once(site, root):
 
 
 @pytest.mark.parametrize("url", [ANNOTATIONS_URL, IMAGES_URL])
-def test_wrong_bytes_are_told_with_both_hashes_and_removed(site, root, url):
+def test_wrong_bytes_are_reported_with_both_hashes_and_removed(site, root, url):
     right = site.files[url]
     wrong = site.files[url] = bytes([right[0] ^ 1]) + right[1:]
     hashes = [hashlib.sha256(content).hexdigest() for content in (wrong, right)]
@@ -296,7 +296,7 @@ def test_wrong_bytes_are_told_with_both_hashes_and_removed(site, root, url):
     assert_whole(root)
 
 
-def test_offline_tells_the_address_the_place_and_the_hash(site, root, monkeypatch):
+def test_offline_shows_the_address_the_place_and_the_hash(site, root, monkeypatch):
     monkeypatch.setenv("FINESTSAM_COCO_URL", "http://127.0.0.1:9")
 
     with pytest.raises(UserError) as caught:
@@ -320,7 +320,7 @@ def test_archives_that_were_fetched_by_hand_are_used(site, root, monkeypatch):
     assert_whole(root)
 
 
-def test_an_archive_that_lacks_images_is_told(site, root):
+def test_an_archive_that_lacks_images_is_reported(site, root):
     work = root / ".coco-val2017"
     work.mkdir(parents=True)
     (work / "val2017.zip").write_bytes(make_zip({f"val2017/{name_of(9)}": IMAGES[name_of(9)]}))
@@ -330,12 +330,12 @@ def test_an_archive_that_lacks_images_is_told(site, root):
     assert_nothing_to_be_taken_for_complete(root)
 
 
-def test_only_https_is_asked(site, root):
+def test_only_https_is_requested(site, root):
     with pytest.raises(UserError, match="http://example.org/annotations/.*: only https addresses are downloaded"):
         fetch_coco("coco-val2017", root, base_url="http://example.org")
 
 
-def test_a_folder_that_cannot_be_made_is_told(site, root):
+def test_a_folder_that_cannot_be_made_is_reported(site, root):
     root.write_text("a file")
 
     with pytest.raises(UserError, match="cannot fetch coco-val2017 into .*coco: "):
@@ -430,7 +430,7 @@ def test_cocos_own_annotations_without_images_are_completed_but_not_cut_down(sit
     (root / ANNOTATION_FILE).write_bytes(ANNOTATIONS)
 
     message = (
-        "instances_val2017.json lists 10 images that are not all there, more than the 4 asked for; ask for as many"
+        "instances_val2017.json lists 10 images that are not all there, more than the 4 requested; ask for as many"
     )
     with pytest.raises(UserError, match=message):
         fetch(root, 4)
@@ -452,7 +452,7 @@ def test_importing_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(finestsam.__file__).parents[1]).returncode == 0
 
 
-def test_a_full_disk_is_told_before_the_archive_is_fetched(site, root, monkeypatch):
+def test_a_full_disk_is_reported_before_the_archive_is_fetched(site, root, monkeypatch):
     monkeypatch.setattr(coco_download.shutil, "disk_usage", lambda _: SimpleNamespace(free=len(IMAGES_ZIP) + 5))
 
     with pytest.raises(UserError, match="are free.*--dataset.download_images"):

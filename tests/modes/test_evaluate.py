@@ -291,7 +291,7 @@ def test_weights_of_a_run_are_evaluated_on_its_own_split(
     assert (f"{count} of the {count} images were trained on" in error) == (learned > 0)
 
 
-def test_another_dataset_that_shares_images_is_told_and_marked(scenes, finished, tmp_path, capsys):
+def test_another_dataset_that_shares_images_is_reported_and_marked(scenes, finished, tmp_path, capsys):
     split = json.loads((finished / "split.json").read_text())
     val = {entry["file_name"] for entry in split["val"]}
     shared = tmp_path / "shared"
@@ -364,7 +364,7 @@ def test_thresholds_that_have_no_place_are_refused_in_one_line(scenes, tmp_path,
     assert not (tmp_path / "evaluation.json").exists()
 
 
-def test_models_with_other_thresholds_are_asked_the_same(scenes, finished, tmp_path):
+def test_models_with_other_thresholds_are_prompted_the_same(scenes, finished, tmp_path):
     """The number of points along a side that is stored beside one model is that of its generator alone."""
     other = tmp_path / "other" / "best.pth"
     other.parent.mkdir()
@@ -382,7 +382,7 @@ def test_models_with_other_thresholds_are_asked_the_same(scenes, finished, tmp_p
         assert figures[name] == figures[f"baseline/{name}"]
 
 
-def test_an_origin_that_is_gone_is_told_and_another_can_be_named(scenes, finished, tmp_path, capsys):
+def test_an_origin_that_is_gone_is_reported_and_another_can_be_named(scenes, finished, tmp_path, capsys):
     moved = tmp_path / "moved" / "best.pth"
     moved.parent.mkdir()
     for suffix in (".pth", ".json"):
@@ -408,7 +408,7 @@ def test_a_split_can_be_named(scenes, tmp_path, split, count):
     assert len((tmp_path / "per_image.csv").read_text().splitlines()) == count + 1
 
 
-def test_a_split_that_is_not_there_is_told(scenes, tmp_path, capsys):
+def test_a_split_that_is_not_there_is_reported(scenes, tmp_path, capsys):
     assert main(["--mode=evaluate", f"--dataset={scenes}", f"--out_dir={tmp_path}", "--evaluate.split=test"]) == 2
 
     assert "no test split" in capsys.readouterr().err

@@ -73,7 +73,7 @@ def draw(size: tuple[int, int], image_size: int = 64) -> tuple[np.ndarray, np.nd
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("point_count", "has_box"), [(1, False), (2, False), (5, False), (0, True), (2, True)])
-def test_the_onnx_files_answer_as_segment_anything_does(exported, sam, size, point_count, has_box):
+def test_the_onnx_files_give_what_segment_anything_gives(exported, sam, size, point_count, has_box):
     import onnxruntime
 
     image, image = draw(size)
@@ -130,7 +130,9 @@ def test_the_description_says_what_a_program_must_know(exported, weights):
 
 
 def test_files_of_other_weights_are_found_out(exported, tiny_sam):
-    with pytest.raises(UserError, match=r"^onnxruntime does not answer as torch does: difference .*nothing is written"):
+    with pytest.raises(
+        UserError, match=r"^onnxruntime does not give what torch gives: difference .*nothing is written"
+    ):
         onnx_check.check_onnx(onnx_check.OnnxSam(exported), tiny_sam)
 
 
@@ -146,7 +148,7 @@ def test_files_that_fail_the_check_do_not_replace_those_before(exported, weights
 
     assert export(weights, folder, "onnx") == 2
 
-    assert "onnxruntime does not answer as torch does: difference inf" in capsys.readouterr().err
+    assert "onnxruntime does not give what torch gives: difference inf" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -173,7 +175,7 @@ def test_a_missing_package_is_named_before_anything_is_done(weights, tmp_path, m
 
 
 @pytest.mark.parametrize("image_size", [64, 96])
-def test_transformers_answers_as_we_do(weights, tmp_path, image_size):
+def test_transformers_gives_the_same_masks(weights, tmp_path, image_size):
     transformers = pytest.importorskip("transformers")
     folder = tmp_path / "out"
     assert export(weights, folder, "huggingface", f"--model.image_size={image_size}") == 0
@@ -216,12 +218,12 @@ def test_transformers_answers_as_we_do(weights, tmp_path, image_size):
             torch.testing.assert_close(actual.iou_scores[0], expected.scores, rtol=0, atol=1e-4)
 
 
-def test_the_single_mask_is_asked_for_where_it_was_trained(weights, tmp_path, capsys):
+def test_the_single_mask_is_requested_where_it_was_trained(weights, tmp_path, capsys):
     pytest.importorskip("safetensors")
 
     assert export(weights, tmp_path, "huggingface") == 0
 
-    assert "these weights are asked with multimask_output=False" in capsys.readouterr().out
+    assert "use these weights with multimask_output=False" in capsys.readouterr().out
     assert list_shown(tmp_path) == ["config.json", "model.safetensors", "preprocessor_config.json"]
 
 

@@ -371,7 +371,7 @@ def test_an_overlay_that_was_painted_over_is_not_replaced(predict, folder):
 
 
 @pytest.mark.parametrize("text", ["mine", None])
-def test_results_of_somebody_are_told_before_the_work_and_stay(predict, folder, text):
+def test_results_of_somebody_are_reported_before_the_work_and_stay(predict, folder, text):
     predict("images/scene_0.png")
     path = folder / "out/predictions.json"
     path.write_text(path.read_text().replace('"score"', '"my_score"') if text is None else text)
@@ -568,22 +568,22 @@ def test_a_finished_prediction_is_resumed_for_what_changed_alone(predict, folder
     whole = (folder / "images/scene_1.png").read_bytes()
     (folder / "images/scene_1.png").write_bytes(whole[:100])
     predict("images")
-    asked = []
+    wanted = []
     monkeypatch.setattr(
         "finestsam.modes.predict.generate_masks",
-        lambda model, image, *others: (asked.append(image.shape), generate_masks(model, image, *others))[1],
+        lambda model, image, *others: (wanted.append(image.shape), generate_masks(model, image, *others))[1],
     )
     (folder / "images/scene_1.png").write_bytes(whole)
     write_image(folder / "images/scene_2.png", render_scene(9, 9, (50, 40)).image)
 
     code, _, _ = predict("images", resume="auto")
 
-    assert (code, asked) == (0, [(80, 60, 3), (50, 40, 3)])
+    assert (code, wanted) == (0, [(80, 60, 3), (50, 40, 3)])
     content = load(folder / "out/predictions.json")
     assert [image["id"] for image in content["images"]] == [1, 2, 3]
     assert {annotation["image_id"] for annotation in content["annotations"]} == {1, 2, 3}
     assert predict("images", resume="auto")[0] == 0
-    assert len(asked) == 2
+    assert len(wanted) == 2
 
 
 def test_other_settings_are_not_mixed_with_what_is_done(predict, folder):
@@ -599,31 +599,31 @@ def test_other_settings_are_not_mixed_with_what_is_done(predict, folder):
 
 
 def end_after(count, monkeypatch):
-    """Let the process be ended before the image of this number, counted from 0, and return what was asked for."""
-    asked = []
+    """Let the process be ended before the image of this number, counted from 0, and return what was requested."""
+    wanted = []
 
     def find(model, image, *others):
-        asked.append(image.shape[:2])
-        if len(asked) == count + 1:
+        wanted.append(image.shape[:2])
+        if len(wanted) == count + 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return generate_masks(model, image, *others)
 
     monkeypatch.setattr("finestsam.modes.predict.generate_masks", find)
-    return asked
+    return wanted
 
 
 def test_an_interrupted_prediction_goes_on_over_a_finished_one_of_other_settings(predict, folder, monkeypatch):
     other = {"generator.points_per_side": 3}
     predict("images", **other, out_dir="unbroken")
     predict("images")
-    asked = end_after(1, monkeypatch)
+    wanted = end_after(1, monkeypatch)
     assert predict("images", **other)[0] == 143
     assert load(folder / "out/predictions.json")["info"]["generator"]["points_per_side"] == 4
 
     code, out, err = predict("images", **other, resume="auto")
 
     assert (code, err) == (0, "")
-    assert "1 of 3 images are done already" in out and len(asked) == 2 + 2
+    assert "1 of 3 images are done already" in out and len(wanted) == 2 + 2
     for name in list_shown(folder / "unbroken"):
         assert (folder / "unbroken" / name).read_bytes() == (folder / "out" / name).read_bytes()
 

@@ -39,7 +39,7 @@ def test_no_predicted_iou_above_1_is_written_and_the_ranking_stays():
     assert scores == sorted(set(scores), reverse=True) and scores[0] < 1
 
 
-def test_no_predicted_iou_above_1_is_told():
+def test_no_predicted_iou_above_1_is_reported():
     report = FilterReport(candidates=3, low_score=3, best_score=1.04)
     scores = [ObjectScore(1, place, 0.5, 0.5, 0.5, 0.5, 1.2) for place in range(2)]
 

@@ -41,7 +41,7 @@ class View(tuple):
 class BlobDecoder(nn.Module):
     """A decoder whose three masks are nested blobs around the point, roughened and scored by the random one it wraps.
 
-    Random weights alone answer every point with the same noise all over the image, which no filter could tell apart.
+    Random weights alone predict for every point with the same noise all over the image, which no filter could sort.
     """
 
     def __init__(self, sam):
@@ -53,21 +53,21 @@ class BlobDecoder(nn.Module):
         logits, scores = self.decoder(
             sparse_prompt_embeddings=sparse_prompt_embeddings, multimask_output=multimask_output, **others
         )
-        places = self.prompt_encoder.pe_layer(logits.shape[-2:])  # C x 4g x 4g
-        asked = sparse_prompt_embeddings[:, 0] - self.prompt_encoder.point_embeddings[1].weight  # N x C
-        nearness = F.relu(torch.einsum("nc,chw->nhw", asked, places) / (len(places) / 2))[:, None]
+        positions = self.prompt_encoder.pe_layer(logits.shape[-2:])  # C x 4g x 4g
+        wanted = sparse_prompt_embeddings[:, 0] - self.prompt_encoder.point_embeddings[1].weight  # N x C
+        nearness = F.relu(torch.einsum("nc,chw->nhw", wanted, positions) / (len(positions) / 2))[:, None]
         levels = torch.tensor([0.85, 0.7, 0.4])[: logits.shape[1], None, None]
         return 80 * (nearness - levels - self.level) + 8 * logits, 0.85 + scores
 
-    def compute_image_features(self, embedding, places, dense):
-        return View((embedding, places, dense))
+    def compute_image_features(self, embedding, positions, dense):
+        return View((embedding, positions, dense))
 
     def predict_above(self, view, sparse, masks, min_score, only_best=False):
         """The same numbers to the last bit: what is compared is the generator, not the decoder."""
-        embedding, places, dense = view
+        embedding, positions, dense = view
         logits, scores = self.forward(
             image_embeddings=embedding,
-            image_pe=places,
+            image_pe=positions,
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense.expand(len(sparse), *embedding.shape[1:]),
             multimask_output=masks == slice(1, None),

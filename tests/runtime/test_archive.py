@@ -185,14 +185,14 @@ def test_more_than_the_limit_is_refused(archive, refuse):
     refuse("grows to 50,505 bytes, expected at most 50,000; not unpacked", limit_bytes=50_000)
 
 
-def test_a_full_disk_is_told_before_anything_is_written(archive, refuse, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_written(archive, refuse, monkeypatch):
     write_zip(archive)
     monkeypatch.setattr(archive_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
 
     refuse("unpacks to 50,505 bytes, but .*target has room for 10; make room there")
 
 
-def test_a_disk_that_fills_up_meanwhile_is_told(archive, refuse, monkeypatch):
+def test_a_disk_that_fills_up_meanwhile_is_reported(archive, refuse, monkeypatch):
     write_zip(archive)
 
     def fill_up(*arguments):
@@ -212,13 +212,13 @@ def test_a_name_that_is_there_twice_is_refused(archive, refuse, twin):
     refuse(f"'{twin}' is in it twice; not unpacked")
 
 
-def test_a_file_in_the_place_of_a_folder_is_told(archive, refuse):
+def test_a_file_in_the_place_of_a_folder_is_reported(archive, refuse):
     write_zip(archive, FILES | {"a.txt/under": b"evil"})
 
     refuse("cannot unpack .*in.zip into .*out: ")
 
 
-def test_wrong_bytes_are_told(archive, refuse):
+def test_wrong_bytes_are_reported(archive, refuse):
     write_zip(archive)
     content = bytearray(archive.read_bytes())
     content[content.index(NOISE[:20]) + 1000] ^= 1  # noise is stored as it is
@@ -227,7 +227,7 @@ def test_wrong_bytes_are_told(archive, refuse):
     refuse("damaged, or no zip file: .*; remove it and fetch it again")
 
 
-def test_a_size_that_is_not_true_is_told(archive, refuse):
+def test_a_size_that_is_not_true_is_reported(archive, refuse):
     def boast(members):
         members[-1].file_size += 100
 
@@ -237,20 +237,20 @@ def test_a_size_that_is_not_true_is_told(archive, refuse):
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>no zip</html>", b"PK\5\6" + bytes(3)])
-def test_what_is_no_zip_file_is_told(archive, refuse, content):
+def test_what_is_no_zip_file_is_reported(archive, refuse, content):
     archive.write_bytes(content)
 
     refuse("damaged, or no zip file: File is not a zip file; remove it and fetch it again")
 
 
-def test_half_a_zip_file_is_told(archive, refuse):
+def test_half_a_zip_file_is_reported(archive, refuse):
     content = write_zip(archive).read_bytes()
     archive.write_bytes(content[: len(content) // 2])
 
     refuse("damaged, or no zip file: File is not a zip file; remove it and fetch it again")
 
 
-def test_any_damage_is_told_in_one_line_or_harmless(tmp_path, archive):
+def test_any_damage_is_reported_in_one_line_or_harmless(tmp_path, archive):
     content = write_zip(archive).read_bytes()
     generator = random.Random(1)
     for number in range(300):

@@ -31,7 +31,7 @@ def count_denormals(flushes):
 
 @pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this processor cannot flush denormals")
 @pytest.mark.parametrize(("flushes", "left"), [(True, 0), (False, 3_000_000)])
-def test_every_thread_flushes_denormals_where_asked(flushes, left):
+def test_every_thread_flushes_denormals_where_prompted(flushes, left):
     if flushes and not sys.platform.startswith("linux"):
-        pytest.skip("threads that are there already are told on Linux alone")
+        pytest.skip("existing threads are counted on Linux alone")
     assert count_denormals(flushes) == [left, left]

@@ -116,7 +116,7 @@ def test_a_slow_connection_is_waited_for(site, target):
     assert len(site.requests) == 1
 
 
-def test_a_server_without_ranges_is_asked_for_the_whole_again(site, target):
+def test_a_server_without_ranges_is_requested_the_whole_again(site, target):
     site.cuts, site.has_ranges = [HALF], False
 
     assert download(site.url, target, SHA256, len(CONTENT)).read_bytes() == CONTENT
@@ -124,7 +124,7 @@ def test_a_server_without_ranges_is_asked_for_the_whole_again(site, target):
 
 
 @pytest.mark.parametrize("headers", [{}, {"ETag": 'W/"weak"'}])
-def test_a_file_that_cannot_be_told_from_its_next_version_is_not_continued(site, target, headers):
+def test_a_file_that_cannot_be_reported_from_its_next_version_is_not_continued(site, target, headers):
     site.cuts, site.headers = [HALF], headers
 
     assert download(site.url, target, SHA256, len(CONTENT)).read_bytes() == CONTENT
@@ -160,7 +160,7 @@ def test_a_part_that_is_too_long_is_thrown_away(site, target):
     assert download(site.url, target, SHA256, len(CONTENT)).read_bytes() == CONTENT
 
 
-def test_a_wrong_hash_is_told_with_both_hashes_and_the_file_removed(site, target):
+def test_a_wrong_hash_is_reported_with_both_hashes_and_the_file_removed(site, target):
     site.content = CONTENT[::-1]
     wrong = hashlib.sha256(site.content).hexdigest()
 
@@ -172,13 +172,13 @@ def test_a_wrong_hash_is_told_with_both_hashes_and_the_file_removed(site, target
     assert download(site.url, target, SHA256, len(CONTENT)).read_bytes() == CONTENT
 
 
-def test_a_wrong_size_is_told_before_anything_is_fetched(site, target):
+def test_a_wrong_size_is_reported_before_anything_is_fetched(site, target):
     with pytest.raises(UserError, match="the server offers 1,024,000 bytes, expected 99"):
         download(site.url, target, SHA256, 99)
     assert not target.exists() and not part_of(target).exists()
 
 
-def test_a_wrong_size_is_told_even_if_the_server_never_says_it(site, target):
+def test_a_wrong_size_is_reported_even_if_the_server_never_says_it(site, target):
     site.headers = {"Content-Length": ""}
 
     with pytest.raises(UserError, match=r"[\d,]+ bytes came, expected 99; what came was removed"):
@@ -194,13 +194,13 @@ def test_an_empty_file_is_no_file(site, target):
     assert not target.exists() and not part_of(target).exists()
 
 
-def test_a_server_that_is_busy_for_a_moment_is_asked_again(site, target):
+def test_a_server_that_is_busy_for_a_moment_is_requested_again(site, target):
     site.failures = [503, 429]
 
     assert download(site.url, target, SHA256, len(CONTENT)).read_bytes() == CONTENT
 
 
-def test_a_file_that_the_server_lacks_is_told_at_once(site, target):
+def test_a_file_that_the_server_lacks_is_reported_at_once(site, target):
     site.failures = [404, 404]
 
     with pytest.raises(UserError, match="cannot download http://127.0.0.1:.*: HTTP Error 404"):
@@ -208,7 +208,7 @@ def test_a_file_that_the_server_lacks_is_told_at_once(site, target):
     assert len(site.requests) == 1
 
 
-def test_offline_tells_how_to_fetch_the_file_by_hand_in_one_line(target):
+def test_offline_shows_how_to_fetch_the_file_by_hand_in_one_line(target):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound, but nobody listens
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/weights.pth"
@@ -220,7 +220,7 @@ def test_offline_tells_how_to_fetch_the_file_by_hand_in_one_line(target):
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_that_cannot_be_made_is_told(site, tmp_path):
+def test_a_folder_that_cannot_be_made_is_reported(site, tmp_path):
     (tmp_path / "file").write_text("")
 
     with pytest.raises(UserError, match=r"cannot download .*file"):
@@ -299,7 +299,7 @@ def test_many_small_files_arrive_each_in_its_place(site, tmp_path):
     assert {f"/{path.name}": path.read_bytes() for path in tmp_path.iterdir()} == site.files
 
 
-def test_one_of_many_files_that_the_server_lacks_is_told_and_the_others_not_asked_for(site, tmp_path):
+def test_one_of_many_files_that_the_server_lacks_is_reported_and_the_others_not_requested(site, tmp_path):
     urls = list_small_files(site, tmp_path, count=200)
     del site.files["/3.jpg"]
     site.pause_seconds = 0.02
@@ -309,7 +309,7 @@ def test_one_of_many_files_that_the_server_lacks_is_told_and_the_others_not_aske
     assert len(site.requests) < 100
 
 
-def test_many_files_offline_are_told_once(tmp_path):
+def test_many_files_offline_are_reported_once(tmp_path):
     with Site(CONTENT) as site:
         urls = list_small_files(site, tmp_path)
 
@@ -325,7 +325,7 @@ def test_the_hash_of_a_file_is_sha256(tmp_path):
 
 
 @pytest.mark.parametrize("shift", [-1000, 1, 1000])
-def test_other_bytes_than_those_asked_for_leave_no_hole(site, target, shift, monkeypatch):
+def test_other_bytes_than_those_requested_leave_no_hole(site, target, shift, monkeypatch):
     site.cuts = [HALF]
     find_start = Site._find_start
     monkeypatch.setattr(Site, "_find_start", lambda *given: (found := find_start(*given)) and found + shift)
@@ -338,15 +338,15 @@ def test_other_bytes_than_those_asked_for_leave_no_hole(site, target, shift, mon
 
 def test_the_rest_of_another_version_is_not_added(site, target, monkeypatch):
     site.cuts = [HALF]
-    answer = Site.answer
+    response = Site.answer
 
     def change(site, handler):
         if "Range" in handler.headers:
             site.content, site.headers = CONTENT[::-1], {"ETag": '"second"'}
             handler.headers.replace_header("If-Range", '"second"')
-        answer(site, handler)
+        response(site, handler)
 
-    monkeypatch.setattr(Site, "answer", change)
+    monkeypatch.setattr(Site, "response", change)
 
     download(site.url, target, None, len(CONTENT))
 
@@ -364,7 +364,7 @@ def test_a_server_that_always_sends_other_bytes_is_an_error(site, target, monkey
 
 
 @pytest.mark.parametrize("length", ["²", "-5", "1e6", "0x10", " ", "", "9" * 5000])
-def test_a_length_that_is_no_number_is_one_that_is_not_told(site, target, length):
+def test_a_length_that_is_no_number_is_one_that_is_not_reported(site, target, length):
     site.headers = {"ETag": '"first"', "Content-Length": length}
 
     download(site.url, target, SHA256, len(CONTENT))

@@ -165,7 +165,7 @@ def test_a_folder_beside_the_dataset_is_written_into(dataset):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux takes rights from root")
-def test_a_folder_that_cannot_be_written_is_told_for_root_too(tmp_path):
+def test_a_folder_that_cannot_be_written_is_reported_for_root_too(tmp_path):
     with read_only(tmp_path), pytest.raises(UserError, match="not writable: Permission denied"):
         make_output_folder(tmp_path, None)
 

@@ -46,7 +46,7 @@ def test_an_output_that_nobody_reads_ends_no_work(scenes, tmp_path, command):
     assert list_shown(tmp_path / "out") == ["dataset_report.json"]
 
 
-def test_a_mistake_is_told_by_the_exit_code_where_nobody_reads(scenes, tmp_path):
+def test_a_mistake_is_reported_by_the_exit_code_where_nobody_reads(scenes, tmp_path):
     assert run("$CHECK --bach_size 3 2>&-", scenes, tmp_path).returncode == 2
     assert run("$CHECK --bach_size 3 2>&1 | true", scenes, tmp_path).returncode == 2
 
@@ -63,7 +63,7 @@ def test_a_screen_that_knows_ascii_alone_shows_other_letters_by_their_numbers(sc
     assert b"dataset \\xdcnirgends: no such folder" in result.stderr
 
 
-def test_without_a_home_the_folder_that_is_missing_is_asked_for(monkeypatch, capsys, scenes, tmp_path):
+def test_without_a_home_the_folder_that_is_missing_is_requested(monkeypatch, capsys, scenes, tmp_path):
     monkeypatch.delenv("FINESTSAM_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("HOME", raising=False)

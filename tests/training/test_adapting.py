@@ -1,4 +1,4 @@
-"""Every way to adapt, through the real command: a step, the files, and the same answers from each of them."""
+"""Every way to adapt, through the real command: a step, the files, and the same outputs from each of them."""
 
 import itertools
 from pathlib import Path
@@ -65,7 +65,7 @@ def as_flags(values: dict[str, object]) -> list[str]:
     return [f"--{name}={value}" for name, value in values.items()]
 
 
-def answer(model: FinestSam) -> torch.Tensor:
+def output(model: FinestSam) -> torch.Tensor:
     torch.manual_seed(0)
     size = model.image_size
     image = torch.randint(0, 255, (3, size, size * 3 // 4), dtype=torch.uint8)
@@ -86,7 +86,7 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(("multimask_output", "image_size"), [(True, 64), (False, 96)])
 @pytest.mark.parametrize("way", WAYS)
-def test_what_is_trained_is_what_its_files_answer(scenes, tmp_path, base, way, multimask_output, image_size):
+def test_the_files_give_the_outputs_of_the_trained_model(scenes, tmp_path, base, way, multimask_output, image_size):
     values = WAYS[way] | {"multimask_output": multimask_output, "model.image_size": image_size}
     flags = [f"--model.checkpoint={base}", *as_flags(values), *BRIEF]
 
@@ -95,21 +95,21 @@ def test_what_is_trained_is_what_its_files_answer(scenes, tmp_path, base, way, m
     exact = {"precision": "32-true"}
     config = build_config(values | exact | {"model.checkpoint": str(base), "model.image_size": image_size})
     trained = load_model(config).model
-    untouched = answer(trained)
+    unchanged = output(trained)
     adapt_(trained.sam, config.model_layer)
     state = torch.load(run / "last.ckpt", weights_only=True)
     trained.sam.load_state_dict(state["model"])
     if "classes" in way:
         trained.class_head = ClassHead(32, 1 + len(state["categories"]))
         trained.class_head.load_state_dict(state["class_head"])
-    expected = answer(trained)
-    assert (expected[: len(untouched)] - untouched).abs().max() > 1e-3
+    expected = output(trained)
+    assert (expected[: len(unchanged)] - unchanged).abs().max() > 1e-3
     files = [run / "best.pth"] + ([run / "adapter"] if "lora" in way else [])
     assert (run / "adapter").exists() == ("lora" in way)
     for path in files:
         loaded = load_model(build_config(exact | {"model.checkpoint": str(path)}), prefer_runs=True)
         assert loaded.model.image_size == image_size
-        torch.testing.assert_close(answer(loaded.model), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(output(loaded.model), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("way", ["lora", "lora below a whole block", "biases", "slower below", "classes"])

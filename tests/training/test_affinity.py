@@ -16,7 +16,7 @@ LABELS[0, :24, :12] = 1
 LABELS[0, :24, 13:25] = 2
 
 
-def answer_truly(labels: torch.Tensor, confidence: float) -> torch.Tensor:
+def make_true_logits(labels: torch.Tensor, confidence: float) -> torch.Tensor:
     """Return the logits of somebody who knows, from plain loops."""
     _, height, width = labels.shape
     logits = torch.zeros(1, QUESTIONS, height, width)
@@ -35,14 +35,14 @@ def answer_truly(labels: torch.Tensor, confidence: float) -> torch.Tensor:
 
 
 def test_who_knows_has_no_loss_and_who_knows_nothing_has_that_of_a_coin():
-    assert affinity_loss(answer_truly(LABELS, 30.0), LABELS).item() < 1e-6
+    assert affinity_loss(make_true_logits(LABELS, 30.0), LABELS).item() < 1e-6
     nothing = torch.zeros(1, QUESTIONS, SIDE, SIDE)
     torch.testing.assert_close(affinity_loss(nothing, LABELS), torch.tensor([math.log(2)]))
-    assert affinity_loss(answer_truly(LABELS, -5.0), LABELS).item() > 4.9
+    assert affinity_loss(make_true_logits(LABELS, -5.0), LABELS).item() > 4.9
 
 
 def test_borders_weigh_as_much_as_all_that_lies_within():
-    logits = answer_truly(LABELS, 30.0)
+    logits = make_true_logits(LABELS, 30.0)
     logits[:, 2] = 30.0  # right neighbours are alike everywhere: wrong along the borders alone
 
     wrong = affinity_loss(logits, LABELS).item()
@@ -51,7 +51,7 @@ def test_borders_weigh_as_much_as_all_that_lies_within():
 
 
 def test_pairs_of_which_neither_is_in_an_object_do_not_count():
-    logits = answer_truly(LABELS, 3.0)
+    logits = make_true_logits(LABELS, 3.0)
     changed = logits.clone()
     is_nothing = (LABELS[:, :, :-1] == 0) & (LABELS[:, :, 1:] == 0)
     changed[:, 2, :, :-1] = torch.where(is_nothing, 100.0, logits[:, 2, :, :-1])
@@ -69,9 +69,9 @@ def test_a_new_head_moves_no_embedding():
 
 
 @pytest.mark.parametrize("mark", [PADDING, CROWD])
-def test_what_is_answered_in_the_padding_or_in_a_crowd_does_not_count(mark):
+def test_what_is_predicted_in_the_padding_or_in_a_crowd_does_not_count(mark):
     labels = torch.where(LABELS == PADDING, mark, LABELS)
-    logits = answer_truly(labels, 3.0)
+    logits = make_true_logits(labels, 3.0)
     changed = torch.where(labels[:, None] == mark, 100.0, logits)
 
     torch.testing.assert_close(affinity_loss(changed, labels), affinity_loss(logits, labels))
@@ -81,7 +81,7 @@ def test_an_image_that_is_all_padding_has_no_loss():
     assert affinity_loss(torch.zeros(1, QUESTIONS, SIDE, SIDE), torch.full((1, SIDE, SIDE), PADDING)).item() == 0
 
 
-def test_each_token_answers_for_its_own_cells():
+def test_each_token_predicts_its_own_cells():
     head = AffinityHead(8)
     torch.nn.init.normal_(head.weight)
     embeddings = torch.randn(2, 8, 4, 4)

@@ -163,7 +163,7 @@ def test_the_best_weights_stay_and_best_and_last_are_left_alone(tmp_path):
     ]
 
 
-def test_no_best_weights_are_kept_when_none_are_asked_for(tmp_path):
+def test_no_best_weights_are_kept_when_none_are_requested(tmp_path):
     assert TopWeights(tmp_path, 0).save(WEIGHTS, 1, {"iou": 0.9}, "iou") is None
     assert list_names(tmp_path) == []
 

@@ -114,7 +114,7 @@ def test_a_run_leaves_a_plain_sam_its_head_beside_it_and_the_categories_in_its_c
         assert parts == pytest.approx(float(row["total_loss"]), rel=1e-4)
 
 
-def test_the_saved_model_answers_what_the_trained_one_did(shapes, tmp_path):
+def test_the_saved_model_gives_what_the_trained_one_gave(shapes, tmp_path):
     run = run_training(shapes, tmp_path, TASK, *BRIEF, "--dataset.val_size=0")
     state = torch.load(run / "last.ckpt", weights_only=True)
     trained = FinestSam(build_sam("vit_tiny_test")).eval()

@@ -24,7 +24,7 @@ ASKED = "--model_layer.fft_attention.blocks=all"
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """Weights of a SAM whose attention answers something."""
+    """Weights of a SAM whose attention matters."""
     torch.manual_seed(0)
     sam = build_sam("vit_tiny_test")
     for block in sam.image_encoder.blocks:
@@ -57,7 +57,7 @@ def measure_distance(loaded, original, records) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def test_distillation_brings_the_answers_close_and_leaves_the_rest_alone(original, records, capsys):
+def test_distillation_brings_the_outputs_close_and_leaves_the_rest_alone(original, records, capsys):
     loaded = load_for_training(original)
     before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
     far = measure_distance(loaded, original, records)
@@ -104,10 +104,10 @@ def test_a_run_saves_what_it_trained_and_prediction_uses_it(scenes, original, tm
     assert json.loads(written[0])["annotations"]
     weights = loaded.model.sam.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in saved.items())
-    untouched = torch.load(original, weights_only=True)
+    unchanged = torch.load(original, weights_only=True)
     name = "image_encoder.blocks.0.attn.qkv.weight"
-    assert not torch.equal(last[name], untouched[name])  # frozen or not, it was distilled
-    moved = not torch.equal(last["image_encoder.neck.0.weight"], untouched["image_encoder.neck.0.weight"])
+    assert not torch.equal(last[name], unchanged[name])  # frozen or not, it was distilled
+    moved = not torch.equal(last["image_encoder.neck.0.weight"], unchanged["image_encoder.neck.0.weight"])
     assert moved == (frozen == "false")
 
 

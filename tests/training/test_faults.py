@@ -204,7 +204,7 @@ def test_a_last_checkpoint_that_cannot_be_saved_ends_with_one_message_and_the_ol
     assert_same_run(whole, tmp_path / "run")
 
 
-def test_best_weights_that_could_not_be_saved_are_told_at_the_end(scenes, tmp_path, monkeypatch, capsys):
+def test_best_weights_that_could_not_be_saved_are_reported_at_the_end(scenes, tmp_path, monkeypatch, capsys):
     FullDisk(monkeypatch, checkpoint, "save_weights", first=1, last=99, limit=100_000)
     monkeypatch.setattr("finestsam.training.best.save_weights", checkpoint.save_weights)
 
@@ -246,7 +246,7 @@ def spoil_losses(monkeypatch, first: int, last: int = 10**9) -> None:
     monkeypatch.setattr(step, "object_losses", spoiled)
 
 
-def test_a_loss_that_is_no_number_is_skipped_told_and_counted(scenes, tmp_path, monkeypatch, capsys):
+def test_a_loss_that_is_no_number_is_skipped_reported_and_counted(scenes, tmp_path, monkeypatch, capsys):
     spoil_losses(monkeypatch, first=3, last=4)
 
     assert start(scenes, tmp_path, "--chunk_objects=500") == 0
@@ -403,16 +403,16 @@ def stopped(scenes, tmp_path) -> Path:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux takes rights from root")
-def test_a_run_that_cannot_be_written_is_told_before_it_is_continued(scenes, tmp_path, capsys):
+def test_a_run_that_cannot_be_written_is_reported_before_it_is_continued(scenes, tmp_path, capsys):
     run = tmp_path / "run"
     (run / "plots").mkdir(parents=True)
     (run / "config.yaml").write_text(f"dataset: {scenes}\ndevice: cpu\nmodel:\n  type: vit_tiny_test\n")
-    told = "cannot be written: Permission denied; what it learns could not be kept\n"
+    printed = "cannot be written: Permission denied; what it learns could not be kept\n"
 
     for place in (run, run / "plots"):
         with read_only(place):
             assert resume(tmp_path) == 2
-        assert capsys.readouterr().err == f"finestsam: --resume: {place} {told}"
+        assert capsys.readouterr().err == f"finestsam: --resume: {place} {printed}"
     (run / "plots").rmdir()
     (run / "plots").touch()
     assert resume(tmp_path) == 2
@@ -438,7 +438,7 @@ def test_a_run_that_cannot_be_written_any_more_says_what_helps(scenes, tmp_path,
     assert "make room" not in error and "GB" not in error
 
 
-def test_best_weights_that_are_gone_are_told_at_the_end(scenes, tmp_path, monkeypatch, capsys):
+def test_best_weights_that_are_gone_are_reported_at_the_end(scenes, tmp_path, monkeypatch, capsys):
     finish = train.finish_epoch
 
     def finish_and_lose(run, log):
@@ -450,8 +450,8 @@ def test_best_weights_that_are_gone_are_told_at_the_end(scenes, tmp_path, monkey
     assert start(scenes, tmp_path) == 2
 
     out, error = capsys.readouterr()
-    told = f"finestsam: {tmp_path / 'run' / 'best.pth'} is gone, and with it the best weights of the run; "
-    assert error.splitlines()[-1].startswith(told) and "the newest ones are in" in error
+    printed = f"finestsam: {tmp_path / 'run' / 'best.pth'} is gone, and with it the best weights of the run; "
+    assert error.splitlines()[-1].startswith(printed) and "the newest ones are in" in error
     assert f"weights: {tmp_path}" not in out
 
 
@@ -501,7 +501,7 @@ def test_a_run_that_learns_masks_does_not_go_on_with_affinities_alone(stopped, c
     assert "losses.focal_ratio is 0.0, the run has 20.0" in capsys.readouterr().err
 
 
-def test_a_changed_rate_or_batch_size_is_told_with_the_one_that_wins(stopped, capsys):
+def test_a_changed_rate_or_batch_size_is_reported_with_the_one_that_wins(stopped, capsys):
     flags = ["--opt.learning_rate=1e-5", "--batch_size=2", "--opt.clip_norm=2", "--num_workers=0"]
 
     assert resume(stopped, "--max_steps=2", *flags) == 0

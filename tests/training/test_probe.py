@@ -67,7 +67,7 @@ def read_scene(folder, side: int) -> Record:
     return read_training_set(DatasetConfig(path=str(folder), val_size=0.0, use_cache=False)).train[0]
 
 
-def test_the_need_of_many_objects_is_told_from_few(make_stepper, dataset):
+def test_the_need_of_many_objects_is_reported_from_few(make_stepper, dataset):
     stepper = make_stepper()
     need = measure_need(stepper, dataset)
     known = {weight.untyped_storage().data_ptr() for weight in stepper.model.parameters()}
@@ -115,7 +115,7 @@ def test_there_is_room_for_the_loss_of_the_largest_masks(make_stepper, dataset, 
         choose_chunk_objects(stepper, need)
 
 
-def test_corrections_need_more_for_an_object_than_its_first_answer(make_stepper, dataset):
+def test_corrections_need_more_memory_than_the_first_masks_of_an_object(make_stepper, dataset):
     plain, corrected = (
         measure_need(make_stepper(prompts__correction_clicks=clicks), dataset).object_bytes for clicks in (0, 2)
     )
@@ -157,7 +157,7 @@ def test_what_does_not_fit_is_refused_with_what_needs_less(make_stepper, dataset
 
 
 def fail_at(monkeypatch, call: int, error: Exception) -> None:
-    """Let the losses of an answer of the decoder fail, counted from 1; the encoder's pass is 0."""
+    """Let the losses of a call of the decoder fail, counted from 1; the encoder's pass is 0."""
     decode, encode, calls = probe._decode, Stepper.encode, []
 
     def fail(*arguments):

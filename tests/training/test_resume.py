@@ -53,24 +53,24 @@ def test_without_the_run_s_own_description_the_difference_is_not_guessed(data, t
         refuse_other_dataset(tmp_path, {"dataset": "of something else"}, take_fingerprint(data))
 
 
-@pytest.mark.parametrize(("name", "is_told"), [("max_objects", True), ("background_points", True), ("sav", False)])
-def test_a_change_of_what_a_step_asks_is_told(capsys, name, is_told):
+@pytest.mark.parametrize(("name", "is_reported"), [("max_objects", True), ("background_points", True), ("sav", False)])
+def test_a_change_of_what_a_step_needs_is_reported(capsys, name, is_reported):
     config = build_config({"model.type": "vit_tiny_test"})
     state = {"config": json.dumps(flatten_config(config) | {f"dataset.{name}": 7})}
 
     check_settings(config, state, 1)
 
-    assert (f"dataset.{name}" in capsys.readouterr().err) is is_told
+    assert (f"dataset.{name}" in capsys.readouterr().err) is is_reported
 
 
-@pytest.mark.parametrize(("steps", "is_told"), [((0.6, 0.85), True), ((100, 200), False), ((), False)])
-def test_more_epochs_move_what_is_a_share_of_them(capsys, steps, is_told):
+@pytest.mark.parametrize(("steps", "is_reported"), [((0.6, 0.85), True), ((100, 200), False), ((), False)])
+def test_more_epochs_move_what_is_a_share_of_them(capsys, steps, is_reported):
     config = build_config({"model.type": "vit_tiny_test", "sched.LambdaLR.steps": list(steps), "num_epochs": 20})
     state = {"config": json.dumps(flatten_config(config) | {"num_epochs": 10})}
 
     check_settings(config, state, 1)
 
-    assert ("of another length" in capsys.readouterr().err) is is_told
+    assert ("of another length" in capsys.readouterr().err) is is_reported
 
 
 @pytest.fixture(scope="module")

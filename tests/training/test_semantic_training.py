@@ -160,7 +160,7 @@ def test_weights_without_a_head_cannot_tell_classes(tmp_path):
     ],
     ids=["FFT attention", "LoRA"],
 )
-def test_other_encoders_learn_with_a_head_and_answer_from_their_file_as_in_validation(
+def test_other_encoders_learn_with_a_head_and_predict_from_their_file_as_in_validation(
     scenes, tmp_path, flags, is_plain
 ):
     start = build_sam("vit_tiny_test").state_dict()
@@ -183,7 +183,7 @@ def test_other_encoders_learn_with_a_head_and_answer_from_their_file_as_in_valid
     assert figures == pytest.approx([metrics["val_miou"]] * len(figures), abs=2e-3)
 
 
-def test_a_frozen_encoder_is_asked_once(scenes, tmp_path, monkeypatch):
+def test_a_frozen_encoder_is_prompted_once(scenes, tmp_path, monkeypatch):
     monkeypatch.setenv("FINESTSAM_CACHE", str(tmp_path / "cache"))
 
     run_training(scenes, tmp_path, TASK, "--model_layer.freeze.image_encoder=true")

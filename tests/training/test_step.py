@@ -181,7 +181,7 @@ def make_batches(records, **values: object) -> list[Batch]:
     return [Batch([dataset[(0, 0)], dataset[(0, 1)]]), Batch([dataset[(0, 2)]])]
 
 
-def test_an_object_weighs_one_however_often_it_is_asked_for(tiny_sam, records):
+def test_an_object_weighs_one_however_often_it_is_requested(tiny_sam, records):
     batches = make_batches(records, **SEVERAL)
     stepper = make_stepper(tiny_sam, chunk_objects=3)
     plain = copy.deepcopy(stepper.model)
@@ -204,7 +204,7 @@ def test_an_object_weighs_one_however_often_it_is_asked_for(tiny_sam, records):
             torch.testing.assert_close(weight.grad, expected, rtol=1e-3, atol=1e-6)
 
 
-def test_corrections_are_learnt_from_as_answers_to_clicks_and_the_logits_before(tiny_sam, records):
+def test_corrections_are_learnt_from_clicks_and_the_logits_before(tiny_sam, records):
     batches = make_batches(records, **CORRECTED)
     stepper = make_stepper(tiny_sam, chunk_objects=500, **CORRECTED)
     plain = copy.deepcopy(stepper.model)
@@ -254,7 +254,7 @@ def test_corrective_clicks_reach_the_embeddings_of_clicks_and_masks(tiny_sam, fi
         assert all(weight.requires_grad for weight in part.parameters())
 
 
-def test_the_first_answer_is_what_the_next_epoch_is_given(tiny_sam, records, tmp_path):
+def test_the_next_epoch_gets_the_logits_of_the_first_masks(tiny_sam, records, tmp_path):
     batches = make_batches(records, **SEVERAL)
     corrected = [Batch([replace(s, correction_clicks=2) for s in batch.samples]) for batch in batches]
     kept = []
@@ -272,7 +272,7 @@ def test_the_first_answer_is_what_the_next_epoch_is_given(tiny_sam, records, tmp
 
 
 def run_out_of_memory(stepper: Stepper, objects: int, first: int = 1) -> None:
-    """Let the decoder fail from its n-th call on, where it is asked for more objects than so many."""
+    """Let the decoder fail from its n-th call on, where it is requested more objects than so many."""
     forward, calls = stepper.model.forward, []
 
     def limited(embedding, prompts):
@@ -323,7 +323,7 @@ def test_a_step_that_does_not_fit_at_all_names_its_images_and_changes_nothing(ti
     assert stepper.optimizer.state_dict()["state"] == {}
 
 
-def test_an_error_of_the_memory_is_told_from_others():
+def test_an_error_of_the_memory_is_reported_from_others():
     with pytest.raises(RuntimeError) as found:
         torch.empty(10**15)
 
@@ -391,7 +391,7 @@ def test_half_precision_leaves_prompts_where_they_are(tiny_sam, records, dtype):
         tiny_sam.encoder_dtype = kind
         stepper = make_stepper(tiny_sam, **values)
         encoder, kept = stepper.model.sam.prompt_encoder, []
-        encoder.register_forward_hook(lambda module, given, answer, kept=kept: kept.append(answer[0].detach()))
+        encoder.register_forward_hook(lambda module, given, output, kept=kept: kept.append(output[0].detach()))
         stepper.step(batches, epoch=0, wants_stop=False)
         seen.append(kept)
 
@@ -423,7 +423,7 @@ def test_half_precision_finds_its_scale_in_the_first_steps_and_goes_on(tiny_sam,
 
 
 @pytest.mark.parametrize("multimask_output", [True, False])
-def test_what_answers_for_masks_that_nobody_asks_for_stays_as_it_is(tiny_sam, batches, multimask_output):
+def test_weights_of_unused_mask_tokens_stay_as_they_are(tiny_sam, batches, multimask_output):
     tiny_sam.multimask_output = multimask_output
     values = {"multimask_output": multimask_output, "opt.weight_decay": 1.0, "opt.learning_rate": 1e-2}
     stepper = make_stepper(tiny_sam, **values)
@@ -433,9 +433,9 @@ def test_what_answers_for_masks_that_nobody_asks_for_stays_as_it_is(tiny_sam, ba
     for _ in range(2):
         stepper.step(batches, epoch=0, wants_stop=False)
 
-    kept, asked = ([0], [1, 2, 3]) if multimask_output else ([1, 2, 3], [0])
+    kept, wanted = ([0], [1, 2, 3]) if multimask_output else ([1, 2, 3], [0])
     assert torch.equal(rows[kept], before[kept])
-    assert all((rows[row] != before[row]).any() for row in asked)
+    assert all((rows[row] != before[row]).any() for row in wanted)
 
 
 def test_no_predicted_iou_above_1_is_logged(tiny_sam):

@@ -73,7 +73,7 @@ def test_a_run_leaves_everything_that_is_needed_to_use_repeat_and_continue_it(fi
     assert (card["goal"], card["tuned_on"]) == ("f1", len(validated))
 
 
-def test_the_figures_have_a_row_for_the_untouched_model_and_one_per_epoch(finished):
+def test_the_figures_have_a_row_for_the_unchanged_model_and_one_per_epoch(finished):
     rows = read_csv(finished)
 
     assert [int(row["epoch"]) for row in rows] == [0, 1, 2, 3]
@@ -86,7 +86,7 @@ def test_the_figures_have_a_row_for_the_untouched_model_and_one_per_epoch(finish
         assert parts == pytest.approx(float(row["total_loss"]), rel=1e-4)
 
 
-def test_best_weights_load_anywhere_and_are_never_worse_than_the_untouched_model(finished):
+def test_best_weights_load_anywhere_and_are_never_worse_than_the_unchanged_model(finished):
     state_dict = torch.load(finished / "best.pth", weights_only=True)
     loaded = load_model(build_config({"model.checkpoint": str(finished), "device": "cpu"}))
 
@@ -213,7 +213,7 @@ def test_a_strict_run_refuses_a_dataset_with_a_defect(coco_folder, tmp_path_fact
     assert "1 skipped (1 empty segmentation)" in capsys.readouterr().err
 
 
-def test_a_mistyped_folder_is_told_before_anything_is_downloaded(tmp_path, capsys):
+def test_a_mistyped_folder_is_reported_before_anything_is_downloaded(tmp_path, capsys):
     assert main(["--mode=train", f"--dataset={tmp_path / 'datset'}", "--device=cpu", f"--sav_dir={tmp_path}"]) == 2
 
     assert "datset: no such folder" in capsys.readouterr().err
@@ -317,16 +317,16 @@ def test_settings_that_train_what_prediction_does_not_read_are_named():
     assert "never learns to see" in list_mismatches(build_config({}), starts_from_nothing=True)[0]
 
 
-def test_a_large_model_on_a_cpu_that_nobody_asked_for_is_told():
+def test_a_large_model_on_a_cpu_that_nobody_requested_is_reported():
     large, small = (FinestSam(build_sam("vit_tiny_test", size)) for size in (1024, 64))
 
     (warning,) = warn_of_cpu(build_config({}), "cpu", large, "vit_b")
     assert "no GPU found" in warning
-    for asked, device, model in (("cpu", "cpu", large), ("auto", "cuda", large), ("auto", "cpu", small)):
-        assert warn_of_cpu(build_config({"device": asked}), device, model, "vit_b") == []
+    for wanted, device, model in (("cpu", "cpu", large), ("auto", "cuda", large), ("auto", "cpu", small)):
+        assert warn_of_cpu(build_config({"device": wanted}), device, model, "vit_b") == []
 
 
-def test_a_schedule_that_the_run_is_too_short_for_is_told(scenes, tmp_path, capsys):
+def test_a_schedule_that_the_run_is_too_short_for_is_reported(scenes, tmp_path, capsys):
     config = build_config({"sched.LambdaLR.warmup_steps": 5, "sched.LambdaLR.steps": [10, 20]})
 
     assert "within the 5 steps of its warm-up" in warn_of_schedule(config, 5)[0]

@@ -32,7 +32,7 @@ def make_rle(box: tuple[int, int, int, int] = BOXES[1], as_list: bool = False) -
 
 
 @pytest.mark.parametrize("segmentation", [[], [[]], None, ..., {}, ""])
-def test_case_24_an_empty_segmentation_is_skipped_and_its_box_only_taken_when_asked(zoo, segmentation):
+def test_case_24_an_empty_segmentation_is_skipped_and_its_box_only_taken_when_prompted(zoo, segmentation):
     zoo.add(9, segmentation=segmentation, bbox=[100, 80, 20, 10])
 
     outcome = assert_skipped(zoo, 9, "empty_segmentation")
@@ -257,7 +257,7 @@ def test_case_42_a_box_that_is_none_is_taken_from_the_mask(zoo, bbox):
 
 
 @pytest.mark.parametrize("bbox", [[10, 20, 48, 40], [100, 90, 40, 30], [10.4, 20.2, 3.0, 3.0]])
-def test_case_43_a_box_that_disagrees_with_the_mask_is_told(zoo, bbox):
+def test_case_43_a_box_that_disagrees_with_the_mask_is_reported(zoo, bbox):
     zoo.annotations[0]["bbox"] = bbox
 
     outcome = zoo.check()
@@ -266,7 +266,7 @@ def test_case_43_a_box_that_disagrees_with_the_mask_is_told(zoo, bbox):
     assert outcome.remarks == ([] if bbox == [10, 20, 48, 40] else ["bbox_disagrees"])
 
 
-def test_case_44_the_same_mask_twice_is_told_and_dropped_when_asked(zoo):
+def test_case_44_the_same_mask_twice_is_reported_and_dropped_when_prompted(zoo):
     zoo.add(9)
 
     outcome = zoo.check()

@@ -113,8 +113,8 @@ def test_case_54_masks_lie_on_turned_images_as_their_tool_saw_them(zoo, orientat
     exif = Image.Exif()
     exif[EXIF_ORIENTATION] = orientation
     seen = stored if convention == "stored" else upright
-    is_told = convention != "unsized"
-    size = {"width": seen.width, "height": seen.height} if is_told else {"width": None, "height": None}
+    is_reported = convention != "unsized"
+    size = {"width": seen.width, "height": seen.height} if is_reported else {"width": None, "height": None}
     add_image(zoo, "c.png", encode(stored, "PNG", exif=exif), **size)
 
     outcome = zoo.check()
@@ -122,7 +122,7 @@ def test_case_54_masks_lie_on_turned_images_as_their_tool_saw_them(zoo, orientat
     if convention == "stored" and seen.size == upright.size:
         seen = upright  # both fit: upright, which is what viewers and most tools show
     (x, y, _, _) = outcome.usable[9][1]
-    expected = None if not is_told else (seen.height, seen.width)
+    expected = None if not is_reported else (seen.height, seen.width)
     image = read_image(zoo.images_dir / "c.png", expected)
     assert image.shape[:2] == (seen.height, seen.width)
     assert (image == np.asarray(seen)).all()
@@ -136,7 +136,7 @@ def test_case_55_a_size_that_fits_neither_way_is_skipped(zoo):
     assert_image_skipped(zoo, "size_mismatch", f"size mismatch: the annotations say {WIDTH} x {HEIGHT}, the file has")
 
 
-def test_case_56_a_square_turned_image_is_taken_upright_and_told(zoo):
+def test_case_56_a_square_turned_image_is_taken_upright_and_reported(zoo):
     exif = Image.Exif()
     exif[EXIF_ORIENTATION] = 6
     stored = Image.fromarray(render_quarters((160, 160))).transpose(UNDO[6])
@@ -167,7 +167,7 @@ def test_case_57_every_kind_of_pixels_becomes_rgb(zoo, mode):
         assert np.abs(image.astype(int) - render_quarters()).max() <= (50 if mode == "P" else 0)
 
 
-def test_case_57_transparency_is_dropped_and_told(zoo):
+def test_case_57_transparency_is_dropped_and_reported(zoo):
     pixels = np.dstack([render_quarters(), np.full((HEIGHT, WIDTH), 255, dtype=np.uint8)])
     pixels[:60, :, 3] = 0
     add_image(zoo, "c.png", encode(pixels, "PNG"))
@@ -212,7 +212,7 @@ def test_case_59_cmyk_is_as_pillow_converts_it(zoo):
         assert np.abs(reference[inner] - render_quarters()[inner]).mean() < 6
 
 
-def test_case_60_float_pixels_several_pages_and_animations_are_told(zoo):
+def test_case_60_float_pixels_several_pages_and_animations_are_reported(zoo):
     values = np.linspace(-3, 9, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH).astype(np.float32)
     values[3, 4] = np.nan
     add_image(zoo, "c.tif", encode(Image.fromarray(values), "TIFF"))
@@ -278,7 +278,7 @@ def test_case_63_images_too_thin_to_segment_are_skipped_and_predicted_without_a_
 @pytest.mark.parametrize(
     ("name", "kind"), [("c.jpg", "PNG"), ("c.JPG", "JPEG"), ("c", "PNG"), ("c.png", "WEBP"), ("c.dat", "BMP")]
 )
-def test_case_64_the_content_tells_the_kind_and_not_the_suffix(zoo, name, kind):
+def test_case_64_the_content_shows_the_kind_and_not_the_suffix(zoo, name, kind):
     add_image(zoo, name, encode(render_quarters(), kind))
 
     assert zoo.check("--strict").usable[9] == SOUND[1]
@@ -293,7 +293,7 @@ def test_case_65_any_name_is_found(zoo, name):
     assert zoo.check("--strict").usable[9] == SOUND[1]
 
 
-def test_case_65_names_too_long_for_the_disk_or_encoded_for_the_web_are_answered(zoo):
+def test_case_65_names_too_long_for_the_disk_or_encoded_for_the_web_are_predicted(zoo):
     add_image(zoo, "with space.png", encode(render_quarters(), "PNG"), file_name="with%20space.png")
     zoo.content["images"].append({"id": 4, "file_name": "y" * 5000 + ".png", "width": WIDTH, "height": HEIGHT})
 
@@ -366,10 +366,10 @@ def test_changed_bytes_give_an_image_or_a_defect_and_nothing_else(tmp_path, kind
         for place in rng.integers(0, len(data), rng.integers(1, 6)):
             changed[place] = rng.integers(0, 256)
         path.write_bytes(bytes(changed[: rng.integers(len(data) // 2, len(data) + 1)]))
-        answers = []
+        outputs = []
         for look in (lambda: inspect_image(path).size, lambda: read_image(path).shape[:2]):
             try:
-                answers.append(look())
+                outputs.append(look())
             except Defect as defect:
-                answers.append(defect.code)
-        assert answers[0] == answers[1], answers
+                outputs.append(defect.code)
+        assert outputs[0] == outputs[1], outputs

@@ -248,7 +248,7 @@ def test_case_75_code_in_yaml_is_not_run(zoo, tmp_path, text):
 
 
 @pytest.mark.parametrize("mode", ["check", "evaluate", "convert", "train"])
-def test_case_77_a_folder_that_cannot_take_results_is_told_before_the_work(zoo, tmp_path, capsys, mode):
+def test_case_77_a_folder_that_cannot_take_results_is_reported_before_the_work(zoo, tmp_path, capsys, mode):
     zoo.write()
     setting = "sav_dir" if mode == "train" else "out_dir"
     (tmp_path / "file").touch()
@@ -264,7 +264,7 @@ def test_case_77_a_folder_that_cannot_take_results_is_told_before_the_work(zoo, 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux takes rights from root")
-def test_case_77_a_folder_that_may_not_be_written_is_told(zoo):
+def test_case_77_a_folder_that_may_not_be_written_is_reported(zoo):
     zoo.out_dir.mkdir()
 
     with read_only(zoo.out_dir):
@@ -298,8 +298,8 @@ def test_case_127_what_somebody_wrote_is_not_replaced(zoo, capsys, mode, name):
 
     assert main([*arguments, "--model.type=vit_tiny_test", "--model.checkpoint=none", "--check.samples=2"]) == 2
 
-    told = f"finestsam: {zoo.out_dir / name} is not replaced: it is no result of finestsam's, or was changed since; "
-    assert capsys.readouterr().err.startswith(told)
+    printed = f"finestsam: {zoo.out_dir / name} is not replaced: it is no result of finestsam's, or was changed since; "
+    assert capsys.readouterr().err.startswith(printed)
     assert (zoo.out_dir / name).read_text() == "theirs"
 
 

@@ -83,7 +83,7 @@ def make_split_folders(zoo, names: tuple[str, ...] = ("train", "val")) -> None:
     zoo.annotation_file = zoo.root / names[0] / "annotations.json"
 
 
-def test_case_82_images_on_both_sides_are_told(zoo):
+def test_case_82_images_on_both_sides_are_reported(zoo):
     make_split_folders(zoo)
 
     outcome = zoo.check()

@@ -29,7 +29,7 @@ def test_case_01_missing_annotations_name_the_place_and_what_is_nearby(zoo):
 
 
 @pytest.mark.parametrize("text", ["{", '{"images": [', "{'images': []}", '{"images": []} extra'])
-def test_case_02_what_is_not_json_is_told_with_line_and_column(zoo, text):
+def test_case_02_what_is_not_json_is_reported_with_line_and_column(zoo, text):
     assert_refused(zoo.check(text=text), "not JSON")
     assert "annotations.json" in zoo.check(text=text).err
     assert "at line 1 column" in zoo.check(text=text).err
@@ -104,7 +104,7 @@ def test_case_08_one_image_id_for_two_files_is_refused_and_twice_the_same_is_tak
     assert_refused(zoo.check(), "image id 1 stands for 'a.png' and for 'b.png'")
 
 
-def test_case_09_two_entries_of_one_file_are_told(zoo):
+def test_case_09_two_entries_of_one_file_are_reported(zoo):
     zoo.content["images"].append(dict(zoo.content["images"][0], id=3))
 
     outcome = zoo.check()
@@ -120,7 +120,7 @@ def test_case_10_an_annotation_of_an_unknown_image_is_skipped(zoo, image_id):
     assert_skipped(zoo, 9, "unknown_image")
 
 
-def test_case_11_an_unknown_category_is_kept_and_told(zoo):
+def test_case_11_an_unknown_category_is_kept_and_reported(zoo):
     zoo.annotations[0]["category_id"] = 9
 
     outcome = zoo.check()
@@ -152,7 +152,7 @@ def test_case_13_a_missing_id_is_given_and_a_missing_image_id_skipped(zoo):
     assert len(outcome.report["usable"]) == 4
 
 
-def test_case_14_a_missing_category_is_object_and_told(zoo):
+def test_case_14_a_missing_category_is_object_and_reported(zoo):
     del zoo.annotations[0]["category_id"]
 
     outcome = zoo.check()
@@ -301,7 +301,7 @@ def test_case_22_label_studios_layout_is_read(zoo):
     assert zoo.check().usable == SOUND
 
 
-def test_case_23_a_labelme_folder_is_read_and_its_file_in_cocos_place_told(zoo):
+def test_case_23_a_labelme_folder_is_read_and_its_file_in_cocos_place_reported(zoo):
     shape = {"label": "parcel", "points": [[10, 20], [50, 20], [50, 50], [10, 50]], "shape_type": "polygon"}
     labelme = {"shapes": [shape], "imagePath": "a.png", "imageHeight": 120, "imageWidth": 160}
 
