@@ -3,7 +3,8 @@
 segment_anything starts as PyTorch's layers do, which is of no matter to Meta's weights. From scratch its encoder then
 learns nothing for hundreds of steps, and soon gives nearly the same embedding for every image. Three things are in the
 way: eight random blocks and a random 3 x 3 convolution mix each token with its neighbours before any of it is
-understood, the brightness of a patch drowns what is in it, and queries and keys that should meet at a place know it by unrelated names.
+understood, the brightness of a patch drowns what is in it, and queries and keys that should meet at a position encode
+it differently.
 """
 
 import math
