@@ -89,7 +89,7 @@ class Zoo:
         }
         self._capsys = capsys
 
-    def save_image(self, name: str, seed: int = 0, size: tuple[int, int] = (HEIGHT, WIDTH)) -> Path:
+    def write_image(self, name: str, seed: int = 0, size: tuple[int, int] = (HEIGHT, WIDTH)) -> Path:
         pixels = np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8)
         path = self.images_dir / name
         path.parent.mkdir(parents=True, exist_ok=True)
