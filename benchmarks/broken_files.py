@@ -37,7 +37,7 @@ from finestsam.errors import Defect, UserError
 from finestsam.evaluation.result_files import read_results
 from finestsam.formats.layouts import find_layout
 from finestsam.formats.yolo import read_names
-from finestsam.images.read import (
+from finestsam.images.files import (
     inspect_image,
     read_hashed_image,
     read_image,
@@ -46,7 +46,7 @@ from finestsam.images.read import (
     write_image,
 )
 from finestsam.masks import rle_area
-from finestsam.model.adapter_file import write_adapter
+from finestsam.model.adapter import write_adapter
 from finestsam.model.architectures import build_sam
 from finestsam.model.card import Card, write_card
 from finestsam.model.load import load_model

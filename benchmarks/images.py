@@ -21,7 +21,7 @@ from benchmarks.measure import describe_machine, print_table, run_process
 from finestsam.config import build_config
 from finestsam.data.dataset import SampleDataset, SampleSettings
 from finestsam.data.read import read_evaluation_set
-from finestsam.images.read import read_image
+from finestsam.images.files import read_image
 from finestsam.masks import decode_rle, encode_mask, rle_to_json
 from finestsam.records import Record
 

@@ -26,7 +26,7 @@ from benchmarks.measure import describe_machine, print_table, run_process
 from benchmarks.training import lose
 from finestsam.batch import Batch, Prompts, Sample
 from finestsam.config import build_config
-from finestsam.images.read import compute_input_size, scale_points
+from finestsam.images.frames import compute_input_size, scale_points
 from finestsam.masks import encode_mask
 from finestsam.model.architectures import build_sam
 from finestsam.model.sam import FinestSam

@@ -29,7 +29,7 @@ from finestsam.config import GENERATOR_DEFAULTS, Config, LossesConfig, build_con
 from finestsam.data.dataset import SampleDataset, SampleSettings, StepSampler
 from finestsam.data.read import read_training_set
 from finestsam.data.scenes import describe_mask
-from finestsam.images.read import write_image
+from finestsam.images.files import write_image
 from finestsam.masks import decode_rle
 from finestsam.model.architectures import build_sam
 from finestsam.model.sam import FinestSam

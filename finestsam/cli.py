@@ -147,7 +147,7 @@ def _run(mode: str, config: Config) -> int:
         from finestsam.modes.export import export as run
     else:
         from finestsam.modes.convert import convert as run
-    from finestsam.runtime.output_folder import release_output_folders
+    from finestsam.runtime.folders import release_output_folders
 
     try:
         return run(config)

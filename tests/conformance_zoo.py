@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from finestsam.cli import main
-from finestsam.images.read import write_image
+from finestsam.images.files import write_image
 
 HEIGHT, WIDTH = 120, 160
 # Rectangles as x, y, width, height: three on the first image, one on the second.

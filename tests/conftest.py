@@ -20,7 +20,7 @@ from finestsam.cli import main
 from finestsam.config import DatasetConfig
 from finestsam.data.read import read_training_set
 from finestsam.data.scenes import write_scenes
-from finestsam.images.read import write_image
+from finestsam.images.files import write_image
 from finestsam.model.architectures import build_sam
 from finestsam.model.sam import FinestSam
 from finestsam.records import Record

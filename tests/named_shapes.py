@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from finestsam.data.scenes import describe_mask
-from finestsam.images.read import write_image
+from finestsam.images.files import write_image
 
 SIDE, CELL = 96, 48
 # Names that a careless page would take for HTML, and ids that are neither 1, 2 nor in the order of the list.

@@ -16,25 +16,23 @@ LEVELS = {
 }  # fmt: skip
 # Where each library may be touched.
 LIBRARIES = {
-    "cv2": {"read", "masks", "overlay", "processes"},
+    "cv2": {"files", "frames", "masks", "overlay", "processes"},
     "segment_anything": {
         "architectures",
-        "initial",
         "sam",
         "load",
         "trainable",
         "generator",
         "decoder",
         "encoder",
-        "adapt",
+        "adapter",
         "lora",
-        "adapter_file",
         "fft_attention",
-        "semantic_head",
+        "heads",
         "tiny_vit",
-        "graphs",
+        "onnx",
         "hugging_face",
-    },
+    },  # fmt: skip
     "timm": {"tiny_vit"},
     "onnxruntime": {"onnx_check"},
     "pycocotools": {"masks", "coco_scores"},

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from finestsam.config import DatasetConfig
-from finestsam.formats.found import CheckedImage
+from finestsam.formats.checked_image import CheckedImage
 from finestsam.masks import Remark
 from finestsam.records import UNNAMED_CATEGORY, Annotation, DatasetReport, Index, Record
 

@@ -21,7 +21,7 @@ from finestsam.formats.layouts import Part
 from finestsam.formats.yolo import read_names
 from finestsam.masks import segmentation_to_rle
 from finestsam.records import Annotation, DatasetReport, Finding, Index, Record
-from finestsam.runtime.cache_folder import cache_folder
+from finestsam.runtime.folders import cache_folder
 from finestsam.runtime.whole_files import write_text
 
 # Raised whenever reading gives another result for the same files.

@@ -17,7 +17,8 @@ from finestsam.data.prompts import (
     sample_points,
 )
 from finestsam.errors import Defect, printable
-from finestsam.images.read import compute_input_size, read_image, resize_image, shrink_mask
+from finestsam.images.files import read_image
+from finestsam.images.frames import compute_input_size, resize_image, shrink_mask
 from finestsam.masks import decode_rle
 from finestsam.records import Annotation, Record
 

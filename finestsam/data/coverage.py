@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 
 from finestsam.config import GeneratorConfig
-from finestsam.images.read import build_crop_boxes, build_point_grid
+from finestsam.images.frames import build_crop_boxes, build_point_grid
 from finestsam.masks import find_runs
 from finestsam.records import Record
 from finestsam.runtime.processes import map_in_processes

@@ -39,7 +39,8 @@ from finestsam.data.prompts import (
 )
 from finestsam.data.semantic import ClassTable, render_label_cells
 from finestsam.errors import Defect
-from finestsam.images.read import compute_input_size, read_image, resize_image, scale_boxes, scale_points
+from finestsam.images.files import read_image
+from finestsam.images.frames import compute_input_size, resize_image, scale_boxes, scale_points
 from finestsam.masks import decode_rle, join_rles
 from finestsam.model.embeddings import EmbeddingStore, image_key
 from finestsam.records import Annotation, Record

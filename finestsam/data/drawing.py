@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from finestsam.images.read import blur
+from finestsam.images.frames import blur
 from finestsam.masks import rasterize
 
 SQUARE = np.array([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])  # the order of the corners of a quad

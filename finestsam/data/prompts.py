@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from finestsam.images.read import blur, build_point_grid, shrink_mask
+from finestsam.images.frames import blur, build_point_grid, shrink_mask
 from finestsam.masks import distance_inside
 
 POSITIVE, NEGATIVE, MISSING = 1, 0, -1

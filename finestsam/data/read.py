@@ -12,7 +12,7 @@ from finestsam.data.split import split_as_before, split_records
 from finestsam.errors import UserError
 from finestsam.formats import coco, labelme, yolo
 from finestsam.formats import mask_images as mask_pairs
-from finestsam.formats.found import CheckedImage, ImageJob
+from finestsam.formats.checked_image import CheckedImage, ImageJob
 from finestsam.formats.layouts import Layout, Part, find_layout
 from finestsam.records import Annotation, DatasetReport, Index, Record, merge_reports
 from finestsam.runtime.processes import map_in_processes

@@ -10,7 +10,7 @@ import numpy as np
 from finestsam.data.bodies import Polygon, Species, sample_lump, sample_species
 from finestsam.data.drawing import Box, Drawn, fill, point_at, turn, turn_grid
 from finestsam.data.surfaces import render_fractal, sample_surface, sharpen
-from finestsam.images.read import blur
+from finestsam.images.frames import blur
 from finestsam.masks import distance_inside, rasterize
 
 

@@ -19,7 +19,8 @@ from finestsam.data.facades import render_facades
 from finestsam.data.quarters import render_quarters
 from finestsam.data.scenery import render_scenery
 from finestsam.data.town_plans import render_parcels, render_plans
-from finestsam.images.read import blur, write_image
+from finestsam.images.files import write_image
+from finestsam.images.frames import blur
 from finestsam.masks import encode_mask, rle_area, rle_box, rle_to_json
 from finestsam.runtime.processes import map_in_processes
 from finestsam.runtime.whole_files import write_json

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from finestsam.data.drawing import render_lines, turn_grid
-from finestsam.images.read import enlarge
+from finestsam.images.frames import enlarge
 
 PATTERNS = ("plain", "grown", "spotted", "streaked", "striped")
 PATTERN_SHARES = (0.35, 0.3, 0.12, 0.13, 0.1)

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from finestsam.config import GeneratorConfig, ImagesConfig
 from finestsam.errors import Defect
-from finestsam.images.read import build_point_grid, compute_input_size, read_image
+from finestsam.images.files import read_image
+from finestsam.images.frames import build_point_grid, compute_input_size
 from finestsam.masks import rle_overlaps
 from finestsam.model.embeddings import image_key
 from finestsam.model.sam import FinestSam

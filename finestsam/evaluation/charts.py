@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from finestsam.evaluation.coco_scores import TRACED_RECALLS, CocoScorer
-from finestsam.evaluation.history import History
+from finestsam.evaluation.own_run import History
 from finestsam.evaluation.thresholds import Calibration
 
 # Okabe and Ito's, which the colour-blind can distinguish too.

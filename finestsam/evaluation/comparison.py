@@ -7,7 +7,8 @@ from finestsam.config import Config
 from finestsam.errors import Defect, name_count, printable
 from finestsam.evaluation.measurement import Measurement
 from finestsam.evaluation.result import BASELINE, OURS, SAM_THRESHOLDS, Evaluation
-from finestsam.images.read import compute_input_size, read_image, resize_image
+from finestsam.images.files import read_image
+from finestsam.images.frames import compute_input_size, resize_image
 from finestsam.masks import decode_rle, encode_mask
 from finestsam.prediction.overlay import render_overlay
 

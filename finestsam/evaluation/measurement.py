@@ -8,12 +8,12 @@ from functools import cached_property
 import numpy as np
 
 from finestsam.data.semantic import ClassTable
-from finestsam.evaluation.background import BackgroundScores, summarize_background
 from finestsam.evaluation.class_scores import score_classes
 from finestsam.evaluation.coco_scores import CocoScorer, Detections
 from finestsam.evaluation.errors import Mistakes, count_mistakes, sum_mistakes
+from finestsam.evaluation.prompt_scorer import BackgroundScores, summarize_background
 from finestsam.evaluation.prompt_scores import ObjectScore, summarize_scores
-from finestsam.evaluation.setup import Setup
+from finestsam.evaluation.subject import Setup
 from finestsam.evaluation.thresholds import Calibration
 from finestsam.prediction.overlay import colour_classes
 from finestsam.records import Record

@@ -6,13 +6,11 @@ from typing import Any
 
 from finestsam.config import CHUNK_OBJECTS, Config
 from finestsam.data.semantic import ClassTable
-from finestsam.evaluation.baseline import Subject
 from finestsam.evaluation.candidates import find_candidates
-from finestsam.evaluation.clicks import average_clicks
 from finestsam.evaluation.generator_scores import choose_grids, find_all, list_fixed, open_for_tuning, tune
 from finestsam.evaluation.measurement import Measurement
-from finestsam.evaluation.prompt_scorer import PromptScorer
-from finestsam.evaluation.setup import Thresholds
+from finestsam.evaluation.prompt_scorer import PromptScorer, average_clicks
+from finestsam.evaluation.subject import Subject, Thresholds
 from finestsam.prediction.embedder import Embedder, open_store
 from finestsam.records import Record
 from finestsam.runtime.memory import naming_what_needs_less

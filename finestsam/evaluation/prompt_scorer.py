@@ -1,21 +1,115 @@
-"""The fixed battery of questions: a point, a box and corrective clicks on every object, and points where none is."""
+"""The masks of a fixed set of prompts: a point, a box and corrective clicks for every object, points where none is."""
 
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from finestsam.batch import Batch
+from finestsam.batch import Batch, Prompts, Sample
 from finestsam.config import CHUNK_OBJECTS, Config, PromptsConfig
 from finestsam.data.dataset import SampleDataset, SampleSettings
 from finestsam.data.loaders import build_validation_loader
-from finestsam.evaluation.background import BackgroundScores, measure_background
-from finestsam.evaluation.clicks import measure_clicks
 from finestsam.evaluation.prompt_scores import ObjectScore, score_batches
+from finestsam.masks import decode_rle
+from finestsam.prediction.clicks import Shown, add_clicks, show_preferred
 from finestsam.prediction.embedder import Embedder, fill_store
 from finestsam.prediction.generator import resolve_generator
 from finestsam.records import Record
+
+REPORTED = (1, 2, 3, 5, 8)
+
+
+@torch.no_grad()
+def measure_clicks(
+    embedder: Embedder, batches: Iterable[tuple[Batch, list[str]]], chunk_objects: int, clicks: int = REPORTED[-1]
+) -> list[list[float]]:
+    """Return for each object the IoU after each of so many clicks.
+
+    Args:
+        batches: as `data.dataset.collate` makes them; their own prompts are not used.
+        chunk_objects: decoded at a time.
+    """
+    ious = []
+    for batch, _ in batches:
+        for sample in batch.to(embedder.model.device).samples:
+            embedding = embedder.embed([sample])
+            for first in range(0, len(sample), chunk_objects):
+                masks = [decode_rle(rle) for rle in sample.rles[first : first + chunk_objects]]
+                ious += _correct(embedder, embedding, sample, masks, clicks)
+    return ious
+
+
+def average_clicks(ious: list[list[float]]) -> dict[int, float]:
+    """Return the mean IoU over objects after each number of clicks in `REPORTED`, as far as there were so many."""
+    wanted = [count for count in REPORTED if ious and count <= len(ious[0])]
+    return {count: math.fsum(row[count - 1] for row in ious) / len(ious) for count in wanted}
+
+
+def _correct(
+    embedder: Embedder, embedding: Tensor, sample: Sample, truth: list[np.ndarray], clicks: int
+) -> list[list[float]]:
+    """Return for each object the IoU after each click."""
+    model = embedder.model
+    prompts, shown = Prompts(), Shown([np.zeros_like(mask) for mask in truth], None)
+    ious: list[list[float]] = [[] for _ in truth]
+    for _ in range(clicks):
+        prompts = add_clicks(prompts, shown, truth, sample).to(model.device)
+        shown = show_preferred(model(embedding, prompts), sample, model.image_size)
+        for row, (mask, predicted) in enumerate(zip(truth, shown.masks, strict=True)):
+            ious[row].append(np.count_nonzero(predicted & mask) / np.count_nonzero(predicted | mask))
+    return ious
+
+
+@dataclass(frozen=True)
+class BackgroundScores:
+    """The scores in one image."""
+
+    image_id: int
+    scores: np.ndarray  # K, of each point the best IoU that the model expects of a mask there
+    is_taken: np.ndarray  # K, bool: the generator's threshold of predicted IoU would let a mask pass
+
+
+@torch.no_grad()
+def measure_background(
+    embedder: Embedder, batches: Iterable[tuple[Batch, list[str]]], chunk_objects: int, pred_iou_thresh: float
+) -> list[BackgroundScores]:
+    """Ask at the points that the samples bring as their background; images without any are left out.
+
+    Args:
+        batches: as `data.dataset.collate` makes them.
+        chunk_objects: points decoded at a time.
+        pred_iou_thresh: of the generator; 0 lets every number pass.
+    """
+    model, found = embedder.model, []
+    for batch, _ in batches:
+        for sample in batch.to(model.device).samples:
+            count = len(sample.background)
+            if count == 0:
+                continue
+            embedding = embedder.embed([sample])
+            parts = [sample.background[first : first + chunk_objects] for first in range(0, count, chunk_objects)]
+            scores = torch.cat([model.score(embedding, part).amax(dim=1) for part in parts]).cpu().numpy()
+            is_taken = scores > (pred_iou_thresh or -np.inf)
+            found.append(BackgroundScores(sample.image_id, np.minimum(scores, 1), is_taken))  # no IoU is above 1
+    return found
+
+
+def summarize_background(found: list[BackgroundScores]) -> dict[str, float]:
+    """Return the mean score over points, the share that passes the threshold, and the number of points."""
+    if not found:
+        return {}
+    scores, is_taken = (np.concatenate([getattr(one, name) for one in found]) for name in ("scores", "is_taken"))
+    return {
+        "score": float(scores.mean(dtype=float)),
+        "taken_share": float(is_taken.mean()),
+        "points": len(scores),
+    }
+
 
 PROMPT_KINDS = {
     "point": PromptsConfig(use_points=True, use_boxes=False),

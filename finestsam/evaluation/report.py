@@ -7,10 +7,9 @@ from string import Template
 from finestsam.config import Config, flatten_config
 from finestsam.errors import name_count
 from finestsam.evaluation.charts import plot_calibration, plot_clicks, plot_history, plot_precision
-from finestsam.evaluation.html_text import escape_text, write_row
 from finestsam.evaluation.measurement import FEWEST_IMAGES, TOO_FEW, Difference
 from finestsam.evaluation.report_images import write_images
-from finestsam.evaluation.report_tables import write_categories, write_mistakes
+from finestsam.evaluation.report_tables import escape_text, write_categories, write_mistakes, write_row
 from finestsam.evaluation.result import BASELINE, OURS, SAM_THRESHOLDS, Evaluation
 from finestsam.runtime.whole_files import write_text
 

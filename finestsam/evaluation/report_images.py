@@ -7,9 +7,10 @@ import numpy as np
 from finestsam.config import Config
 from finestsam.errors import Defect, name_count
 from finestsam.evaluation.comparison import COLUMNS, describe_found, shrink_rle
-from finestsam.evaluation.html_text import escape_text
+from finestsam.evaluation.report_tables import escape_text
 from finestsam.evaluation.result import Evaluation
-from finestsam.images.read import compute_input_size, encode_image, read_image, resize_image
+from finestsam.images.files import encode_image, read_image
+from finestsam.images.frames import compute_input_size, resize_image
 from finestsam.prediction.overlay import render_layer
 from finestsam.records import Record
 

@@ -1,9 +1,11 @@
 """The tables of the report: what became of objects and masks, and how each category does."""
 
+from html import escape
+
 from finestsam.data.coverage import SIZES
+from finestsam.errors import printable
 from finestsam.evaluation.class_scores import MEASURES, list_classes
 from finestsam.evaluation.errors import MASK_KINDS, OBJECT_KINDS, Mistakes, sum_mistakes
-from finestsam.evaluation.html_text import escape_text, write_row
 from finestsam.evaluation.result import Evaluation
 from finestsam.prediction.overlay import colour_classes
 
@@ -85,3 +87,13 @@ def _write_kinds(
         if kind != "in_crowd" or is_there:
             rows.append(f"<tr><td class='kind'>{title}</td>{''.join(list_cells(kind))}</tr>")
     return "".join(rows)
+
+
+def escape_text(value: str) -> str:
+    """Return text that cannot be taken for HTML, and that every encoding can write."""
+    return escape(printable(value), quote=True)
+
+
+def write_row(cells: list[str], tag: str = "td") -> str:
+    """Return a row of a table; the cells are text."""
+    return "<tr>" + "".join(f"<{tag}>{escape_text(cell)}</{tag}>" for cell in cells) + "</tr>"

@@ -13,7 +13,7 @@ from finestsam.data.dataset import SampleDataset, SampleSettings
 from finestsam.data.loaders import build_validation_loader
 from finestsam.data.read import LabelledSet, refuse_unread
 from finestsam.data.semantic import ClassTable, match_classes
-from finestsam.evaluation.class_matching import refuse_strangers
+from finestsam.evaluation.class_scores import refuse_strangers
 from finestsam.evaluation.own_run import OwnRun
 from finestsam.evaluation.prompt_scores import print_skipped
 from finestsam.evaluation.semantic_scores import count_images, describe_classes, summarize_pixels

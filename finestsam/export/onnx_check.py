@@ -14,7 +14,7 @@ from finestsam.batch import Prompts
 from finestsam.data.scenes import render_scene
 from finestsam.errors import UserError
 from finestsam.export.onnx import DECODER, DECODER_INPUTS, ENCODER
-from finestsam.images.read import compute_input_size, resize_image
+from finestsam.images.frames import compute_input_size, resize_image
 from finestsam.model.sam import FinestSam
 from finestsam.prediction.upscaling import Upscaler
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from finestsam.config import DatasetConfig
 from finestsam.errors import Defect, UserError
+from finestsam.formats.checked_image import CheckedImage, as_source_id
 from finestsam.formats.files import Border, FileFinder
-from finestsam.formats.found import CheckedImage, as_source_id
 from finestsam.formats.layouts import Part
 from finestsam.masks import Remark, box_iou, rle_box, segmentation_to_rle
 from finestsam.records import UNNAMED_CATEGORY, DatasetReport

@@ -12,14 +12,14 @@ import numpy as np
 
 from finestsam.config import DatasetConfig
 from finestsam.errors import Defect, UserError
+from finestsam.formats.checked_image import CheckedImage
 from finestsam.formats.coco import parse_json
 from finestsam.formats.files import FileFinder
-from finestsam.formats.found import CheckedImage
 from finestsam.formats.layouts import Part
-from finestsam.images.read import IMAGE_SUFFIXES, decode_image
+from finestsam.images.files import IMAGE_SUFFIXES, decode_image
 from finestsam.masks import Remark, encode_mask, join_rles, rle_area, segmentation_to_rle
 from finestsam.records import DatasetReport
-from finestsam.runtime.cache_folder import cache_folder
+from finestsam.runtime.folders import cache_folder
 from finestsam.runtime.whole_files import write_bytes
 
 # A larger one is no image's labels, whatever it embeds.

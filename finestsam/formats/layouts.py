@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from finestsam.errors import UserError
-from finestsam.images.read import IMAGE_SUFFIXES
+from finestsam.images.files import IMAGE_SUFFIXES
 
 ANNOTATION_FILE = "annotations.json"
 ACCEPTED = (

@@ -8,10 +8,10 @@ import numpy as np
 
 from finestsam.config import DatasetConfig
 from finestsam.errors import Defect
+from finestsam.formats.checked_image import CheckedImage
 from finestsam.formats.files import Border
-from finestsam.formats.found import CheckedImage
 from finestsam.formats.layouts import Part
-from finestsam.images.read import IMAGE_SUFFIXES, find_pixel_kind, read_labels
+from finestsam.images.files import IMAGE_SUFFIXES, find_pixel_kind, read_labels
 from finestsam.masks import encode_mask, find_components, labels_to_rles, rle_area
 from finestsam.records import DatasetReport
 

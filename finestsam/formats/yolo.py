@@ -6,10 +6,10 @@ from pathlib import Path
 
 from finestsam.config import DatasetConfig
 from finestsam.errors import Defect
+from finestsam.formats.checked_image import CheckedImage
 from finestsam.formats.files import Border
-from finestsam.formats.found import CheckedImage
 from finestsam.formats.layouts import Part
-from finestsam.images.read import IMAGE_SUFFIXES
+from finestsam.images.files import IMAGE_SUFFIXES
 from finestsam.masks import Remark, segmentation_to_rle
 from finestsam.records import DatasetReport
 from finestsam.runtime.plain_yaml import parse_yaml

@@ -9,13 +9,12 @@ from torch import Tensor, nn
 
 from finestsam.config import PATCH_SIZE, Config
 from finestsam.errors import VALUE_ERRORS, UserError
-from finestsam.model.adapter_file import find_adapter
+from finestsam.model.adapter import find_adapter
 from finestsam.model.architectures import ARCHITECTURES, build_sam
 from finestsam.model.card import Card, read_card
-from finestsam.model.class_head import load_class_head
 from finestsam.model.fft_attention import list_blocks, mount_fft_attention_
+from finestsam.model.heads import load_class_head, load_semantic_head
 from finestsam.model.sam import FinestSam
-from finestsam.model.semantic_head import load_semantic_head
 from finestsam.model.weights import (
     BUILTIN_WEIGHTS,
     PUBLISHED_WEIGHTS,

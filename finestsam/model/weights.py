@@ -17,12 +17,12 @@ from torch.nn import functional as F
 
 from finestsam.config import IMAGE_SIZE_RANGE, IMAGE_SIZES, PATCH_SIZE
 from finestsam.errors import VALUE_ERRORS, UserError
-from finestsam.model.adapter_file import is_adapter, merge_adapter, read_config
+from finestsam.model.adapter import is_adapter, merge_adapter, read_config
 from finestsam.model.architectures import ARCHITECTURES
 from finestsam.model.card import Card, read_card
 from finestsam.model.saving import is_damaged, list_packed
-from finestsam.runtime.cache_folder import cache_folder
 from finestsam.runtime.download import download
+from finestsam.runtime.folders import cache_folder
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from finestsam.data.labels import describe_labels
 from finestsam.data.read import describe_dataset, list_categories, read_parts, report_vanishing
 from finestsam.errors import printable
 from finestsam.formats.layouts import find_layout
-from finestsam.images.read import write_image
+from finestsam.images.files import write_image
 from finestsam.records import DatasetReport, Index, Record, merge_reports, write_report
-from finestsam.runtime.output_folder import claim_output_folder
+from finestsam.runtime.folders import claim_output_folder
 
 REPORT_NAME, SHEET_NAME = "dataset_report.json", "samples.png"
 

@@ -15,7 +15,7 @@ from finestsam.errors import UserError, printable
 from finestsam.formats.layouts import ANNOTATION_FILE, find_layout
 from finestsam.masks import rle_area, rle_box, rle_to_json
 from finestsam.records import Annotation, Index, Record, merge_reports, write_report
-from finestsam.runtime.output_folder import make_output_folder
+from finestsam.runtime.folders import make_output_folder
 from finestsam.runtime.whole_files import remove_unfinished, unfinished_folder, write_json
 
 # Not allowed in names on some system, or with a meaning to a shell or a terminal.

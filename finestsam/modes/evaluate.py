@@ -1,32 +1,36 @@
 """`--mode evaluate`: measure weights on a labelled dataset, beside those that they came from."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finestsam.config import Config
 from finestsam.data.read import LabelledSet, describe_dataset, read_evaluation_set, refuse_unread
 from finestsam.errors import UserError, printable
-from finestsam.evaluation.baseline import Subject, are_alike, find_baseline
-from finestsam.evaluation.class_matching import match_categories, refuse_strangers
-from finestsam.evaluation.class_scores import describe_categories
+from finestsam.evaluation.class_scores import describe_categories, match_categories, refuse_strangers
 from finestsam.evaluation.comparison import COMPARISON_NAME, render_comparison
-from finestsam.evaluation.history import History, read_history
 from finestsam.evaluation.measurement import Measurement, compare, keep_common
 from finestsam.evaluation.measuring import Outcome, measure_generator, measure_model
-from finestsam.evaluation.outputs import describe_setup, describe_worse, list_headlines, write_figures, write_images
-from finestsam.evaluation.own_run import OwnRun, describe_images, find_own_run, warn_of_learned
+from finestsam.evaluation.own_run import History, OwnRun, describe_images, find_own_run, read_history, warn_of_learned
 from finestsam.evaluation.report import REPORT_NAME, write_report_page
-from finestsam.evaluation.result import Evaluation
+from finestsam.evaluation.result import (
+    Evaluation,
+    describe_setup,
+    describe_worse,
+    list_headlines,
+    write_figures,
+    write_images,
+)
 from finestsam.evaluation.result_files import read_results
 from finestsam.evaluation.semantic import evaluate_classes
-from finestsam.evaluation.setup import find_sam_thresholds, find_thresholds
-from finestsam.evaluation.store_thresholds import refuse_unwritable_card, store_thresholds
-from finestsam.images.read import write_image
+from finestsam.evaluation.subject import Subject, are_alike, find_baseline, find_sam_thresholds, find_thresholds
+from finestsam.images.files import write_image
+from finestsam.model.card import write_card
 from finestsam.model.load import LoadedModel, load_model
+from finestsam.model.weights import BUILTIN_WEIGHTS
 from finestsam.records import write_report
 from finestsam.runtime.cpu import set_processor
-from finestsam.runtime.output_folder import claim_output_folder
+from finestsam.runtime.folders import claim_output_folder
 
 FIGURES_NAME, IMAGES_NAME, DATASET_NAME = "evaluation.json", "per_image.csv", "dataset_report.json"
 OUTPUT_NAMES = (FIGURES_NAME, IMAGES_NAME, DATASET_NAME, REPORT_NAME, COMPARISON_NAME)
@@ -147,3 +151,40 @@ def _collect_evaluation(
         learned=frozenset(run.list_learned(mine.records) if run else ()),
         described_images=describe_images(run, mine.records),
     )
+
+
+def refuse_unwritable_card(config: Config, loaded: LoadedModel) -> None:
+    """Raise a UserError where thresholds are to be stored, and the weights have no card of the user's own."""
+    if not config.evaluate.store_thresholds:
+        return
+    reason = ""
+    if loaded.path is None or loaded.card is None:
+        reason = "they have no description beside them (best.json of a run)"
+    elif loaded.path.resolve() in {Path(path).resolve() for path in BUILTIN_WEIGHTS.values()}:
+        reason = "they are part of finestsam; copy them and their .json elsewhere first"
+    elif loaded.model.semantic_head is not None:
+        reason = "they are for classes of pixels, which no threshold decides about"
+    if reason:
+        raise UserError(f"evaluate.store_thresholds: {printable(loaded.source)}: {reason}")
+
+
+def store_thresholds(loaded: LoadedModel, goal: str, ours: Outcome, baseline: Outcome | None) -> Path:
+    """Write the thresholds of both models into the card, with what they were chosen for, and return its path.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    card = replace(
+        loaded.card,
+        generator=ours.tuned,
+        goal=goal,
+        tuned_on=ours.tuned_on,
+        # Others would be for another goal or other images.
+        baseline_generator=(baseline.tuned or {}) if baseline else {},
+    )
+    path = loaded.path.with_suffix(".json")
+    try:
+        write_card(loaded.path, card)
+    except OSError as error:
+        raise UserError(f"{printable(path)}: cannot be written: {error.strerror or error}") from None
+    return path

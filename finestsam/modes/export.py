@@ -12,7 +12,7 @@ from finestsam.errors import UserError, printable
 from finestsam.export import hugging_face
 from finestsam.export.onnx import DATA_SUFFIX, DECODER, ENCODER, require_packages, write_onnx
 from finestsam.export.onnx_check import IMAGE_SIZES, OnnxSam, check_onnx
-from finestsam.model.adapter_file import is_adapter, read_config
+from finestsam.model.adapter import is_adapter, read_config
 from finestsam.model.architectures import ARCHITECTURES, PIXEL_MEAN, PIXEL_STD
 from finestsam.model.card import Card, write_card
 from finestsam.model.fft_attention import list_blocks
@@ -21,7 +21,7 @@ from finestsam.model.lora import plain_state_dict
 from finestsam.model.saving import save_weights
 from finestsam.prediction.generator import resolve_generator
 from finestsam.runtime.download import hash_file
-from finestsam.runtime.output_folder import claim_output_folder, refuse_foreign
+from finestsam.runtime.folders import claim_output_folder, refuse_foreign
 from finestsam.runtime.signals import watch_signals
 from finestsam.runtime.whole_files import replacing_set, write_json
 

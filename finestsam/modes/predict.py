@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from finestsam.config import Config
 from finestsam.errors import Defect, UserError, name_count, printable
-from finestsam.images.read import IMAGE_SUFFIXES, hash_image, read_hashed_image, write_image
+from finestsam.images.files import IMAGE_SUFFIXES, hash_image, read_hashed_image, write_image
 from finestsam.model.card import Card
 from finestsam.model.embeddings import image_key
 from finestsam.model.load import LoadedModel, load_model
@@ -29,8 +29,8 @@ from finestsam.prediction.overlay import render_named_overlay, render_overlay
 from finestsam.prediction.results import GeneratedMasks, Results
 from finestsam.prediction.semantic import LABELS_SUFFIX, LEGEND_NAME, predict_classes
 from finestsam.runtime.cpu import set_processor
+from finestsam.runtime.folders import claim_output_folder, is_replaceable, refuse_foreign
 from finestsam.runtime.memory import naming_what_needs_less
-from finestsam.runtime.output_folder import claim_output_folder, is_replaceable, refuse_foreign
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".wmv", ".flv", ".mpg", ".mpeg"}
 RESULTS_NAME = "predictions.json"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from finestsam.batch import Predictions, Prompts, Sample
 from finestsam.data.prompts import MISSING, NEGATIVE, POSITIVE
-from finestsam.images.read import scale_points
+from finestsam.images.frames import scale_points
 from finestsam.masks import distance_inside, find_largest_component
 from finestsam.model.resample import upscale_logits
 

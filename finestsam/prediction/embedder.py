@@ -17,10 +17,10 @@ from finestsam.config import StoreConfig
 from finestsam.data.dataset import SampleDataset
 from finestsam.data.loaders import Loader
 from finestsam.errors import Defect
-from finestsam.images.read import compute_input_size, resize_image
+from finestsam.images.frames import compute_input_size, resize_image
 from finestsam.model.embeddings import GIGABYTE, EmbeddingStore
 from finestsam.model.sam import FinestSam
-from finestsam.runtime.cache_folder import cache_folder
+from finestsam.runtime.folders import cache_folder
 from finestsam.runtime.processes import use_one_thread
 
 # Raised whenever the same weights give another embedding of the same file: reading, resizing or normalising changed.

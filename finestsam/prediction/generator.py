@@ -17,7 +17,7 @@ from torchvision.ops import nms
 
 from finestsam.batch import Prompts
 from finestsam.config import GENERATOR_DEFAULTS, GeneratorConfig
-from finestsam.images.read import build_crop_boxes, build_point_grid, compute_input_size, resize_image, scale_points
+from finestsam.images.frames import build_crop_boxes, build_point_grid, compute_input_size, resize_image, scale_points
 from finestsam.masks import decode_rle, encode_mask, remove_small_regions, rle_area, rle_box
 from finestsam.model.card import Card
 from finestsam.model.decoder import ImageFeatures

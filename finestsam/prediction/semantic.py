@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from finestsam.config import Config
 from finestsam.errors import Defect, UserError, printable
-from finestsam.images.read import compute_input_size, read_hashed_image, write_image
+from finestsam.images.files import read_hashed_image, write_image
+from finestsam.images.frames import compute_input_size
 from finestsam.model.embeddings import image_key
 from finestsam.model.resample import build_axis
 from finestsam.model.sam import FinestSam

@@ -9,10 +9,10 @@ from pathlib import Path
 from finestsam import __version__
 from finestsam.data.categories import list_category_ids
 from finestsam.errors import UserError
-from finestsam.model.adapter_file import write_adapter
+from finestsam.model.adapter import write_adapter
 from finestsam.model.card import Card, write_card
 from finestsam.model.fft_attention import list_blocks
-from finestsam.model.head_file import head_path
+from finestsam.model.heads import head_path
 from finestsam.model.load import RANDOM_WEIGHTS
 from finestsam.model.lora import list_lora, plain_state_dict
 from finestsam.model.saving import save_weights

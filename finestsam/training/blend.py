@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from finestsam.model.card import read_card
-from finestsam.model.head_file import head_path
+from finestsam.model.heads import head_path
 from finestsam.model.lora import is_lora, list_lora, load_plain_
 from finestsam.model.sam import FinestSam
 from finestsam.model.saving import save_weights

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from finestsam.errors import VALUE_ERRORS, UserError
-from finestsam.model.class_head import ClassHead
+from finestsam.model.heads import ClassHead, SemanticHead
 from finestsam.model.saving import is_damaged, save_file, save_weights
-from finestsam.model.semantic_head import SemanticHead
 from finestsam.model.weights import refuse_inflated
 
 LAST = "last.ckpt"  # everything needed to continue

@@ -15,7 +15,7 @@ from finestsam.data.categories import number_categories
 from finestsam.data.cells import CROWD
 from finestsam.data.semantic import IGNORED, ClassTable
 from finestsam.errors import printable
-from finestsam.model.class_head import NO_OBJECT, ClassHead, load_class_head
+from finestsam.model.heads import NO_OBJECT, ClassHead, load_class_head
 from finestsam.model.load import LoadedModel
 from finestsam.records import Record
 from finestsam.training.log import CLASS_COLUMNS, CLASS_TRAINING_COLUMNS

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from finestsam.batch import Predictions, Sample
 from finestsam.config import LossesConfig
-from finestsam.images.read import shrink_mask
+from finestsam.images.frames import shrink_mask
 from finestsam.masks import count_overlap, decode_rle
 from finestsam.model.resample import upscale_logits
 from finestsam.model.sam import FinestSam

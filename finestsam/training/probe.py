@@ -13,7 +13,7 @@ from finestsam.batch import Sample
 from finestsam.config import CHUNK_OBJECTS
 from finestsam.data.dataset import SampleDataset
 from finestsam.errors import Defect, UserError
-from finestsam.images.read import compute_input_size
+from finestsam.images.frames import compute_input_size
 from finestsam.runtime.memory import is_out_of_memory, naming_what_needs_less
 from finestsam.training.losses import count_frame_pixels, measure_piece_bytes
 from finestsam.training.memory import describe_samples, list_savings

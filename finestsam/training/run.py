@@ -29,7 +29,7 @@ from finestsam.data.previous_logits import PreviousLogits
 from finestsam.data.read import LabelledSet, describe_dataset, read_training_set
 from finestsam.data.semantic import ClassTable
 from finestsam.errors import VALUE_ERRORS, UserError
-from finestsam.model.adapt import adapt_
+from finestsam.model.adapter import adapt_
 from finestsam.model.embeddings import EmbeddingStore
 from finestsam.model.load import LoadedModel, load_model, load_weights_
 from finestsam.model.sam import FinestSam

@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from finestsam.errors import UserError
-from finestsam.runtime.output_folder import lock_folder, make_output_folder, try_to_write
+from finestsam.runtime.folders import lock_folder, make_output_folder, try_to_write
 
 SUBFOLDERS = ("adapter", "plots", "previous_logits")
 

@@ -13,8 +13,8 @@ from finestsam.batch import Sample
 from finestsam.config import Config, SemanticConfig
 from finestsam.data.semantic import BACKGROUND_NAME, IGNORED, ClassTable, match_classes, number_classes
 from finestsam.evaluation.semantic_scores import summarize_pixels
+from finestsam.model.heads import SemanticHead, load_semantic_head
 from finestsam.model.load import LoadedModel
-from finestsam.model.semantic_head import SemanticHead, load_semantic_head
 from finestsam.training.image_step import ImageStepper
 from finestsam.training.log import SEMANTIC_COLUMNS, SEMANTIC_TRAINING_COLUMNS, SEMANTIC_VALIDATION_COLUMNS
 from finestsam.training.losses import DICE_SMOOTH

@@ -9,9 +9,8 @@ import numpy as np
 from finestsam.config import GENERATOR_DEFAULTS, GeneratorConfig
 from finestsam.evaluation.candidates import find_candidates
 from finestsam.evaluation.class_scores import score_classes
-from finestsam.evaluation.clicks import average_clicks
 from finestsam.evaluation.generator_scores import Tuned, choose_grids, list_fixed, open_for_tuning, tune
-from finestsam.evaluation.prompt_scorer import PromptScorer
+from finestsam.evaluation.prompt_scorer import PromptScorer, average_clicks
 from finestsam.evaluation.prompt_scores import print_skipped, score_batches, summarize_scores
 from finestsam.evaluation.semantic_scores import count_images
 from finestsam.prediction.generator import resolve_generator

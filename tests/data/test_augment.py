@@ -14,7 +14,8 @@ from finestsam.data.augment import find_shown, sample_view, show, show_image, sh
 from finestsam.data.dataset import SampleDataset, SampleSettings, StepSampler
 from finestsam.data.loaders import build_train_loader
 from finestsam.data.prompts import build_image_grid, cut_out, find_grid_points_inside
-from finestsam.images.read import read_image, resize_image, scale_points, write_image
+from finestsam.images.files import read_image, write_image
+from finestsam.images.frames import resize_image, scale_points
 from finestsam.masks import decode_rle, encode_mask, rle_area, rle_box
 from finestsam.records import Annotation, Record
 

@@ -9,7 +9,7 @@ from finestsam.data.augment import show_all
 from finestsam.data.categories import list_category_ids, number_categories
 from finestsam.data.cells import CROWD, label_cells
 from finestsam.data.dataset import SampleDataset, SampleSettings
-from finestsam.images.read import compute_input_size
+from finestsam.images.frames import compute_input_size
 from finestsam.masks import encode_mask
 
 

@@ -8,7 +8,7 @@ from finestsam.config import AugmentConfig, build_config
 from finestsam.data.augment import sample_view, show_all
 from finestsam.data.cells import label_cells
 from finestsam.data.dataset import SampleDataset, SampleSettings
-from finestsam.images.read import compute_input_size
+from finestsam.images.frames import compute_input_size
 from finestsam.masks import decode_rle
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from finestsam.data.coverage import GRIDS, find_hits, measure_reach
-from finestsam.images.read import build_crop_boxes, build_point_grid
+from finestsam.images.frames import build_crop_boxes, build_point_grid
 from finestsam.masks import encode_mask, rle_area, rle_box
 from finestsam.records import Annotation, Record
 

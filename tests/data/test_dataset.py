@@ -13,7 +13,7 @@ from finestsam.data.dataset import SampleDataset, SampleSettings, StepSampler, c
 from finestsam.data.loaders import build_train_loader, build_validation_loader
 from finestsam.data.previous_logits import PreviousLogits
 from finestsam.data.prompts import build_image_grid
-from finestsam.images.read import compute_input_size, scale_points
+from finestsam.images.frames import compute_input_size, scale_points
 from finestsam.masks import decode_rle
 
 

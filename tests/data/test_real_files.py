@@ -8,7 +8,7 @@ import pytest
 from finestsam.config import DatasetConfig
 from finestsam.data.read import read_parts
 from finestsam.formats.layouts import find_layout
-from finestsam.images.read import read_image
+from finestsam.images.files import read_image
 
 AWKWARD = Path(__file__).parents[3] / "shared" / "data" / "awkward"
 FOLDERS = [path for path in sorted(AWKWARD.glob("*")) if (path / "annotations.json").is_file()]

@@ -14,7 +14,7 @@ from finestsam.data.scenes import (
     render_scene,
     write_scenes,
 )
-from finestsam.images.read import read_image
+from finestsam.images.files import read_image
 from finestsam.masks import find_components
 
 EVERY_KIND = pytest.mark.parametrize("kind", DRAWINGS)

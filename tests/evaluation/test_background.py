@@ -5,8 +5,8 @@ from conftest import run_evaluation
 
 from finestsam.config import build_config
 from finestsam.data.dataset import SampleDataset, SampleSettings, collate
-from finestsam.evaluation.background import BackgroundScores, measure_background, summarize_background
 from finestsam.evaluation.measurement import Measurement, compare
+from finestsam.evaluation.prompt_scorer import BackgroundScores, measure_background, summarize_background
 from finestsam.prediction.embedder import Embedder
 
 

@@ -20,8 +20,7 @@ from finestsam.evaluation.coco_scores import Detections, score_detections
 from finestsam.masks import encode_mask, rle_area, rle_box, rle_to_json
 from finestsam.model.architectures import build_sam
 from finestsam.model.card import Card, write_card
-from finestsam.model.class_head import ClassHead
-from finestsam.model.head_file import head_path
+from finestsam.model.heads import ClassHead, head_path
 from finestsam.modes.evaluate import evaluate
 from finestsam.records import Record
 

@@ -3,7 +3,7 @@ import torch
 
 from finestsam.config import build_config
 from finestsam.data.dataset import SampleDataset, SampleSettings, collate
-from finestsam.evaluation.clicks import average_clicks, measure_clicks
+from finestsam.evaluation.prompt_scorer import average_clicks, measure_clicks
 from finestsam.prediction.embedder import Embedder
 
 

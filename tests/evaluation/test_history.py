@@ -4,7 +4,7 @@ import pytest
 from conftest import run_evaluation, run_training
 
 from finestsam.evaluation.charts import plot_history
-from finestsam.evaluation.history import History, read_history
+from finestsam.evaluation.own_run import History, read_history
 from finestsam.model.card import Card
 from finestsam.model.load import LoadedModel
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from finestsam.config import build_config
-from finestsam.evaluation.background import BackgroundScores
 from finestsam.evaluation.coco_scores import Detections
 from finestsam.evaluation.measurement import Measurement, compare
+from finestsam.evaluation.prompt_scorer import BackgroundScores
 from finestsam.evaluation.prompt_scores import ObjectScore
 from finestsam.evaluation.report import list_effective_settings, write_report_page
 from finestsam.evaluation.result import Evaluation
-from finestsam.evaluation.setup import Setup, Thresholds, find_sam_thresholds
+from finestsam.evaluation.subject import Setup, Thresholds, find_sam_thresholds
 from finestsam.evaluation.thresholds import Calibration
 
 HOSTILE = "<img src=x onerror=alert(1)> & \u202ename"

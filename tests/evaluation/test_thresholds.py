@@ -12,12 +12,11 @@ from finestsam.evaluation.candidates import Candidates, find_candidates, match, 
 from finestsam.evaluation.coco_scores import CocoScorer, Detections
 from finestsam.evaluation.generator_scores import tune
 from finestsam.evaluation.thresholds import IOU_THRESHOLDS, calibrate, measure_operating_point, search
-from finestsam.images.read import read_image
+from finestsam.images.files import read_image
 from finestsam.masks import encode_mask
-from finestsam.prediction.calibration import correct_scores
 from finestsam.prediction.embedder import Embedder
 from finestsam.prediction.generator import generate_masks
-from finestsam.prediction.results import GeneratedMasks
+from finestsam.prediction.results import GeneratedMasks, correct_scores
 from finestsam.records import Record
 
 START = GeneratorConfig(**GENERATOR_DEFAULTS | {"points_per_side": 6})

@@ -13,7 +13,7 @@ from finestsam.errors import Defect, UserError
 from finestsam.formats.coco import load_json
 from finestsam.formats.files import FileFinder
 from finestsam.formats.layouts import Part, find_layout
-from finestsam.images.read import write_image
+from finestsam.images.files import write_image
 from finestsam.masks import decode_rle, encode_mask, rle_to_json
 
 SQUARE = [[1, 1, 4, 1, 4, 4, 1, 4]]

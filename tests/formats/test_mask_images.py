@@ -5,7 +5,7 @@ from PIL import Image
 from finestsam.config import DatasetConfig
 from finestsam.data.read import read_parts
 from finestsam.formats.layouts import find_layout
-from finestsam.images.read import write_image
+from finestsam.images.files import write_image
 from finestsam.masks import decode_rle, labels_to_rles
 
 HEIGHT, WIDTH = 48, 64

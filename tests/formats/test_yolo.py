@@ -6,7 +6,7 @@ import pytest
 from finestsam.config import DatasetConfig
 from finestsam.data.read import read_parts
 from finestsam.formats.layouts import find_layout
-from finestsam.images.read import write_image
+from finestsam.images.files import write_image
 from finestsam.masks import segmentation_to_rle
 
 HEIGHT, WIDTH = 40, 80

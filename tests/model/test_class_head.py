@@ -8,8 +8,7 @@ from finestsam.config import build_config
 from finestsam.errors import UserError
 from finestsam.model.architectures import build_sam
 from finestsam.model.card import Card, write_card
-from finestsam.model.class_head import ClassHead, load_class_head, share_cells
-from finestsam.model.head_file import head_path
+from finestsam.model.heads import ClassHead, head_path, load_class_head, share_cells
 from finestsam.model.load import load_model
 from finestsam.model.sam import FinestSam
 

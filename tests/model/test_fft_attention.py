@@ -6,7 +6,7 @@ from segment_anything.modeling.image_encoder import Attention
 from torch import nn
 
 from finestsam.config import build_config
-from finestsam.model.adapt import adapt_
+from finestsam.model.adapter import adapt_
 from finestsam.model.architectures import ARCHITECTURES, build_sam
 from finestsam.model.encoder import attend
 from finestsam.model.fft_attention import FftAttention, choose_blocks, list_blocks, mount_fft_attention_

@@ -3,8 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from finestsam.data.scenes import render_scene
-from finestsam.model.architectures import build_sam
-from finestsam.model.initial import make_waves
+from finestsam.model.architectures import build_sam, make_waves
 
 
 def test_waves_are_orthogonal_and_tell_all_of_a_patch():

@@ -8,8 +8,7 @@ from torch import nn
 from finestsam.batch import Prompts
 from finestsam.config import LoraConfig, ModelLayerConfig, ThawConfig, build_config
 from finestsam.errors import UserError
-from finestsam.model.adapt import adapt_
-from finestsam.model.adapter_file import list_trained_modules, merge_adapter, read_config, write_adapter
+from finestsam.model.adapter import adapt_, list_trained_modules, merge_adapter, read_config, write_adapter
 from finestsam.model.architectures import build_sam
 from finestsam.model.lora import LoraLinear, list_lora, load_plain_, mount_lora_, plain_state_dict
 from finestsam.model.sam import FinestSam

@@ -12,7 +12,7 @@ from torch import nn
 from finestsam.cli import main
 from finestsam.config import ModelLayerConfig, build_config
 from finestsam.errors import UserError
-from finestsam.model.adapt import adapt_
+from finestsam.model.adapter import adapt_
 from finestsam.model.architectures import build_sam
 from finestsam.model.load import load_model
 from finestsam.model.lora import list_lora, plain_state_dict

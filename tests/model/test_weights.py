@@ -27,7 +27,7 @@ from finestsam.model.weights import (
     load_state_dict,
     resize_positions,
 )
-from finestsam.runtime.cache_folder import cache_folder
+from finestsam.runtime.folders import cache_folder
 
 VIT_B = PUBLISHED_WEIGHTS["vit_b"]
 

@@ -15,7 +15,7 @@ from finestsam.cli import main
 from finestsam.config import DatasetConfig
 from finestsam.data.read import read_parts
 from finestsam.formats.layouts import find_layout
-from finestsam.images.read import read_image, write_image
+from finestsam.images.files import read_image, write_image
 from finestsam.masks import decode_rle, encode_mask, rle_to_json
 from finestsam.modes import convert as convert_module
 

@@ -18,7 +18,7 @@ from finestsam.config import GENERATOR_DEFAULTS, GeneratorConfig, ImagesConfig, 
 from finestsam.data.dataset import SampleDataset, SampleSettings, collate
 from finestsam.evaluation.generator_scores import find_all
 from finestsam.evaluation.prompt_scores import score_batches, summarize_scores
-from finestsam.images.read import read_image, write_image
+from finestsam.images.files import read_image, write_image
 from finestsam.masks import decode_rle
 from finestsam.model.architectures import build_sam
 from finestsam.model.resample import upscale_logits

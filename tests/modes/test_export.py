@@ -23,13 +23,13 @@ from finestsam.data.scenes import render_scene
 from finestsam.errors import UserError
 from finestsam.export import onnx as onnx_files
 from finestsam.export import onnx_check
-from finestsam.images.read import compute_input_size, resize_image, scale_boxes, scale_points
+from finestsam.images.frames import compute_input_size, resize_image, scale_boxes, scale_points
 from finestsam.model.architectures import build_sam
 from finestsam.model.card import Card, read_card, write_card
 from finestsam.model.fft_attention import mount_fft_attention_
+from finestsam.model.heads import SemanticHead
 from finestsam.model.load import load_model
 from finestsam.model.sam import FinestSam
-from finestsam.model.semantic_head import SemanticHead
 
 ONNX_NAMES = ["decoder.onnx", "encoder.onnx", "export.json"]
 SIZES = [(60, 90), (100, 40), (64, 64), (30, 31)]

@@ -18,7 +18,7 @@ from pycocotools.coco import COCO
 from finestsam.cli import main
 from finestsam.data.scenes import render_scene
 from finestsam.errors import UserError
-from finestsam.images.read import read_image, write_image
+from finestsam.images.files import read_image, write_image
 from finestsam.masks import decode_rle, distance_inside, rle_area, rle_box, rle_from_json
 from finestsam.model.card import Card, write_card
 from finestsam.modes.predict import find_images, name_overlays
@@ -388,7 +388,7 @@ def test_results_of_somebody_are_reported_before_the_work_and_stay(predict, fold
 
 
 def test_a_second_process_does_not_write_into_the_same_folder(predict, folder):
-    script = "from finestsam.runtime.output_folder import claim_output_folder\nfrom pathlib import Path\n"
+    script = "from finestsam.runtime.folders import claim_output_folder\nfrom pathlib import Path\n"
     script += "claim_output_folder(Path('out'), None)\nprint('ready', flush=True)\ninput()"
     other = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:

@@ -5,8 +5,7 @@ import numpy as np
 from finestsam.config import GENERATOR_DEFAULTS, GeneratorConfig
 from finestsam.evaluation.prompt_scores import ObjectScore, summarize_scores
 from finestsam.masks import encode_mask
-from finestsam.prediction.calibration import HIGH_SCORE, bound_scores
-from finestsam.prediction.results import FilterReport, GeneratedMasks, Results
+from finestsam.prediction.results import HIGH_SCORE, FilterReport, GeneratedMasks, Results, bound_scores
 
 
 def test_bounded_scores_keep_their_order_and_their_values():

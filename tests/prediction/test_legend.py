@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 
 from finestsam.masks import encode_mask
-from finestsam.prediction.legend import PAPER, add_legend
-from finestsam.prediction.overlay import colour_classes, render_named_overlay, render_overlay
+from finestsam.prediction.overlay import PAPER, add_legend, colour_classes, render_named_overlay, render_overlay
 
 SIZE = (300, 400)
 NAMES = ["ball", "crate", "größer <b>"]

@@ -11,10 +11,9 @@ from PIL import Image
 
 from finestsam.cli import main
 from finestsam.data.scenes import render_scene
-from finestsam.images.read import write_image
+from finestsam.images.files import write_image
 from finestsam.model.card import Card, write_card
-from finestsam.model.head_file import head_path
-from finestsam.model.semantic_head import SemanticHead
+from finestsam.model.heads import SemanticHead, head_path
 from finestsam.modes.predict import name_outputs
 
 CLASSES = ["background", "disc", "square"]

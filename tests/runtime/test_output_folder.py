@@ -8,8 +8,8 @@ import pytest
 from conftest import list_names, list_shown, read_only
 
 from finestsam.errors import UserError
-from finestsam.runtime import output_folder
-from finestsam.runtime.output_folder import (
+from finestsam.runtime import folders as output_folder
+from finestsam.runtime.folders import (
     WRITTEN_NAME,
     claim_output_folder,
     is_replaceable,
@@ -106,7 +106,7 @@ def test_the_notes_of_many_calls_are_forgotten_but_for_the_newest(tmp_path, monk
 
 
 def test_another_process_is_kept_out_until_the_end_of_this_one_however_it_ends(tmp_path):
-    script = "import sys\nfrom pathlib import Path\nfrom finestsam.runtime.output_folder import claim_output_folder\n"
+    script = "import sys\nfrom pathlib import Path\nfrom finestsam.runtime.folders import claim_output_folder\n"
     script += "claim_output_folder(Path(sys.argv[1]), None)\nprint('ready', flush=True)\ninput()"
     other = subprocess.Popen(
         [sys.executable, "-c", script, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -8,7 +8,7 @@ from conftest import list_shown
 
 from finestsam.cli import main
 from finestsam.errors import UserError
-from finestsam.runtime.cache_folder import cache_folder
+from finestsam.runtime.folders import cache_folder
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import files_limited_to, list_names
 
-from finestsam.images.read import write_image
+from finestsam.images.files import write_image
 from finestsam.runtime.whole_files import (
     remove_unfinished,
     replacing,

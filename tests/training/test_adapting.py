@@ -10,9 +10,9 @@ from conftest import FROM_SCRATCH, run_training
 from finestsam.batch import Prompts
 from finestsam.cli import main
 from finestsam.config import build_config
-from finestsam.model.adapt import adapt_
+from finestsam.model.adapter import adapt_
 from finestsam.model.architectures import build_sam
-from finestsam.model.class_head import ClassHead
+from finestsam.model.heads import ClassHead
 from finestsam.model.load import load_model
 from finestsam.model.sam import FinestSam
 from finestsam.training import validation

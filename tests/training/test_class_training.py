@@ -19,8 +19,7 @@ from finestsam.data.categories import number_categories
 from finestsam.data.dataset import SampleDataset, SampleSettings
 from finestsam.data.read import read_training_set
 from finestsam.model.architectures import build_sam
-from finestsam.model.class_head import ClassHead
-from finestsam.model.head_file import head_path
+from finestsam.model.heads import ClassHead, head_path
 from finestsam.model.load import load_model
 from finestsam.model.sam import FinestSam
 from finestsam.prediction.embedder import Embedder

@@ -15,8 +15,8 @@ from finestsam.data.dataset import SampleDataset, SampleSettings
 from finestsam.data.read import read_training_set
 from finestsam.data.semantic import number_classes
 from finestsam.model.architectures import build_sam
+from finestsam.model.heads import SemanticHead
 from finestsam.model.sam import FinestSam
-from finestsam.model.semantic_head import SemanticHead
 from finestsam.prediction.embedder import Embedder
 from finestsam.training.affinity import AffinityHead
 from finestsam.training.cost import describe_cost

@@ -11,7 +11,7 @@ from torch import nn
 from finestsam.cli import main
 from finestsam.config import build_config
 from finestsam.data.dataset import SampleDataset, SampleSettings
-from finestsam.model.adapt import adapt_
+from finestsam.model.adapter import adapt_
 from finestsam.model.architectures import build_sam
 from finestsam.model.fft_attention import list_blocks
 from finestsam.model.load import load_model

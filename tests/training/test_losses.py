@@ -6,7 +6,7 @@ import torch
 
 from finestsam.batch import Predictions, Prompts, Sample
 from finestsam.config import LossesConfig
-from finestsam.images.read import shrink_mask
+from finestsam.images.frames import shrink_mask
 from finestsam.masks import encode_mask
 from finestsam.model.resample import upscale_logits
 from finestsam.training import losses as module

@@ -17,10 +17,9 @@ from finestsam.config import SemanticConfig, build_config
 from finestsam.data.semantic import IGNORED
 from finestsam.errors import UserError
 from finestsam.model.architectures import build_sam
-from finestsam.model.head_file import head_path
+from finestsam.model.heads import SemanticHead, head_path, load_semantic_head
 from finestsam.model.load import load_model
 from finestsam.model.resample import upscale_logits
-from finestsam.model.semantic_head import SemanticHead, load_semantic_head
 from finestsam.prediction.semantic import classify
 from finestsam.training.semantic import class_dice_loss, measure_classes
 

@@ -11,7 +11,7 @@ from finestsam.data.dataset import SampleDataset, SampleSettings
 from finestsam.data.previous_logits import PreviousLogits
 from finestsam.errors import UserError
 from finestsam.masks import decode_rle
-from finestsam.model.adapt import adapt_
+from finestsam.model.adapter import adapt_
 from finestsam.prediction.clicks import add_clicks, show_preferred
 from finestsam.prediction.embedder import Embedder
 from finestsam.runtime.memory import is_out_of_memory, naming_what_needs_less

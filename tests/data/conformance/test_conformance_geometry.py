@@ -11,7 +11,7 @@ from test_conformance_structure import SOUND
 from finestsam.config import DatasetConfig, PromptsConfig
 from finestsam.data.dataset import SampleDataset, SampleSettings
 from finestsam.data.read import read_training_set
-from finestsam.images.read import read_image
+from finestsam.images.files import read_image
 from finestsam.masks import decode_rle, encode_mask, rle_area, rle_box, rle_to_json
 from finestsam.records import Annotation, Record
 

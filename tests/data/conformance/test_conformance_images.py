@@ -14,7 +14,7 @@ from test_conformance_structure import SOUND
 from finestsam.cli import main
 from finestsam.config import ImagesConfig
 from finestsam.errors import Defect
-from finestsam.images.read import inspect_image, read_image
+from finestsam.images.files import inspect_image, read_image
 
 COLOURS = np.array([[250, 10, 10], [10, 250, 10], [10, 10, 250], [250, 250, 10]], dtype=np.uint8)
 EXIF_ORIENTATION = 0x0112

@@ -18,7 +18,7 @@ from conftest import list_shown, read_only
 from test_conformance_structure import SOUND
 
 from finestsam.cli import main
-from finestsam.images.read import write_image
+from finestsam.images.files import write_image
 
 
 @pytest.fixture

@@ -12,20 +12,22 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from benchmarks.mutations import encode_images, mutate_image
 from finestsam.config import ImagesConfig
 from finestsam.errors import Defect
-from finestsam.images.read import (
-    build_point_grid,
-    compute_input_size,
+from finestsam.images.files import (
     find_pixel_kind,
     hash_image,
     inspect_image,
     read_image,
     read_image_size,
     read_labels,
+    write_image,
+)
+from finestsam.images.frames import (
+    build_point_grid,
+    compute_input_size,
     resize_image,
     scale_boxes,
     scale_points,
     shrink_mask,
-    write_image,
 )
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from finestsam.config import DatasetConfig
 from finestsam.errors import Defect
-from finestsam.images.read import inspect_image
+from finestsam.images.files import inspect_image
 from finestsam.masks import Remark, rle_area, rle_box
 from finestsam.records import KEPT, SKIPPED_ANNOTATION, SKIPPED_IMAGE, Finding
 
