@@ -39,14 +39,14 @@ class Site:
                 site.requests.append(dict(self.headers))
                 site.paths.append(self.path)
                 with contextlib.suppress(ConnectionError):  # the client may leave early
-                    site.answer(self)
+                    site.respond(self)
 
             def log_message(self, *args):
                 pass
 
         return Handler
 
-    def output(self, handler):
+    def respond(self, handler):
         if self.failures or self.redirect_to:
             handler.send_response(self.failures.pop(0) if self.failures else 302)
             handler.send_header("Location", self.redirect_to or "")

@@ -124,7 +124,7 @@ def test_a_server_without_ranges_is_requested_the_whole_again(site, target):
 
 
 @pytest.mark.parametrize("headers", [{}, {"ETag": 'W/"weak"'}])
-def test_a_file_that_cannot_be_reported_from_its_next_version_is_not_continued(site, target, headers):
+def test_a_file_that_cannot_be_distinguished_from_its_next_version_is_not_continued(site, target, headers):
     site.cuts, site.headers = [HALF], headers
 
     assert download(site.url, target, SHA256, len(CONTENT)).read_bytes() == CONTENT
@@ -338,15 +338,15 @@ def test_other_bytes_than_those_requested_leave_no_hole(site, target, shift, mon
 
 def test_the_rest_of_another_version_is_not_added(site, target, monkeypatch):
     site.cuts = [HALF]
-    response = Site.answer
+    respond = Site.respond
 
     def change(site, handler):
         if "Range" in handler.headers:
             site.content, site.headers = CONTENT[::-1], {"ETag": '"second"'}
             handler.headers.replace_header("If-Range", '"second"')
-        response(site, handler)
+        respond(site, handler)
 
-    monkeypatch.setattr(Site, "response", change)
+    monkeypatch.setattr(Site, "respond", change)
 
     download(site.url, target, None, len(CONTENT))
 

@@ -10,7 +10,7 @@ from finestsam.cli import main
 from finestsam.errors import UserError
 from finestsam.runtime.folders import cache_folder
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run(command: str, scenes: Path, folder: Path, **environment: str) -> subprocess.CompletedProcess:

@@ -13,7 +13,7 @@ from finestsam.errors import UserError
 from finestsam.runtime.processes import count_cores, map_in_processes
 from finestsam.runtime.signals import WATCHED, Interrupted, watch_signals
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # On one the work is done in the process itself, which no test may then end.
 needs_two_cores = pytest.mark.skipif(count_cores() < 2, reason="no other process is started on one core")
 
@@ -240,7 +240,7 @@ def sleep_a_little(item: int) -> int:
 
 WORK = """
     import sys
-    sys.path.insert(0, "tests")
+    sys.path.insert(0, "tests/runtime")
     from finestsam.cli import main
     from finestsam.runtime.processes import map_in_processes
     from finestsam.runtime.signals import Interrupted, watch_signals

@@ -19,7 +19,7 @@ from finestsam.runtime.whole_files import (
     write_text,
 )
 
-PACKAGE = Path(__file__).parents[1] / "finestsam"
+PACKAGE = Path(__file__).parents[2] / "finestsam"
 
 
 def test_what_is_written_is_there_and_nothing_else(tmp_path):
