@@ -153,7 +153,7 @@ class SemanticHead(nn.Module):
 
     def forward(self, embedding: Tensor) -> Tensor:
         """Return the logits, B x K x 4g x 4g, of embeddings, B x C x g x g."""
-        return self.classify(self.enlarge(self.compute_image_features(embedding)))
+        return self.classify(self.enlarge(self.look(embedding)))
 
 
 def load_semantic_head(weights: Path, names: Sequence[str], width: int) -> SemanticHead:

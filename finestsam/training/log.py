@@ -22,7 +22,7 @@ GENERATOR_FIGURES = (
 )  # fmt: skip
 GENERATOR_COLUMNS = tuple(f"val_generator_{name}" for name in GENERATOR_FIGURES)
 # With evaluate.all_prompts.
-PROMPT_COLUMNS = (
+BOX_AND_CLICK_COLUMNS = (
     "val_box_iou", "val_box_dice", "val_box_boundary_iou",
     "val_clicks_iou_1", "val_clicks_iou_2", "val_clicks_iou_3", "val_clicks_iou_5", "val_clicks_iou_8",
 )  # fmt: skip

@@ -26,7 +26,7 @@ from finestsam.training.blend import blend_best, keep_start, wants_blend
 from finestsam.training.classes import describe_categories
 from finestsam.training.crash import note_crash
 from finestsam.training.hints import describe_training, list_mismatches, warn_of_counts, warn_of_cpu, warn_of_schedule
-from finestsam.training.log import PROMPT_COLUMNS, RunLog, show_progress
+from finestsam.training.log import BOX_AND_CLICK_COLUMNS, RunLog, show_progress
 from finestsam.training.memory import OutOfMemory, list_savings
 from finestsam.training.numbers import explain_end, has_finite_weights, skips_for_good
 from finestsam.training.optim import learning_rate_of
@@ -91,7 +91,7 @@ def _open_log(run: Run) -> AbstractContextManager[RunLog | None]:
     resumed_epoch = run.progress.epoch if run.config.resume else None
     columns = run.stepper.columns
     if run.config.evaluate.all_prompts and not run.is_semantic:
-        columns += PROMPT_COLUMNS
+        columns += BOX_AND_CLICK_COLUMNS
     return closing(RunLog(run.folder, resumed_epoch, run.config.num_epochs, columns))
 
 

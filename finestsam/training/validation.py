@@ -39,7 +39,7 @@ def validate(run: Run) -> None:
     else:
         run.progress.metrics |= _validate_prompts(run)
         if run.config.evaluate.all_prompts:
-            run.progress.metrics |= _validate_prompts(run)
+            run.progress.metrics |= _validate_boxes_and_clicks(run)
         if run.config.evaluate.generator:
             run.progress.metrics |= _validate_generator(run)
     # What is no number is nothing to be judged by, and nothing that json could say.
@@ -72,7 +72,7 @@ def _validate_prompts(run: Run) -> dict[str, float]:
     return {f"val_{column}": scores[name] for column, name in names.items() if name in scores}
 
 
-def _validate_prompts(run: Run) -> dict[str, float]:
+def _validate_boxes_and_clicks(run: Run) -> dict[str, float]:
     """Ask for every object with a box, and correct the model on it click by click."""
     chunk, title = run.stepper.chunk_objects, "validation" if run.is_first_rank else None
     records = [record for record in run.data.val if record.annotations][run.ranks.rank :: run.ranks.count]

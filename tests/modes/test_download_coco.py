@@ -99,7 +99,7 @@ def fetch(root, image_count=None):
 
 def start_process(root):
     """Fetch in another process, which knows the archives of this test by what they are written as."""
-    code = "import sys; from pathlib import Path; from finestsam.data import coco_download\n"
+    code = "import sys; from pathlib import Path; from finestsam.modes import download as coco_download\n"
     code += "from finestsam.modes.download import *\n"
     code += f"coco_download.ANNOTATIONS = {coco_download.ANNOTATIONS}\n"
     code += f"PARTS['coco-val2017'] = {PARTS['coco-val2017']}\n"
@@ -430,7 +430,7 @@ def test_cocos_own_annotations_without_images_are_completed_but_not_cut_down(sit
     (root / ANNOTATION_FILE).write_bytes(ANNOTATIONS)
 
     message = (
-        "instances_val2017.json lists 10 images that are not all there, more than the 4 requested; ask for as many"
+        "instances_val2017.json lists 10 images that are not all there, more than the 4 requested; request as many"
     )
     with pytest.raises(UserError, match=message):
         fetch(root, 4)
