@@ -46,7 +46,7 @@ test: setup
 test-slow: setup
 	$(RUN) -m pytest -q -m slow
 
-# Kills, signals, full disks, broken files: about twenty minutes on two cores.
+# Kills, signals, full disks, broken files: about twenty minutes of one core, and longer beside other work.
 faults: setup
 	$(RUN) -m benchmarks.faults
 
