@@ -1,4 +1,4 @@
-"""Whether every object of an image is annotated: what the annotations say for and against it."""
+"""Whether every object of an image is annotated: the signs for and against it in the annotations."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ LARGE_COVER = 0.5
 
 
 def describe_labels(records: Sequence[Record], labels: str) -> list[str]:
-    """Return lines: which kind of labels is assumed, and what in the annotations speaks for the other kind.
+    """Return lines: which kind of labels is assumed, and the signs of the other kind in the annotations.
 
     Args:
         labels: dataset.labels, "complete" or "partial".
@@ -23,7 +23,7 @@ def describe_labels(records: Sequence[Record], labels: str) -> list[str]:
     meaning = {"complete": "every object of an image is annotated", "partial": "some objects are not annotated"}
     signs = (_find_signs_of_partial if other == "partial" else _find_signs_of_complete)(records)
     line = f"labels: {labels} is assumed, {meaning[labels]}; --dataset.labels {other} says otherwise"
-    return [line, f"  for {other} speaks: {', '.join(signs) if signs else 'nothing in the annotations'}"]
+    return [line, f"  signs of {other} labels: {', '.join(signs) if signs else 'none'}"]
 
 
 def _find_signs_of_partial(records: Sequence[Record]) -> list[str]:
