@@ -389,7 +389,7 @@ def test_a_validation_that_does_not_fit_into_the_memory_loses_no_epoch(scenes, w
 
     assert start(scenes, tmp_path) == 2
 
-    assert "generator: the memory is too small; less is needed with --generator.points_per" in capsys.readouterr().err
+    assert "generator: out of memory; try --generator.points_per" in capsys.readouterr().err
     monkeypatch.undo()
     assert resume(tmp_path) == 0
     assert_same_run(whole, tmp_path / "run")
