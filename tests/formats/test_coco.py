@@ -122,7 +122,7 @@ def test_one_image_id_for_two_files_is_refused(coco_folder):
     folder = coco_folder([make_annotation(1)], images=images)
     write_image(folder / "images" / "b.png", np.zeros((10, 12, 3), dtype=np.uint8))
 
-    with pytest.raises(UserError, match="image id 1 stands for 'a.png' and for 'b.png'"):
+    with pytest.raises(UserError, match="two images have the id 1: 'a.png' and 'b.png'"):
         read_plain(folder)
 
 

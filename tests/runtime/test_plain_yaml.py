@@ -30,9 +30,9 @@ def test_what_a_person_writes_is_read(text, value):
     [
         ("a: [", "not YAML: .* at line 1 column 5"),
         ("a: !!python/object:os.system {}", "not YAML: could not determine a constructor"),
-        ("a: !!bool maybe", "not YAML: a value is not of the type"),
-        ("a: !!timestamp hello", "not YAML: a value is not of the type"),
-        ("a: !!int ''", "not YAML: a value is not of the type"),
+        ("a: !!bool maybe", "not YAML: a value does not fit its tag"),
+        ("a: !!timestamp hello", "not YAML: a value does not fit its tag"),
+        ("a: !!int ''", "not YAML: a value does not fit its tag"),
         ("a: !!binary é", "not YAML"),
         ("{[a]: b}", "not YAML: found unhashable key"),
         ("a: \x00", "not YAML: "),

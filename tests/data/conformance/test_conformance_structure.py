@@ -101,7 +101,7 @@ def test_case_08_one_image_id_for_two_files_is_refused_and_twice_the_same_is_tak
     assert (outcome.usable, outcome.remarks) == (SOUND, ["listed_twice"])
 
     zoo.content["images"][-1]["file_name"] = "b.png"
-    assert_refused(zoo.check(), "image id 1 stands for 'a.png' and for 'b.png'")
+    assert_refused(zoo.check(), "two images have the id 1: 'a.png' and 'b.png'")
 
 
 def test_case_09_two_entries_of_one_file_are_reported(zoo):
