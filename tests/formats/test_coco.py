@@ -75,7 +75,7 @@ def test_duplicate_and_missing_annotation_ids_lose_no_annotation(coco_folder):
     index = read_plain(coco_folder([make_annotation(0), make_annotation(0), make_annotation(0), missing]))
 
     assert len({annotation.id for annotation in index.records[0].annotations}) == 4
-    assert any("2 annotations had another's id" in line for line in index.report.list_examples())
+    assert any("2 annotations had the id of another" in line for line in index.report.list_examples())
 
 
 def test_a_missing_size_is_taken_from_the_file_and_a_wrong_one_refused(coco_folder):
