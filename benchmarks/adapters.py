@@ -1,10 +1,9 @@
-"""What each way to adapt SAM trains, costs and brings: the same steps on the same images, as a table.
+"""Compare ways to adapt SAM: trained weights, cost and quality after the same steps on the same images.
 
     python -m benchmarks.adapters DATASET [--epochs 12] [--only WORD ...] [-- SETTINGS OF ALL RUNS]
 
-Each training is the real command on the built-in weights of vit_tiny; figures are those of its last weights on val, IoU
-of one point for each object. Megabytes are the peak of the whole process, seconds the processor's, both validations
-included.
+Each training is the real command on the built-in weights of vit_tiny. The figures are IoUs of its last weights on val
+with one point per object. Megabytes are the peak of the whole process. Seconds are CPU seconds, including validation.
 """
 
 import argparse
@@ -42,13 +41,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, flags in ADAPTERS.items():
             if any(word in name for word in given.only):
-                place = Path(folder) / str(len(rows))
-                rows += measure(name, [*FLAGS, f"--num_epochs={given.epochs}", *given.settings, *flags], given, place)
+                run_folder = Path(folder) / str(len(rows))
+                flags = [*FLAGS, f"--num_epochs={given.epochs}", *given.settings, *flags]
+                rows += measure(name, flags, given, run_folder)
     print_table(["trains", "weights trained", "MB", "s", *FIGURES], rows)
 
 
 def measure(name: str, flags: list[str], given: argparse.Namespace, folder: Path) -> list[list[str]]:
-    """Return the row of one training; before the first one's that of the untouched weights."""
+    """Return the row of one training. With the first training, the row of the untouched weights comes before it."""
     cost, figures = run_training([f"--dataset={given.dataset.resolve()}", *flags], folder)
     line = next(line for line in cost.output.splitlines() if "; trains " in line)
     trained = sum(float(count) for count in re.findall(r"(\d+\.\d+) M", line.partition("; trains ")[2]))

@@ -1,7 +1,6 @@
-"""Files that are broken at random, read by thousands in one process that has little memory and little time for each.
+"""Read thousands of randomly broken files in one process with limited memory and a time limit per file.
 
-Part of `make faults`. An outcome is the code of a defect, `refused` where the user gets one line, or what was
-read.
+Part of `make faults`. An outcome is the code of a defect, `refused` (the user gets one line), or what was read.
 """
 
 import contextlib
@@ -29,7 +28,7 @@ from benchmarks.mutations import (
     mutate_image,
     mutate_tree,
     mutate_yaml,
-    render_outline,
+    sample_outline,
 )
 from finestsam.cli import main, parse_command_line
 from finestsam.config import Config, DatasetConfig, build_config, flatten_config
@@ -54,30 +53,30 @@ from finestsam.model.lora import mount_lora_
 from finestsam.training.resume import load_state
 from finestsam.training.run import Progress
 
-EXTRA_BYTES = 2_000_000_000  # that reading may take beside what this process has
+EXTRA_BYTES = 2_000_000_000  # memory that reading may take, in addition to that of this process
 SECONDS_FOR_ONE = 60
 READ = "read"
 
 
 class Hang(BaseException):
-    """One file has taken all of its time. No Exception: nothing that is tried may swallow it."""
+    """One file took too long. Not an Exception, so that the tested code cannot catch it."""
 
 
 class Difference(Exception):
-    """What was read is not what the file holds, and nothing was said."""
+    """The result differs from the content of the file, and no error was reported."""
 
 
 @dataclass
 class Trial:
     """One file to read."""
 
-    name: str  # of what it was before it was broken
+    name: str  # kind of the file before it was broken
     data: bytes
 
 
 @dataclass
 class Tally:
-    """What became of many files."""
+    """The outcomes of many files."""
 
     outcomes: Counter = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
@@ -91,11 +90,11 @@ class Tally:
 
 
 def read_all(trials: Iterator[Trial], path: Path, read: Callable[[Trial, Path], str]) -> Tally:
-    """Write each file and read it, all in one fork of this process, which may take little memory.
+    """Write and read each file, all in one fork of this process with limited memory.
 
     Args:
-        path: where it is written.
-        read: returns the outcome, and raises whatever is a mistake of ours.
+        path: where each file is written.
+        read: returns the outcome. Any exception except Defect and UserError is a bug.
     """
     with tempfile.TemporaryDirectory() as name:
         results, current = Path(name) / "results", Path(name) / "current"
@@ -120,7 +119,7 @@ def _read_in_fork(trials: Iterator[Trial], path: Path, read: Callable, results: 
     own_bytes = 1024 * int(Path("/proc/self/status").read_text().split("VmSize:")[1].split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (own_bytes + EXTRA_BYTES,) * 2)
     silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1), os.dup2(silence, 2)  # libtiff and others tell what they meet
+    os.dup2(silence, 1), os.dup2(silence, 2)  # libtiff and others print warnings
     signal.signal(signal.SIGALRM, _raise_hang)
     with results.open("a", buffering=1) as file:
         for trial in trials:
@@ -138,7 +137,7 @@ def _read_in_fork(trials: Iterator[Trial], path: Path, read: Callable, results: 
                 outcome = "refused"
                 if len(str(error)) > 2000:
                     wrong = f"{trial.name}: a message of {len(str(error))} letters: {_keep(current, path)}"
-            except BaseException as error:  # whatever it is, it is what is looked for
+            except BaseException as error:  # any other exception is a bug to report
                 trace = "".join(traceback.format_exception(error)[-3:])[-800:]
                 outcome, wrong = type(error).__name__, f"{trial.name}: {_keep(current, path)}\n{trace}"
             signal.alarm(0)
@@ -150,7 +149,7 @@ def _raise_hang(*_: object) -> None:
 
 
 def _keep(current: Path, path: Path) -> Path:
-    """Return where a file that is to be looked at stays."""
+    """Copy a file to a place where it can be examined later, and return its path."""
     descriptor, name = tempfile.mkstemp(prefix="broken_", suffix=f"_{path.name}")
     os.close(descriptor)
     shutil.copyfile(current, name)
@@ -158,10 +157,10 @@ def _keep(current: Path, path: Path) -> Path:
 
 
 class BrokenFiles:
-    """Every kind of file that is read from somewhere, broken.
+    """Broken files of every kind that finestsam reads.
 
     Args:
-        train_briefly: trains below a folder, and returns the folder of the run.
+        train_briefly: trains in a subfolder of a folder, and returns the folder of the run.
     """
 
     def __init__(self, folder: Path, generator: np.random.Generator, train_briefly: Callable[[Path], Path]):
@@ -169,29 +168,29 @@ class BrokenFiles:
         self.folder.mkdir(parents=True)
 
     def read_images(self, count: int) -> tuple[str, Tally]:
-        """Broken images of every kind that is read: what the check lets pass is read, with the size that it said."""
+        """Read broken images of every format. An image that passes the check must load with the same size."""
         image = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
         image[10:30, 10:40] = (200, 30, 30)
         kinds = list(encode_images(image).items())
 
-        def draw() -> Iterator[Trial]:
+        def make_trials() -> Iterator[Trial]:
             for number in range(count):
                 name, data = kinds[number % len(kinds)]
                 yield Trial(name, mutate_image(data, self.generator))
 
         def read(trial: Trial, path: Path) -> str:
-            for look in (read_image_size, read_labels, read_hashed_image):
+            for read_other in (read_image_size, read_labels, read_hashed_image):
                 with contextlib.suppress(Defect):
-                    look(path)
+                    read_other(path)
             facts = inspect_image(path)
             if read_image(path).shape[:2] != facts.size:
-                raise Difference("the check says another size")
+                raise Difference("the check found another size")
             return READ
 
-        return "images", read_all(draw(), self.folder / "image", read)
+        return "images", read_all(make_trials(), self.folder / "image", read)
 
     def read_checkpoints(self, count: int) -> tuple[str, Tally]:
-        """Broken weights, cards, adapters and states: what loads is what was saved, and what does not is reported."""
+        """Load broken weights, cards, adapters and states. They must load as saved, or be reported."""
         torch.manual_seed(0)
         sam = build_sam("vit_tiny_test")
         home = self.folder / "run"
@@ -212,7 +211,7 @@ class BrokenFiles:
         kinds = ["weights", "weights", "tensors", "card", "card", "adapter", "adapter card"]
         kinds += ["state"] * 3
 
-        def draw() -> Iterator[Trial]:
+        def make_trials() -> Iterator[Trial]:
             for number in range(count):
                 kind = kinds[number % len(kinds)]
                 source = {"weights": weights, "adapter": adapter, "card": card, "adapter card": described}.get(kind)
@@ -226,7 +225,7 @@ class BrokenFiles:
                     data = io.BytesIO()
                     try:
                         torch.save(content, data)
-                    except Exception:  # what torch cannot save it cannot meet either
+                    except Exception:  # torch cannot save it, so no such file exists
                         continue
                     yield Trial(kind, data.getvalue())
 
@@ -248,10 +247,10 @@ class BrokenFiles:
                 raise Difference("other weights were loaded")
             return f"{READ} {trial.name}"
 
-        return "checkpoints", read_all(draw(), self.folder / "checkpoint", read)
+        return "checkpoints", read_all(make_trials(), self.folder / "checkpoint", read)
 
     def read_yaml(self, count: int) -> tuple[str, Tally]:
-        """Broken settings files and names of classes."""
+        """Read broken settings files and files of class names."""
         settings = yaml.safe_dump({"mode": "check", "dataset": {"path": "d"}} | _nest(flatten_config(Config())))
         names = yaml.safe_dump({"path": ".", "train": "images/train", "names": {0: "nut", 1: "fig"}, "nc": 2})
         dataset = self.folder / "yolo"
@@ -261,7 +260,7 @@ class BrokenFiles:
         (dataset / "labels" / "a.txt").write_text("")
         (part,) = find_layout(dataset).parts.values()
 
-        def draw() -> Iterator[Trial]:
+        def make_trials() -> Iterator[Trial]:
             for number in range(count):
                 text = settings if number % 2 else names
                 yield Trial("settings" if number % 2 else "names", mutate_yaml(text, self.generator))
@@ -277,16 +276,16 @@ class BrokenFiles:
                     raise
             return READ
 
-        return "YAML files", read_all(draw(), self.folder / "settings.yaml", read)
+        return "YAML files", read_all(make_trials(), self.folder / "settings.yaml", read)
 
     def read_outlines(self, count: int) -> tuple[str, Tally]:
-        """Polygons of few numbers and endless outlines, in every format that has polygons."""
+        """Read polygons with few corners and extremely long outlines, in every format that has polygons."""
         size = (600, 800)
 
-        def draw() -> Iterator[Trial]:
+        def make_trials() -> Iterator[Trial]:
             for number in range(count):
                 kind = ("coco", "labelme", "yolo", "results")[number % 4]
-                yield Trial(kind, json.dumps(render_outline(size, self.generator)).encode())
+                yield Trial(kind, json.dumps(sample_outline(size, self.generator)).encode())
 
         def read(trial: Trial, path: Path) -> str:
             polygon = json.loads(path.read_text())
@@ -300,17 +299,17 @@ class BrokenFiles:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 return f"exit code {main([*arguments, '--dataset.use_cache=false'])}"
 
-        return "outlines", read_all(draw(), self.folder / "outline.json", read)
+        return "outlines", read_all(make_trials(), self.folder / "outline.json", read)
 
 
 def _nest(flat: dict) -> dict:
     nested: dict = {}
     for name, value in flat.items():
-        *above, last = name.split(".")
-        place = nested
-        for key in above:
-            place = place.setdefault(key, {})
-        place[last] = value
+        *sections, last = name.split(".")
+        section = nested
+        for key in sections:
+            section = section.setdefault(key, {})
+        section[last] = value
     return nested
 
 
@@ -322,12 +321,12 @@ def _write_outline(folder: Path, kind: str, polygon: list[float], size: tuple[in
     image = {"id": 1, "file_name": "a.png", "width": size[1], "height": size[0]}
     square = {"id": 1, "image_id": 1, "category_id": 1, "segmentation": [[1, 1, 9, 1, 9, 9]]}
     if kind == "labelme":
-        points = [polygon[place : place + 2] for place in range(0, len(polygon) - 1, 2)]
+        points = [polygon[index : index + 2] for index in range(0, len(polygon) - 1, 2)]
         content = {"shapes": [{"label": "a", "points": points}], "imagePath": "a.png"}
         (folder / "images" / "a.json").write_text(json.dumps(content))
     elif kind == "yolo":
         (folder / "labels").mkdir(exist_ok=True)
-        shares = (number / size[1 - place % 2] for place, number in enumerate(polygon))
+        shares = (number / size[1 - index % 2] for index, number in enumerate(polygon))
         (folder / "labels" / "a.txt").write_text(f"0 {' '.join(map(repr, shares))}")
     else:
         annotation = square if kind == "results" else square | {"segmentation": [polygon]}

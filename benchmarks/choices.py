@@ -1,10 +1,10 @@
-"""What each choice of training, and each threshold that is searched, brings to the generator on a dataset of yours.
+"""Compare training settings, and tuned thresholds, by the quality of the generator's masks on your dataset.
 
     python -m benchmarks.choices DATASET [--only WORD ...] [--seeds N] [-- SETTINGS OF ALL RUNS]
 
-Each row of the first table is a training of its own from the same weights, for as many epochs, with one setting
-changed; its figures are those of its last weights on val, with thresholds chosen there. Each row of the second
-evaluates the weights of the first training with some thresholds searched and the others as segment_anything has them.
+Each row of the first table is one training with one setting changed; weights to start from and epochs are the same. Its
+figures are those of its last weights on val, with thresholds tuned there. Each row of the second table evaluates the
+weights of the first training with some thresholds tuned and the others at segment_anything's defaults.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", type=Path)
     parser.add_argument("--only", nargs="+", default=[""], help="choices with one of these words in their name")
-    parser.add_argument("--seeds", type=int, default=1, help="trainings of each choice, whose figures are averaged")
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of each choice; their figures are averaged")
     given = parse_with_settings(parser)
     print(describe_machine())
     with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +92,7 @@ def _average(values: list[float]) -> str:
 
 
 def train(given: argparse.Namespace, flags: list[str], seed: int, folder: Path) -> tuple[list[dict[str, float]], float]:
-    """Return the figures before and after a training, and its seconds without validation."""
+    """Return the figures before and after a training, and its seconds, excluding validation."""
     flags = [f"--dataset={given.dataset.resolve()}", "--model.type=vit_tiny", "--eval_interval=0",
              f"--seed_device={seed}", *given.settings, *flags]  # fmt: skip
     _, rows = run_training(flags, folder)

@@ -1,8 +1,8 @@
-"""The dataset check on a set as large as COCO's val2017, against pycocotools' own loading of the same file.
+"""Compare the check of a dataset as large as COCO's val2017 with pycocotools' loading of the same file.
 
     python -m benchmarks.dataset
 
-Images and outlines are drawn: 640 x 480 JPEGs, each different, with 36 000 outlines in COCO's mixture of sizes.
+Images and outlines are synthetic: 640 x 480 JPEGs, each different, with 36 000 outlines in COCO's mixture of sizes.
 """
 
 import argparse
@@ -16,12 +16,12 @@ import numpy as np
 from benchmarks.measure import Cost, describe_machine, print_table, run_process
 
 WIDTH, HEIGHT = 640, 480
-# COCO's own median outline has 20 corners, and the areas spread over four powers of ten.
+# In COCO, the median outline has 20 corners, and areas spread over four powers of ten.
 CORNERS = 20
 MEDIAN_RADIUS_PIXELS, SPREAD = 28, 1.0
 
 LOAD = "from pycocotools.coco import COCO; coco = COCO({path!r})"
-DECODE = "; [coco.annToRLE(each) for each in coco.dataset['annotations']]"
+DECODE = "; [coco.annToRLE(annotation) for annotation in coco.dataset['annotations']]"
 
 
 def main() -> None:

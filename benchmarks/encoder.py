@@ -1,9 +1,9 @@
-"""The image encoder against segment_anything's: same weights, same embedding.
+"""Compare the image encoder with segment_anything's: same weights, same embedding.
 
     python -m benchmarks.encoder
 
-One image of 1024 pixels through vit_b with random weights. Every variant is a process of its own; segment_anything
-runs as it is and with glibc's allocator set to keep memory.
+vit_b with random weights encodes one image of 1024 pixels. Every variant runs in its own process. segment_anything runs
+with and without glibc's allocator set to keep memory.
 """
 
 import argparse
@@ -27,7 +27,7 @@ VARIANTS = {
     "finestsam": ("ours", "float32", {}),
     "finestsam, bfloat16": ("ours", "bfloat16", {}),
 }
-ROUNDS = 5  # of processes, in turn; each encodes once before it is timed
+ROUNDS = 5  # of processes, the variants in turn; each process encodes once before it is timed
 
 
 def main() -> None:

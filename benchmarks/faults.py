@@ -1,9 +1,9 @@
-"""Kill a training run, signal it, fill its disk, and feed every reader what is broken: `make faults`.
+"""Kill training runs, send them signals, fill their disk, and give broken files to every reader: `make faults`.
 
-`python -m benchmarks.faults --only images yaml --images 500` tries some kinds, with fewer of one.
+`python -m benchmarks.faults --only images yaml --images 500` runs only some kinds of faults, and fewer of one.
 
-Every run is compared with an unbroken one bit for bit: weights, optimizer, best weights and metrics.csv. All of it runs
-in processes that are forked from this one, which has imported everything already, so that a start takes no seconds.
+Every run is compared bit for bit with an unbroken run: weights, optimizer, best weights and metrics.csv. The commands
+run in forks of this process, which has imported everything already, so that they start at once.
 """
 
 import argparse
@@ -37,29 +37,29 @@ from finestsam.training.checkpoint import load_state
 from finestsam.training.train import train
 
 EPOCHS = 30
-SECONDS_TO_STOP = 20  # of a machine that does other work as well
+SECONDS_TO_STOP = 20  # long enough for a busy machine
 SECONDS_TO_CHECK = 30
-PEAK_BYTES = 2_000_000_000  # of a process that reads broken files, this one's own beside it
-CHECK_BYTES = 2_000_000_000  # that a check may take beside what this process has
+PEAK_BYTES = 2_000_000_000  # largest peak of a process that reads broken files
+CHECK_BYTES = 2_000_000_000  # memory that a check may take, in addition to that of this process
 IMAGE_KINDS = (("PNG", {}), ("JPEG", {}), ("GIF", {}), ("BMP", {}), ("TIFF", {}), ("WEBP", {}))
-PARTS = ("last.ckpt", "best.pth", "rows", "names")  # of a finished run, which are compared
-SUBREAPER = 36  # prctl's: processes that lose their parent become ours, and are found
+PARTS = ("last.ckpt", "best.pth", "rows", "names")  # the parts of a finished run that are compared
+SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER: orphaned processes become children of this one, so it can count them
 
 
 @dataclass
 class End:
     """How a process ended."""
 
-    code: int  # below 0: by that signal
+    code: int  # exit code; -n: ended by signal n
     seconds: float
     peak_bytes: int
     output: str
-    left: int  # processes that it started and that outlived it
+    left: int  # number of its child processes that outlived it
 
 
 @dataclass
 class Findings:
-    """What went wrong, each as one line; empty is what is hoped for."""
+    """The problems that were found, one line each."""
 
     lines: list[str] = field(default_factory=list)
 
@@ -81,7 +81,7 @@ def run_apart(
     Args:
         limits: for `resource.setrlimit`.
         number: a signal that is sent after `delay` seconds.
-        seconds: after which it is killed for hanging.
+        seconds: time limit, after which the command is killed.
     """
     with tempfile.TemporaryFile("w+") as output:
         start = time.monotonic()
@@ -124,7 +124,7 @@ def _become_command(arguments: list[str], output: io.TextIOBase, limits: dict[in
 
 
 def _count_orphans() -> int:
-    """Wait for the processes that have lost their parent to end, a few seconds; kill and count those that do not."""
+    """Wait five seconds for orphaned processes to end; kill and count those that do not."""
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
         try:
@@ -140,19 +140,19 @@ def _count_orphans() -> int:
     return len(children)
 
 
-class Course:
-    """One dataset, one unbroken run on it, and runs that are to end as it did."""
+class BrokenRuns:
+    """One dataset, one unbroken run on it, and broken runs that must end with the same result."""
 
     def __init__(self, folder: Path, findings: Findings, generator: np.random.Generator):
         self.folder, self.findings, self.generator = folder, findings, generator
         self.dataset = write_scenes(folder / "dataset", count=6, seed=1, size=(96, 96))
-        end = run_apart(self.begin("unbroken"))
+        end = run_apart(self.list_arguments("unbroken"))
         findings.expect(end.code == 0, f"the unbroken run ended with {end.code}: {end.output[-500:]}")
         self.seconds = end.seconds
         print(f"unbroken run: {EPOCHS} epochs in {end.seconds:.1f} s", flush=True)
 
-    def begin(self, name: str) -> list[str]:
-        """Return the arguments that begin a run, or continue it where it has begun."""
+    def list_arguments(self, name: str) -> list[str]:
+        """Return the arguments that start a run, or resume it if it exists."""
         run = self.folder / name
         if (run / "config.yaml").is_file():
             return ["--mode=train", f"--resume={run}"]
@@ -165,12 +165,12 @@ class Course:
         ]  # fmt: skip
 
     def sample_moment(self) -> float:
-        """Return the seconds until a run is hit: most come before its end, on a fast machine and on a slow one."""
+        """Return random seconds after which to stop a run. Most lie before its end, on any machine."""
         return self.generator.uniform(0.2, 0.4 * self.seconds)
 
     def finish(self, name: str) -> None:
-        """Continue a run to its end, and compare it with the unbroken one."""
-        end = run_apart(self.begin(name))
+        """Resume a run to its end, and compare it with the unbroken run."""
+        end = run_apart(self.list_arguments(name))
         self.findings.expect(end.code == 0, f"{name} could not be continued: {end.output[-500:]}")
         if end.code == 0:
             for difference in compare_runs(self.folder / "unbroken", self.folder / name):
@@ -178,15 +178,15 @@ class Course:
         shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def kill(self, count: int) -> str:
-        """Kill runs at `count` random moments, continue them each time, and compare those that come to their end."""
+        """Kill runs at `count` random moments, resume them each time, and compare each finished run."""
         moments, finished = Counter(), 0
         while moments.total() < count:
-            end = run_apart(self.begin("killed"), number=signal.SIGKILL, delay=self.sample_moment())
+            end = run_apart(self.list_arguments("killed"), number=signal.SIGKILL, delay=self.sample_moment())
             self.findings.expect(
                 end.code in (-signal.SIGKILL, 0), f"killed: ended with {end.code}: {end.output[-500:]}"
             )
             self.findings.expect(end.left == 0, f"killed: {end.left} processes were left")
-            if end.code == 0:  # before it was hit
+            if end.code == 0:  # it finished before the kill
                 self.finish("killed")
                 finished += 1
             else:
@@ -196,13 +196,13 @@ class Course:
         return f"{moments.total()} kills in {finished + 1} runs: {shown}"
 
     def signal(self, count: int) -> str:
-        """Send signals at random moments: the run must stop by itself, soon, and go on as if nothing had been."""
+        """Send signals at random moments. The run must stop soon, and continue to the same result."""
         codes, slowest, finished = Counter(), 0.0, 0
         while codes.total() < count:
             number = int(self.generator.choice([signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]))
             delay = self.sample_moment()
-            end = run_apart(self.begin("signalled"), number=number, delay=delay)
-            if end.code == 0:  # before it was hit
+            end = run_apart(self.list_arguments("signalled"), number=number, delay=delay)
+            if end.code == 0:  # it finished before the signal
                 self.finish("signalled")
                 finished += 1
                 continue
@@ -217,49 +217,49 @@ class Course:
         return f"{count} signals in {finished + 1} runs; exit codes {found}; the slowest stop took {slowest:.1f} s"
 
     def fill_disk(self, count: int) -> str:
-        """Let the system refuse files beyond a random size: old files stay whole, and with room the run goes on."""
+        """Limit the size of files at random. Old files must stay complete; without the limit the run must go on."""
         codes = Counter()
-        # No workers: what they hand over lies in parts as well, of memory, which a full disk leaves alone.
+        # No workers: the limit would also apply to their shared memory, which a full disk does not affect.
         flags = ["--num_epochs=4", "--num_workers=0"]
-        run_apart([*self.begin("short"), *flags])
-        for place in range(count):
-            name = f"full_{place}"
-            run_apart([*self.begin(name), *flags, f"--max_steps={self.generator.integers(1, 12)}"])
+        run_apart([*self.list_arguments("short"), *flags])
+        for number in range(count):
+            name = f"full_{number}"
+            run_apart([*self.list_arguments(name), *flags, f"--max_steps={self.generator.integers(1, 12)}"])
             limit = int(10 ** self.generator.uniform(3.5, 6.5))
-            end = run_apart([*self.begin(name), *flags, "--max_steps=0"], {resource.RLIMIT_FSIZE: limit})
+            end = run_apart([*self.list_arguments(name), *flags, "--max_steps=0"], {resource.RLIMIT_FSIZE: limit})
             codes[end.code] += 1
             self.findings.expect(end.code in (0, 2), f"disk of {limit} bytes: ended with {end.code}: {end.output}")
             self.findings.expect("Traceback" not in end.output, f"disk of {limit} bytes: {end.output[-800:]}")
             self._check_files(self.folder / name, limit)
-            end = run_apart([*self.begin(name), *flags, "--max_steps=0"])
-            # Best weights that could not be saved are reported again, and are the one thing that is lost.
-            is_told = end.code == 2 and "best.pth does not hold the best weights" in end.output
-            self.findings.expect(end.code == 0 or is_told, f"after a disk of {limit} bytes: {end.output[-500:]}")
+            end = run_apart([*self.list_arguments(name), *flags, "--max_steps=0"])
+            # The only allowed loss is that of best weights that could not be saved. They are reported again.
+            is_reported = end.code == 2 and "best.pth does not hold the best weights" in end.output
+            self.findings.expect(end.code == 0 or is_reported, f"after a disk of {limit} bytes: {end.output[-500:]}")
             for difference in compare_runs(self.folder / "short", self.folder / name, ["last.ckpt"]):
                 self.findings.expect(False, f"after a disk of {limit} bytes: {difference}")
             shutil.rmtree(self.folder / name)
-        return f"{count} full disks; exit codes {', '.join(f'{number} x {code}' for code, number in codes.items())}"
+        return f"{count} full disks; exit codes {', '.join(f'{amount} x {code}' for code, amount in codes.items())}"
 
     def _check_files(self, run: Path, limit: int) -> None:
         try:
             load_state(run)
             torch.load(run / "best.pth", weights_only=True)
-        except Exception as error:  # whatever it is, it is what is looked for
+        except Exception as error:  # any exception is a finding
             self.findings.expect(False, f"disk of {limit} bytes: {error}")
         partial = [path.name for path in run.glob(".*.tmp")]
         self.findings.expect(not partial, f"disk of {limit} bytes: {partial} left")
 
 
 def train_briefly(folder: Path) -> Path:
-    """Train for an epoch, and return the folder of the run."""
+    """Train for one epoch, and return the folder of the run."""
     dataset = write_scenes(folder / "scenes", count=3, seed=4, size=(96, 96))
-    end = run_apart(describe_training(dataset, folder, "brief", "--num_epochs=1"))
+    end = run_apart(list_training_arguments(dataset, folder, "brief", "--num_epochs=1"))
     assert end.code == 0, end.output
     return folder / "brief"
 
 
-def describe_training(dataset: Path, sav_dir: Path, name: str, *flags: str) -> list[str]:
-    """Return the arguments of a training of the smallest model that is over in a moment."""
+def list_training_arguments(dataset: Path, sav_dir: Path, name: str, *flags: str) -> list[str]:
+    """Return the arguments of a short training of the smallest model."""
     return [
         "--mode=train", f"--dataset={dataset}", "--model.type=vit_tiny_test", f"--sav_dir={sav_dir}",
         f"--run_name={name}", "--device=cpu", "--num_devices=1", "--num_workers=0", "--model.checkpoint=none",
@@ -268,27 +268,27 @@ def describe_training(dataset: Path, sav_dir: Path, name: str, *flags: str) -> l
 
 
 class Pairs:
-    """Two processes at once on what only one may have, or both may share."""
+    """Two processes at once that use the same folder, run name, store or cache."""
 
     def __init__(self, folder: Path, findings: Findings):
         self.folder, self.findings = folder / "pairs", findings
 
     def run(self, count: int) -> str:
-        """Try every pair `count` times, the second process a little later each time."""
+        """Run every kind of pair `count` times. The second process starts a little later each time."""
         self.dataset = write_scenes(self.folder / "dataset", count=4, seed=3, size=(96, 96))
         self.images = self.dataset / "data" / "images"
         self.weights = [self._write_weights(seed) for seed in range(2)]
         self.alone = [self._predict_alone(weights) for weights in self.weights]
         codes = Counter()
-        for place in range(count):
-            delay = 0.5 * place / count
+        for number in range(count):
+            delay = 0.5 * number / count
             for work in (self._share_out_dir, self._share_run_name, self._share_store, self._share_cache):
-                ends = work(self.folder / f"{work.__name__}_{place}", delay)
+                ends = work(self.folder / f"{work.__name__}_{number}", delay)
                 codes[f"{work.__name__.removeprefix('_share_')} {sorted(end.code for end in ends)}"] += 1
                 for end in ends:
                     self.findings.expect(end.code in (0, 2), f"{work.__name__}: ended with {end.code}: {end.output}")
                     self.findings.expect("Traceback" not in end.output, f"{work.__name__}: {end.output[-800:]}")
-        return f"{4 * count} pairs: {', '.join(f'{number} x {code}' for code, number in sorted(codes.items()))}"
+        return f"{4 * count} pairs: {', '.join(f'{amount} x {code}' for code, amount in sorted(codes.items()))}"
 
     def _write_weights(self, seed: int) -> Path:
         torch.manual_seed(seed)
@@ -314,12 +314,12 @@ class Pairs:
 
     def _share_out_dir(self, folder: Path, delay: float) -> list[End]:
         ends = run_pair([self._predict(weights, folder) for weights in self.weights], delay)
-        self.findings.expect(any(end.code == 0 for end in ends), f"out_dir: none went through: {ends[0].output[-500:]}")
-        self.findings.expect(read_found(folder) in self.alone, "out_dir: its masks are those of neither model alone")
+        self.findings.expect(any(end.code == 0 for end in ends), f"out_dir: both failed: {ends[0].output[-500:]}")
+        self.findings.expect(read_found(folder) in self.alone, "out_dir: the masks are of neither model alone")
         return ends
 
     def _share_run_name(self, folder: Path, delay: float) -> list[End]:
-        arguments = describe_training(self.dataset, folder, "one", "--num_epochs=2")
+        arguments = list_training_arguments(self.dataset, folder, "one", "--num_epochs=2")
         ends = run_pair([arguments, arguments], delay)
         codes = sorted(end.code for end in ends)
         self.findings.expect(codes == [0, 2], f"run_name: ended with {codes}: {ends[0].output[-300:]}")
@@ -330,16 +330,16 @@ class Pairs:
     def _share_store(self, folder: Path, delay: float) -> list[End]:
         folder.mkdir()
         flags = f"--store.folder={folder / 'store'}"
-        jobs = [self._predict(self.weights[0], folder / name, flags) for name in ("one", "other")]
+        jobs = [self._predict(self.weights[0], folder / name, flags) for name in ("first", "second")]
         ends = run_pair(jobs, delay)
-        for name in ("one", "other"):
+        for name in ("first", "second"):
             self.findings.expect(read_found(folder / name) == self.alone[0], f"store: {name} found other masks")
         return ends
 
     def _share_cache(self, folder: Path, delay: float) -> list[End]:
         before = os.environ["FINESTSAM_CACHE"]
         os.environ["FINESTSAM_CACHE"] = str(folder / "cache")
-        outs = [folder / "one", folder / "other"]
+        outs = [folder / "first", folder / "second"]
         jobs = [["--mode=check", f"--dataset={self.dataset}", f"--out_dir={out}", "--check.samples=0"] for out in outs]
         ends = run_pair(jobs, delay)
         os.environ["FINESTSAM_CACHE"] = before
@@ -352,7 +352,7 @@ def run_pair(jobs: list[list[str]], delay: float) -> list[End]:
     """Run two commands at once, the second `delay` seconds after the first."""
     begun = []
     for arguments in jobs:
-        output = tempfile.TemporaryFile("w+")  # noqa: SIM115, it is read when its process has ended
+        output = tempfile.TemporaryFile("w+")  # noqa: SIM115, it is read after its process has ended
         pid = os.fork()
         if pid == 0:
             _become_command(arguments, output, {})
@@ -369,7 +369,7 @@ def run_pair(jobs: list[list[str]], delay: float) -> list[End]:
 
 
 def read_found(out_dir: Path) -> list:
-    """Return what a prediction found, without how it was made."""
+    """Return the masks and scores of a prediction, without its settings."""
     path = out_dir / "predictions.json"
     if not path.is_file():
         return []
@@ -378,7 +378,7 @@ def read_found(out_dir: Path) -> list:
 
 
 def describe_moment(run: Path) -> str:
-    """Return how far a killed run had come: the name of what it was doing, as far as its files tell."""
+    """Return what a killed run was doing, judged by its files."""
     if not (run / "config.yaml").is_file():
         return "before the run's folder"
     if any(run.glob(".*.tmp")):
@@ -386,33 +386,35 @@ def describe_moment(run: Path) -> str:
     return "between two checkpoints" if (run / "last.ckpt").is_file() else "before the first checkpoint"
 
 
-def compare_runs(one: Path, other: Path, parts: Sequence[str] = PARTS) -> list[str]:
-    """Return what differs between two finished runs."""
+def compare_runs(first: Path, second: Path, parts: Sequence[str] = PARTS) -> list[str]:
+    """Return the differences between two finished runs."""
     differences = []
-    first, second = (load_state(run) for run in (one, other))
+    states = [load_state(run) for run in (first, second)]
     if "last.ckpt" in parts:
         differences += [
-            f"{part} differ" for part in ("model", "optimizer", "scheduler") if not is_same(first[part], second[part])
+            f"{part} differ"
+            for part in ("model", "optimizer", "scheduler")
+            if not is_same(*(state[part] for state in states))
         ]
     if "best.pth" in parts:
-        best = [torch.load(run / "best.pth", weights_only=True) for run in (one, other)]
+        best = [torch.load(run / "best.pth", weights_only=True) for run in (first, second)]
         differences += [] if is_same(*best) else ["best.pth differs"]
-    if "rows" in parts and read_rows(one) != read_rows(other):
+    if "rows" in parts and read_rows(first) != read_rows(second):
         differences.append("metrics.csv differs")
-    names = [sorted(path.name for path in run.iterdir() if path.name != "last.prev.ckpt") for run in (one, other)]
+    names = [sorted(path.name for path in run.iterdir() if path.name != "last.prev.ckpt") for run in (first, second)]
     if "names" in parts and names[0] != names[1]:
         differences.append(f"files differ: {set(names[0]) ^ set(names[1])}")
     return differences
 
 
-def is_same(one: object, other: object) -> bool:
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(is_same(value, other[key]) for key, value in one.items())
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(is_same, one, other))
-    return one == other
+def is_same(first: object, second: object) -> bool:
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(is_same(value, second[key]) for key, value in first.items())
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(is_same, first, second))
+    return first == second
 
 
 def read_rows(run: Path) -> list[dict[str, str]]:
@@ -423,7 +425,7 @@ def read_rows(run: Path) -> list[dict[str, str]]:
 
 
 class Fuzz:
-    """Datasets that are broken at random, each checked by the command in a process with little memory."""
+    """Randomly broken datasets. The command checks each in a process with limited memory."""
 
     def __init__(self, folder: Path, findings: Findings, generator: np.random.Generator):
         self.folder, self.findings, self.generator = folder / "fuzz", findings, generator
@@ -461,21 +463,21 @@ class Fuzz:
         arguments = ["--mode=check", f"--dataset={self.dataset}", f"--out_dir={self.folder / 'out'}"]
         arguments += ["--check.samples=0", "--dataset.use_cache=false"]
         codes, slowest, peak = Counter(), 0.0, 0
-        for place in range(count):
+        for number in range(count):
             broken = write()
             end = run_apart(arguments, limits, seconds=SECONDS_TO_CHECK)
             codes[end.code] += 1
             slowest, peak = max(slowest, end.seconds), max(peak, end.peak_bytes)
             is_right = end.code in (0, 2) and "Traceback" not in end.output
             if not is_right:
-                kept = Path(tempfile.gettempdir()) / f"broken_{title.split()[0]}_{place}"
+                kept = Path(tempfile.gettempdir()) / f"broken_{title.split()[0]}_{number}"
                 kept.write_bytes(broken)
                 self.findings.expect(False, f"{kept}: ended with {end.code}: {end.output[-800:]}")
         shown = ", ".join(f"{number} x {code}" for code, number in sorted(codes.items()))
         return f"{count} {title}; exit codes {shown}; slowest {slowest:.1f} s, peak {peak / 1e6:.0f} MB"
 
 
-# Of each kind, how many are tried.
+# By kind: the number of faults to try.
 COUNTS = {
     "kills": 30, "signals": 30, "disks": 6, "annotations": 1000, "dataset_images": 300, "images": 5000,
     "checkpoints": 1000, "yaml": 500, "outlines": 100, "servers": 100, "pairs": 4,
@@ -486,16 +488,16 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, count in COUNTS.items():
         parser.add_argument(f"--{name}", type=int, default=count)
-    parser.add_argument("--only", nargs="+", choices=COUNTS, default=list(COUNTS), help="kinds that are tried")
+    parser.add_argument("--only", nargs="+", choices=COUNTS, default=list(COUNTS), help="kinds of faults to try")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
 def run() -> int:
-    """Do everything, print the figures, and return 1 if anything went wrong."""
+    """Run all kinds of faults, print the results, and return 1 if there was a problem."""
     arguments = parse_arguments()
     torch.set_num_threads(1)
-    assert train  # imported here, so that every fork has it
+    assert train  # imported before forking, so that every fork has it
     ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
     generator, findings = np.random.default_rng(arguments.seed), Findings()
     start = time.monotonic()
@@ -503,16 +505,16 @@ def run() -> int:
         os.environ["FINESTSAM_CACHE"] = str(Path(name) / "cache")
         folder = Path(name)
         wanted = {kind: getattr(arguments, kind) for kind in arguments.only if getattr(arguments, kind)}
-        course = Course(folder, findings, generator) if {"kills", "signals", "disks"} & {*wanted} else None
+        runs = BrokenRuns(folder, findings, generator) if {"kills", "signals", "disks"} & {*wanted} else None
         fuzz, broken, pairs = (
             Fuzz(folder, findings, generator),
             BrokenFiles(folder, generator, train_briefly),
             Pairs(folder, findings),
         )
         works = {
-            "kills": lambda count: course.kill(count),
-            "signals": lambda count: course.signal(count),
-            "disks": lambda count: course.fill_disk(count),
+            "kills": lambda count: runs.kill(count),
+            "signals": lambda count: runs.signal(count),
+            "disks": lambda count: runs.fill_disk(count),
             "annotations": fuzz.break_annotations,
             "dataset_images": fuzz.break_dataset_images,
             "images": broken.read_images,
@@ -531,7 +533,7 @@ def run() -> int:
                 findings.expect(tally.peak_bytes < PEAK_BYTES, f"{title}: {tally.peak_bytes / 1e6:.0f} MB")
                 result = tally.describe(title)
             print(result, flush=True)
-    print(f"{len(findings.lines)} things went wrong, in {time.monotonic() - start:.0f} s")
+    print(f"{len(findings.lines)} problems, in {time.monotonic() - start:.0f} s")
     return min(len(findings.lines), 1)
 
 

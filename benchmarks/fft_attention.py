@@ -1,12 +1,11 @@
-"""FFT attention against SAM's attention and torch's scaled_dot_product_attention, alone and in the whole encoder.
+"""Compare FFT attention with SAM's attention and torch's scaled_dot_product_attention, alone and in the whole encoder.
 
     python -m benchmarks.fft_attention [--part attention encoder]
 
-One attention of vit_b's width that sees the whole image, projections included, at 1 024, 4 096 and 16 384 tokens,
-then vit_b's encoder with one image of 1024 pixels. Every measurement is a process of its own, they take turns, and
-all of them keep freed memory, as finestsam does (`keep_memory`). Seconds are the processor's, so that other work beside
-it counts less. Memory is what a process held at most beyond what it held before. What would need more memory than there
-is does not run.
+First, one global attention layer of vit_b's width, with projections, at 1 024, 4 096 and 16 384 tokens. Then vit_b's
+encoder with one image of 1024 pixels. Every measurement is its own process, the variants take turns, and all keep
+freed memory, as finestsam does (`keep_memory`). Seconds are CPU seconds, so that other work on the machine counts less.
+Memory is the peak minus the memory before the measurement. A variant that needs more memory than is free is skipped.
 """
 
 import argparse
@@ -31,13 +30,13 @@ from finestsam.model.fft_attention import FftAttention, choose_blocks, mount_fft
 from finestsam.runtime.cpu import keep_freed_memory
 
 WIDTH, HEADS = 768, 12
-ROUNDS = {32: 3, 64: 2, 128: 1}  # of processes, by the side of the grid in tokens
+ROUNDS = {32: 3, 64: 2, 128: 1}  # number of processes, by side of the grid in tokens
 ENCODER_ROUNDS = 1
-# Until the memory of the process has grown to what the work needs: that takes as long as the work.
+# Calls before the timed one. In these the memory of the process grows, which takes as long as the work itself.
 WARM_CALLS = 2
 LAYERS = ("SAM's attention", "scaled_dot_product_attention", "finestsam's exact attention", "FFT attention")
 ENCODERS = ("segment_anything", "finestsam", "FFT attention, global blocks", "FFT attention, all blocks")
-# Copies of all scores that SAM's attention holds at once with their gradient.
+# Copies of the attention scores that SAM's attention holds at once, with their gradient.
 COPIES = 4
 
 
@@ -60,7 +59,7 @@ def main() -> None:
 
 
 def compare(variants: tuple[str, ...], side: int, rounds: int) -> None:
-    """Run variants in turn and print a table of their medians and how much faster each is than the first."""
+    """Run variants in turn, and print a table of their medians and of their speed relative to the first."""
     variants = tuple(name for name in variants if fits(name, side))
     found = {name: [] for name in variants}
     for _ in range(rounds):
@@ -68,42 +67,42 @@ def compare(variants: tuple[str, ...], side: int, rounds: int) -> None:
             cost = run_process(["-m", "benchmarks.fft_attention", "--variant", name, "--side", str(side)])
             found[name].append(json.loads(cost.output.splitlines()[-1]))
     columns = ("forward", "both", "forward_megabytes", "both_megabytes")
-    medians = {name: {key: median(one[key] for one in found[name]) for key in columns} for name in variants}
+    medians = {name: {key: median(run[key] for run in found[name]) for key in columns} for name in variants}
     first = medians[variants[0]]
     rows = [
         [
-            name, f"{one['forward']:.3f}", f"{first['forward'] / one['forward']:.1f} x",
-            f"{one['both']:.3f}", f"{first['both'] / one['both']:.1f} x",
-            f"{one['forward_megabytes']:.0f}", f"{one['both_megabytes']:.0f}",
+            name, f"{values['forward']:.3f}", f"{first['forward'] / values['forward']:.1f} x",
+            f"{values['both']:.3f}", f"{first['both'] / values['both']:.1f} x",
+            f"{values['forward_megabytes']:.0f}", f"{values['both_megabytes']:.0f}",
         ]
-        for name, one in medians.items()
+        for name, values in medians.items()
     ]  # fmt: skip
     header = ["attention", "forward, s", "ratio", "and backward, s", "ratio", "forward, MB", "and backward, MB"]
     print_table(header, rows)
 
 
 def fits(name: str, side: int) -> bool:
-    """Whether the memory takes all scores at once, where a variant makes them."""
+    """Return whether the memory is large enough. Only SAM's attention stores all scores at once."""
     return name != LAYERS[0] or COPIES * HEADS * side**4 * 4 < psutil.virtual_memory().available
 
 
 def measure(name: str, side: int) -> dict[str, float]:
-    """Return seconds and megabytes of a pass forward without gradient, and of one forward and backward."""
+    """Return seconds and megabytes of a forward pass without gradient, and of a forward and backward pass."""
     keep_freed_memory()
     torch.manual_seed(0)
     work, x = build_encoder(name) if name in ENCODERS else build_layer(name, side)
     with torch.no_grad():
-        forward, forward_megabytes = watch(lambda: work(x))
+        forward, forward_megabytes = measure_call(lambda: work(x))
     x.requires_grad_()
-    both, both_megabytes = watch(lambda: work(x).square().mean().backward())
+    both, both_megabytes = measure_call(lambda: work(x).square().mean().backward())
     return {
         "forward": forward, "both": both, "forward_megabytes": forward_megabytes,
         "both_megabytes": max(forward_megabytes, both_megabytes),
     }  # fmt: skip
 
 
-def watch(work: Callable[[], object]) -> tuple[float, float]:
-    """Return the processor's seconds of a call, and the megabytes that the process grew by in all calls."""
+def measure_call(work: Callable[[], object]) -> tuple[float, float]:
+    """Return the CPU seconds of a call, and the megabytes by which the process grew in all calls."""
     before = psutil.Process().memory_info().rss / 1e6
     for _ in range(WARM_CALLS):
         work()
@@ -114,24 +113,24 @@ def watch(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def build_layer(name: str, side: int) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """Return one attention and its input."""
+    """Return one attention layer and its input."""
     attention = Attention(WIDTH, HEADS, use_rel_pos=True, input_size=(side, side))
     x = torch.randn(1, side, side, WIDTH)
     works = {
         LAYERS[0]: attention,
-        LAYERS[1]: lambda some: attend_fused(attention, some),
-        LAYERS[2]: lambda some: attend(attention, some, window_size=0),
+        LAYERS[1]: lambda tokens: attend_fused(attention, tokens),
+        LAYERS[2]: lambda tokens: attend(attention, tokens, window_size=0),
         LAYERS[3]: FftAttention(attention),
     }
     return works[name], x
 
 
 def attend_fused(attention: Attention, x: Tensor) -> Tensor:
-    """Attend without the relative positions, which scaled_dot_product_attention would want as a bias for each pair."""
+    """Attend without relative positions: scaled_dot_product_attention would need a bias for each pair of tokens."""
     batch, height, width, _ = x.shape
     q, k, v = attention.qkv(x).reshape(batch, height * width, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
-    seen = F.scaled_dot_product_attention(q, k, v)
-    return attention.proj(seen.transpose(1, 2).reshape(x.shape))
+    attended = F.scaled_dot_product_attention(q, k, v)
+    return attention.proj(attended.transpose(1, 2).reshape(x.shape))
 
 
 def build_encoder(name: str) -> tuple[nn.Module, Tensor]:
@@ -141,8 +140,8 @@ def build_encoder(name: str) -> tuple[nn.Module, Tensor]:
     stir_(encoder)
     if name == ENCODERS[0]:
         encoder.__class__ = ImageEncoderViT
-    which = {ENCODERS[2]: "global", ENCODERS[3]: "all"}.get(name, "none")
-    mount_fft_attention_(sam, choose_blocks(encoder, which))
+    blocks = {ENCODERS[2]: "global", ENCODERS[3]: "all"}.get(name, "none")
+    mount_fft_attention_(sam, choose_blocks(encoder, blocks))
     return encoder, torch.randn(1, 3, encoder.img_size, encoder.img_size)
 
 

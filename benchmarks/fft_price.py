@@ -1,11 +1,11 @@
-"""What FFT attention costs in quality: the same training with SAM's attention and with FFT attention, as a table.
+"""Measure the loss of quality with FFT attention: the same training with SAM's attention and with FFT attention.
 
     python -m benchmarks.fft_price FOLDER [FOLDER ...] [--task masks semantic] [--steps 120] [--seeds 1337]
 
-Each training is the real command on the built-in weights of vit_tiny, with the same images, order, steps and
-settings; the image encoder trains. FFT attention is distilled first (`model_layer.fft_attention.distill_steps`), which
-the processor's seconds include. `masks` measures the IoU of the masks that one point for each object gives, `semantic`
-mIoU and Dice of the classes of pixels, on the quarter of the images that is not trained on.
+Each training is the real command on the built-in weights of vit_tiny, with the same images, order, steps and settings.
+The image encoder is trained. FFT attention is first distilled (`model_layer.fft_attention.distill_steps`); the CPU
+seconds include this. `masks` measures the IoU of masks from one point per object, `semantic` measures mIoU and Dice of
+pixel classes. Both use the quarter of the images that is not trained on.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("datasets", nargs="+", type=Path, help="folders of labelled images")
     parser.add_argument("--task", nargs="+", choices=FIGURES, default=["masks"])
-    parser.add_argument("--steps", type=int, default=120, help="of one image each")
+    parser.add_argument("--steps", type=int, default=120, help="steps of one image each")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1337])
     given = parser.parse_args()
     print(describe_machine(), flush=True)
@@ -45,25 +45,25 @@ def main() -> None:
 
 
 def compare(dataset: Path, task: str, steps: int, seeds: list[int]) -> None:
-    """Train with each attention and print a table: before training, after it, and how that differs from SAM's."""
+    """Train with each attention and print a table: before and after training, and the difference to SAM's attention."""
     found = {name: [train(dataset, task, steps, blocks, seed) for seed in seeds] for name, blocks in BLOCKS.items()}
-    means = {name: {key: mean(one[key] for one in runs) for key in runs[0]} for name, runs in found.items()}
+    means = {name: {key: mean(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()}
     first = means[next(iter(BLOCKS))]
     rows = []
-    for name, one in means.items():
-        row = [name, f"{one['seconds']:.0f}"]
+    for name, figures in means.items():
+        row = [name, f"{figures['seconds']:.0f}"]
         for column in FIGURES[task].values():
-            after = one[f"after {column}"]
-            row += [f"{one[f'before {column}']:.3f}", f"{after:.3f}", f"{after - first[f'after {column}']:+.3f}"]
+            after = figures[f"after {column}"]
+            row += [f"{figures[f'before {column}']:.3f}", f"{after:.3f}", f"{after - first[f'after {column}']:+.3f}"]
         rows.append(row)
-    header = ["attention", "processor's s"]
+    header = ["attention", "CPU s"]
     for figure in FIGURES[task]:
         header += [f"{figure} before", "after", "difference"]
     print_table(header, rows)
 
 
 def train(dataset: Path, task: str, steps: int, blocks: str, seed: int) -> dict[str, float]:
-    """Run one training and return its figures before and after, and the processor's seconds of it all."""
+    """Run one training, and return its figures before and after, and its CPU seconds."""
     decay_step = WARMUP_STEPS + 2 * steps // 3
     with TemporaryDirectory() as folder:
         cost, rows = run_training(
@@ -75,8 +75,8 @@ def train(dataset: Path, task: str, steps: int, blocks: str, seed: int) -> dict[
     figures = {"seconds": cost.cpu_seconds}
     for column in FIGURES[task].values():
         figures |= {f"before {column}": rows[0][column], f"after {column}": rows[-1][column]}
-    said = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-    print(f"{dataset.name}, {task}, FFT blocks {blocks}, seed {seed}: {said}", file=sys.stderr, flush=True)
+    text = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    print(f"{dataset.name}, {task}, FFT blocks {blocks}, seed {seed}: {text}", file=sys.stderr, flush=True)
     return figures
 
 

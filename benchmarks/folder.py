@@ -1,9 +1,9 @@
-"""A folder of images from file to overlay: how much of the time is not the model's.
+"""Measure the time that `--mode predict` takes for a folder of images, and the share of encoder and decoder.
 
     python -m benchmarks.folder
 
-20 drawn JPEGs of different shapes, vit_tiny with random weights and synthetic objects (synthetic.py), through what
-`--mode predict` does: reading, encoding, decoding, filtering, rendering, run lengths, overlays and the json.
+20 synthetic JPEGs of different shapes; vit_tiny with random weights and synthetic objects (synthetic.py). Measured are
+all steps of `--mode predict`: reading, encoding, decoding, filtering, run lengths, overlays and the json.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main() -> None:
     print(describe_machine())
     seconds = {"encoder": 0.0, "decoder": 0.0, "all": 0.0}
     _time(FinestSam, "encode", seconds, "encoder")
-    _time(FinestSam, "look", seconds, "decoder")
+    _time(FinestSam, "compute_image_features", seconds, "decoder")
     _time(FinestSam, "predict_above", seconds, "decoder")
     _time(predict_module, "_predict_all", seconds, "all")
     predict_module.load_model = _load_with_objects
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def _time(owner: object, name: str, seconds: dict[str, float], part: str) -> None:
-    """Add the seconds that a function takes to `seconds[part]`."""
+    """Replace the function `name` by one that adds its seconds to `seconds[part]`."""
     work = getattr(owner, name)
 
     def timed(*arguments, **named):

@@ -1,13 +1,12 @@
-"""The automatic mask generator against segment_anything's: same weights, same thresholds, same masks.
+"""Compare the automatic mask generator with segment_anything's: same weights, same thresholds, same masks.
 
     python -m benchmarks.generator                    vit_b, three shapes of images, float32
     python -m benchmarks.generator --precision bf16   the encoder in bfloat16
     python -m benchmarks.generator --objects filling  masks that cover the image
     python -m benchmarks.generator --crop_layers 1    four crops as well, of one image
 
-Weights are random and the objects synthetic (synthetic.py). segment_anything runs twice, as it is and with glibc's
-allocator told by its environment to keep memory, which alone nearly halves its time. Every run is a process of its own,
-in turn.
+Weights are random and the objects synthetic (synthetic.py). segment_anything runs twice: as it is, and with glibc's
+allocator set to keep memory, which alone nearly halves its time. Every run is its own process; the variants take turns.
 """
 
 import argparse
@@ -125,7 +124,10 @@ def _run_one_side(given: argparse.Namespace) -> None:
 
 
 def list_points(size: tuple[int, int], settings: GeneratorConfig, image_size: int) -> torch.Tensor:
-    """Return every point that a generator will ask at, in the input frame of its crop; both round them differently."""
+    """Return all points that a generator prompts with, in the input frame of their crop.
+
+    segment_anything and finestsam round them differently.
+    """
     points = []
     for x0, y0, x1, y1 in build_crop_boxes(size, settings.crop_n_layers, settings.crop_overlap_ratio):
         crop = (y1 - y0, x1 - x0)
@@ -139,7 +141,7 @@ def _as_text(counts: bytes | str) -> str:
 
 
 def compare_masks(found: list[dict], expected: list[dict]) -> list[float]:
-    """Return for each mask of either side the IoU with the most similar one of the other."""
+    """Return, for each mask of both lists, the largest IoU with a mask of the other list."""
     if not found or not expected:
         return [0.0] * max(len(found), len(expected), 1)
     sides = [np.stack([decode_rle(rle).ravel() for rle in rles]) for rles in (found, expected)]

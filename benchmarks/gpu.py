@@ -1,11 +1,11 @@
-"""Encoder and generator on a GPU: segment_anything in float32, finestsam in bfloat16, and compiled.
+"""Compare encoder and generator on a GPU: segment_anything in float32, finestsam in bfloat16 and compiled.
 
     python -m benchmarks.gpu                 vit_b and vit_h
-    python -m benchmarks.gpu --device cpu --types vit_tiny --batch 1    without a GPU, to see that it works
+    python -m benchmarks.gpu --device cpu --types vit_tiny --batch 1    without a GPU, only to test this script
 
-Weights are random and the objects synthetic (synthetic.py). `flex` replaces the encoder's attention by FlexAttention
-with the relative positions as a score modification, compiled. The arithmetic limit is that of one large bfloat16
-product, measured here.
+Weights are random and the objects synthetic (synthetic.py). `flex` replaces the encoder's attention by compiled
+FlexAttention with the relative positions as a score modification. The arithmetic limit is the measured speed of one
+large bfloat16 matrix product.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def _compare_encoders(model_type: str, device: torch.device, batch: int, peak: f
         try:
             error = (encode(images[:1]).float() - exact).norm() / exact.norm()
             seconds, megabytes = _measure(lambda encode=encode: encode(images), device)
-        except Exception as failure:  # a variant that this machine cannot do is a row of the table
+        except Exception as failure:  # a variant that this machine does not support is a row without figures
             rows.append([name, "-", "-", "-", "-", type(failure).__name__])
             continue
         reference = reference or seconds
@@ -131,7 +131,7 @@ def _in_half(encode: Callable[[Tensor], Tensor], device: torch.device) -> Callab
 
 
 def _with_flex(encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Encode with FlexAttention in the place of attention."""
+    """Return an encoder that uses FlexAttention."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
         width = by_column.shape[-1]
@@ -143,12 +143,12 @@ def _with_flex(encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
         return flex_attention(q[:, None], k[:, None], v[:, None], score_mod=add_positions, scale=1.0)[:, 0]
 
     def run(images: Tensor) -> Tensor:
-        usual = attention.attend_folded, attention.attend_in_pieces
+        original = attention.attend_folded, attention.attend_in_pieces
         attention.attend_folded = attention.attend_in_pieces = attend
         try:
             return encode(images)
         finally:
-            attention.attend_folded, attention.attend_in_pieces = usual
+            attention.attend_folded, attention.attend_in_pieces = original
 
     return run
 
@@ -175,18 +175,19 @@ def _wait(device: torch.device) -> None:
 
 def _measure_peak(device: torch.device) -> float:
     side = 8192 if device.type == "cuda" else 1024
-    one, other = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    seconds, _ = _measure(lambda: one @ other, device)
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    seconds, _ = _measure(lambda: a @ b, device)
     return 2 * side**3 / seconds
 
 
 def _count_flops(model_type: str, image_size: int) -> float:
-    """Return the arithmetic of one image: linear layers and attention, windows without their padding."""
+    """Return the floating-point operations for one image: linear layers and attention, without padded windows."""
     shape = ARCHITECTURES[model_type]
     tokens = (image_size // 16) ** 2
     linear = 2 * tokens * shape.width**2 * 12 * shape.depth
-    wide = len(shape.global_blocks)
-    return linear + 4 * tokens * shape.width * (wide * tokens + (shape.depth - wide) * shape.window_size**2)
+    global_count = len(shape.global_blocks)
+    window_count = shape.depth - global_count
+    return linear + 4 * tokens * shape.width * (global_count * tokens + window_count * shape.window_size**2)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The built-in weights on labelled images they never saw, beside a random model and a classical segmentation.
+"""Compare the built-in weights with a random model and a classical segmentation, on labelled images of yours.
 
     python -m benchmarks.images DATASET [DATASET ...]
 
-The generator's thresholds are searched on the same images, for either model. The classical one is Felzenszwalb and
-Huttenlocher's (Efficient graph-based image segmentation, 2004) of scikit-image at several scales, which a model without
-training has to beat: all its segments are its masks, the smaller scale first; the mask of a point is the best of the
-three scales' segments it lies in, as SAM's best of three masks would be.
+The generator's thresholds are tuned on the same images, for both models. The classical segmentation is that of
+Felzenszwalb and Huttenlocher (Efficient graph-based image segmentation, 2004) in scikit-image, at three scales. All its
+segments are masks, the smaller scale first. For a point, its mask is the best of the three segments that contain the
+point, like SAM's best of three masks.
 """
 
 import argparse
@@ -36,7 +36,7 @@ TIMED_IMAGES = 12  # at most, of each dataset
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("datasets", nargs="+", type=Path)
-    parser.add_argument("--weights", help="others than the built-in ones")
+    parser.add_argument("--weights", help="weights to use instead of the built-in ones")
     given = parser.parse_args()
     print(describe_machine())
     rows = []
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def evaluate(dataset: Path, flags: list[str], folder: Path) -> dict[str, float]:
-    """Return what `--mode evaluate` measures, from a process of its own and without what earlier ones have kept."""
+    """Return the metrics of `--mode evaluate`, run in its own process and without earlier runs to compare with."""
     command = ["-m", "finestsam", "--mode", "evaluate", "--dataset", str(dataset), "--out_dir", str(folder / "out")]
     command += ["--evaluate.clicks", "0", "--evaluate.against", "none", "--sav_dir", str(folder / "none"), *flags]
     run_process(command)
@@ -68,7 +68,7 @@ def evaluate(dataset: Path, flags: list[str], folder: Path) -> dict[str, float]:
 
 
 def time_prediction(dataset: Path, flags: list[str], folder: Path) -> str:
-    """Return the seconds that `--mode predict` takes for an image, reading and overlay included, start excluded."""
+    """Return the seconds that `--mode predict` takes for an image, with reading and overlay, without the start."""
     records = read_evaluation_set(build_config({"dataset.path": str(dataset)}).dataset, "auto").val
     paths = [str(record.path) for record in records[:TIMED_IMAGES]]
     command = ["-m", "finestsam", "--mode", "predict", "--store.enabled", "false", *flags]
@@ -77,26 +77,26 @@ def time_prediction(dataset: Path, flags: list[str], folder: Path) -> str:
 
 
 def evaluate_classical(dataset: Path, folder: Path) -> dict[str, float]:
-    """Return the same of segments."""
+    """Return the metrics of the classical segmentation."""
     config = build_config({"dataset.path": str(dataset)})
     records = read_evaluation_set(config.dataset, "auto").val
     prompts = SampleDataset(records, SampleSettings(512, 32, 0, config.prompts, config.dataset))
     results, ious = [], []
-    for place, record in enumerate(records):
+    for position, record in enumerate(records):
         labels = segment(record)
-        for rank, each in enumerate(labels):
-            for value in np.unique(each):
-                rle = rle_to_json(encode_mask(each == value))
+        for rank, label_map in enumerate(labels):
+            for value in np.unique(label_map):
+                rle = rle_to_json(encode_mask(label_map == value))
                 results.append({"image_id": record.image_id, "segmentation": rle, "score": 1 - rank / len(labels)})
         if record.annotations:
-            ious += measure_points(prompts[(0, place)], record, labels)
+            ious += measure_points(prompts[(0, position)], record, labels)
     path = folder / "results.json"
     path.write_text(json.dumps(results))
     return evaluate(dataset, ["--evaluate.predictions", str(path)], folder) | {"point/best_iou": mean(ious)}
 
 
 def segment(record: Record) -> list[np.ndarray]:
-    """Return label maps of an image, H x W, one for each scale."""
+    """Return the label maps of an image, H x W, one for each scale."""
     from skimage.segmentation import felzenszwalb
 
     image = read_image(record.path)
@@ -104,15 +104,15 @@ def segment(record: Record) -> list[np.ndarray]:
 
 
 def measure_points(sample, record: Record, labels: list[np.ndarray]) -> list[float]:
-    """Return for each object the IoU of the best segment at the point that SAM is prompted with."""
+    """Return, for each object, the IoU of the best segment at the point that SAM is prompted with."""
     height, width = record.size
     scale = max(height, width) / 512
     ious = []
     for row, point in zip(sample.rows, sample.prompts.points[:, 0].tolist(), strict=True):
         truth = decode_rle(record.rle(record.annotations[row - sample.rows[0]])).astype(bool)
         x, y = min(int(point[0] * scale), width - 1), min(int(point[1] * scale), height - 1)
-        found = [each == each[y, x] for each in labels]
-        ious.append(max((truth & one).sum() / (truth | one).sum() for one in found))
+        masks = [label_map == label_map[y, x] for label_map in labels]
+        ious.append(max((truth & mask).sum() / (truth | mask).sum() for mask in masks))
     return ious
 
 

@@ -1,4 +1,4 @@
-"""Servers that lie: other lengths, other places, endless bodies, cut connections. Part of `make faults`."""
+"""Servers with wrong responses: wrong lengths, wrong ranges, endless bodies, cut connections. Part of `make faults`."""
 
 import contextlib
 import hashlib
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from benchmarks.faults import Findings
 
 BODY_BYTES = 300_000
-ENDLESS_BYTES = 50_000_000  # after which a client that takes everything is believed to do so for ever
+ENDLESS_BYTES = 50_000_000  # of an endless body; a client that reads this much has no limit
 SECONDS_FOR_ONE = 30
 LIES = (
     "none", "length too long", "length too short", "length negative", "length no number", "no length", "endless",
@@ -28,7 +28,7 @@ LIES = (
 
 
 class Liar:
-    """A server whose responses are lies in the order given, and the truth after them."""
+    """A server that sends the given wrong responses in order, and then correct ones."""
 
     def __init__(self, body: bytes, lies: list[str]):
         self.body, self.lies, self.sent = body, list(lies), 0
@@ -88,7 +88,7 @@ class Liar:
 
 
 def try_servers(folder: Path, findings: "Findings", generator: np.random.Generator, count: int) -> str:
-    """Download from servers that lie a few times: what arrives is the file, or a line says why nothing did."""
+    """Download from servers with a few wrong responses. The file must arrive complete, or one line must say why not."""
     body = generator.bytes(BODY_BYTES)
     digest = hashlib.sha256(body).hexdigest()
     outcomes, slowest = Counter(), 0.0
@@ -105,15 +105,15 @@ def try_servers(folder: Path, findings: "Findings", generator: np.random.Generat
             except UserError as error:
                 outcome = "refused"
                 findings.expect("\n" not in str(error), f"servers {lies}: {error}")
-            except Exception as error:  # whatever it is, it is what is looked for
+            except Exception as error:  # any other exception is a bug to report
                 outcome = type(error).__name__
                 findings.expect(False, f"servers {lies}: {error!r}")
-            is_silent = "other bytes" not in lies and not {"length too short", "empty", "no length", "endless"} & {
-                *lies
-            }
-            if outcome == "whole" and (is_known or is_silent):  # without a hash some lies cannot be noticed
-                findings.expect(target.read_bytes() == body, f"servers {lies}: another file arrived")
-            findings.expect(outcome == "whole" or not target.exists(), f"servers {lies}: half a file is at its place")
+            # Without a hash, a client cannot notice these responses.
+            undetectable = {"other bytes", "length too short", "empty", "no length", "endless"}
+            is_detectable = not undetectable & {*lies}
+            if outcome == "whole" and (is_known or is_detectable):
+                findings.expect(target.read_bytes() == body, f"servers {lies}: a wrong file arrived")
+            findings.expect(outcome == "whole" or not target.exists(), f"servers {lies}: the target is incomplete")
             if is_known:
                 findings.expect(
                     liar.sent < ENDLESS_BYTES, f"servers {lies}: took {liar.sent:,} bytes of an endless body"

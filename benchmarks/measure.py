@@ -1,4 +1,4 @@
-"""What every benchmark needs: whole processes measured, functions timed in turn, the machine named, a table printed."""
+"""Tools for all benchmarks: measure processes, time functions, describe the machine, print a table."""
 
 import argparse
 import csv
@@ -18,16 +18,16 @@ import psutil
 
 ROOT = Path(__file__).parents[1]
 SECONDS_BETWEEN_SAMPLES = 0.05
-SAMPLING_SHARE = 0.02  # of the time at most: the system goes through all pages of a process to measure it
+SAMPLING_SHARE = 0.02  # largest share of the time for sampling: the system visits all pages of a process
 
 
 @dataclass
 class Cost:
-    """What one whole process, with every process it started, took."""
+    """The cost of one process together with all processes that it started."""
 
     seconds: float
     cpu_seconds: float
-    peak_megabytes: float  # of the tree, memory that processes share counted once
+    peak_megabytes: float  # of all processes together; shared memory counts once
     output: str
 
     @property
@@ -36,14 +36,14 @@ class Cost:
 
 
 def run_process(arguments: Sequence[str], environment: dict[str, str] | None = None) -> Cost:
-    """Run a command of this Python to its end.
+    """Run a command with this Python and wait for its end.
 
     Args:
-        arguments: what follows the interpreter.
-        environment: variables to set beside those of this process.
+        arguments: after the interpreter.
+        environment: environment variables to set, in addition to those of this process.
 
     Raises:
-        RuntimeError: it failed; the message is what it printed.
+        RuntimeError: the command failed; the message contains its output.
     """
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
@@ -67,7 +67,7 @@ def run_process(arguments: Sequence[str], environment: dict[str, str] | None = N
 
 
 def run_training(flags: Sequence[str], folder: Path) -> tuple[Cost, list[dict[str, float]]]:
-    """Run a training to its end in `folder`, a new one; return its cost and the rows of its metrics.csv."""
+    """Run a training in the new run folder `folder`; return its cost and the rows of its metrics.csv."""
     cost = run_process(
         ["-m", "finestsam", "--mode=train", f"--sav_dir={folder.parent}", f"--run_name={folder.name}", *flags]
     )
@@ -77,7 +77,7 @@ def run_training(flags: Sequence[str], folder: Path) -> tuple[Cost, list[dict[st
 
 
 class _Peak:
-    """The most memory that a process and its children held together, sampled from the side."""
+    """The peak memory of a process and its children together, sampled by a thread."""
 
     def __init__(self, pid: int) -> None:
         self.megabytes = 0.0
@@ -110,9 +110,9 @@ def _read_share(process: psutil.Process) -> int:
 
 
 def time_in_turn(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Return the median seconds of each function, called in turn so that a noisy minute hits all of them.
+    """Return the median seconds of each function. They are called in turn, so that a busy moment affects all of them.
 
-    One call of each before the first round is not counted.
+    The first call of each is not counted.
     """
     seconds = {name: [] for name in works}
     for turn in range(rounds + 1):
@@ -143,14 +143,14 @@ def _read_lines(path: str) -> list[str]:
 
 
 def parse_with_settings(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Return what the command line gives; `settings` are the flags of finestsam that follow a `--`."""
+    """Parse the command line; `settings` are the flags of finestsam after a `--`."""
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)
     return argparse.Namespace(**vars(parser.parse_args(words[:end])), settings=words[end + 1 :])
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table that reads well on a screen and in Markdown."""
+    """Print an aligned table in Markdown."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
     for line in lines:

@@ -1,10 +1,11 @@
-"""One training step on an image with many objects: memory that does not grow with them, and the gradient of the whole.
+"""Measure the memory of one training step on an image with many objects, and compare its gradient.
 
     python -m benchmarks.memory
 
-vit_b with random weights, an image of 2000 x 1500, one mask an object, losses at the image's own size; the embedding
-is there. Against it stands the whole batch in one pass of autograd through segment_anything's modules, with 50 objects
-because more do not fit. Every run is a process of its own; memory is what it needs beside the loaded model.
+vit_b with random weights, an image of 2000 x 1500, one mask per object, losses at the image's own size, the embedding
+given. The memory must not grow with the number of objects. The reference is the whole batch in one pass of autograd
+through segment_anything's modules, with 50 objects, since more do not fit. Every run is its own process. Memory is the
+peak minus the memory of the loaded model.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from segment_anything.modeling import MaskDecoder
 
 from benchmarks.generator import TUNED
 from benchmarks.measure import describe_machine, print_table, run_process
-from benchmarks.training import lose
+from benchmarks.training import compute_losses
 from finestsam.batch import Batch, Prompts, Sample
 from finestsam.config import build_config
 from finestsam.images.frames import compute_input_size, scale_points
@@ -63,8 +64,8 @@ def main() -> None:
             found[name] = json.loads(result.read_text()) | {"gradient": torch.load(result.with_suffix(".pth"))}
     own = found["finestsam, 50 objects"]
     rows = [
-        [name, f"{one['seconds']:.1f}", f"{one['seconds'] / own['seconds']:.1f} x", f"{one['megabytes']:.0f}"]
-        for name, one in found.items()
+        [name, f"{run['seconds']:.1f}", f"{run['seconds'] / own['seconds']:.1f} x", f"{run['megabytes']:.0f}"]
+        for name, run in found.items()
     ]
     print_table(["step", "s", "ratio", "peak MB beside the model"], rows)
     exact = found["whole batch, 50 objects"]["gradient"]
@@ -82,12 +83,14 @@ def _run_one(side: str, count: int, result: Path) -> None:
     start = time.perf_counter()
     if side == "whole":
         sam.mask_decoder.__class__ = MaskDecoder
-        lose(sam, sample.embedding[None].float(), sample, config.losses, multimask_output=False).mean().backward()
+        compute_losses(
+            sam, sample.embedding[None].float(), sample, config.losses, multimask_output=False
+        ).mean().backward()
     else:
         keep_freed_memory()
         optimizer = build_optimizer(model, config.opt)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        embedder = SimpleNamespace(embed=lambda samples: torch.stack([one.embedding.float() for one in samples]))
+        embedder = SimpleNamespace(embed=lambda samples: torch.stack([sample.embedding.float() for sample in samples]))
         fabric = Fabric(accelerator="cpu", devices=1)
         _, optimizer = fabric.setup(model, optimizer)
         stepper = Stepper(fabric, config, model, optimizer, scaler, embedder)
@@ -100,10 +103,10 @@ def _run_one(side: str, count: int, result: Path) -> None:
 
 
 def _make_sample(count: int) -> Sample:
-    draw = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     rows, columns = np.mgrid[: SIZE[0], : SIZE[1]]
-    middles = draw.uniform((100, 100), (SIZE[1] - 100, SIZE[0] - 100), (count, 2))
-    masks = [(columns - x) ** 2 + (rows - y) ** 2 < draw.uniform(10, 90) ** 2 for x, y in middles]
+    middles = generator.uniform((100, 100), (SIZE[1] - 100, SIZE[0] - 100), (count, 2))
+    masks = [(columns - x) ** 2 + (rows - y) ** 2 < generator.uniform(10, 90) ** 2 for x, y in middles]
     input_size = compute_input_size(SIZE, 1024)
     points = torch.tensor(scale_points(middles, SIZE, input_size), dtype=torch.float32)[:, None]
     embedding = torch.randn(256, 64, 64, generator=torch.Generator().manual_seed(0)).half()

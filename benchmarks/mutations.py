@@ -1,4 +1,4 @@
-"""Broken versions of a file, drawn at random: what a faulty tool, a bad disk or an attacker would leave."""
+"""Randomly broken versions of a file, as a faulty tool, a bad disk or an attacker could leave them."""
 
 import copy
 import io
@@ -21,7 +21,7 @@ SPLICES = [b"", b"\x00" * 16, b"\xff" * 16, b"[" * 5000, b"{" * 50, b'"', b"<htm
 
 
 def mutate_annotations(content: dict, generator: np.random.Generator) -> bytes:
-    """Return the bytes of a COCO file with one to four things wrong with it."""
+    """Return the bytes of a COCO file with one to four random errors."""
     content = copy.deepcopy(content)
     for _ in range(generator.integers(1, 5)):
         _mutate_node(content, generator)
@@ -30,25 +30,25 @@ def mutate_annotations(content: dict, generator: np.random.Generator) -> bytes:
 
 
 def mutate_tree(content: dict, generator: np.random.Generator, tensors: bool = False) -> dict:
-    """Return a tree of dicts and lists with one to four things wrong with it.
+    """Return a tree of dicts and lists with one to four random errors.
 
     Args:
-        tensors: whether some of them may be tensors that nobody saves.
+        tensors: whether an error can be an unusual tensor.
     """
     content = copy.deepcopy(content)
     for _ in range(generator.integers(1, 5)):
         if not tensors or generator.random() < 0.5:
             _mutate_node(content, generator)
         else:
-            places = list(_list_places(content))
-            parent, key = places[generator.integers(len(places))]
-            odd = sample_odd_tensors()
+            nodes = _list_nodes(content)
+            parent, key = nodes[generator.integers(len(nodes))]
+            odd = list_odd_tensors()
             parent[key] = odd[generator.integers(len(odd))]
     return content
 
 
-def sample_odd_tensors() -> list[torch.Tensor]:
-    """Return tensors of odd shapes and kinds, all of which are small in a file."""
+def list_odd_tensors() -> list[torch.Tensor]:
+    """Return tensors of unusual shapes and types. All are small in a file."""
     one = torch.ones(1)
     return [
         one.expand(10**6, 10**6), one.expand(1, 10**5, 10**5, 32), torch.ones(0, 10**9), torch.tensor(float("nan")),
@@ -57,7 +57,7 @@ def sample_odd_tensors() -> list[torch.Tensor]:
     ]  # fmt: skip
 
 
-# Eight lines of seven aliases each.
+# Eight lines of seven aliases each: a "billion laughs" attack.
 LAUGHS = ", ".join(
     f"{name}: &{name} [{', '.join([f'*{last}' if last else '1'] * 7)}]"
     for last, name in zip(["", *"abcdefg"], "abcdefgh", strict=True)
@@ -74,15 +74,15 @@ def mutate_yaml(text: str, generator: np.random.Generator) -> bytes:
     """Return the bytes of a YAML file with one to four values replaced, or its bytes broken."""
     lines = text.splitlines()
     for _ in range(generator.integers(1, 5)):
-        place = generator.integers(len(lines))
-        name, colon, _ = lines[place].partition(":")
-        lines[place] = f"{name}{colon or '- '} {YAML_PIECES[generator.integers(len(YAML_PIECES))]}"
+        number = generator.integers(len(lines))
+        name, colon, _ = lines[number].partition(":")
+        lines[number] = f"{name}{colon or '- '} {YAML_PIECES[generator.integers(len(YAML_PIECES))]}"
     data = "\n".join(lines).encode("utf-8", "surrogatepass")
     return mutate_bytes(data, generator) if generator.random() < 0.3 else data
 
 
-def render_outline(size: tuple[int, int], generator: np.random.Generator) -> list[float]:
-    """Return a polygon [x0, y0, x1, y1, ...] that runs to and fro between two lines, of any length.
+def sample_outline(size: tuple[int, int], generator: np.random.Generator) -> list[float]:
+    """Return a random polygon [x0, y0, x1, y1, ...] of any length that zigzags between two lines.
 
     Args:
         size: (height, width) of the image, which it may leave.
@@ -96,36 +96,36 @@ def render_outline(size: tuple[int, int], generator: np.random.Generator) -> lis
 
 
 def _mutate_node(content: dict, generator: np.random.Generator) -> None:
-    places = list(_list_places(content))
-    if not places:
+    nodes = _list_nodes(content)
+    if not nodes:
         return
-    parent, key = places[generator.integers(len(places))]
+    parent, key = nodes[generator.integers(len(nodes))]
     change = generator.integers(4)
     if change == 0:
         del parent[key]
     elif change == 1 and isinstance(parent, list):
         parent.append(copy.deepcopy(parent[key]))
     elif change == 2:
-        other, other_key = places[generator.integers(len(places))]
+        other, other_key = nodes[generator.integers(len(nodes))]
         parent[key] = copy.deepcopy(other[other_key])
     else:
         parent[key] = copy.deepcopy(HOSTILE[generator.integers(len(HOSTILE))])
 
 
-def _list_places(node: Any) -> list[tuple[Any, Any]]:
-    """Return every place of a JSON tree as what holds it and its key, few of long lists of numbers."""
+def _list_nodes(node: Any) -> list[tuple[Any, Any]]:
+    """Return (parent, key) of the nodes below a node of a JSON tree; of a list only the first eight."""
     keys = list(node) if isinstance(node, dict) else range(min(len(node), 8)) if isinstance(node, list) else []
-    return [place for key in keys for place in [(node, key), *_list_places(node[key])]]
+    return [found for key in keys for found in [(node, key), *_list_nodes(node[key])]]
 
 
 def mutate_image(data: bytes, generator: np.random.Generator) -> bytes:
-    """Return the bytes of a broken image; in most the first ones are left, by which its kind is recognised."""
+    """Return the bytes of a broken image. Most keep the first 16 bytes, by which the format is recognised."""
     kept = 16 if generator.random() < 0.8 else 0
     return data[:kept] + mutate_bytes(data[kept:], generator)
 
 
 def mutate_bytes(data: bytes, generator: np.random.Generator) -> bytes:
-    """Return the bytes with a few of them changed, cut out, repeated or put in, the first ones most often."""
+    """Return the bytes with some of them changed, removed, repeated or replaced, most often at the beginning."""
     changed = bytearray(data)
     for _ in range(generator.integers(1, 9)):
         size = max(len(changed), 1)
@@ -145,7 +145,7 @@ def mutate_bytes(data: bytes, generator: np.random.Generator) -> bytes:
     return bytes(changed)
 
 
-# Pillow's name of a kind, the mode of its pixels, and how it is written: every way of storing pixels that is read.
+# Pillow's format name, pixel mode and options for writing. They cover all kinds of pixels that finestsam reads.
 IMAGE_KINDS = (
     ("PNG", "RGB", {}), ("PNG", "P", {}), ("PNG", "1", {}), ("PNG", "LA", {}), ("PNG", "I;16", {}),
     ("JPEG", "RGB", {}), ("JPEG", "RGB", {"progressive": True}), ("JPEG", "CMYK", {}), ("JPEG", "L", {"exif": True}),
@@ -158,11 +158,11 @@ IMAGE_KINDS = (
     ("AVIF", "RGBA", {"frames": 2}), ("JPEG2000", "RGB", {}), ("JPEG2000", "L", {"no_jp2": True}), ("PPM", "RGB", {}),
     ("PPM", "L", {}), ("PPM", "1", {}),
 )  # fmt: skip
-ORIENTATION = 0x0112  # of EXIF
+ORIENTATION = 0x0112  # EXIF tag
 
 
 def encode_images(image: np.ndarray) -> dict[str, bytes]:
-    """Return the bytes of an image's file by a name for each of `IMAGE_KINDS` that this Pillow writes, and one more.
+    """Return {name: bytes of the image file} for each of `IMAGE_KINDS` that this Pillow writes, and a 16-bit RGB PNG.
 
     Args:
         image: H x W x 3, uint8, RGB.
@@ -182,7 +182,7 @@ def encode_images(image: np.ndarray) -> dict[str, bytes]:
         several = {"save_all": True, "append_images": frames[1:]} if len(frames) > 1 else {}
         frames[0].save(data, format=kind, **options, **several)
         encoded[f"{kind} {mode} {options or ''} {len(frames)}"] = data.getvalue()
-    deep = cv2.imencode(".png", image.astype(np.uint16) * 257)[1]  # which Pillow reads and does not write
+    deep = cv2.imencode(".png", image.astype(np.uint16) * 257)[1]  # Pillow cannot write it
     return encoded | {"PNG RGB;16": deep.tobytes()}
 
 

@@ -1,10 +1,10 @@
-"""A training run against a plain loop of segment_anything's modules: the same images, prompts, order and losses.
+"""Compare a training run with a plain loop over segment_anything's modules: same images, prompts, order and losses.
 
     python -m benchmarks.training
 
-vit_b with random weights, its encoder frozen, ten objects an image of 640 x 480, losses at the images' own size. The
-plain loop encodes every image in every epoch, decodes all its objects together and upscales all their masks at once,
-as finestSAM and its relatives do. It runs twice, as it is and with glibc's allocator set to keep memory.
+vit_b with random weights and a frozen encoder; images of 640 x 480 with ten objects; losses at the images' own size.
+The plain loop encodes every image in every epoch, decodes all its objects together and upscales all their masks at
+once, as finestSAM and similar projects do. It runs twice: as it is, and with glibc's allocator set to keep memory.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--type", default="vit_b")
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--precision", default="auto", help="of finestsam's side")
-    parser.add_argument("--plain", help=argparse.SUPPRESS)  # the settings, in the process of the plain loop
+    parser.add_argument("--plain", help=argparse.SUPPRESS)  # settings for the process of the plain loop
     parser.add_argument("--result", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.plain:
@@ -103,22 +103,22 @@ def _compare(given: argparse.Namespace, folder: Path) -> None:
     ]
     print_table(header, [*table, ["finestsam", f"{own:.2f}", "", "", f"{cost.peak_megabytes:.0f}"]])
     for name, found in plain.items():
-        off = np.abs(np.array(found["losses"]) / losses[:PLAIN_EPOCHS] - 1).max()
-        print(f"{name}: losses differ by {off:.1e} at most over {PLAIN_EPOCHS} epochs")
+        difference = np.abs(np.array(found["losses"]) / losses[:PLAIN_EPOCHS] - 1).max()
+        print(f"{name}: losses differ by {difference:.1e} at most over {PLAIN_EPOCHS} epochs")
 
 
 def _render_dataset(folder: Path, count: int) -> None:
     """Write images with exactly ten discs."""
     (folder / "images").mkdir(parents=True)
-    draw = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     rows, columns = np.mgrid[:HEIGHT, :WIDTH]
     images, annotations = [], []
     for number in range(count):
-        image = draw.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+        image = generator.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
         for _ in range(OBJECTS):
-            y, x, radius = draw.integers(60, 420), draw.integers(60, 580), draw.integers(20, 60)
+            y, x, radius = generator.integers(60, 420), generator.integers(60, 580), generator.integers(20, 60)
             mask = (rows - y) ** 2 + (columns - x) ** 2 < radius**2
-            image[mask] = image[mask] // 4 + draw.integers(0, 190, 3, dtype=np.uint8)
+            image[mask] = image[mask] // 4 + generator.integers(0, 190, 3, dtype=np.uint8)
             ids = {"id": len(annotations) + 1, "image_id": number, "category_id": 1}
             annotations.append(ids | describe_mask(mask))
         write_image(folder / "images" / f"{number}.png", image)
@@ -147,7 +147,7 @@ def _train_plainly(config: Config, result: Path) -> None:
         start, total = time.perf_counter(), 0.0
         for keys in sampler:
             (sample,) = (dataset[key] for key in keys)
-            loss = lose(sam, embed(sam, sample), sample, config.losses, multimask_output=True)
+            loss = compute_losses(sam, embed(sam, sample), sample, config.losses, multimask_output=True)
             optimizer.zero_grad()
             loss.mean().backward()
             torch.nn.utils.clip_grad_norm_(trained, config.opt.clip_norm)
@@ -164,8 +164,10 @@ def embed(sam: Sam, sample: Sample) -> Tensor:
     return sam.image_encoder(sam.preprocess(sample.image.float())[None])
 
 
-def lose(sam: Sam, embedding: Tensor, sample: Sample, settings: LossesConfig, multimask_output: bool) -> Tensor:
-    """Return the loss of every object, all at once and at the image's own size."""
+def compute_losses(
+    sam: Sam, embedding: Tensor, sample: Sample, settings: LossesConfig, multimask_output: bool
+) -> Tensor:
+    """Return the loss of each object, computed in one batch at the image's own size."""
     prompts = sample.prompts
     sparse, dense = sam.prompt_encoder((prompts.points, prompts.labels), None, None)
     logits, scores = sam.mask_decoder(embedding, sam.prompt_encoder.get_dense_pe(), sparse, dense, multimask_output)
@@ -178,8 +180,8 @@ def lose(sam: Sam, embedding: Tensor, sample: Sample, settings: LossesConfig, mu
     focal = (entropy * missed**settings.focal_gamma * weights).mean(dim=(2, 3))
     shared = (inside * truth).sum(dim=(2, 3))
     dice = 1 - (2 * shared + 1) / (inside.sum(dim=(2, 3)) + truth.sum(dim=(2, 3)) + 1)
-    both = ((masks > 0) & (truth > 0)).sum(dim=(2, 3))
-    iou = both / ((masks > 0) | (truth > 0)).sum(dim=(2, 3)).clamp(min=1)
+    intersection = ((masks > 0) & (truth > 0)).sum(dim=(2, 3))
+    iou = intersection / ((masks > 0) | (truth > 0)).sum(dim=(2, 3)).clamp(min=1)
     best = (settings.focal_ratio * focal + settings.dice_ratio * dice).min(dim=1).values
     return best + settings.iou_ratio * (scores - iou).square().mean(dim=1)
 

@@ -1,8 +1,8 @@
-"""The one page that defines shapes, frames and orders of what travels between the rooms.
+"""Shapes, frames and orders of the values that modules exchange.
 
-N prompts of one image, one for each of its objects or several, P points of a prompt, M masks that it gives. Points
-and boxes are pixels of the input frame (`images.py`), XY and XYXY, float32. g is the side of the embedding in tokens
-(64 at 1024 pixels): SAM's masks are 4g x 4g logits that cover the padded square.
+N prompts of an image (one or more for each object), P points of a prompt, M masks predicted for it. Points and boxes
+are pixels of the input frame (`images/frames.py`), XY and XYXY, float32. g is the side of the embedding in tokens (64
+at 1024 pixels): SAM's masks are 4g x 4g logits that cover the padded square.
 """
 
 from collections import Counter
@@ -13,13 +13,13 @@ from torch import Tensor, device
 
 @dataclass
 class Prompts:
-    """N prompts; each kind is there for all N or None."""
+    """N prompts. Each kind is given for all N prompts, or is None."""
 
     points: Tensor | None = None  # N x P x 2
     labels: Tensor | None = None  # N x P, int: 1 inside, 0 outside, -1 no point
     boxes: Tensor | None = None  # N x 4
     mask_logits: Tensor | None = None  # N x 1 x 4g x 4g
-    has_mask: Tensor | None = None  # N, bool: those whose mask_logits count; None: all
+    has_mask: Tensor | None = None  # N, bool: whether the prompt's mask_logits are used; None: all are
 
     def __len__(self) -> int:
         given = [tensor for tensor in (self.points, self.boxes, self.mask_logits) if tensor is not None]
@@ -36,25 +36,25 @@ class Prompts:
 
 @dataclass
 class Sample:
-    """One image with those of its objects that are trained on or scored, their masks still compressed."""
+    """One image with the objects to train on or to score. Masks are still compressed."""
 
     image_id: int
     file_name: str
-    original_size: tuple[int, int]  # of the variant, where the image is augmented
+    original_size: tuple[int, int]  # of the variant, if the image is augmented
     input_size: tuple[int, int]
-    image: Tensor | None  # 3 x h x w, uint8, RGB, input frame before padding; None: there is an embedding
+    image: Tensor | None  # 3 x h x w, uint8, RGB, input frame before padding; None: the embedding is given
     prompts: Prompts
     rles: list[dict] = field(default_factory=list)  # N masks, original frame, pycocotools' compressed form
-    annotation_ids: list[int] = field(default_factory=list)  # N; equal ones follow each other: prompts of one object
-    rows: list[int] = field(default_factory=list)  # N, the objects' places in the whole set, counted through
+    annotation_ids: list[int] = field(default_factory=list)  # N; the prompts of one object are neighbours
+    rows: list[int] = field(default_factory=list)  # N, indices of the objects in the whole training set
     correction_clicks: int = 0  # how often training corrects the first masks
-    variant: int = 0  # which augmented variant of the image; 0: the plain one
+    variant: int = 0  # number of the augmented variant; 0: the plain image
     embedding: Tensor | None = None  # C x g x g, float16, from the store
-    background: Prompts = field(default_factory=Prompts)  # points where no object is; one label each, inside
-    cells: Tensor | None = None  # 4g x 4g, int32: the object in each, from 1; as `data.cells`. None: not needed
-    classes: Tensor | None = None  # 4g x 4g, int64: the class in each cell, -1 ignored. None: not needed
+    background: Prompts = field(default_factory=Prompts)  # single points where no object is, with label 1
+    cells: Tensor | None = None  # 4g x 4g, int32: object numbers from 1, see `label_cells`. None: not needed
+    classes: Tensor | None = None  # 4g x 4g, int64: the class of each cell, -1: ignored. None: not needed
     object_classes: list[int] = field(default_factory=list)  # N; empty: not needed
-    cell_classes: list[int] = field(default_factory=list)  # of the objects that `cells` numbers, in their order
+    cell_classes: list[int] = field(default_factory=list)  # classes of the objects in `cells`, by number
 
     def __len__(self) -> int:
         """Return N, the number of prompts."""
@@ -66,7 +66,7 @@ class Sample:
 
     @property
     def weights(self) -> list[float]:
-        """Return what each of the N prompts counts: those of one object share the weight 1."""
+        """Return the weight of each of the N prompts: the prompts of one object share the weight 1."""
         counts = Counter(self.annotation_ids)
         return [1 / counts[number] for number in self.annotation_ids]
 
@@ -88,7 +88,7 @@ class Sample:
 
 @dataclass
 class Batch:
-    """The images of one forward pass; empty on a rank that has no image left in the step."""
+    """The images of one forward pass; empty if the rank has no image left in this step."""
 
     samples: list[Sample]
 
@@ -102,8 +102,8 @@ class Batch:
 
 @dataclass
 class Predictions:
-    """What the decoder predicts for N prompts of one image. M is 3, or 1 with `multimask_output` off."""
+    """Output of the decoder for N prompts of one image. M is 3, or 1 without `multimask_output`."""
 
-    logits: Tensor  # N x M x 4g x 4g, float32, inside where above 0
-    scores: Tensor  # N x M, float32: the IoU that the model expects
-    class_logits: Tensor | None = None  # N x M x (1 + K), of no object and of K categories; None: there is no head
+    logits: Tensor  # N x M x 4g x 4g, float32, above 0 inside the mask
+    scores: Tensor  # N x M, float32: the predicted IoU
+    class_logits: Tensor | None = None  # N x M x (1 + K): no object, then K categories; None: no class head

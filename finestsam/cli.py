@@ -1,4 +1,4 @@
-"""The command line: `--mode`, one dotted flag per setting, `--config file.yaml`, and every mistake reported at once."""
+"""The command line: `--mode`, one dotted flag per setting, `--config file.yaml`. All mistakes are reported at once."""
 
 import dataclasses
 import difflib
@@ -32,7 +32,7 @@ SHORT_NAMES = {
     "--download": "--dataset.download",
     "--against": "--evaluate.against",
 }
-MAX_SHOWN_LETTERS = 200  # of a value that cannot be used
+MAX_SHOWN_LETTERS = 200  # of a wrong value, in a message
 DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 DESCRIPTION = "Fine-tune Segment Anything on your labelled images, and find their objects in new ones."
 USAGE = """
@@ -46,7 +46,7 @@ USAGE = """
 
 
 def parse_command_line(arguments: list[str]) -> tuple[str, Config]:
-    """Return the mode and its settings: defaults, then the file of --config or of the resumed run, then flags.
+    """Return the mode and its settings. Later ones win: defaults, the file of --config or of the resumed run, flags.
 
     Raises:
         UserError: with one line per problem.
@@ -54,7 +54,7 @@ def parse_command_line(arguments: list[str]) -> tuple[str, Config]:
     """
     words = _complete_switches([_lengthen(word) for word in arguments])
     if _find_value(words, "--dataset.download") and not _find_value(words, "--mode"):
-        words = ["--mode=check", *words]  # to fetch is enough of an order; what came is looked at
+        words = ["--mode=check", *words]  # --download needs no mode; the downloaded dataset is checked
     parser = _build_parser()
     try:
         parsed = _parse(parser, _with_files_as_flags(_with_config_of_resumed_run(words)))
@@ -65,13 +65,13 @@ def parse_command_line(arguments: list[str]) -> tuple[str, Config]:
     problems = _check_mode(mode) + find_problems(mode, values)
     if problems:
         raise UserError("\n".join(problems))
-    if mode == "train" and values["resume"]:  # which a file of settings may hold as well
+    if mode == "train" and values["resume"]:  # may also come from a settings file
         values["resume"] = str(find_run(values["resume"], Path(values["sav_dir"])))
     return mode, build_config(values)
 
 
 def _parse(parser: ArgumentParser, words: list[str]) -> Namespace:
-    """Parse, with the defaults that follow from the model type and the labels."""
+    """Parse the words. Some defaults depend on the model type and on the kind of labels."""
     _refuse_endless(words)
     known = parser.parse_args([word for word in words if word.partition("=")[0] not in ("--print_config", "--help")])
     values = _flatten_namespace(known)
@@ -80,9 +80,9 @@ def _parse(parser: ArgumentParser, words: list[str]) -> Namespace:
 
 
 def _refuse_endless(words: list[str]) -> None:
-    """Raise an ArgumentError for a value that stands for so much that to read it or to print it takes all memory.
+    """Raise an ArgumentError for a value so large or so deep that reading or printing it takes all memory.
 
-    Values are YAML, too, in a file of settings even where they stand in quotes.
+    Each value is parsed as YAML; in a settings file, even a quoted one.
     """
     for word in words:
         try:
@@ -93,7 +93,7 @@ def _refuse_endless(words: list[str]) -> None:
 
 
 def _find_type(values: dict[str, Any]) -> str:
-    """Return the model type; for `auto` that of the named weights, where they have a card."""
+    """Return the model type; for `auto` the type in the card of the given weights, if there is one."""
     if values["model.type"] != "auto" or values["model.checkpoint"] in ("auto", "none"):
         return values["model.type"]
     weights = Path(values["model.checkpoint"])
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one mode and return the exit code.
 
     Args:
-        arguments: None: those of the process, which is then the command's own.
+        arguments: None: the arguments of this process, which then belongs to the command alone.
     """
     if arguments is None:
         prepare_screen()
@@ -128,13 +128,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(mode: str, config: Config) -> int:
-    if os.environ.get("LOCAL_RANK", "0") != "0":  # one of several processes, which the first has started
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # one of several processes; the first one started it
         end_with_parent()
     if config.dataset.download:
         from finestsam.modes.download import fetch_coco
 
         fetch_coco(config.dataset.download, Path(config.dataset.path), config.dataset.download_images)
-    # Imported here: torch and lightning take seconds, which --help and a mistyped flag must not wait for.
+    # Imported here: torch and lightning take seconds, and --help or a mistyped flag must answer at once.
     if mode == "train":
         from finestsam.training.train import train as run
     elif mode == "predict":
@@ -173,7 +173,7 @@ def _build_parser() -> ArgumentParser:
 
 
 class _Parser(ArgumentParser):
-    """A parser whose errors are always raised: the house prints them, all together."""
+    """A parser that always raises its errors, so that `main` can print all of them together."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise ArgumentError(None, message)
@@ -194,7 +194,7 @@ def _lengthen(word: str) -> str:
 
 
 def _complete_switches(words: list[str]) -> list[str]:
-    """Let a switch stand alone: `--strict` is `--strict=true`, and `--resume` is `--resume=auto`."""
+    """Complete flags without a value: `--strict` becomes `--strict=true`, `--resume` becomes `--resume=auto`."""
     kinds = {f"--{name}": entry.type for name, entry in list_settings()}
     switches = {name: "true" for name, kind in kinds.items() if kind in (bool, bool | None)} | {"--resume": "auto"}
     following = [*words, "--"][1:]
@@ -213,10 +213,10 @@ def _with_config_of_resumed_run(words: list[str]) -> list[str]:
 
 
 def _with_files_as_flags(words: list[str]) -> list[str]:
-    """Put what the files of --config say in their places.
+    """Replace each --config flag by the flags in its file.
 
     Raises:
-        ValueError: one cannot be read.
+        ValueError: a file cannot be read.
     """
     given, remaining = [], iter(words)
     for word in remaining:
@@ -230,7 +230,7 @@ def _with_files_as_flags(words: list[str]) -> list[str]:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    """Return {dotted name: value} of a file of settings; the command line's short names may stand there too."""
+    """Return {dotted name: value} of a settings file. The short names of the command line are allowed too."""
     try:
         content = read_yaml(path)
     except Defect as defect:
@@ -242,7 +242,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def find_run(name: str, sav_dir: Path) -> Path:
-    """Return the folder of the run to continue: the one named, below sav_dir or not, or the newest for `auto`."""
+    """Return the folder of the run to continue: a path, or a name in `sav_dir`, or `auto` for the newest run."""
     if name != "auto":
         folder = Path(name) if Path(name).is_dir() else sav_dir / name
         if not folder.is_dir():
@@ -251,8 +251,8 @@ def find_run(name: str, sav_dir: Path) -> Path:
         if not settings.is_file():
             raise UserError(f"--resume {name}: {settings} is missing, so this is not the folder of a run")
         return folder
-    # By when it was last worked on. One that was stopped before its first checkpoint is begun again: whoever goes on
-    # with the newest run does not mean the one before it.
+    # The newest run is the one saved last. It may have no checkpoint yet; then it starts again, since the user does not
+    # mean the run before it.
     runs = sorted(sav_dir.glob("*/config.yaml"), key=lambda path: _find_newest_time(path.parent))
     if not runs:
         raise UserError(f"--resume auto: no run in {sav_dir}")
@@ -260,7 +260,7 @@ def find_run(name: str, sav_dir: Path) -> Path:
 
 
 def _find_newest_time(run: Path) -> float:
-    """Return when a run was last saved, or begun where it never was."""
+    """Return the time when a run was last saved, or when it began if it was never saved."""
     paths = [run / name for name in ("last.ckpt", "last.prev.ckpt", "config.yaml")]
     return max(path.stat().st_mtime for path in paths if path.exists())
 
@@ -316,13 +316,16 @@ def _diagnose_file(parser: ArgumentParser, path: Path) -> tuple[list[str], list[
     flags = [words for name, value in settings.items() if name in known and (words := _as_flag(name, value))]
     refused = _find_refused(parser, flags)
     problems += [f"{path}: {problem}" for problem in refused.values()]
-    return problems, [word for place, words in enumerate(flags) if place not in refused for word in words]
+    return problems, [word for index, words in enumerate(flags) if index not in refused for word in words]
 
 
 def _find_refused(parser: ArgumentParser, flags: list[list[str]], first: int = 0) -> dict[int, str]:
-    """Return what is wrong with flags that cannot be parsed, by their places, which begin at `first`.
+    """Return {index: problem} of the flags that cannot be parsed.
 
-    Halves are tried, not each flag: the file of a run has two hundred, and parsing takes a while.
+    A binary search over halves: a run's file has two hundred flags, and parsing each alone is slow.
+
+    Args:
+        first: index of the first flag.
     """
     words = [word for flag in flags for word in flag]
     problem = _try_parse(parser, words) if words else None
@@ -336,8 +339,8 @@ def _find_refused(parser: ArgumentParser, flags: list[list[str]], first: int = 0
 
 def _as_flag(name: str, value: Any) -> list[str]:
     if name == "input":
-        several = value if isinstance(value, list) else [value] if value else []
-        return [f"--{name}", *map(str, several)] if several else []
+        paths = value if isinstance(value, list) else [value] if value else []
+        return [f"--{name}", *map(str, paths)] if paths else []
     if isinstance(value, str):
         return [f"--{name}={value}"]
     return [f"--{name}={yaml.safe_dump(value, default_flow_style=True).removesuffix('...' + chr(10)).strip()}"]
@@ -382,7 +385,7 @@ def _group_words(words: list[str]) -> list[tuple[str, list[str]]]:
 def _unknown(text: str, name: str, prefix: str = "") -> str:
     known = [known_name for known_name, _ in list_settings()] + ["mode", "config", *(s[2:] for s in SHORT_NAMES)]
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if not nearest:  # `--learning_rate`: right word, section forgotten
+    if not nearest:  # as for `--learning_rate`: a correct name without its section
         nearest = [known_name for known_name in known if known_name.rpartition(".")[2] == name.rpartition(".")[2]]
     return f"{text}; did you mean {prefix}{nearest[0]}?" if nearest else f"{text}; see --help"
 

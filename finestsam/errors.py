@@ -1,23 +1,23 @@
-"""What can go wrong that is not our bug."""
+"""Errors that are not bugs of finestsam."""
 
-# What Python raises for a value of another type, size or form than the one expected.
+# Python's errors for a value of the wrong type, size or form.
 VALUE_ERRORS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
 
 
 class UserError(Exception):
     """A setting, dataset, image or checkpoint that cannot be used.
 
-    The text is one line that says what is wrong, with which value, in which file, and what would be right. The command
-    prints it without a traceback and exits with 2.
+    The message is one line: what is wrong, with which value, in which file, and what would be right. The command prints
+    it without a traceback and exits with code 2.
     """
 
 
 class Defect(Exception):
-    """One image or annotation that cannot be used: skipped, counted and reported, never fatal by itself.
+    """One image or annotation that cannot be used. It is skipped, counted and reported; the work goes on.
 
     Args:
-        code: short name of the kind of defect, the same in every report: `truncated_image`, `empty_segmentation`.
-        message: what is wrong, with the value, without the place, which the reader knows.
+        code: short name of the kind of defect, the same in every report: `broken_image`, `empty_segmentation`.
+        message: what is wrong, with the value. The caller adds the file and the annotation.
     """
 
     def __init__(self, code: str, message: str):
@@ -27,8 +27,8 @@ class Defect(Exception):
 
 
 def printable(text: object) -> str:
-    """Return a file's name or a dataset's text for the screen, so that it cannot move the cursor or forge a line."""
-    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in str(text))
+    """Return a text from a file with control characters escaped, so that it cannot move the cursor or fake a line."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
 
 
 def name_count(count: int, noun: str) -> str:

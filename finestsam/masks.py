@@ -1,7 +1,7 @@
-"""Masks, run lengths, polygons and boxes, from one to the other.
+"""Convert between masks, run lengths, polygons and boxes, and measure them.
 
-An `rle` is COCO's compressed run-length encoding as pycocotools keeps it: `{"size": [height, width], "counts": bytes}`,
-runs in column-major order, the first run outside the mask.
+An `rle` is COCO's compressed run-length encoding as in pycocotools: `{"size": [height, width], "counts": bytes}`. Runs
+are in column-major order; the first run is outside the mask.
 """
 
 from __future__ import annotations
@@ -15,20 +15,19 @@ from pycocotools import mask as coco_mask
 
 from finestsam.errors import Defect
 
-if TYPE_CHECKING:  # torch takes seconds to import, which the processes that only read annotations must not pay
+if TYPE_CHECKING:  # importing torch takes seconds; processes that only read annotations do not need it
     from torch import Tensor
 
-# A coordinate further out than this is a broken file, not an object that leaves the image: pycocotools allocates
-# memory in proportion to it (60 bytes a pixel) until the process is killed.
+# A larger coordinate means a broken file. pycocotools allocates 60 bytes a pixel of it, until the process is killed.
 MAX_COORDINATE_PIXELS = 100_000
-# pycocotools follows an outline pixel by pixel, with 50 bytes for each. None in an image is longer than twice its
-# pixels, unless it runs over the same ones again and again.
+# pycocotools stores 50 bytes for each pixel of an outline. An outline has at most twice the pixels of its image, unless
+# it passes the same pixels many times.
 OUTLINE_PER_PIXEL = 4
 MIN_OUTLINE_LIMIT, MAX_OUTLINE_LIMIT = 1_000_000, 10_000_000
-# Of the image's diagonal, how thick a boundary is.
+# Thickness of a boundary, share of the image's diagonal.
 BOUNDARY_SHARE = 0.02
 
-Remark = tuple[str, str]  # code and message of something that is used all the same
+Remark = tuple[str, str]  # code and message; the annotation or image is used anyway
 
 
 def segmentation_to_rle(segmentation: object, size: tuple[int, int], remarks: list[Remark] | None = None) -> dict:
@@ -37,11 +36,11 @@ def segmentation_to_rle(segmentation: object, size: tuple[int, int], remarks: li
     Args:
         segmentation: a list of polygons [x0, y0, x1, y1, ...], one such polygon, or {"size": ..., "counts": ...}.
         size: (height, width) of the image.
-        remarks: what was read though it was written in an unusual way is added to it.
+        remarks: receives a remark for each unusual way of writing that was read anyway.
 
     Raises:
-        Defect: for a shape that gives no mask, before pycocotools sees it: given numbers that are not finite it takes
-            all memory, given short run lengths it returns memory that nobody wrote.
+        Defect: the shape gives no mask. This is checked before pycocotools, which takes all memory for numbers that
+            are not finite and returns uninitialised memory for short run lengths.
     """
     if isinstance(segmentation, dict):
         rle = _run_lengths_to_rle(segmentation, size)
@@ -53,7 +52,7 @@ def segmentation_to_rle(segmentation: object, size: tuple[int, int], remarks: li
 
 
 def polygons_to_rle(polygons: list[list[float]], size: tuple[int, int]) -> dict:
-    """Fill polygons [x0, y0, x1, y1, ...] of at least three points each, as one mask, as pycocotools fills them."""
+    """Fill polygons [x0, y0, x1, y1, ...] of at least three points as one mask, by pycocotools' rule."""
     return coco_mask.merge(coco_mask.frPyObjects(polygons, *size))
 
 
@@ -76,16 +75,16 @@ def _list_polygons(segmentation: object, size: tuple[int, int], remarks: list[Re
 
 
 def _refuse_long_outline(polygons: list[list[float]], size: tuple[int, int]) -> None:
-    """Raise a Defect where filling the polygons would take seconds and gigabytes for what their numbers are."""
+    """Raise a Defect if filling the polygons would take seconds and gigabytes."""
     limit = min(max(OUTLINE_PER_PIXEL * size[0] * size[1], MIN_OUTLINE_LIMIT), MAX_OUTLINE_LIMIT)
     length = sum(map(_measure_outline, polygons))
     if length > limit:
         outline = f"an outline of {length:.3g} pixels in an image of {size[1]} x {size[0]}"
-        raise Defect("long_outline", f"{outline}, at most {limit}: it runs to and fro")
+        raise Defect("long_outline", f"{outline}, expected at most {limit}: it passes the same pixels many times")
 
 
 def _measure_outline(polygon: list[float]) -> float:
-    """Return the pixels on a polygon's outline, one for each step to the next pixel or across its corner."""
+    """Return the number of pixels on a polygon's outline. A diagonal step counts as one pixel."""
     corners = np.array(polygon).reshape(-1, 2)
     steps = np.abs(corners - np.roll(corners, 1, axis=0)).max(axis=1)
     return float(steps.sum() + len(corners))
@@ -108,7 +107,7 @@ def _read_polygon(part: object, size: tuple[int, int], remarks: list[Remark]) ->
     if farthest > max(MAX_COORDINATE_PIXELS, 10 * max(size)):
         raise Defect("far_outside", f"coordinate {farthest:g} in an image of {size[1]} x {size[0]} pixels")
     if numbers and (min(numbers) < -1 or max(numbers[::2]) > size[1] + 1 or max(numbers[1::2]) > size[0] + 1):
-        remarks.append(("clipped", "reaches out of the image, cut at its edge"))
+        remarks.append(("clipped", "extends beyond the image, cut at its edge"))
     return numbers
 
 
@@ -127,7 +126,7 @@ def _run_lengths_to_rle(segmentation: dict, size: tuple[int, int]) -> dict:
         runs = np.array([run if 0 <= run <= pixel_count else -1 for run in counts], dtype=np.int64)
     else:
         raise Defect("rle_counts", f"run lengths must be a string or a list of integers: {str(counts)[:60]}")
-    # Before they are added: the sum of longer ones can wrap around to what fits.
+    # Checked before summing: the sum of long runs can overflow to a valid number.
     if ((runs < 0) | (runs > pixel_count)).any():
         raise Defect("rle_counts", f"run lengths below 0 or above the {pixel_count} pixels of the image")
     if int(runs.sum()) != pixel_count:
@@ -138,7 +137,7 @@ def _run_lengths_to_rle(segmentation: dict, size: tuple[int, int]) -> dict:
 
 
 def _decode_counts(text: bytes) -> np.ndarray:
-    """Decode the string form of run lengths: 5 bits a character, lowest first, runs from the third on as differences.
+    """Decode run lengths from text: 5 bits a character, lowest bits first, runs from the third on as differences.
 
     Source: `rleFrString` in pycocotools' maskApi.c.
     """
@@ -158,24 +157,24 @@ def _decode_counts(text: bytes) -> np.ndarray:
 
 
 def join_rles(rles: list[dict]) -> dict:
-    """Return the union of masks of one size, at least one."""
+    """Return the union of one or more masks of the same size."""
     return coco_mask.merge(rles)
 
 
 def box_to_rle(box: list[int], size: tuple[int, int]) -> dict:
-    """Return the rectangle of a box, XYWH, whole pixels, in an image of a (height, width)."""
+    """Return the mask of a box, XYWH, whole pixels, in an image of (height, width) `size`."""
     return coco_mask.frPyObjects(np.array([box], dtype=np.float64), *size)[0]
 
 
 def shared_area(rle: dict, other: dict) -> int:
-    """Return the number of pixels inside both masks, which are of one size; neither is decoded."""
+    """Return the number of pixels inside both masks, which have the same size. No mask is decoded."""
     return rle_area(coco_mask.merge([rle, other], intersect=True))
 
 
 def labels_to_rles(labels: np.ndarray) -> dict[int, dict]:
-    """Return the mask of every number but 0 in an image of numbers (H x W, int), by number.
+    """Return {number: mask} for every number except 0 in a label image, H x W, int.
 
-    All from one pass over the pixels: thousands of objects cost what one costs.
+    One pass over the pixels finds all of them: thousands of objects take as long as one.
     """
     height, width = labels.shape
     flat = labels.ravel(order="F")
@@ -187,7 +186,7 @@ def labels_to_rles(labels: np.ndarray) -> dict[int, dict]:
     rles = {}
     for number, runs in zip(found.tolist(), np.split(order, firsts[1:]), strict=True):
         if number != 0:
-            # Outside, inside, outside, ... and what is left of the image.
+            # Runs outside, inside, outside, ...; the last one ends with the image.
             edges = np.stack([starts[runs], ends[runs]], axis=1).ravel()
             counts = np.diff(edges, prepend=0, append=flat.size).tolist()
             rles[number] = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
@@ -195,7 +194,7 @@ def labels_to_rles(labels: np.ndarray) -> dict[int, dict]:
 
 
 def find_runs(rle: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Return where the runs inside a mask begin, R, and the pixels behind their ends, R, in column-major order."""
+    """Return the first pixel of each run inside a mask, R, and the pixel after its end, R, in column-major order."""
     edges = _decode_counts(rle["counts"]).cumsum()
     return edges[: len(edges) // 2 * 2 : 2], edges[1::2]
 
@@ -211,7 +210,7 @@ def decode_rle(rle: dict) -> np.ndarray:
 
 
 def decode_rles(rles: list[dict]) -> Tensor:
-    """Return the masks of one image, N x H x W, bool; they must be of one size and at least one."""
+    """Return the masks of one image, N x H x W, bool, N at least 1."""
     import torch
 
     masks = coco_mask.decode(rles)  # H x W x N
@@ -219,7 +218,7 @@ def decode_rles(rles: list[dict]) -> Tensor:
 
 
 def count_overlap(masks: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how many pixels lie in both masks, and the sum of the two areas: what IoU and Dice are made of.
+    """Return the number of pixels in both masks and the sum of the two areas, from which IoU and Dice follow.
 
     Args:
         masks: ... x H x W, bool.
@@ -240,7 +239,7 @@ def rle_box(rle: dict) -> list[int]:
 
 
 def rle_to_json(rle: dict) -> dict:
-    """Return the same run lengths with the counts as text, which json can hold."""
+    """Return the run lengths with the counts as text, for json."""
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
@@ -250,9 +249,9 @@ def rle_from_json(rle: dict) -> dict:
 
 
 def rle_to_polygons(rle: dict) -> list[list[float]]:
-    """Return the outlines [x0, y0, x1, y1, ...] of a mask's parts, the largest part first; holes are filled.
+    """Return the outlines [x0, y0, x1, y1, ...] of a mask's parts, largest part first. Holes are filled.
 
-    They run a quarter of a pixel inside its edge, so that filled by the centres of pixels they are the mask again.
+    An outline runs a quarter of a pixel inside the mask's edge: filling it by pixel centres gives the same mask.
     """
     x, y, width, height = rle_box(rle)
     mask = decode_rle(rle)[y : y + height, x : x + width]
@@ -263,10 +262,10 @@ def rle_to_polygons(rle: dict) -> list[list[float]]:
 
 
 def rle_overlaps(rles: list[dict], truth: list[dict], over_own_area: bool = False) -> np.ndarray:
-    """Return the IoU of every mask with every true one, K x G.
+    """Return the IoU of every mask with every true mask, K x G.
 
     Args:
-        over_own_area: instead the share of the mask that lies in the true one, as COCO treats crowds.
+        over_own_area: return the share of the mask inside the true mask instead, as COCO does for crowds.
     """
     if not rles or not truth:
         return np.zeros((len(rles), len(truth)))
@@ -274,7 +273,7 @@ def rle_overlaps(rles: list[dict], truth: list[dict], over_own_area: bool = Fals
 
 
 def box_iou(one: list[float], other: list[float]) -> float:
-    """Return the IoU of two boxes [x, y, width, height]; 0 where neither covers anything."""
+    """Return the IoU of two boxes [x, y, width, height]; 0 if both are empty."""
     width = min(one[0] + one[2], other[0] + other[2]) - max(one[0], other[0])
     height = min(one[1] + one[3], other[1] + other[3]) - max(one[1], other[1])
     shared = max(width, 0) * max(height, 0)
@@ -289,12 +288,12 @@ def find_components(mask: np.ndarray) -> tuple[int, np.ndarray]:
 
 
 def find_largest_component(mask: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
-    """Return the largest 8-connected region of a mask (H x W, bool), cut out with its box, and the box's corner, XY.
+    """Return the largest 8-connected region of a mask (H x W, bool), cropped to its box, and the box's corner, XY.
 
-    Where the mask is empty, so is what is returned.
+    For an empty mask the region is empty.
     """
     _, labels, boxes, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
-    if len(boxes) == 1:  # the rest of the image alone
+    if len(boxes) == 1:  # only the background
         return mask[:0, :0], (0, 0)
     largest = 1 + int(boxes[1:, cv2.CC_STAT_AREA].argmax())
     x, y, width, height = boxes[largest, :4].tolist()
@@ -304,24 +303,24 @@ def find_largest_component(mask: np.ndarray) -> tuple[np.ndarray, tuple[int, int
 def rasterize(polygon: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Fill one polygon, K x 2, XY pixels, and return the mask, H x W, bool."""
     mask = np.zeros(size, dtype=np.uint8)
-    # 4 bits of fraction keep edges between pixels where they are.
+    # 4 fractional bits: vertices are exact to 1/16 pixel.
     cv2.fillPoly(mask, [np.round(polygon * 16).astype(np.int32)], 1, shift=4)
     return mask.astype(bool)
 
 
 def distance_inside(mask: np.ndarray) -> np.ndarray:
-    """Return how far each pixel inside is from the nearest pixel outside, H x W, float32, pixels.
+    """Return the distance of each pixel inside to the nearest pixel outside, H x W, float32, pixels.
 
-    Beyond the image's edge counts as outside, so that an object cut by the edge does not have its centre there.
+    Pixels beyond the image's edge count as outside: the centre of an object cut by the edge is not on the edge.
     """
     framed = np.pad(mask.astype(np.uint8), 1)
     return cv2.distanceTransform(framed, cv2.DIST_L2, 5)[1:-1, 1:-1]
 
 
 def find_boundary(mask: np.ndarray, thickness: int) -> np.ndarray:
-    """Return the pixels of a mask (H x W, bool) that are less than `thickness` + 1 steps from one outside.
+    """Return the pixels of a mask (H x W, bool) that are at most `thickness` steps from a pixel outside.
 
-    Beyond the image's edge counts as outside. Steps go to all eight neighbours.
+    Pixels beyond the image's edge count as outside. Steps go to all eight neighbours.
     """
     framed = np.pad(mask.astype(np.uint8), 1)
     inner = cv2.erode(framed, np.ones((3, 3), np.uint8), iterations=thickness, borderValue=0)[1:-1, 1:-1]
@@ -329,21 +328,21 @@ def find_boundary(mask: np.ndarray, thickness: int) -> np.ndarray:
 
 
 def boundary_iou(mask: np.ndarray, truth: np.ndarray) -> float:
-    """Return the IoU of the boundaries of two masks, H x W, bool, each of 2 % of the image's diagonal inwards.
+    """Return the IoU of the boundaries of two masks, H x W, bool; 1 if both masks are empty.
 
-    Source: Cheng et al., Boundary IoU (arXiv 2103.16562), with their thickness. 1 where both masks are empty.
+    A boundary reaches 2 % of the image's diagonal into the mask. Source: Cheng et al., Boundary IoU (arXiv 2103.16562).
     """
     thickness = max(1, round(BOUNDARY_SHARE * math.hypot(*mask.shape)))
     rows, columns = (np.flatnonzero((mask | truth).any(axis=axis)) for axis in (1, 0))
     if len(rows) == 0:
         return 1.0
-    part = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]  # what lies outside is outside of both
-    one, other = find_boundary(mask[part], thickness), find_boundary(truth[part], thickness)
-    return float(np.count_nonzero(one & other) / np.count_nonzero(one | other))
+    part = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]  # the box around both masks
+    boundary, true_boundary = find_boundary(mask[part], thickness), find_boundary(truth[part], thickness)
+    return float(np.count_nonzero(boundary & true_boundary) / np.count_nonzero(boundary | true_boundary))
 
 
 def remove_small_regions(mask: np.ndarray, min_area_pixels: int) -> np.ndarray:
-    """Fill holes and drop islands of fewer pixels than `min_area_pixels`; the largest island always stays.
+    """Fill holes and remove islands smaller than `min_area_pixels`; the largest island always stays.
 
     Args:
         mask: H x W, bool.
@@ -351,7 +350,7 @@ def remove_small_regions(mask: np.ndarray, min_area_pixels: int) -> np.ndarray:
     rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
     if len(rows) == 0:
         return mask.copy()
-    # What surrounds the mask is large where it goes on beyond the part that is looked at, and shall look so.
+    # Work on a part of the image with a margin, so wide that the outside of the mask is never taken for a small hole.
     margins = -(-min_area_pixels // np.array([np.ptp(columns) + 1, np.ptp(rows) + 1]))
     top, left = np.maximum([rows[0], columns[0]] - margins, 0)
     bottom, right = [rows[-1], columns[-1]] + margins + 1
@@ -361,15 +360,15 @@ def remove_small_regions(mask: np.ndarray, min_area_pixels: int) -> np.ndarray:
 
 
 def _remove_small_regions(mask: np.ndarray, min_area_pixels: int) -> np.ndarray:
-    filled = mask | _small_regions(~mask, min_area_pixels)
-    islands = _small_regions(filled, min_area_pixels)
+    filled = mask | _find_small_regions(~mask, min_area_pixels)
+    islands = _find_small_regions(filled, min_area_pixels)
     if (islands == filled).all():
         _, regions, stats, _ = cv2.connectedComponentsWithStats(filled.astype(np.uint8), connectivity=8)
         return regions == 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))
     return filled & ~islands
 
 
-def _small_regions(mask: np.ndarray, min_area_pixels: int) -> np.ndarray:
+def _find_small_regions(mask: np.ndarray, min_area_pixels: int) -> np.ndarray:
     _, regions, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
     is_small = stats[:, cv2.CC_STAT_AREA] < min_area_pixels
     is_small[0] = False  # label 0 is everything outside the mask

@@ -1,4 +1,4 @@
-"""Images with their annotations, drawn by a person or found by the generator; and what was found wrong with them."""
+"""Images with their annotations (drawn by a person or found by the generator), and findings about both."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -11,31 +11,31 @@ from finestsam.runtime.whole_files import write_json
 EXAMPLES_ON_SCREEN = 10
 SKIPPED_IMAGE, SKIPPED_ANNOTATION, KEPT = "skipped", "skipped_annotation", "kept"
 
-# What to do about a kind of finding, where it is not plain from the message.
+# What the user can do about a kind of finding, if the message does not say it.
 ADVICE = {
-    "missing_file": "put the images where the annotations name them, or correct file_name",
+    "missing_file": "put the images at the paths in the annotations, or correct file_name",
     "not_downloaded": "download the images into the dataset; addresses are never opened",
     "outside_dataset": "files must lie inside the dataset; links out of it need --dataset.follow_symlinks",
     "names_unread": "classes are numbered instead; correct the file, or copy it into the dataset",
-    "long_outline": "export these objects again, as run lengths if they are what they seem",
-    "size_mismatch": "the image was resized after it was labelled, or another one has its name: export again",
+    "long_outline": "export these objects again; use run lengths if the outlines are correct",
+    "size_mismatch": "the image was resized after it was labelled, or another image has its name: export again",
     "not_an_image": "replace or remove the file",
-    "broken_image": "copy or download the image again; it ends in the middle or is damaged",
-    "too_large": "raise --dataset.images.max_pixels if the image is what it says, or cut it into tiles",
-    "empty_segmentation": "label a mask, or take the boxes for masks with --dataset.masks_from_boxes",
-    "box_only": "label a mask, or take the boxes for masks with --dataset.masks_from_boxes",
+    "broken_image": "copy or download the image again; it is truncated or damaged",
+    "too_large": "raise --dataset.images.max_pixels if the image is correct, or cut it into tiles",
+    "empty_segmentation": "label a mask, or use the boxes as masks with --dataset.masks_from_boxes",
+    "box_only": "label a mask, or use the boxes as masks with --dataset.masks_from_boxes",
     "crowd": "regions of many objects are left out of training; --dataset.include_crowd takes each as one object",
-    "vanishes": "a larger --model.image_size, or smaller tiles, make these objects visible to the model",
+    "vanishes": "these objects are too small for the model: use a larger --model.image_size or smaller tiles",
     "rle_size": "the run lengths belong to an image of another size: export again",
     "rle_counts": "the run lengths are damaged: export again",
     "unknown_image": "the annotations name an image id that the file does not list: export again",
-    "unknown_category": "kept, since the masks alone are trained on; add the category to the file",
-    "bad_bbox": "not used: boxes are always taken from the mask",
-    "bbox_disagrees": "the box is not used, but one of box and mask is wrong: look at these",
-    "duplicate_mask": "kept twice, which weighs them twice; --dataset.dedup keeps the first",
-    "leakage": "what is validated on was trained on: remove the copies from one of the two",
+    "unknown_category": "kept, since training uses only the masks; add the category to the file",
+    "bad_bbox": "not used: boxes are always computed from the mask",
+    "bbox_disagrees": "the box is not used, but either the box or the mask is wrong: check these objects",
+    "duplicate_mask": "kept twice, so they count twice; --dataset.dedup keeps the first",
+    "leakage": "the same image is in training and validation: remove the copies from one of the two",
     "ambiguous_turn": "save the image upright, without EXIF orientation",
-    "clipped": "fine where an object leaves the image",
+    "clipped": "correct if the object extends beyond the image",
 }
 
 
@@ -73,11 +73,11 @@ class DatasetReport:
 
     @property
     def defect_count(self) -> int:
-        """What a strict reader refuses: everything skipped but crowds, which are sound and only not trainable."""
+        """Number of findings that `--strict` refuses: everything skipped, except crowds, which are valid."""
         return sum(finding.action != KEPT and finding.code != "crowd" for finding in self.findings)
 
     def summarize(self) -> str:
-        """Return the one line for the screen."""
+        """Return one line with the counts."""
         images, annotations = self._count(SKIPPED_IMAGE), self._count(SKIPPED_ANNOTATION)
         usable_images = self.usable_image_count + self.background_image_count
         return (
@@ -88,18 +88,18 @@ class DatasetReport:
         )
 
     def list_warnings(self) -> list[str]:
-        """Return what must be said before everything else: that most of the dataset is lost."""
+        """Return a warning if more than half of the images or annotations cannot be used."""
         warnings = []
-        for what, count, dropped in (
+        for kind, count, dropped in (
             ("images", self.image_count, self._count(SKIPPED_IMAGE).total()),
             ("annotations", self.annotation_count, self._count(SKIPPED_ANNOTATION, but="crowd").total()),
         ):
             if dropped > count / 2:
-                warnings.append(f"WARNING: {dropped} of {count} {what} cannot be used; is this the dataset you meant?")
+                warnings.append(f"WARNING: {dropped} of {count} {kind} cannot be used; is this the right dataset?")
         return warnings
 
     def list_examples(self) -> list[str]:
-        """Return at most ten lines for each kind of finding, under a line that counts them and says what to do."""
+        """Return, for each kind of finding, a line with its count and advice, then at most ten examples."""
         by_code: dict[str, list[Finding]] = {}
         for finding in self.findings:
             by_code.setdefault(finding.code, []).append(finding)
@@ -107,7 +107,7 @@ class DatasetReport:
         for code, found in by_code.items():
             advice = f"; {ADVICE[code]}" if code in ADVICE else ""
             outcome = "kept" if found[0].action == KEPT else "skipped"
-            lines.append(f"  {len(found)} {_name(code)}, {outcome}{advice}")
+            lines.append(f"  {len(found)} {_spell(code)}, {outcome}{advice}")
             for finding in found[:EXAMPLES_ON_SCREEN]:
                 place = f" annotation {finding.annotation_id}" if finding.annotation_id is not None else ""
                 lines.append(f"    {printable(finding.file)}{place}: {printable(finding.message)}")
@@ -116,11 +116,11 @@ class DatasetReport:
         return lines
 
     def list_lines(self) -> list[str]:
-        """Return everything for the screen: warnings, the summary, the examples."""
+        """Return all lines to print: warnings, the summary, the examples."""
         return [*self.list_warnings(), self.summarize(), *self.list_examples()]
 
     def to_json(self) -> dict:
-        """Return everything for `dataset_report.json` but the usable objects, which the records hold."""
+        """Return the content of `dataset_report.json`, without the usable objects, which the records hold."""
         skipped = [
             {"id": finding.annotation_id, "file": finding.file, "code": finding.code, "message": finding.message}
             for finding in self.findings
@@ -150,14 +150,14 @@ def write_report(path: Path, content: dict) -> None:
     write_json(path, content, indent=1)
 
 
-def _name(code: str) -> str:
+def _spell(code: str) -> str:
     return code.replace("_", " ")
 
 
 def _list_skipped(counts: Counter) -> str:
     if not counts:
         return ""
-    kinds = ", ".join(f"{count} {_name(code)}" for code, count in counts.most_common())
+    kinds = ", ".join(f"{count} {_spell(code)}" for code, count in counts.most_common())
     return f", {counts.total()} skipped ({kinds})"
 
 
@@ -166,11 +166,11 @@ UNNAMED_CATEGORY = "object"
 
 @dataclass(slots=True)
 class Annotation:
-    """One object. A few hundred bytes: there can be millions."""
+    """One object. Takes a few hundred bytes, since a dataset can have millions."""
 
     id: int
     category_id: int
-    counts: bytes  # compressed run lengths of the mask, as pycocotools keeps them
+    counts: bytes  # compressed run lengths of the mask, as in pycocotools
     area: int  # pixels inside the mask
     box: list[int]  # of the mask, XYWH
     source_id: int | str | None = None  # the id in the file that it was read from
@@ -185,15 +185,15 @@ class Record:
     path: Path
     size: tuple[int, int]
     annotations: list[Annotation]
-    crowds: list[bytes] = field(default_factory=list)  # run lengths of regions where finding anything is no mistake
-    digest: str = ""  # of the file's bytes: equal for the same image under two names
-    crowd_categories: list[int | None] = field(default_factory=list)  # of crowds, in their order; None: of any
+    crowds: list[bytes] = field(default_factory=list)  # run lengths of regions where no prediction counts as wrong
+    digest: str = ""  # hash of the file's bytes: equal for copies of an image under two names
+    crowd_categories: list[int | None] = field(default_factory=list)  # one for each crowd; None: any category
 
     def rle(self, annotation: Annotation) -> dict:
         return {"size": list(self.size), "counts": annotation.counts}
 
     def list_crowds(self) -> list[tuple[bytes, int | None]]:
-        """Return crowd regions with the id of their category; None: they are of any."""
+        """Return crowd regions with the id of their category; None: any category."""
         return list(zip(self.crowds, self.crowd_categories or [None] * len(self.crowds), strict=True))
 
 
@@ -201,6 +201,6 @@ class Record:
 class Index:
     """One part of a dataset, read and checked."""
 
-    records: list[Record]  # by image id; those without objects too
+    records: list[Record]  # by image id, including images without objects
     categories: dict[int, str]
     report: DatasetReport

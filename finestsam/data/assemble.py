@@ -1,4 +1,4 @@
-"""From checked images to an index: ids, categories, duplicates, counts."""
+"""Build an index from checked images: ids, categories, duplicates, counts."""
 
 from collections.abc import Iterable
 
@@ -14,11 +14,11 @@ def assemble(
     settings: DatasetConfig,
     report: DatasetReport,
 ) -> Index:
-    """Join the images of one part of a dataset.
+    """Return the index of one part of a dataset.
 
     Args:
-        categories: names by id; None: the objects carry names, or the values that mask images have for them.
-        report: what was found so far; what is found here and in the images is added.
+        categories: names by id; None: the objects have names, or values of mask images.
+        report: receives the findings of the images and of this function.
     """
     records: list[Record] = []
     table = _CategoryTable(categories)
@@ -43,7 +43,7 @@ def assemble(
 def _add_objects(
     record: Record, image: CheckedImage, table: "_CategoryTable", settings: DatasetConfig, report: DatasetReport
 ) -> None:
-    has_ids = image.image_id is not None  # other formats number their objects from the first in each image
+    has_ids = image.image_id is not None  # formats without image ids number their objects from 1 in each image
     seen: dict[bytes, object] = {}
     for found in image.objects:
         if found.counts in seen:
@@ -56,13 +56,13 @@ def _add_objects(
         category_id, remark = table.find(found.category)
         if remark:
             report.remark(remark[0], record.file_name, remark[1], found.source_id)
-        # Negative: none yet. An id is given when all that the file gives are known.
+        # -1: no id yet. `_number_annotations` assigns one when all ids in the file are known.
         number = int(found.source_id) if has_ids and _is_number(found.source_id) else -1
         record.annotations.append(Annotation(number, category_id, found.counts, found.area, found.box, found.source_id))
 
 
 class _CategoryTable:
-    """Categories by id, which grows where objects carry names."""
+    """Categories by id. It grows if objects have names."""
 
     def __init__(self, names: dict[int, str] | None):
         self.names = dict(names or {})
@@ -70,7 +70,7 @@ class _CategoryTable:
         self._ids = {name: category_id for category_id, name in self.names.items()}
 
     def find(self, category: int | str | None) -> tuple[int, Remark | None]:
-        """Return the id of a category, and what is to be said about it."""
+        """Return the id of a category, and a remark if the file does not define it."""
         if isinstance(category, str):
             return self._add(category), None
         if category is None:
@@ -81,7 +81,7 @@ class _CategoryTable:
         if self._takes_names:
             return self._add(f"value {category}", category), None
         known = ", ".join(map(str, sorted(self.names)[:10]))
-        message = f"category_id {category} is none of the file's categories {known}"
+        message = f"category_id {category} is not in the file's categories {known}"
         return self._add(f"category {category}", category), ("unknown_category", message)
 
     def _add(self, name: str, category_id: int | None = None) -> int:
@@ -92,20 +92,22 @@ class _CategoryTable:
 
 
 def _number_annotations(records: list[Record], report: DatasetReport) -> None:
-    """Give every annotation an id of its own; the first keeps the one that it has."""
+    """Give every annotation a unique id. Of several with the same id, the first keeps it."""
     annotations = [annotation for record in records for annotation in record.annotations]
-    fresh = max((annotation.id for annotation in annotations), default=0) + 1
+    next_id = max((annotation.id for annotation in annotations), default=0) + 1
     seen: set[int] = set()
     examples = []
     for annotation in annotations:
         if annotation.id in seen or annotation.id < 0:
             if annotation.id >= 0:
                 examples.append(annotation.source_id)
-            annotation.id, fresh = fresh, fresh + 1
+            annotation.id, next_id = next_id, next_id + 1
         seen.add(annotation.id)
     if examples:
         listed = ", ".join(map(str, examples[:5]))
-        report.remark("renumbered", "", f"{len(examples)} annotations had another's id and got a new one: {listed}")
+        report.remark(
+            "renumbered", "", f"{len(examples)} annotations had the id of another and got a new one: {listed}"
+        )
 
 
 def _is_number(source_id: object) -> bool:

@@ -1,8 +1,8 @@
-"""Variants of a training image: a part of it, turned, flipped, shown smaller, in other colours.
+"""Augmented variants of a training image: cropped, rotated, flipped, scaled down, recoloured.
 
-A `View` says what one variant shows. It is drawn from a random generator and applied to the image and its masks
-alike. Nothing is resampled on the way: every pixel of a variant, and of its masks, is a pixel of the plain image.
-Size changes only where any image is resized for the model, and the variant's own pixels are the `original` frame.
+A `View` describes one variant. It is sampled from a random generator and applied to the image and to its masks.
+Nothing is interpolated: every pixel of a variant, and of its masks, is a pixel of the plain image. The scale applies
+only when the image is resized for the model. The pixels of the variant are its `original` frame.
 """
 
 import math
@@ -17,24 +17,24 @@ from finestsam.config import AugmentConfig
 from finestsam.masks import box_to_rle, decode_rle, encode_mask, rle_box, shared_area
 from finestsam.records import Annotation, Record
 
-# A crop's width over its height is at most this much more, or less, than the image's: shapes stay likely.
+# A crop's aspect ratio differs from the image's by at most this factor.
 MAX_ASPECT_CHANGE = 4 / 3
-# Of an object's pixels; a crop that leaves less shows a sliver, from which nobody could tell the object.
+# An object with a smaller share of its pixels in the crop is left out: the rest is too little to recognise it.
 MIN_REMAINING_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class View:
-    """What a variant shows: a window of the plain image, turned, then flipped, then recoloured."""
+    """One variant: a window of the plain image, rotated, then flipped, then recoloured."""
 
     window: tuple[int, int, int, int]  # x, y, width, height, pixels of the plain image
     quarter_turns: int = 0  # counter-clockwise
     flip_horizontal: bool = False
     flip_vertical: bool = False
     scale: float = 1.0  # share of the model's side that the longest side fills, at most 1
-    brightness: float = 1.0  # factor, as contrast and saturation
-    contrast: float = 1.0
-    saturation: float = 1.0
+    brightness: float = 1.0  # factor
+    contrast: float = 1.0  # factor
+    saturation: float = 1.0  # factor
     hue: float = 0.0  # shift, turns of the colour circle
 
     @property
@@ -43,53 +43,53 @@ class View:
         return (width, height) if self.quarter_turns % 2 else (height, width)
 
     def leaves_pixels(self, original_size: tuple[int, int]) -> bool:
-        """Return whether every pixel of an image of that (height, width) is shown where it lies."""
+        """Return whether every pixel of an image of (height, width) `original_size` stays at its position."""
         window = (0, 0, original_size[1], original_size[0])
         return self.window == window and not (self.quarter_turns or self.flip_horizontal or self.flip_vertical)
 
     def meets(self, box: list[int]) -> bool:
-        """Return whether any pixel of a box, XYWH, of the plain image lies in the window."""
+        """Return whether the window overlaps a box, XYWH, of the plain image."""
         x, y, width, height = self.window
         left, top, box_width, box_height = box
         return left < x + width and x < left + box_width and top < y + height and y < top + box_height
 
     def compute_input_side(self, image_size: int) -> int:
-        """Return the longest side in the input frame, where the model sees `image_size` pixels."""
+        """Return the longest side in the input frame, in pixels, for a model of `image_size` pixels."""
         return round(image_size * self.scale)
 
 
 @dataclass
 class ShownObject:
-    """One object as a view shows it."""
+    """One object in a view."""
 
     annotation_id: int
     mask: np.ndarray  # H x W, bool, the view's pixels
-    rle: dict  # of that mask
-    box: list[int]  # of that mask, XYWH
+    rle: dict  # of `mask`
+    box: list[int]  # of `mask`, XYWH
 
 
 def choose_variant(augment: AugmentConfig, epoch: int) -> int:
-    """Return which variant of the images an epoch sees, counted from 1; 0: the plain images."""
+    """Return the number of the variant for an epoch, from 1; 0: the plain images."""
     if not augment.is_active:
         return 0
     return 1 + (epoch % augment.variants if augment.variants else epoch)
 
 
 def show_all(record: Record) -> tuple[View, np.ndarray]:
-    """Return the view that leaves an image as it is, and the indices of its objects in `record.annotations`."""
+    """Return the view of the plain image, and the indices of all objects in `record.annotations`."""
     return View((0, 0, record.size[1], record.size[0])), np.arange(len(record.annotations))
 
 
 def choose_view(
     record: Record, augment: AugmentConfig, image_size: int, min_area_pixels: float, generator: np.random.Generator
 ) -> tuple[View, np.ndarray]:
-    """Draw how a variant shows an image; one that would show no object shows the whole image instead.
+    """Sample the view of a variant. If it would show no object, the view shows the whole image instead.
 
     Args:
-        min_area_pixels: objects of a smaller area in the input frame do not count as shown.
+        min_area_pixels: an object with a smaller area in the input frame does not count as shown.
 
     Returns:
-        The view, and the indices in `record.annotations` of the objects that it shows, rising.
+        The view, and the indices in `record.annotations` of the shown objects, ascending.
     """
     view = sample_view(augment, record.size, generator)
     indices = find_shown(record, view, image_size, min_area_pixels)
@@ -100,14 +100,14 @@ def choose_view(
 
 
 def sample_view(augment: AugmentConfig, size: tuple[int, int], generator: np.random.Generator) -> View:
-    """Draw a view of an image of a (height, width)."""
-    # All are sampled whatever the settings are: turning one on does not change what the others do.
+    """Sample a view of an image of (height, width) `size`."""
+    # Always 13 numbers: turning one augmentation on does not change the others.
     mirror, upend, turn, angle, zoom, share, aspect, left, top, *colours = generator.random(13).tolist()
-    # Evenly by ratio: half as large is as likely as twice as large.
+    # Log-uniform: half the size is as likely as twice the size.
     scale = augment.scale_min * (augment.scale_max / augment.scale_min) ** zoom
-    brightness, contrast, saturation, hue = (2 * draw - 1 for draw in colours)
+    brightness, contrast, saturation, hue = (2 * number - 1 for number in colours)
     return View(
-        window=_render_window(size, scale, augment.crop_min + (1 - augment.crop_min) * share, (aspect, left, top)),
+        window=_choose_window(size, scale, augment.crop_min + (1 - augment.crop_min) * share, (aspect, left, top)),
         quarter_turns=1 + int(3 * angle) if turn < augment.turn else 0,
         flip_horizontal=mirror < augment.flip_horizontal,
         flip_vertical=upend < augment.flip_vertical,
@@ -119,21 +119,21 @@ def sample_view(augment: AugmentConfig, size: tuple[int, int], generator: np.ran
     )
 
 
-def _render_window(
-    size: tuple[int, int], scale: float, share: float, draws: tuple[float, float, float]
+def _choose_window(
+    size: tuple[int, int], scale: float, share: float, numbers: tuple[float, float, float]
 ) -> tuple[int, int, int, int]:
     """Return x, y, width, height of a window.
 
     Args:
-        scale: above 1 the window's sides are divided by it.
-        share: of the image's area, before that.
-        draws: of the aspect ratio and the place, each in [0, 1).
+        scale: above 1, the window's sides are divided by it.
+        share: of the image's area, before this division.
+        numbers: random numbers in [0, 1) for the aspect ratio, the left and the top side.
     """
-    aspect_draw, left, top = draws
+    aspect_number, left, top = numbers
     height, width = size
-    # A crop that keeps nearly all of the image has little room to change its shape.
+    # A crop of nearly the whole image has little room for another aspect ratio.
     limit = min(MAX_ASPECT_CHANGE, 1 / share)
-    aspect = limit ** (2 * aspect_draw - 1)
+    aspect = limit ** (2 * aspect_number - 1)
     window_width = max(1, round(width * math.sqrt(share * aspect) / max(scale, 1.0)))
     window_height = max(1, round(height * math.sqrt(share / aspect) / max(scale, 1.0)))
     x, y = int(left * (width - window_width + 1)), int(top * (height - window_height + 1))
@@ -141,20 +141,20 @@ def _render_window(
 
 
 def find_shown(record: Record, view: View, image_size: int, min_area_pixels: float) -> np.ndarray:
-    """Return the indices in `record.annotations` of the objects that enough is left of, rising."""
+    """Return the indices in `record.annotations` of the objects that a view shows large enough, ascending."""
     pixel_scale = view.compute_input_side(image_size) / max(view.size)
-    if min(view.size) * pixel_scale < 0.5:  # too thin: the shorter side would round to nothing
+    if min(view.size) * pixel_scale < 0.5:  # too thin: the shorter side would round to 0
         return np.arange(0)
     shown, window = [], box_to_rle(list(view.window), record.size)
-    for place, annotation in enumerate(record.annotations):
+    for index, annotation in enumerate(record.annotations):
         area = shared_area(record.rle(annotation), window) if view.meets(annotation.box) else 0
         if area >= MIN_REMAINING_SHARE * annotation.area and area * pixel_scale**2 >= min_area_pixels:
-            shown.append(place)
+            shown.append(index)
     return np.array(shown, dtype=np.int64)
 
 
 def show_image(image: np.ndarray, view: View) -> np.ndarray:
-    """Return what a view shows of an image (H x W x 3), in the image's own colours."""
+    """Return an image (H x W x 3) in a view, without the change of colours."""
     if view.leaves_pixels(image.shape[:2]):
         return image
     shown = show(torch.from_numpy(image).permute(2, 0, 1), view)
@@ -162,7 +162,7 @@ def show_image(image: np.ndarray, view: View) -> np.ndarray:
 
 
 def show_object(record: Record, annotation: Annotation, view: View) -> ShownObject:
-    """Return what a view shows of an object of which it shows anything."""
+    """Return an object in a view that shows at least a part of it."""
     rle, box = record.rle(annotation), annotation.box
     mask = decode_rle(rle)
     if not view.leaves_pixels(record.size):
@@ -173,7 +173,7 @@ def show_object(record: Record, annotation: Annotation, view: View) -> ShownObje
 
 
 def show(pixels: Tensor, view: View) -> Tensor:
-    """Return the view's window of ... x H x W pixels, turned and flipped."""
+    """Return the view's window of ... x H x W pixels, rotated and flipped."""
     x, y, width, height = view.window
     shown = torch.rot90(F.crop(pixels, y, x, height, width), view.quarter_turns, dims=(-2, -1))
     shown = F.horizontal_flip(shown) if view.flip_horizontal else shown
@@ -188,6 +188,6 @@ def recolour(image: Tensor, view: View) -> Tensor:
         (F.adjust_saturation, view.saturation, 1),
         (F.adjust_hue, view.hue, 0),
     ):
-        if amount != neutral:  # hue alone takes 0.2 s at 1024 pixels
+        if amount != neutral:  # adjust_hue takes 0.2 s at 1024 pixels
             image = change(image, amount)
     return image

@@ -1,8 +1,8 @@
-"""Keep what the check of a dataset found, so that a large one is read through once.
+"""Cache the result of a dataset check, so that a large dataset is checked only once.
 
-Plain json, never code. A file is used for exactly the labels, images and settings that it was made of, and only as
-this user's finestsam wrote it, which signs it with a key of its own: an edited one, or somebody else's beside the
-dataset, is made anew. It is safe to delete.
+The cache is plain json, never code. It is used only if labels, images and settings are unchanged and its signature by
+this user's key is valid. So an edited file, or one that another user left beside the dataset, is replaced. A cache file
+is safe to delete.
 """
 
 import dataclasses
@@ -24,10 +24,10 @@ from finestsam.records import Annotation, DatasetReport, Finding, Index, Record
 from finestsam.runtime.folders import cache_folder
 from finestsam.runtime.whole_files import write_text
 
-# Raised whenever reading gives another result for the same files.
+# Increase it when reading the same files gives a different result.
 VERSION = 4
 SECRET_NAME, SECRET_BYTES = "cache.key", 32
-# What does not change how an image and its labels are read.
+# Settings that do not change how an image and its labels are read.
 UNREAD_SETTINGS = {
     "path", "auto_split", "seed", "val_size", "use_cache", "sav", "positive_points", "negative_points", "use_center",
     "snap_to_grid", "min_area_pixels", "max_objects", "download", "download_images", "background_points", "labels",
@@ -36,7 +36,7 @@ UNREAD_SETTINGS = {
 
 
 def find_cache_file(part: Part, settings: DatasetConfig) -> Path:
-    """Return where the index of a part is kept: beside the annotations under the wanted name, or with the user's."""
+    """Return the cache file of a part: beside the annotations if `settings.sav` names it, else in the cache folder."""
     if settings.sav:
         folder = part.labels if part.labels.is_dir() else part.labels.parent
         return folder / Path(settings.sav).name
@@ -45,12 +45,12 @@ def find_cache_file(part: Part, settings: DatasetConfig) -> Path:
 
 
 def compute_key(part: Part, settings: DatasetConfig, cache_file: Path) -> str:
-    """Return a hash of everything that the index depends on; of images the size and time of change."""
+    """Return a hash of everything that the index depends on. For images these are file size and modification time."""
     wanted = {name: value for name, value in dataclasses.asdict(settings).items() if name not in UNREAD_SETTINGS}
     digest = hashlib.sha256(json.dumps([VERSION, part.kind, wanted], sort_keys=True, allow_nan=False).encode())
     if part.labels.is_file():
         digest.update(part.labels.read_bytes())
-    if part.kind == "yolo":  # in files outside of both folders
+    if part.kind == "yolo":  # class names are in files outside both folders
         digest.update(json.dumps(sorted(read_names(part, settings).items()), allow_nan=False).encode())
     for folder in dict.fromkeys([part.images_dir, part.labels]):
         for path, _, file_names in sorted(os.walk(folder)):
@@ -61,16 +61,16 @@ def compute_key(part: Part, settings: DatasetConfig, cache_file: Path) -> str:
                 try:
                     status = os.stat(file)
                 except OSError:
-                    continue  # a link to nowhere
+                    continue  # a broken link
                 line = f"{file} {status.st_size} {status.st_mtime_ns}"
                 digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
 def read_index(path: Path, key: str, part: Part, settings: DatasetConfig) -> Index | None:
-    """Return the index that was kept, or None where there is none for this key, or it was changed since.
+    """Return the cached index; None: there is none for this key, or the file was changed.
 
-    What would do harm is checked again all the same: images lie in the dataset, and run lengths fill their image.
+    Two properties are checked again for safety: images lie in the dataset, and run lengths fit their image.
     """
     try:
         if not _is_own(path):
@@ -82,7 +82,7 @@ def read_index(path: Path, key: str, part: Part, settings: DatasetConfig) -> Ind
         content = json.loads(body)
         records = [_read_record(entry) for entry in content["records"]]
         resolve = os.path.abspath if settings.follow_symlinks else os.path.realpath
-        folders = (part.root, part.images_dir, cache_folder() / "images")  # the last has those of labelme's files
+        folders = (part.root, part.images_dir, cache_folder() / "images")  # the last has images out of labelme's files
         roots = tuple(f"{resolve(folder)}{os.sep}" for folder in folders)
         if not all(resolve(record.path).startswith(roots) and _has_sound_masks(record) for record in records):
             return None
@@ -90,11 +90,11 @@ def read_index(path: Path, key: str, part: Part, settings: DatasetConfig) -> Ind
         categories = {int(number): name for number, name in content["categories"].items()}
         return Index(records, categories, DatasetReport(**content["report"], findings=findings))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None  # missing, of another version or damaged: made anew
+        return None  # missing, from another version, or damaged
 
 
 def write_index(path: Path, key: str, index: Index) -> None:
-    """Keep an index; where the disk does not take it, nothing is lost but time."""
+    """Write an index to the cache. A failure costs only time."""
     content = {
         "categories": index.categories,
         "report": dataclasses.asdict(index.report),
@@ -142,7 +142,7 @@ def _write_record(record: Record) -> dict:
 
 
 def _has_sound_masks(record: Record) -> bool:
-    """Whether pycocotools, which believes whatever run lengths say, may be given those of a record."""
+    """Return whether all run lengths of a record are valid: pycocotools does not check them."""
     for counts in [*(found.counts for found in record.annotations), *record.crowds]:
         try:
             segmentation_to_rle({"size": list(record.size), "counts": counts}, record.size)
@@ -153,7 +153,7 @@ def _has_sound_masks(record: Record) -> bool:
 
 
 def _sign(key: str, body: str) -> str | None:
-    """Return what only this user can write below an index; None where the user's own key cannot be kept."""
+    """Return the signature of an index by this user's key; None: the key cannot be stored."""
     try:
         secret = _read_secret(cache_folder() / SECRET_NAME)
     except OSError:
@@ -162,7 +162,7 @@ def _sign(key: str, body: str) -> str | None:
 
 
 def _read_secret(path: Path) -> bytes | None:
-    """Return the user's key, which is made the first time; None while another process makes it."""
+    """Return the user's key, made at the first call; None: another process is making it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -173,6 +173,6 @@ def _read_secret(path: Path) -> bytes | None:
 
 
 def _is_own(path: Path) -> bool:
-    """Whether this is a plain file of this user."""
+    """Return whether this is a regular file that belongs to this user."""
     status = path.lstat()
     return stat.S_ISREG(status.st_mode) and (not hasattr(os, "geteuid") or status.st_uid == os.geteuid())

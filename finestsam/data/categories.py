@@ -1,4 +1,4 @@
-"""The classes of masks: no object, and the categories of a dataset."""
+"""Map the categories of a dataset to the classes of masks; class 0 is `no object`."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,12 +8,12 @@ NO_OBJECT_NAME = "no object"
 
 
 def number_categories(categories: Mapping[int, str], names: Sequence[str] | None = None) -> ClassTable:
-    """Give the categories of a dataset the classes of masks; those of one name are one class.
+    """Return the classes of masks for the categories of a dataset. Categories of the same name are one class.
 
     Args:
         categories: names by id.
-        names: of a model's classes 1, 2, ..., among which the categories are found by name; None: they are those of
-            the dataset, in the order of their ids.
+        names: a model's classes 1, 2, ...: categories are matched to them by name. None: the classes are the
+            categories, in the order of their ids.
     """
     if names is None:
         names = list(dict.fromkeys(categories[number] for number in sorted(categories)))
@@ -23,7 +23,7 @@ def number_categories(categories: Mapping[int, str], names: Sequence[str] | None
 
 
 def list_category_ids(table: ClassTable) -> list[int]:
-    """Return the id of each of the classes 1, 2, ... in the dataset: of several the lowest, of none a free one."""
+    """Return the category id of each class 1, 2, ...: the lowest of several, or an unused id if there is none."""
     ids = {number: category_id for category_id, number in sorted(table.by_category.items(), reverse=True)}
     free = max(table.by_category, default=0)
     for number in range(1, len(table.names)):

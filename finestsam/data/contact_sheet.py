@@ -1,4 +1,4 @@
-"""A sheet of images with their masks and the prompts that training would ask with: look at your data first."""
+"""Render a contact sheet: images with their masks and the prompts that training would use."""
 
 import hashlib
 import math
@@ -22,24 +22,24 @@ from finestsam.images.frames import compute_input_size, resize_image, shrink_mas
 from finestsam.masks import decode_rle
 from finestsam.records import Annotation, Record
 
-TILE_PIXELS = 384  # the longest side of an image on a sheet of a few
+TILE_PIXELS = 384  # longest side of an image; smaller on a sheet of many images
 CAPTION_PIXELS, LEGEND_PIXELS, MARGIN_PIXELS = 40, 34, 10
-# More than fits on a screen is for reading the report, not for looking; 30 Mpx is an image of 90 MB.
+# 30 megapixels take 90 MB.
 MAX_SHEET_PIXELS = 30_000_000
-MAX_OBJECTS = 400  # drawn of one image
+MAX_OBJECTS = 400  # rendered in one image
 PAPER, INK, GREY = (250, 250, 250), (30, 30, 30), (150, 150, 150)
 INSIDE, OUTSIDE = (40, 230, 90), (240, 40, 40)
 OPACITY = 0.45
-# Of the image: a larger object is outlined alone, or its colour would be the image's.
+# An object that covers a larger share of the image gets only an outline, so that the image stays visible.
 MOST_TINTED_SHARE = 0.25
-# A hue further by the golden ratio is far from all before.
+# Steps of the golden ratio around the colour circle keep each hue far from all hues before.
 GOLDEN_TURN = 0.618034
 
 
 def render_contact_sheet(
     records: list[Record], settings: CheckConfig, dataset: DatasetConfig, points_per_side: int
 ) -> np.ndarray:
-    """Return images, chosen without regard to their order, with masks and prompts, H x W x 3, uint8, RGB.
+    """Return a sheet of randomly chosen images with masks and prompts, H x W x 3, uint8, RGB.
 
     Args:
         points_per_side: of the generator's grid.
@@ -65,21 +65,21 @@ def sample_prompts(
     record: Record, annotation: Annotation, settings: CheckConfig, dataset: DatasetConfig, points_per_side: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the points that prompt for an object, P x 2, XY, pixels of the image, and their labels."""
-    found = cut_out(decode_rle(record.rle(annotation)), annotation.box)
+    cutout = cut_out(decode_rle(record.rle(annotation)), annotation.box)
     generator = np.random.default_rng([dataset.seed, annotation.id & 0xFFFFFFFF])
     inside = None
     if settings.points == "center":
-        return find_center(found)[None], np.array([POSITIVE])
+        return find_center(cutout)[None], np.array([POSITIVE])
     if settings.points == "grid":
-        # As if the model saw the image in its own size: where a point falls differs by less than a pixel.
-        inside = find_grid_points_inside(found, build_image_grid(points_per_side, record.size), scale=1.0)
+        # With scale 1 points are less than a pixel away from those of the model's input size.
+        inside = find_grid_points_inside(cutout, build_image_grid(points_per_side, record.size), scale=1.0)
     count = 0 if settings.points == "box" else settings.point_count
-    points, labels = sample_points(found, PointCounts(count, dataset.negative_points, False, inside), generator)
+    points, labels = sample_points(cutout, PointCounts(count, dataset.negative_points, False, inside), generator)
     return points[labels >= 0], labels[labels >= 0]
 
 
 def _rank(record: Record) -> str:
-    """Return what shuffles images the same way in any order and on any machine."""
+    """Return a hash of the file name. Sorting by it shuffles images in the same way on every machine."""
     return hashlib.blake2b(record.file_name.encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -91,18 +91,18 @@ def _render_tile(
         size = compute_input_size(record.size, side)
     except Defect as defect:
         tile = Image.new("RGB", (side, side + CAPTION_PIXELS), GREY)
-        ImageDraw.Draw(tile).text((10, side // 2), _shorten(printable(defect.message), side, 13), INK, _font(13))
+        ImageDraw.Draw(tile).text((10, side // 2), _shorten(printable(defect.message), side, 13), INK, _load_font(13))
         _render_caption(tile, record, side, 0)
         return tile
-    # Large objects first, so that what lies in them stays visible.
+    # Large objects first, so that smaller objects on top of them stay visible.
     annotations = sorted(record.annotations, key=lambda found: -found.area)[:MAX_OBJECTS]
     canvas = resize_image(image, size).astype(np.float32)
     for counts in record.crowds:
-        _lay_crowd(canvas, shrink_mask(decode_rle({"size": list(record.size), "counts": counts}), size) > 0.5)
+        _render_crowd(canvas, shrink_mask(decode_rle({"size": list(record.size), "counts": counts}), size) > 0.5)
     for number, annotation in enumerate(annotations):
         cover = shrink_mask(decode_rle(record.rle(annotation)), size)
         is_tinted = annotation.area <= MOST_TINTED_SHARE * record.size[0] * record.size[1]
-        _lay_mask(canvas, cover, np.array(_choose_colour(number), dtype=np.float32), is_tinted)
+        _render_mask(canvas, cover, np.array(_choose_colour(number), dtype=np.float32), is_tinted)
     tile = Image.new("RGB", (side, size[0] + CAPTION_PIXELS), PAPER)
     tile.paste(Image.fromarray(canvas.astype(np.uint8)), (0, 0))
     pen = ImageDraw.Draw(tile)
@@ -113,9 +113,9 @@ def _render_tile(
     return tile
 
 
-def _lay_mask(canvas: np.ndarray, cover: np.ndarray, colour: np.ndarray, is_tinted: bool) -> None:
-    """Draw the outline of a mask, the pixels inside that have a pixel outside beside them, and tint what is inside."""
-    inside = cover >= 0.5 if cover.max() >= 0.5 else cover > 0  # objects of less than a pixel stay visible
+def _render_mask(canvas: np.ndarray, cover: np.ndarray, colour: np.ndarray, is_tinted: bool) -> None:
+    """Render the outline of a mask (its pixels next to a pixel outside) and tint the pixels inside."""
+    inside = cover >= 0.5 if cover.max() >= 0.5 else cover > 0  # an object smaller than a pixel stays visible
     framed = np.pad(inside, 1)
     core = framed[:-2, 1:-1] & framed[2:, 1:-1] & framed[1:-1, :-2] & framed[1:-1, 2:]
     if is_tinted:
@@ -123,7 +123,7 @@ def _lay_mask(canvas: np.ndarray, cover: np.ndarray, colour: np.ndarray, is_tint
     canvas[inside & ~core] = colour
 
 
-def _lay_crowd(canvas: np.ndarray, inside: np.ndarray) -> None:
+def _render_crowd(canvas: np.ndarray, inside: np.ndarray) -> None:
     ys, xs = np.nonzero(inside)
     striped = (xs + ys) % 8 < 3
     canvas[ys[striped], xs[striped]] = 0.5 * canvas[ys[striped], xs[striped]] + 0.5 * np.array(GREY)
@@ -150,14 +150,14 @@ def _render_object(
             pen.line((x - 3, y + 3, x + 3, y - 3), fill=OUTSIDE, width=2)
 
 
-def _render_caption(tile: Image.Image, record: Record, top: int, drawn: int) -> None:
+def _render_caption(tile: Image.Image, record: Record, top: int, rendered: int) -> None:
     pen = ImageDraw.Draw(tile)
     count = len(record.annotations)
     facts = f"{record.size[1]} x {record.size[0]}, {count} object{'' if count == 1 else 's'}"
-    if 0 < drawn < count:
-        facts += f", the largest {drawn} drawn"
-    pen.text((2, top + 3), _shorten(printable(record.file_name), tile.width, 13), INK, _font(13))
-    pen.text((2, top + 20), facts, GREY if top else INK, _font(13))
+    if 0 < rendered < count:
+        facts += f", only the largest {rendered} shown"
+    pen.text((2, top + 3), _shorten(printable(record.file_name), tile.width, 13), INK, _load_font(13))
+    pen.text((2, top + 20), facts, GREY if top else INK, _load_font(13))
 
 
 def _render_legend(sheet: Image.Image, settings: CheckConfig, dataset: DatasetConfig) -> None:
@@ -170,18 +170,18 @@ def _render_legend(sheet: Image.Image, settings: CheckConfig, dataset: DatasetCo
     negative = "; red: points outside" if dataset.negative_points else ""
     sheet_pen = ImageDraw.Draw(sheet)
     text = f"green: {prompts}{negative}; hatched: crowd regions, left out"
-    sheet_pen.text((MARGIN_PIXELS, 10), _shorten(text, sheet.width - 2 * MARGIN_PIXELS, 15), INK, _font(15))
+    sheet_pen.text((MARGIN_PIXELS, 10), _shorten(text, sheet.width - 2 * MARGIN_PIXELS, 15), INK, _load_font(15))
 
 
 def _shorten(text: str, width: int, font_size: int) -> str:
-    """Leave out the middle of a text that is wider than `width` pixels."""
+    """Replace the middle of a text by ... if the text is wider than `width` pixels."""
     letters = int(width / (0.55 * font_size))
     if len(text) <= letters:
         return text
     return f"{text[: letters // 2 - 1]}...{text[-(letters // 2 - 2) :]}"
 
 
-def _font(size: int) -> ImageFont.ImageFont:
+def _load_font(size: int) -> ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 

@@ -1,4 +1,4 @@
-"""What the generator can find at all: an object without a point of the grid inside is never prompted for."""
+"""Measure which objects the generator can find: without a grid point inside, an object is never prompted for."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from finestsam.masks import find_runs
 from finestsam.records import Record
 from finestsam.runtime.processes import map_in_processes
 
-# COCO's names for the sizes of objects: areas in pixels of the original frame, as in pycocotools' cocoeval.py.
+# COCO's object sizes: areas in pixels of the original frame, from pycocotools' cocoeval.py.
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Points that the generator prompts with: of the whole image, and of the crops of each further layer."""
+    """The generator's grid of points on the whole image, and on the crops of each further layer."""
 
     points_per_side: int
     crop_layers: int = 0
@@ -32,16 +32,16 @@ GRIDS = (Grid(16), Grid(32), Grid(64), Grid(32, crop_layers=1))
 
 
 def measure_reach(records: list[Record]) -> dict[str, dict[str, float]]:
-    """Return for each grid the share of objects with a point inside, of all and by COCO size: the ceiling of recall.
+    """Return for each grid the share of objects with a point inside, for all objects and by COCO size.
 
-    Sizes without objects are left out.
+    This share is the upper limit of recall. Sizes without objects are left out.
     """
     groups = ("all", *SIZES)
     counts, hits = np.zeros(len(groups), dtype=int), np.zeros((len(GRIDS), len(groups)), dtype=int)
     for record, found in zip(records, map_in_processes(find_hits, records, "measuring reach"), strict=True):
         sizes = [name_size(annotation.area) for annotation in record.annotations]
         members = np.array([[name in ("all", size) for name in groups] for size in sizes], dtype=int)
-        members = members.reshape(-1, len(groups))  # images without objects have rows too, none
+        members = members.reshape(-1, len(groups))  # 0 x groups for an image without objects
         counts += members.sum(axis=0)
         hits += found.T.astype(int) @ members
     shares = hits / np.maximum(counts, 1)
@@ -52,24 +52,24 @@ def measure_reach(records: list[Record]) -> dict[str, dict[str, float]]:
 
 
 def find_hits(record: Record) -> np.ndarray:
-    """Return whether an object has a point of a grid inside, objects x GRIDS, bool."""
-    pixels = [_list_grid_pixels(grid, record.size) for grid in GRIDS]
+    """Return whether each object has a point of each grid inside, objects x GRIDS, bool."""
+    grids = [_list_grid_pixels(grid, record.size) for grid in GRIDS]
     hits = np.zeros((len(record.annotations), len(GRIDS)), dtype=bool)
     for row, annotation in enumerate(record.annotations):
         starts, ends = find_runs(record.rle(annotation))
-        for column, some in enumerate(pixels):
-            hits[row, column] = (np.searchsorted(some, ends) > np.searchsorted(some, starts)).any()
+        for column, pixels in enumerate(grids):
+            hits[row, column] = (np.searchsorted(pixels, ends) > np.searchsorted(pixels, starts)).any()
     return hits
 
 
 def name_size(area: int) -> str:
-    """Return COCO's name for the size of an object of this many pixels."""
+    """Return COCO's size name for an object of `area` pixels."""
     return next(name for name, (low, high) in SIZES.items() if low <= area < high)
 
 
 @lru_cache(maxsize=64)
 def _list_grid_pixels(grid: Grid, size: tuple[int, int]) -> np.ndarray:
-    """Return the pixels that the points of a grid fall into, as sorted indices of a column-major image."""
+    """Return the pixels of a grid's points, as sorted indices into a column-major image."""
     points = np.concatenate(
         [corner + build_point_grid(grid.points_per_side) * side for corner, side in _list_crops(grid, size)]
     )
@@ -78,6 +78,6 @@ def _list_grid_pixels(grid: Grid, size: tuple[int, int]) -> np.ndarray:
 
 
 def _list_crops(grid: Grid, size: tuple[int, int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the corner and the width and height, XY, of the image and its crops."""
+    """Yield the corner (XY) and the size (width, height) of the image and of each crop."""
     for x0, y0, x1, y1 in build_crop_boxes(size, grid.crop_layers, GeneratorConfig.crop_overlap_ratio):
         yield np.array([x0, y0]), np.array([x1 - x0, y1 - y0])

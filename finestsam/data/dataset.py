@@ -1,6 +1,6 @@
-"""Images with their objects and prompts, and the order in which training sees them.
+"""Samples (images with objects and prompts), and the order in which training sees them.
 
-A sample is a pure function of (seed, epoch, image): worker processes, their number and a restart change nothing.
+A sample is a pure function of (seed, epoch, image). Worker processes and restarts do not change it.
 """
 
 import math
@@ -45,26 +45,26 @@ from finestsam.masks import decode_rle, join_rles
 from finestsam.model.embeddings import EmbeddingStore, image_key
 from finestsam.records import Annotation, Record
 
-# What a random stream is for, the end of its seed: drawing one never changes another. None is 0, which at the end of a
-# seed counts for nothing in numpy.
+# Purposes of the random streams. The purpose is the last number of a stream's seed, so the streams are independent.
+# No purpose is 0, because numpy ignores zeros at the end of a seed.
 CHOICE, VARIANT, POINTS, BOX, MASK, KIND, BACKGROUND, CORRECTION = range(1, 9)
 PROMPT_KINDS = ("use_points", "use_boxes", "use_masks")
 
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """What a sample depends on besides its image."""
+    """Settings that determine a sample, besides its image."""
 
     image_size: int  # pixels of the longest side
     points_per_side: int  # of the generator's grid
     seed: int
     prompts: PromptsConfig
     dataset: DatasetConfig
-    max_objects: int = 0  # a random choice where an image has more; 0: all
+    max_objects: int = 0  # of an image with more objects, a random subset is used; 0: all
     augment: AugmentConfig = AugmentConfig()
-    wants_cells: bool = False  # which object each cell of the decoder's grid belongs to
-    classes: ClassTable | None = None  # a class for each of those cells is all that is needed; None: objects are
-    categories: ClassTable | None = None  # of objects, which come with their classes; None: they do not
+    wants_cells: bool = False  # whether a sample gives the object of each cell of the decoder's grid
+    classes: ClassTable | None = None  # for samples with a class for each cell and without prompts; None: with prompts
+    categories: ClassTable | None = None  # classes of the objects; None: samples have no classes
 
 
 class SampleDataset(Dataset):
@@ -72,8 +72,8 @@ class SampleDataset(Dataset):
 
     Args:
         records: images, each with at least one object.
-        previous_logits: what the model predicted an epoch ago, as mask prompts; None: not used.
-        store: where the embeddings of images may be, whose pixels are then not read; None: not used.
+        previous_logits: predictions of the previous epoch, used as mask prompts; None: not used.
+        store: stored embeddings. Pixels are not read for an image in the store. None: not used.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class SampleDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample | Defect:
-        """Return the sample, or the defect of an image that broke since the dataset was checked."""
+        """Return the sample, or the defect of an image that was damaged after the dataset was checked."""
         epoch, position = key
         record = self.records[position]
         variant = choose_variant(self.settings.augment, epoch)
@@ -117,12 +117,12 @@ class SampleDataset(Dataset):
             cells = label_cells(record, view, input_size, side)
         background = self._sample_background(record, view, input_size, epoch)
         indices = self._choose_objects(record, indices, epoch)
-        wanted = self._choose_kind(record, epoch)
+        kinds = self._choose_kinds(record, epoch)
         frames = _Frames(view.size, input_size, build_image_grid(self.settings.points_per_side, view.size))
         rles, prompts, counts = [], [], []
         for index in indices:
             shown = show_object(record, record.annotations[index], view)
-            prompts.append(self._sample_prompts(wanted, shown, frames, epoch))
+            prompts.append(self._sample_prompts(kinds, shown, frames, epoch))
             counts.append(len(prompts[-1]))
             rles += [shown.rle] * counts[-1]
         indices = np.repeat(indices, counts)
@@ -151,10 +151,10 @@ class SampleDataset(Dataset):
         return [table.by_category[annotation.category_id] for annotation in annotations] if table else []
 
     def read_pixels(self, position: int, variant: int) -> Tensor:
-        """Return an image's variant as the encoder sees it before the padding, 3 x h x w, uint8.
+        """Return a variant of an image in the input frame before padding, 3 x h x w, uint8.
 
         Raises:
-            Defect: the image broke since it was checked.
+            Defect: the image was damaged after it was checked.
         """
         record = self.records[position]
         view, _ = self._choose_view(record, variant)
@@ -163,23 +163,23 @@ class SampleDataset(Dataset):
         return recolour(pixels.contiguous(), view)
 
     def list_embedding_keys(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        """Yield the store's key of every image's every variant, and its (position, variant)."""
+        """Yield the store's key and (position, variant) for every variant of every image."""
         augment = self.settings.augment
         variants = range(1, augment.variants + 1) if augment.is_active else (0,)
         for position, record in enumerate(self.records):
             for variant in variants:
                 view, _ = self._choose_view(record, variant)
-                yield _embedding_key(record, view), (position, variant)
+                yield _make_embedding_key(record, view), (position, variant)
 
     def _read_embedding(self, record: Record, view: View) -> Tensor | None:
-        stored = self.store.read(_embedding_key(record, view)) if self.store else None
+        stored = self.store.read(_make_embedding_key(record, view)) if self.store else None
         return None if stored is None else torch.from_numpy(np.array(stored))
 
     def _compute_input_size(self, view: View) -> tuple[int, int]:
         return compute_input_size(view.size, view.compute_input_side(self.settings.image_size))
 
     def _choose_view(self, record: Record, variant: int) -> tuple[View, np.ndarray]:
-        """Return how the image is shown, and the indices of the objects that can be seen; the same in each epoch."""
+        """Return the view of a variant and the indices of the visible objects; the same in each epoch."""
         if variant == 0:
             return show_all(record)
         settings = self.settings
@@ -194,18 +194,18 @@ class SampleDataset(Dataset):
         return np.sort(generator.choice(indices, size=limit, replace=False))
 
     def _sample_background(self, record: Record, view: View, input_size: tuple[int, int], epoch: int) -> Prompts:
-        """Return points of the grid that lie in no object and no crowd region, at most as many as the settings say."""
+        """Return random grid points outside all objects and crowd regions, at most `background_points`."""
         count = self.settings.dataset.background_points
         if count == 0:
             return Prompts()
-        # All of them: of an object that the view cuts too short to be prompted for, the rest is no background.
+        # All objects, also those that are too small in this view to be prompted for: they are not background.
         rles = [record.rle(annotation) for annotation in record.annotations]
         rles += [{"size": list(record.size), "counts": counts} for counts in record.crowds]
         is_taken = decode_rle(join_rles(rles)) if rles else np.zeros(record.size, dtype=bool)
         is_free = show(torch.from_numpy(~is_taken), view).numpy()
         grid = build_image_grid(self.settings.points_per_side, view.size)
         free = find_grid_points_inside(
-            cut_out(is_free, [0, 0, view.size[1], view.size[0]]), grid, _scale_of(view.size, input_size)
+            cut_out(is_free, [0, 0, view.size[1], view.size[0]]), grid, _compute_scale(view.size, input_size)
         )
         if len(free) == 0:
             return Prompts()
@@ -214,37 +214,37 @@ class SampleDataset(Dataset):
         points = torch.from_numpy(scale_points(chosen, view.size, input_size).astype(np.float32))
         return Prompts(points[:, None], torch.ones(len(points), 1, dtype=torch.int64))
 
-    def _choose_kind(self, record: Record, epoch: int) -> PromptsConfig:
-        """Return the kinds of prompts for an image's objects: all that are turned on, or one of them."""
-        wanted = self.settings.prompts
-        kinds = [name for name in PROMPT_KINDS if getattr(wanted, name)]
-        if not wanted.mix or len(kinds) < 2:
-            return wanted
-        chosen = kinds[self._open_stream(epoch, record.image_id, KIND).integers(len(kinds))]
-        return replace(wanted, **{name: name == chosen for name in PROMPT_KINDS})
+    def _choose_kinds(self, record: Record, epoch: int) -> PromptsConfig:
+        """Return the kinds of prompts for an image's objects: all enabled kinds, or with `mix` a random one of them."""
+        settings = self.settings.prompts
+        enabled = [name for name in PROMPT_KINDS if getattr(settings, name)]
+        if not settings.mix or len(enabled) < 2:
+            return settings
+        chosen = enabled[self._open_stream(epoch, record.image_id, KIND).integers(len(enabled))]
+        return replace(settings, **{name: name == chosen for name in PROMPT_KINDS})
 
     def _count_corrections(self, record: Record, epoch: int) -> int:
         """Return how often the first masks of an image's objects are corrected."""
-        wanted = self.settings.prompts
-        if wanted.correction_clicks == 0:
+        settings = self.settings.prompts
+        if settings.correction_clicks == 0:
             return 0
-        is_corrected = self._open_stream(epoch, record.image_id, CORRECTION).random() < wanted.correction_share
-        return wanted.correction_clicks if is_corrected else 0
+        is_corrected = self._open_stream(epoch, record.image_id, CORRECTION).random() < settings.correction_share
+        return settings.correction_clicks if is_corrected else 0
 
-    def _sample_prompts(self, wanted: PromptsConfig, shown: ShownObject, frames: "_Frames", epoch: int) -> Prompts:
-        """Return S prompts for one object, with other points each, and one box and one mask for all."""
+    def _sample_prompts(self, kinds: PromptsConfig, shown: ShownObject, frames: "_Frames", epoch: int) -> Prompts:
+        """Return S prompts for one object. Each has different points; all share one box and one mask."""
         prompts, count = Prompts(), 1
-        if wanted.use_points:
+        if kinds.use_points:
             generator = self._open_stream(epoch, shown.annotation_id, POINTS)
             points, labels = self._sample_points(shown, frames, generator)
             prompts.points, prompts.labels, count = torch.from_numpy(points), torch.from_numpy(labels), len(points)
-        if wanted.use_boxes:
+        if kinds.use_boxes:
             generator = self._open_stream(epoch, shown.annotation_id, BOX)
             prompts.boxes = torch.from_numpy(self._sample_box(shown, frames, generator)).expand(count, -1)
-        if wanted.use_masks or wanted.use_logits:
+        if kinds.use_masks or kinds.use_logits:
             generator = self._open_stream(epoch, shown.annotation_id, MASK)
             prompts.mask_logits = torch.from_numpy(self._sample_mask(shown, frames, generator)).expand(count, 1, -1, -1)
-            prompts.has_mask = torch.full((count,), wanted.use_masks)
+            prompts.has_mask = torch.full((count,), kinds.use_masks)
         return prompts
 
     def _sample_points(
@@ -252,25 +252,26 @@ class SampleDataset(Dataset):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return S x P x 2 points, XY, input frame, and S x P labels."""
         dataset = self.settings.dataset
-        found = cut_out(shown.mask, shown.box)
+        cutout = cut_out(shown.mask, shown.box)
         inside = None
         if dataset.snap_to_grid:
-            inside = find_grid_points_inside(found, frames.grid, _scale_of(frames.original_size, frames.input_size))
+            scale = _compute_scale(frames.original_size, frames.input_size)
+            inside = find_grid_points_inside(cutout, frames.grid, scale)
         counts = PointCounts(dataset.positive_points, dataset.negative_points, dataset.use_center, inside)
-        points, labels = sample_point_sets(found, counts, dataset.prompts_per_object, generator)
+        points, labels = sample_point_sets(cutout, counts, dataset.prompts_per_object, generator)
         return scale_points(points, frames.original_size, frames.input_size).astype(np.float32), labels
 
     def _sample_box(self, shown: ShownObject, frames: "_Frames", generator: np.random.Generator) -> np.ndarray:
-        """Return the box with its noise, XYXY, input frame."""
-        wanted = self.settings.prompts
+        """Return the box with noise, XYXY, input frame."""
+        settings = self.settings.prompts
         x, y, width, height = shown.box
         corners = np.array([[x, y, x + width, y + height]], dtype=float)
         box = scale_boxes(corners, frames.original_size, frames.input_size)[0]
-        box = jitter_box(box, frames.input_size, wanted.box_jitter_ratio, wanted.box_jitter_max_pixels, generator)
+        box = jitter_box(box, frames.input_size, settings.box_jitter_ratio, settings.box_jitter_max_pixels, generator)
         return box.astype(np.float32)
 
     def _sample_mask(self, shown: ShownObject, frames: "_Frames", generator: np.random.Generator) -> np.ndarray:
-        """Return a coarse mask as logits of the padded square, 4g x 4g; zeros where only its place is needed."""
+        """Return a coarse mask as logits of the padded square, 4g x 4g; zeros if `use_masks` is off."""
         side = self.settings.image_size // 4
         square = np.zeros((side, side), dtype=np.float32)
         if self.settings.prompts.use_masks:
@@ -280,8 +281,8 @@ class SampleDataset(Dataset):
         return square
 
     def _open_stream(self, number: int, identity: int, purpose: int) -> np.random.Generator:
-        """Return the generator for one purpose, an image's or object's id, and the number of an epoch or variant."""
-        # The low 32 bits: ids can pass 2^32, and can be negative.
+        """Return a random generator for an epoch's or variant's number, an image's or object's id, and a purpose."""
+        # Only the low 32 bits, because ids can exceed 2^32 or be negative.
         return np.random.default_rng([self.settings.seed, number, identity & 0xFFFFFFFF, purpose])
 
     def _insert_previous_logits(self, prompts: Prompts, rows: list[int], epoch: int) -> Prompts:
@@ -294,47 +295,47 @@ class SampleDataset(Dataset):
 
 @dataclass(frozen=True)
 class _Frames:
-    """What the objects of a shown image have in common."""
+    """The frames of one image in a view, for all its objects."""
 
     original_size: tuple[int, int]
     input_size: tuple[int, int]
     grid: np.ndarray  # K x 2, XY, original frame: the generator's points
 
 
-def _scale_of(original_size: tuple[int, int], input_size: tuple[int, int]) -> float:
+def _compute_scale(original_size: tuple[int, int], input_size: tuple[int, int]) -> float:
     """Return the input pixels per original pixel."""
     return max(input_size) / max(original_size)
 
 
-def _embedding_key(record: Record, view: View) -> str:
+def _make_embedding_key(record: Record, view: View) -> str:
     is_plain = view == show_all(record)[0]
     return image_key(record.digest, record.size, "" if is_plain else repr(view))
 
 
 def _stack_prompts(prompts: list[Prompts]) -> Prompts:
-    """Join the prompts of objects to those of an image."""
-    columns = {entry.name: [getattr(one, entry.name) for one in prompts] for entry in fields(Prompts)}
+    """Concatenate the prompts of an image's objects."""
+    columns = {entry.name: [getattr(part, entry.name) for part in prompts] for entry in fields(Prompts)}
     return Prompts(**{name: torch.cat(values) for name, values in columns.items() if values[0] is not None})
 
 
 def collate(samples: list[Sample | Defect]) -> tuple[Batch, list[str]]:
-    """Return the batch, and what is to be said about images that could not be read."""
+    """Return the batch, and a message for each image that could not be read."""
     batch = Batch([sample for sample in samples if isinstance(sample, Sample)])
     return batch, [sample.message for sample in samples if isinstance(sample, Defect)]
 
 
 class StepSampler:
-    """The order of an epoch: batches of (epoch, position), the same number on every rank, the last ones maybe empty.
+    """The order of an epoch: batches of (epoch, position). All ranks have equally many; the last can be empty.
 
-    A pure function of (seed, epoch): the image at place p of the shuffled epoch goes to the same optimizer step
-    whatever the number of ranks, as long as batch_size x world_size is the same.
+    The order is a pure function of (seed, epoch). If batch_size x world_size is the same, each image goes to the same
+    optimizer step for any number of ranks.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
-        self.first_batch = 0  # of this epoch, when a run continues in its middle
+        self.first_batch = 0  # above 0 if a run continues in the middle of this epoch
 
     @property
     def batches_per_epoch(self) -> int:
@@ -345,7 +346,7 @@ class StepSampler:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = np.random.default_rng([self.seed, self.epoch, 0]).permutation(self.length)
-        together = self.batch_size * self.world_size
-        for start in range(self.first_batch * together, self.length, together):
-            mine = order[start : start + together][self.rank :: self.world_size]
+        global_size = self.batch_size * self.world_size
+        for start in range(self.first_batch * global_size, self.length, global_size):
+            mine = order[start : start + global_size][self.rank :: self.world_size]
             yield [(self.epoch, int(position)) for position in mine]

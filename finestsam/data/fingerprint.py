@@ -1,4 +1,4 @@
-"""What a dataset is made of, in short: a run that is continued knows its own by it, and names what has changed."""
+"""Fingerprint of a dataset: a resumed run recognises its dataset by it, and reports what has changed."""
 
 import hashlib
 import json
@@ -10,13 +10,13 @@ from finestsam.data.split import DIGITS
 from finestsam.errors import printable
 from finestsam.records import Record
 
-SPLIT = "split.json"  # of a run: the fingerprint of what it learns from and is validated on
+SPLIT = "split.json"  # in a run folder: the fingerprint of the training and validation images
 SIDES = ("train", "val")
-NAMED = 3
+NAMED = 3  # files of one kind of change that are listed by name
 
 
 def take_fingerprint(data: LabelledSet) -> dict[str, Any]:
-    """Return the categories, and for each image of either side its name and hashes of its file and of its labels."""
+    """Return the categories, and for each training and validation image its name and hashes of its file and labels."""
     categories = {str(category): name for category, name in sorted(data.category_names.items())}
     sides = {"train": data.train, "val": data.val}
     return {"categories": categories} | {side: [_describe(record) for record in sides[side]] for side in SIDES}
@@ -41,10 +41,7 @@ def hash_fingerprint(fingerprint: dict[str, Any]) -> str:
 
 
 def read_sides(run: Path) -> dict[str, frozenset[str]] | None:
-    """Return the first `DIGITS` of the digests of what a run learns from, `train`, and is validated on, `val`.
-
-    None where its folder does not tell.
-    """
+    """Return the first `DIGITS` of the hashes of a run's `train` and `val` images; None: no valid `split.json`."""
     try:
         content = json.loads((run / SPLIT).read_text(encoding="utf-8"))
         return {side: frozenset(str(entry["image"]) for entry in content[side]) for side in SIDES}
@@ -53,27 +50,27 @@ def read_sides(run: Path) -> dict[str, frozenset[str]] | None:
 
 
 def list_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return what differs between two fingerprints, each difference in a few words."""
-    old, new = ({side: {entry["file_name"]: entry for entry in one[side]} for side in SIDES} for one in (before, now))
-    gone = {side: old[side].keys() - new[side].keys() for side in SIDES}
-    come = {side: new[side].keys() - old[side].keys() for side in SIDES}
-    moved = (gone["train"] & come["val"]) | (gone["val"] & come["train"])
-    found = {
-        "new": (come["train"] | come["val"]) - moved,
-        "gone": (gone["train"] | gone["val"]) - moved,
+    """Return the differences between two fingerprints, each in a few words."""
+    old, new = ({side: {entry["file_name"]: entry for entry in data[side]} for side in SIDES} for data in (before, now))
+    removed = {side: old[side].keys() - new[side].keys() for side in SIDES}
+    added = {side: new[side].keys() - old[side].keys() for side in SIDES}
+    moved = (removed["train"] & added["val"]) | (removed["val"] & added["train"])
+    differences = {
+        "new": (added["train"] | added["val"]) - moved,
+        "gone": (removed["train"] | removed["val"]) - moved,
         "on the other side of the split": moved,
         "another file": _list_different("image", old, new),
         "with other labels": _list_different("labels", old, new),
     }
-    changes = [f"{what}: {_name_some(names)}" for what, names in found.items() if names]
+    changes = [f"{kind}: {_format_names(names)}" for kind, names in differences.items() if names]
     if before["categories"] != now["categories"]:
-        listed = (", ".join(map(printable, one["categories"].values())) for one in (now, before))
+        listed = (", ".join(map(printable, data["categories"].values())) for data in (now, before))
         changes.append("categories {}, were {}".format(*listed))
     return changes
 
 
 def _list_different(part: str, old: dict[str, dict], new: dict[str, dict]) -> set[str]:
-    """Return the names of images on the same side as before, of which a part has changed."""
+    """Return the names of images on the same side of the split whose `part` ("image" or "labels") has changed."""
     return {
         name
         for side in SIDES
@@ -82,7 +79,7 @@ def _list_different(part: str, old: dict[str, dict], new: dict[str, dict]) -> se
     }
 
 
-def _name_some(names: set[str]) -> str:
-    some = [printable(name) for name in sorted(names)[:NAMED]]
+def _format_names(names: set[str]) -> str:
+    first = [printable(name) for name in sorted(names)[:NAMED]]
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(some) + more
+    return ", ".join(first) + more

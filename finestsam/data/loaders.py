@@ -1,4 +1,4 @@
-"""DataLoaders whose order, prompts and number of processes never change what is learnt."""
+"""DataLoaders: the number of worker processes never changes the order, the prompts or the result of training."""
 
 import atexit
 import dataclasses
@@ -18,21 +18,21 @@ from finestsam.errors import UserError
 from finestsam.runtime.processes import use_one_thread
 from finestsam.runtime.signals import leave_signals_to_parent
 
-# Those that have processes. They are kept, for what goes in a circle of references is destroyed in any order: a pass
-# would find its queues closed, its processes wait for a word from there, and it for them, twenty seconds long.
-_passes: set[Any] = set()
+# Iterators that have worker processes. They are kept alive here: as part of a reference cycle, an iterator's queues can
+# be destroyed before it, and then it and its processes wait for each other for twenty seconds.
+_iterators: set[Any] = set()
 
 
 @atexit.register
 def _end_all() -> None:
-    """End what is left when Python exits, which would ask with SIGTERM, that these processes ignore, and wait."""
-    for iterator in list(_passes):
+    """End all worker processes when Python exits. Python would send SIGTERM, which they ignore, and wait."""
+    for iterator in list(_iterators):
         _end(iterator)
 
 
 def _end(iterator: Any) -> None:
-    """End the processes of a pass; after an error in one of them torch may fail to."""
-    _passes.discard(iterator)
+    """End the worker processes of an iterator. After an error in one of them, torch may fail to do so."""
+    _iterators.discard(iterator)
     iterator._shutdown_workers()
     for process in iterator._workers:
         if process.is_alive():
@@ -40,10 +40,10 @@ def _end(iterator: Any) -> None:
 
 
 class Loader(DataLoader):
-    """A DataLoader whose processes say when the shared memory is full; torch's own would wait for them for ever.
+    """A DataLoader that reports when the shared memory is full. torch's own would wait forever.
 
     Args:
-        collate: a list of the dataset's items to one item of the loader.
+        collate: turns a list of the dataset's items into one item of the loader.
     """
 
     def __init__(self, dataset: Dataset, collate: Callable[[list], Any], num_workers: int, **arguments: Any):
@@ -52,17 +52,17 @@ class Loader(DataLoader):
             collate_fn=partial(_hand_over, collate),
             num_workers=num_workers,
             worker_init_fn=start_worker,
-            generator=torch.Generator(),  # else each start of a loader draws a number that dropout would have drawn
+            generator=torch.Generator(),  # else each start of a loader takes a random number from dropout's generator
             **arguments,
         )
 
     def check_worker_number_rationality(self) -> None:
-        """Say nothing of more processes than cores: their number is the user's, and too many do no harm."""
+        """Do not warn about more processes than cores: the user chooses the number, and too many do no harm."""
 
     def __iter__(self) -> Iterator[Any]:
         iterator = super().__iter__()
-        if self.num_workers > 0 and iterator not in _passes:
-            _passes.add(iterator)
+        if self.num_workers > 0 and iterator not in _iterators:
+            _iterators.add(iterator)
             if self.persistent_workers:
                 weakref.finalize(self, _end, iterator).atexit = False
         keeps_processes = self.num_workers == 0
@@ -72,7 +72,7 @@ class Loader(DataLoader):
                     raise item
                 yield item
             keeps_processes |= self.persistent_workers
-        except GeneratorExit:  # nobody wants more of this pass
+        except GeneratorExit:  # the caller stopped iterating
             keeps_processes |= self.persistent_workers
             raise
         finally:
@@ -81,9 +81,9 @@ class Loader(DataLoader):
 
 
 def _hand_over(collate: Callable[[list], Any], samples: list) -> Any:
-    """Return what `collate` makes of the samples, its tensors in shared memory; a UserError where that is full.
+    """Return the collated samples with their tensors in shared memory; a UserError if the shared memory is full.
 
-    torch would move them there on another thread, where an error stops nothing and reaches nobody.
+    torch would move the tensors in another thread, where an error is lost.
     """
     item = collate(samples)
     if get_worker_info() is None:
@@ -95,8 +95,8 @@ def _hand_over(collate: Callable[[list], Any], samples: list) -> Any:
         if "shared memory" not in str(error):
             raise
         return UserError(
-            "the shared memory (/dev/shm) is too small for the processes that read images ahead: docker's --shm-size "
-            "makes it larger, --num_workers 0 reads without them"
+            "the shared memory (/dev/shm) is too small for the processes that read images: make it larger with "
+            "docker's --shm-size, or use no such processes with --num_workers 0"
         )
     return item
 
@@ -113,34 +113,34 @@ def _list_tensors(item: Any) -> Iterator[Tensor]:
 
 
 def build_train_loader(dataset: SampleDataset, sampler: StepSampler, num_workers: int) -> DataLoader:
-    """Return the loader of (batch, messages) in the sampler's order; set the sampler's epoch before iterating."""
+    """Return a loader of (batch, messages) in the sampler's order. Set the sampler's epoch before iterating."""
     use_one_thread()
     return Loader(dataset, collate, num_workers, batch_sampler=sampler, persistent_workers=num_workers > 0)
 
 
 def build_validation_loader(dataset: SampleDataset, num_workers: int, rank: int = 0, world_size: int = 1) -> DataLoader:
-    """Return the loader of one rank's share of the images: one at a time, none twice, always the same prompts."""
+    """Return a loader of one rank's share of the images. Batches have one image; prompts are always the same."""
     use_one_thread()
     mine = [[(0, position)] for position in range(rank, len(dataset), world_size)]
     return Loader(dataset, collate, num_workers, batch_sampler=mine)
 
 
 def end_workers(loader: DataLoader) -> None:
-    """End the processes that a loader keeps between epochs; they ignore signals, and Python would wait for them."""
+    """End the processes that a loader keeps between epochs. They ignore signals, so Python would wait for them."""
     iterator, loader._iterator = loader._iterator, None
     if iterator is not None and loader.num_workers > 0:
         _end(iterator)
 
 
 def start_worker(_: int) -> None:
-    """Make a loader's process a quiet one."""
+    """Prepare a worker process: it ignores signals and uses one thread."""
     leave_signals_to_parent()
-    sys.excepthook = _print_unless_left
+    sys.excepthook = _print_unless_parent_stopped
     torch.set_num_threads(1)
     use_one_thread()
 
 
-def _print_unless_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Say what goes wrong on the thread that hands tensors over, but that a signal let nobody take them."""
+def _print_unless_parent_stopped(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an error, except the one that a worker gets when its parent process was stopped by a signal."""
     if not issubclass(kind, ConnectionError | EOFError):
         sys.__excepthook__(kind, error, trace)

@@ -1,8 +1,8 @@
-"""The logits that the previous epoch gave for each object, kept on disk.
+"""The logits of each object from the previous epoch, stored on disk.
 
-Two files take turns: epoch e reads what e - 1 wrote and writes its own. So a run that is cut off in the middle of an
-epoch and continued from its last checkpoint finds exactly what it had found before. Memory is the page cache's; the
-files are float16, 128 KB an object at 1024 pixels, and only the objects that were seen take up disk.
+Two files alternate: epoch e reads the file of epoch e - 1 and writes the other. So a run that is stopped in the middle
+of an epoch and resumed reads the same logits again. The files are memory-mapped float16, 128 KB per object at 1024
+pixels. Only objects that were trained on take disk space.
 """
 
 from pathlib import Path
@@ -16,8 +16,8 @@ class PreviousLogits:
     """Rows of 4g x 4g logits, one per object of the training set.
 
     Args:
-        folder: where the files lie; every rank and worker opens the same ones.
-        object_count: rows.
+        folder: folder of the files, which all ranks and workers share.
+        object_count: number of rows.
         side: 4g, a quarter of the model's image size.
     """
 
@@ -26,7 +26,7 @@ class PreviousLogits:
         self.shape = (object_count, side, side)
 
     def create(self) -> None:
-        """Make the files where they are missing; on one rank, before the others read."""
+        """Make missing files. Call it on one rank, before the others read."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for parity in (0, 1):
             for path, bytes_per_row in (
@@ -35,18 +35,18 @@ class PreviousLogits:
             ):
                 if not path.exists():
                     with path.open("wb") as file:
-                        file.truncate(self.shape[0] * bytes_per_row)  # sparse: nothing is written yet
+                        file.truncate(self.shape[0] * bytes_per_row)  # a sparse file: it takes no disk space yet
 
     def read(self, epoch: int, rows: list[int]) -> tuple[Tensor, Tensor]:
-        """Return what the epoch before `epoch` wrote: N x 1 x 4g x 4g, float32, and which of the N it did write."""
+        """Return the logits of epoch `epoch` - 1, N x 1 x 4g x 4g, float32, and whether they exist, N, bool."""
         parity = (epoch - 1) % 2
         written_in = self._open_marks(parity, "r")[rows]
         logits = torch.from_numpy(self._open(parity, "r")[rows].astype(np.float32))[:, None]
-        # Marked with the epoch + 1, so that 0 means never.
+        # A mark is the epoch + 1; 0: never written.
         return logits, torch.from_numpy((written_in == epoch) & (written_in > 0))
 
     def write(self, epoch: int, rows: list[int], logits: Tensor) -> None:
-        """Keep the logits (N x 4g x 4g) of the epoch that runs."""
+        """Write the logits (N x 4g x 4g) of the current epoch."""
         if rows:
             self._open(epoch % 2, "r+")[rows] = logits.detach().cpu().numpy().astype(np.float16)
             self._open_marks(epoch % 2, "r+")[rows] = epoch + 1

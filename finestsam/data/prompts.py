@@ -1,7 +1,7 @@
-"""Draw the prompts of one object from its mask: points, box, coarse mask.
+"""Sample the prompts of one object from its mask: points, box, coarse mask.
 
-Everything here is a pure function of the mask and the random generator that comes in. Points are drawn in pixels of the
-original frame; the dataset brings them to the input frame.
+All functions are pure functions of the mask and the random generator. Points are pixels of the original frame; the
+dataset scales them to the input frame.
 """
 
 from dataclasses import dataclass, replace
@@ -12,13 +12,13 @@ from finestsam.images.frames import blur, build_point_grid, shrink_mask
 from finestsam.masks import distance_inside
 
 POSITIVE, NEGATIVE, MISSING = 1, 0, -1
-# The magnitude of SAM's own logits inside an object; a prompt of other magnitude would be a stranger to the decoder.
+# Typical magnitude of SAM's logits inside an object. The decoder was trained with mask prompts of this magnitude.
 MASK_LOGIT = 6.0
 
 
 @dataclass(frozen=True)
 class ObjectMask:
-    """One object, cut out of its image: everything is drawn from the pixels in its box."""
+    """The mask of one object, cropped to its box. Prompts are sampled from these pixels."""
 
     mask: np.ndarray  # h x w, bool, the pixels in the box
     corner: tuple[int, int]  # (x, y) of the box in the image
@@ -27,30 +27,30 @@ class ObjectMask:
 
 @dataclass(frozen=True)
 class PointCounts:
-    """What `sample_points` draws."""
+    """How many points `sample_points` returns, and which."""
 
     positive: int
     negative: int
     use_center: bool
-    grid: np.ndarray | None  # K x 2, XY, original frame: positive points are snapped to it; None: any pixel
+    grid: np.ndarray | None  # K x 2, XY, original frame: positive points are some of these; None: any pixel
 
 
 def cut_out(mask: np.ndarray, box: list[int]) -> ObjectMask:
-    """Cut the box (XYWH) out of an image's mask (H x W, bool)."""
+    """Crop a mask (H x W, bool) to a box (XYWH)."""
     x, y, width, height = box
     return ObjectMask(mask[y : y + height, x : x + width], (x, y), mask.shape)
 
 
 def sample_points(
-    found: ObjectMask, counts: PointCounts, generator: np.random.Generator
+    cutout: ObjectMask, counts: PointCounts, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw positive points, then negative ones; what cannot be had is padded with SAM's label -1.
+    """Sample positive points, then negative points. Missing points are padded with SAM's label -1.
 
     Returns:
         P x 2, XY, original frame, and P labels: 1 inside, 0 outside, -1 no point.
     """
-    positive = _sample_positive(found, counts, generator)
-    negative = _sample_negative(found, counts.negative, generator)
+    positive = _sample_positive(cutout, counts, generator)
+    negative = _sample_negative(cutout, counts.negative, generator)
     points = np.zeros((counts.positive + counts.negative, 2), dtype=np.float32)
     labels = np.full(len(points), MISSING, dtype=np.int64)
     points[: len(positive)], labels[: len(positive)] = positive, POSITIVE
@@ -60,31 +60,31 @@ def sample_points(
 
 
 def sample_point_sets(
-    found: ObjectMask, counts: PointCounts, sets: int, generator: np.random.Generator
+    cutout: ObjectMask, counts: PointCounts, sets: int, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw points for up to `sets` prompts of one object, as `sample_points` does for one.
+    """Sample points for up to `sets` prompts of one object, each as `sample_points` does.
 
     Returns:
-        S x P x 2 and S x P. Where points are snapped to the grid no two sets share one, and there are as many sets as
-        the points of the grid inside the object are enough for, at least one.
+        S x P x 2 and S x P. With a grid, no two sets share a point, and S is smaller if the grid has too few points
+        inside the object, but at least 1.
     """
-    drawn = []
-    while len(drawn) < sets:
-        drawn.append(sample_points(found, counts, generator))
+    sampled = []
+    while len(sampled) < sets:
+        sampled.append(sample_points(cutout, counts, generator))
         if counts.grid is None or counts.positive == 0:
             continue
-        is_used = (counts.grid[:, None] == drawn[-1][0][None]).all(axis=2).any(axis=1)
+        is_used = (counts.grid[:, None] == sampled[-1][0][None]).all(axis=2).any(axis=1)
         counts = replace(counts, grid=counts.grid[~is_used])
         if len(counts.grid) == 0:
             break
-    points, labels = zip(*drawn, strict=True)
+    points, labels = zip(*sampled, strict=True)
     return np.stack(points), np.stack(labels)
 
 
-def find_center(found: ObjectMask) -> np.ndarray:
-    """Return the pixel deepest inside the mask (XY, original frame): for a ring or a C it lies in the body."""
-    y, x = np.unravel_index(distance_inside(found.mask).argmax(), found.mask.shape)
-    return np.array([x, y], dtype=np.float32) + found.corner
+def find_center(cutout: ObjectMask) -> np.ndarray:
+    """Return the pixel deepest inside the mask, XY, original frame. It lies inside even for a ring or a C."""
+    y, x = np.unravel_index(distance_inside(cutout.mask).argmax(), cutout.mask.shape)
+    return np.array([x, y], dtype=np.float32) + cutout.corner
 
 
 def build_image_grid(points_per_side: int, original_size: tuple[int, int]) -> np.ndarray:
@@ -92,70 +92,70 @@ def build_image_grid(points_per_side: int, original_size: tuple[int, int]) -> np
     return (build_point_grid(points_per_side) * (original_size[1], original_size[0])).astype(np.float32)
 
 
-def find_grid_points_inside(found: ObjectMask, grid: np.ndarray, scale: float) -> np.ndarray:
+def find_grid_points_inside(cutout: ObjectMask, grid: np.ndarray, scale: float) -> np.ndarray:
     """Return the points of the grid that lie inside the mask, K x 2, XY, original frame.
 
-    SAM takes a coordinate in the input frame as the index of a pixel and adds half a pixel to reach its middle; the
-    pixel meant by a point of the grid is the one that this middle falls into.
+    SAM treats a coordinate in the input frame as a pixel index and adds half a pixel to reach the pixel's centre. A
+    grid point is inside if the pixel at this centre is inside.
 
     Args:
         scale: input pixels per original pixel.
     """
-    height, width = found.mask.shape
+    height, width = cutout.mask.shape
     pixels = np.floor(grid + 0.5 / scale).astype(np.int64)
-    pixels = np.minimum(pixels, (found.image_size[1] - 1, found.image_size[0] - 1)) - found.corner
+    pixels = np.minimum(pixels, (cutout.image_size[1] - 1, cutout.image_size[0] - 1)) - cutout.corner
     in_box = ((pixels >= 0) & (pixels < (width, height))).all(axis=1)
     candidates, pixels = grid[in_box], pixels[in_box]
-    return candidates[found.mask[pixels[:, 1], pixels[:, 0]]]
+    return candidates[cutout.mask[pixels[:, 1], pixels[:, 0]]]
 
 
-def _sample_positive(found: ObjectMask, counts: PointCounts, generator: np.random.Generator) -> np.ndarray:
+def _sample_positive(cutout: ObjectMask, counts: PointCounts, generator: np.random.Generator) -> np.ndarray:
     if counts.positive == 0:
         return np.zeros((0, 2), dtype=np.float32)
     if counts.grid is not None:
-        return _sample_from_grid(found, counts, generator)
-    pixels = _list_pixels(found, inside=True)
+        return _sample_from_grid(cutout, counts, generator)
+    pixels = _list_pixels(cutout, inside=True)
     # With replacement: an object of one pixel can still have three points.
     chosen = pixels[generator.integers(len(pixels), size=counts.positive)]
     if counts.use_center:
-        chosen[0] = find_center(found)
+        chosen[0] = find_center(cutout)
     return chosen
 
 
-def _sample_from_grid(found: ObjectMask, counts: PointCounts, generator: np.random.Generator) -> np.ndarray:
-    """Choose grid points inside, without repeats: fewer than wanted where the object covers fewer."""
+def _sample_from_grid(cutout: ObjectMask, counts: PointCounts, generator: np.random.Generator) -> np.ndarray:
+    """Sample grid points inside, without repeats; fewer than `counts.positive` if the object covers fewer."""
     if len(counts.grid) == 0:
-        return find_center(found)[None]
+        return find_center(cutout)[None]
     shuffled = counts.grid[generator.permutation(len(counts.grid))]
     if counts.use_center:
-        distances = np.linalg.norm(shuffled - find_center(found), axis=1)
+        distances = np.linalg.norm(shuffled - find_center(cutout), axis=1)
         nearest = int(distances.argmin())
         shuffled[[0, nearest]] = shuffled[[nearest, 0]]
     return shuffled[: counts.positive]
 
 
-def _sample_negative(found: ObjectMask, count: int, generator: np.random.Generator) -> np.ndarray:
-    """Choose pixels outside the mask: in its box, where they teach most, or around it where the mask fills the box."""
+def _sample_negative(cutout: ObjectMask, count: int, generator: np.random.Generator) -> np.ndarray:
+    """Sample pixels outside the mask: in its box, where they teach most, or around the box if the mask fills it."""
     if count == 0:
         return np.zeros((0, 2), dtype=np.float32)
-    pixels = _list_pixels(found, inside=False)
+    pixels = _list_pixels(cutout, inside=False)
     if len(pixels) == 0:
-        pixels = _sample_around(found, count, generator)
+        pixels = _sample_around(cutout, count, generator)
     if len(pixels) == 0:
         return pixels
     return pixels[generator.integers(len(pixels), size=count)]
 
 
-def _list_pixels(found: ObjectMask, inside: bool) -> np.ndarray:
-    ys, xs = np.nonzero(found.mask == inside)
-    return np.stack([xs, ys], axis=1).astype(np.float32) + np.array(found.corner, dtype=np.float32)
+def _list_pixels(cutout: ObjectMask, inside: bool) -> np.ndarray:
+    ys, xs = np.nonzero(cutout.mask == inside)
+    return np.stack([xs, ys], axis=1).astype(np.float32) + np.array(cutout.corner, dtype=np.float32)
 
 
-def _sample_around(found: ObjectMask, count: int, generator: np.random.Generator) -> np.ndarray:
-    """Draw pixels of the image outside the box; none where the box is the whole image."""
-    (height, width), (image_height, image_width) = found.mask.shape, found.image_size
-    x0, y0 = found.corner
-    # Each side's strip as x0, y0, x1, y1; a strip is drawn in proportion to its area.
+def _sample_around(cutout: ObjectMask, count: int, generator: np.random.Generator) -> np.ndarray:
+    """Sample pixels of the image outside the box; none if the box is the whole image."""
+    (height, width), (image_height, image_width) = cutout.mask.shape, cutout.image_size
+    x0, y0 = cutout.corner
+    # The strips around the box, x0, y0, x1, y1. A strip is chosen in proportion to its area.
     strips = np.array(
         [
             (0, 0, image_width, y0),
@@ -174,12 +174,12 @@ def _sample_around(found: ObjectMask, count: int, generator: np.random.Generator
 def jitter_box(
     box: np.ndarray, size: tuple[int, int], ratio: float, max_pixels: float, generator: np.random.Generator
 ) -> np.ndarray:
-    """Move each side of a box (XYXY) by noise, and keep it in the image and at least a pixel wide.
+    """Add noise to each side of a box (XYXY). The box stays in the image and at least one pixel wide.
 
-    The recipe of the SAM paper (arXiv 2304.02643, appendix A): standard deviation 10 % of the side, at most 20 pixels.
+    Source: the SAM paper (arXiv 2304.02643, appendix A): standard deviation 10 % of the side, at most 20 pixels.
 
     Args:
-        size: (height, width) of the frame that the box is in.
+        size: (height, width) of the box's frame.
         ratio: standard deviation of the noise, share of the box's width and height.
         max_pixels: largest noise.
     """
@@ -193,13 +193,13 @@ def jitter_box(
 
 
 def coarsen_mask(mask: np.ndarray, size: tuple[int, int], generator: np.random.Generator) -> np.ndarray:
-    """Return a mask prompt as somebody would scribble it: blurred, shifted, grown or shrunk, as logits.
+    """Return a mask prompt like a rough sketch: the mask blurred, shifted, grown or shrunk, as logits.
 
-    The truth itself would teach the decoder to copy its input.
+    The true mask as a prompt would teach the decoder to copy its input.
 
     Args:
         mask: H x W, bool, original frame.
-        size: (height, width) of the mask prompt's part that holds the image.
+        size: (height, width) of the part of the mask prompt that the image covers.
 
     Returns:
         Logits of that size, float32.
@@ -207,7 +207,7 @@ def coarsen_mask(mask: np.ndarray, size: tuple[int, int], generator: np.random.G
     cover = shrink_mask(mask, size)
     ys, xs = np.nonzero(cover > 0)
     extent = max(np.ptp(ys), np.ptp(xs)) + 1
-    # Blurred by a tenth of its extent and moved by as much: boundaries are lost, the place is kept.
+    # A blur and a shift of about a tenth of the object's extent remove the boundary and keep the position.
     blurred = blur(np.pad(cover, 1), max(1.0, 0.1 * extent * generator.uniform(0.5, 1.5)))[1:-1, 1:-1]
     shift = np.round(generator.normal(size=2) * 0.05 * extent).astype(int)
     moved = np.roll(blurred, shift, axis=(0, 1))

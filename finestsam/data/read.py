@@ -1,4 +1,4 @@
-"""From a folder to images to train on and images to validate on."""
+"""Read a dataset folder into images for training and images for validation."""
 
 import sys
 from collections.abc import Collection, Mapping
@@ -22,22 +22,22 @@ READERS = {"coco": coco, "labelme": labelme, "masks": mask_pairs, "yolo": yolo}
 
 @dataclass
 class LabelledSet:
-    """A dataset, read and checked. Images without objects are in `val`, where the generator can be wrong on them."""
+    """A dataset, read and checked. Images without objects can be in `val`, to count the generator's false positives."""
 
     train: list[Record]
     val: list[Record]
     categories: list[str]
     report: DatasetReport
-    layout: str  # for the screen
+    layout: str  # for messages
     category_names: dict[int, str] = field(default_factory=dict)  # by id
 
     def refuse_defects(self) -> None:
-        """Raise a UserError with everything that was found wrong, if anything was."""
+        """Raise a UserError with all findings if there is a defect."""
         if self.report.defect_count:
             raise UserError("\n".join([f"--strict: {self.report.summarize()}", *self.report.list_examples()]))
 
     def drop_vanishing(self, image_size: int, min_area_pixels: float) -> None:
-        """Leave out of training what is too small where the longest side is `image_size` pixels.
+        """Remove training objects that are too small if the longest side of an image is `image_size` pixels.
 
         Raises:
             UserError: nothing is left to train on.
@@ -54,10 +54,10 @@ class LabelledSet:
 
 
 def read_training_set(settings: DatasetConfig) -> LabelledSet:
-    """Read a dataset that lies in one of the known layouts, and split it where it is not.
+    """Read a dataset in one of the known layouts, and split it if it is not split yet.
 
     Raises:
-        UserError: nothing is there to train on.
+        UserError: there is nothing to train on.
     """
     layout = find_layout(Path(settings.path), settings.auto_split)
     indexes = read_parts(layout, settings, [name for name in layout.parts if name != "test"])
@@ -77,13 +77,13 @@ def read_evaluation_set(
     """Read the images to evaluate on, into `val`.
 
     Args:
-        split: train, val or test, as the folders say or as training would split them; auto: the validation side where
-            there is one, a plain set whole.
-        sides: of the run that the weights come from, as `split_as_before` takes them: where the dataset is the same, a
-            set that is not split in folders is split as in that run.
+        split: train, val or test, by folders or split as training would; auto: the validation images if there are
+            any, all images of a plain dataset.
+        sides: the split of the run that the weights come from (see `split_as_before`). The same dataset without
+            split folders is split in the same way.
 
     Raises:
-        UserError: there is no such split, or nothing in it.
+        UserError: there is no such split, or it is empty.
     """
     layout = find_layout(Path(settings.path), settings.auto_split)
     is_split = "val" in layout.parts
@@ -103,7 +103,7 @@ def read_evaluation_set(
 
 
 def read_parts(layout: Layout, settings: DatasetConfig, names: list[str]) -> dict[str, Index]:
-    """Read parts of a dataset, bring their categories to the same ids, and look for images that several have."""
+    """Read parts of a dataset, give their categories common ids, and report images that are in several parts."""
     indexes = {name: _read_part(name, layout.parts[name], settings) for name in names}
     _share_categories(indexes)
     _report_leakage(indexes)
@@ -111,21 +111,21 @@ def read_parts(layout: Layout, settings: DatasetConfig, names: list[str]) -> dic
 
 
 def refuse_empty(settings: DatasetConfig, index: Index, report: DatasetReport) -> None:
-    """Raise a UserError that says what became of everything, if a dataset has no object that can be used."""
+    """Raise a UserError with all findings if a dataset has no usable object."""
     if report.usable_annotation_count and any(record.annotations for record in index.records):
         return
     reason = ""
     codes = {finding.code for finding in report.findings if finding.action == "skipped_annotation"}
     if codes == {"crowd"}:
         reason = (
-            ": every annotation is a crowd region; if they are objects, set iscrowd to 0 or --dataset.include_crowd"
+            ": every annotation is a crowd region; if they are objects, set iscrowd to 0 or use --dataset.include_crowd"
         )
     lines = [f"dataset {settings.path}: nothing to train on{reason}", report.summarize(), *report.list_examples()]
     raise UserError("\n".join(lines))
 
 
 def refuse_unread(settings: DatasetConfig, count: int) -> None:
-    """Raise a UserError if none of a dataset's images, which were whole when they were checked, could be read."""
+    """Raise a UserError if no image could be read, although all were readable when they were checked."""
     if count == 0:
         raise UserError(f"dataset {settings.path}: none of its images can be read")
 
@@ -135,7 +135,7 @@ def report_vanishing(
 ) -> list[tuple[Record, Annotation]]:
     """Return the annotations, each with its image, whose area in the input frame is below `min_area_pixels`.
 
-    They are noted in the report as skipped; to leave them out of the records is the caller's part.
+    The report counts them as skipped. The caller removes them from the records.
     """
     vanished = [
         (record, annotation)
@@ -151,7 +151,7 @@ def report_vanishing(
 
 
 def describe_dataset(report: DatasetReport, records: list[Record]) -> dict:
-    """Return what `dataset_report.json` holds: counts, findings, and every object that can be used."""
+    """Return the content of `dataset_report.json`: counts, findings, and all usable objects."""
     usable = [
         {"id": found.source_id, "file": record.file_name, "area": found.area, "box": found.box}
         for record in records
@@ -161,13 +161,13 @@ def describe_dataset(report: DatasetReport, records: list[Record]) -> dict:
 
 
 def list_categories(indexes: dict[str, Index]) -> list[str]:
-    """Return the names of all parts' categories, each once."""
+    """Return the category names of all parts, without repeats."""
     names = [name for index in indexes.values() for name in index.categories.values()]
     return list(dict.fromkeys(names))
 
 
 def _join_categories(indexes: dict[str, Index]) -> dict[int, str]:
-    """Return the names of all parts' categories by their ids, which the parts share."""
+    """Return the category names of all parts by id. All parts use the same ids."""
     return {number: name for index in indexes.values() for number, name in index.categories.items()}
 
 
@@ -193,18 +193,18 @@ def _read_files(name: str, part: Part, settings: DatasetConfig) -> Index:
 
 
 def check_image(job: ImageJob) -> CheckedImage:
-    """Do one job; at the top level, where another process finds it."""
+    """Run one job. At the top level of the module, so that other processes can import it."""
     return job.check()
 
 
 def _share_categories(indexes: dict[str, Index]) -> None:
-    """Give a category the same id in every part, by its name: tools number each part by itself."""
+    """Give categories of the same name the same id in every part: tools number the categories of each part anew."""
     tables = [index.categories for index in indexes.values()]
     if all(table == tables[0] for table in tables):
         return
     pairs = {(number, name) for table in tables for number, name in table.items()}
     names = list(dict.fromkeys(name for table in tables for name in table.values()))
-    if len({number for number, _ in pairs}) == len(pairs) == len(names):  # no part contradicts another
+    if len({number for number, _ in pairs}) == len(pairs) == len(names):  # the parts agree on ids and names
         ids = {name: number for number, name in sorted(pairs)}
     else:
         ids = {name: number for number, name in enumerate(names, start=1)}
@@ -216,7 +216,9 @@ def _share_categories(indexes: dict[str, Index]) -> None:
             record.crowd_categories = [changed.get(number) for number in record.crowd_categories]
         index.categories = {number: name for name, number in ids.items()}
         missing = len(ids) - len(set(changed.values()))
-        message = f"categories differ between the parts and are matched by name; {missing} of {len(ids)} are not in it"
+        message = (
+            f"categories differ between the parts and are matched by name; this part lacks {missing} of {len(ids)}"
+        )
         index.report.remark("categories_differ", part_name, message)
 
 

@@ -1,4 +1,4 @@
-"""Label maps: which class each pixel of an image belongs to."""
+"""Label maps: the class of each pixel of an image."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ BACKGROUND_NAME = "background"
 
 @dataclass(frozen=True)
 class ClassTable:
-    """The classes of a model, and which of them the categories of a dataset are.
+    """The classes of a model, and the class of each category of a dataset.
 
     Attributes:
-        names: by class; class 0 is the background, or of masks no object.
-        by_category: classes by the category ids of the dataset; a category that is missing is ignored.
-        ignores_unlabelled: pixels of no object count for nothing; else they are background.
+        names: by class. Class 0 is the background, or `no object` for classes of masks.
+        by_category: class by category id; a missing category is ignored.
+        ignores_unlabelled: True: pixels outside all objects are ignored; False: they are background.
     """
 
     names: list[str]
@@ -32,35 +32,35 @@ class ClassTable:
 
 
 def number_classes(categories: Mapping[int, str], ignores_unlabelled: bool) -> ClassTable:
-    """Give the categories of a dataset, names by id, the classes 1, 2, ... in the order of their ids."""
+    """Return a table with the classes 1, 2, ... for the categories (names by id), in the order of their ids."""
     numbers = {category_id: number for number, category_id in enumerate(sorted(categories), start=1)}
     return ClassTable([BACKGROUND_NAME, *(categories[key] for key in numbers)], numbers, ignores_unlabelled)
 
 
 def match_classes(categories: Mapping[int, str], names: Sequence[str], ignores_unlabelled: bool) -> ClassTable:
-    """Find the categories of a dataset among the classes of a model, by name."""
+    """Return a table with a model's classes, matched to the categories of a dataset by name."""
     numbers = {name: number for number, name in enumerate(names) if number != BACKGROUND}
     known = {category_id: numbers[name] for category_id, name in categories.items() if name in numbers}
     return ClassTable(list(names), known, ignores_unlabelled)
 
 
 def render_label_map(record: Record, table: ClassTable) -> np.ndarray:
-    """Return the class of each pixel, H x W, int16, original frame; `IGNORED` where nobody can tell.
+    """Return the class of each pixel, H x W, int16, original frame; `IGNORED` where the class is unknown.
 
-    Where objects overlap, the smallest counts. A crowd region, which may hold anything else as well, is ignored where
-    no object lies on it.
+    Where objects overlap, the smallest counts. A crowd region is ignored outside the objects, since it can contain
+    other things too.
     """
     unlabelled = IGNORED if table.ignores_unlabelled else BACKGROUND
     labels = np.full(record.size, unlabelled, dtype=np.int16)
     for counts in record.crowds:
         labels[decode_rle({"size": list(record.size), "counts": counts})] = IGNORED
-    for annotation in sorted(record.annotations, key=lambda one: one.area, reverse=True):
+    for annotation in sorted(record.annotations, key=lambda found: found.area, reverse=True):
         labels[decode_rle(record.rle(annotation))] = table.by_category.get(annotation.category_id, IGNORED)
     return labels
 
 
 def render_label_cells(record: Record, table: ClassTable, view: View, input_size: tuple[int, int], side: int) -> Tensor:
-    """Return the class in the middle of each cell of the decoder's grid, side x side, int64; `IGNORED` in the padding.
+    """Return the class at the centre of each cell of the decoder's grid, side x side, int64; `IGNORED` in the padding.
 
     Args:
         input_size: (height, width) of the image in the input frame.

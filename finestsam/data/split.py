@@ -1,4 +1,4 @@
-"""Split images into training and validation: the same split for the same seed and images, in any order."""
+"""Split images into training and validation. The split depends on the seed and the images, not on their order."""
 
 import random
 from collections.abc import Collection, Mapping
@@ -6,15 +6,15 @@ from collections.abc import Collection, Mapping
 from finestsam.errors import UserError
 from finestsam.records import Record
 
-# Of a file's hash, enough to know an image again.
+# Digits of a file's hash that identify an image.
 DIGITS = 16
 
 
 def split_records(records: list[Record], val_size: float, seed: int) -> tuple[list[Record], list[Record]]:
     """Return the training and the validation images, each by image id.
 
-    Entries of one file, and files with the same bytes, stay on one side. At least one image lies on each side, and of
-    images with objects, where there are two, unless `val_size` is 0.
+    Entries of one file, and files with the same bytes, stay on the same side. Unless `val_size` is 0, each side has at
+    least one image, and at least one image with objects if there are two.
     """
     groups = _group(sorted(records, key=lambda record: record.image_id))
     names = sorted(groups)
@@ -36,26 +36,26 @@ def split_records(records: list[Record], val_size: float, seed: int) -> tuple[li
 def split_as_before(
     records: list[Record], sides: Mapping[str, Collection[str]]
 ) -> tuple[list[Record], list[Record]] | None:
-    """Return the training and the validation images of an earlier split; None where the dataset is another one.
+    """Return the training and the validation images of an earlier split; None: the dataset is a different one.
 
-    It is the same where every image that was validated on is there. Images on neither side are left out.
+    The dataset is the same if it has every validation image of the earlier split. Other new images are left out.
 
     Args:
-        sides: under `train` and `val` the first `DIGITS` of the images' digests.
+        sides: for `train` and `val`, the first `DIGITS` of the images' hashes.
     """
     if not sides["val"] or not set(sides["val"]) <= {record.digest[:DIGITS] for record in records}:
         return None
-    train, val = ([one for one in records if one.digest[:DIGITS] in sides[name]] for name in ("train", "val"))
+    train, val = ([record for record in records if record.digest[:DIGITS] in sides[side]] for side in ("train", "val"))
     return train, val
 
 
 def _count_val(count: int, val_size: float) -> int:
-    """Return how many of so many images are for validation: at least one, and not all; one alone is for training."""
+    """Return how many of `count` images are for validation: at least one, but not all; none of a single image."""
     return min(max(1, round(count * val_size)), max(0, count - 1))
 
 
 def _group(records: list[Record]) -> dict[str, list[Record]]:
-    """Return the images that must stay together, under the name of one of them that no order changes."""
+    """Return groups of images that must stay on the same side, by the first of their names in the alphabet."""
     first_name: dict[str, str] = {}
     for record in records:
         if record.digest:

@@ -13,7 +13,7 @@ from finestsam.evaluation.prompt_scorer import PromptScorer, average_clicks
 from finestsam.evaluation.subject import Subject, Thresholds
 from finestsam.prediction.embedder import Embedder, open_store
 from finestsam.records import Record
-from finestsam.runtime.memory import naming_what_needs_less
+from finestsam.runtime.memory import reporting_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def measure_model(config: Config, subject: Subject, records: Sequence[Record], t
     Args:
         table: of the classes that the model gives masks; None: it gives none.
     """
-    with naming_what_needs_less(subject.title, _advise(config)):
+    with reporting_out_of_memory(subject.title, _advise(config)):
         embedder = _embed_by(config, subject)
         labelled = [record for record in records if record.annotations]
         scorer = PromptScorer(config, embedder, labelled, subject.title)
@@ -63,7 +63,7 @@ def measure_generator(
 ) -> Measurement:
     """Measure the generator alone, with other thresholds."""
     subject = replace(subject, title=f"{subject.title} with thresholds {thresholds.origin}")
-    with naming_what_needs_less(subject.title, _advise(config)):
+    with reporting_out_of_memory(subject.title, _advise(config)):
         measured = _run_generator(config, _embed_by(config, subject), records, subject, thresholds)
     return replace(measured, table=table)
 

@@ -1,4 +1,4 @@
-"""Read COCO annotations: what the file says is brought to the images, and every image becomes a job."""
+"""Read COCO annotations: the annotations of the file are grouped by image, and every image becomes a job."""
 
 import json
 from dataclasses import dataclass, field
@@ -12,13 +12,13 @@ from finestsam.formats.layouts import Part
 from finestsam.masks import Remark, box_iou, rle_box, segmentation_to_rle
 from finestsam.records import UNNAMED_CATEGORY, DatasetReport
 
-# A box from the file that overlaps the mask's box by less is worth a look.
+# A box in the file whose IoU with the mask's box is smaller gets a remark.
 MIN_BOX_IOU = 0.5
 
 
 @dataclass(slots=True)
 class Entry:
-    """One annotation as the file has it."""
+    """One annotation, as in the file."""
 
     source_id: object
     category_id: int | None
@@ -33,8 +33,8 @@ class CocoJob:
 
     image_id: int
     file_name: str
-    expected_size: tuple[int | None, int | None]  # height, width as the file says; None: it does not
-    place: Path | Defect
+    expected_size: tuple[int | None, int | None]  # height, width in the file; None: missing
+    path: Path | Defect
     remarks: list[Remark]
     settings: DatasetConfig
     entries: list[Entry] = field(default_factory=list)
@@ -44,9 +44,9 @@ class CocoJob:
         image = CheckedImage(self.file_name, self.image_id, annotation_count=len(self.entries))
         image.remark(self.remarks)
         try:
-            if isinstance(self.place, Defect):
-                raise self.place
-            self._inspect(image, self.place)
+            if isinstance(self.path, Defect):
+                raise self.path
+            self._inspect(image, self.path)
         except Defect as defect:
             image.skip(defect)
             unusable = Defect("image_skipped", "its image cannot be used")
@@ -66,7 +66,7 @@ class CocoJob:
             image.inspect(path, (height, width), self.settings)
         else:
             image.inspect(path, None, self.settings)
-            image.remark([("no_size", "the annotations do not give its width and height; taken from the file")])
+            image.remark([("no_size", "the annotations do not give its width and height; the image file does")])
 
     def _add(self, image: CheckedImage, entry: Entry) -> None:
         segmentation, remarks = entry.segmentation, []
@@ -74,7 +74,7 @@ class CocoJob:
             if not self.settings.masks_from_boxes:
                 raise Defect("empty_segmentation", "empty segmentation, only a box")
             segmentation = [_box_to_polygon(entry.bbox)]
-            remarks.append(("mask_from_box", "its box is taken for the mask"))
+            remarks.append(("mask_from_box", "its box is used as the mask"))
         rle = segmentation_to_rle(segmentation, image.size, remarks)
         if entry.is_crowd and not self.settings.include_crowd:
             image.add_crowd(rle, entry.category_id)
@@ -87,7 +87,7 @@ def list_jobs(part: Part, settings: DatasetConfig, report: DatasetReport) -> tup
     """Return a job for every image of an annotation file, and its categories.
 
     Args:
-        report: what concerns no single image is added to it.
+        report: receives the findings that belong to no single image.
 
     Raises:
         UserError: the file cannot be read as COCO annotations.
@@ -98,24 +98,24 @@ def list_jobs(part: Part, settings: DatasetConfig, report: DatasetReport) -> tup
     categories = _read_categories(content, part, report)
     jobs = _list_images(content["images"], part, settings, report)
     for entry in content["annotations"]:
-        _bring_to_image(entry, jobs, report)
+        _assign_to_image(entry, jobs, report)
     return list(jobs.values()), categories
 
 
 def _refuse_link_outside(part: Part, settings: DatasetConfig) -> None:
     if settings.path and part.labels == Path(settings.path):
-        return  # what the user names is what he means
+        return  # the user gave this path, link or not
     try:
         Border(part, settings).check(part.labels)
     except Defect as defect:
-        allowed = "--dataset.follow_symlinks opens it, as does naming it as --dataset"
+        allowed = "to open it, use --dataset.follow_symlinks or give its path as --dataset"
         raise UserError(f"{part.labels}: {defect.message}; {allowed}") from None
 
 
 def load_json(path: Path) -> object:
     """Parse a json file, with or without a byte-order mark."""
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if path.exists() and not path.is_file():  # opening a pipe would block
             raise UserError(f"{path}: not a regular file")
         return parse_json(path.read_bytes(), path)
     except OSError as error:
@@ -125,7 +125,7 @@ def load_json(path: Path) -> object:
 
 
 def parse_json(content: bytes, path: Path) -> object:
-    """Return what the content of a json file says."""
+    """Return the parsed content of a json file."""
     try:
         return json.loads(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -139,20 +139,20 @@ def parse_json(content: bytes, path: Path) -> object:
 
 
 def _describe_too_long(path: Path) -> str:
-    return f"{path}: {path.stat().st_size:,} bytes are more than there is memory for"
+    return f"{path}: out of memory: the file has {path.stat().st_size:,} bytes"
 
 
 def _check_structure(content: object, path: Path) -> None:
     if isinstance(content, list):
         is_results = content and isinstance(content[0], dict) and "image_id" in content[0]
-        hint = "; this looks like a list of COCO results, which has no images to train on" if is_results else ""
+        hint = "; this looks like a file of COCO results, which lists no images" if is_results else ""
         raise UserError(f"{path}: expected an object with images, annotations and categories, got a list{hint}")
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected an object with images, annotations and categories, got {content!r:.40}")
     if "shapes" in content:
         raise UserError(
-            f"{path}: this is labelme's format; labelme writes one such file per image, so give the folder that "
-            "holds them, without a file called annotations.json"
+            f"{path}: this is labelme's format, with one file per image: give the folder of these files, and keep no "
+            "file called annotations.json in it"
         )
     for key in ("images", "annotations"):
         if not isinstance(content.get(key), list):
@@ -187,33 +187,35 @@ def _list_images(entries: list, part: Part, settings: DatasetConfig, report: Dat
         if known is None:
             jobs[image_id] = _make_job(values, image_id, name, find_file, settings)
         elif known.file_name != name:
-            raise UserError(f"{part.labels}: image id {image_id} stands for {known.file_name!r} and for {name!r}")
+            raise UserError(f"{part.labels}: two images have the id {image_id}: {known.file_name!r} and {name!r}")
         else:
-            report.remark("listed_twice", name, f"listed twice with image id {image_id}, taken once")
+            report.remark("listed_twice", name, f"listed twice with image id {image_id}, used once")
     names: dict[str, int] = {}
     for job in jobs.values():
         if names.setdefault(job.file_name, job.image_id) != job.image_id:
             report.remark(
-                "file_listed_twice", job.file_name, f"is image {names[job.file_name]} and {job.image_id}; one split"
+                "file_listed_twice",
+                job.file_name,
+                f"has the image ids {names[job.file_name]} and {job.image_id}; both stay in the same split",
             )
     return jobs
 
 
 def _make_job(values: dict, image_id: int, name: str, find_file: FileFinder, settings: DatasetConfig) -> CocoJob:
     size = (as_id(values.get("height")), as_id(values.get("width")))
-    place, remarks = None, []
+    path, remarks = None, []
     try:
         if not isinstance(values.get("file_name"), str) or not name:
             if values.get("coco_url"):
-                raise Defect("not_downloaded", "has an address but no file name: not downloaded")
+                raise Defect("not_downloaded", "has a coco_url but no file_name: not downloaded")
             raise Defect("no_file_name", "an image without a file name")
-        place, remarks = find_file(name)
+        path, remarks = find_file(name)
     except Defect as defect:
-        place = defect
-    return CocoJob(image_id, name, size, place, remarks, settings)
+        path = defect
+    return CocoJob(image_id, name, size, path, remarks, settings)
 
 
-def _bring_to_image(entry: object, jobs: dict[int, CocoJob], report: DatasetReport) -> None:
+def _assign_to_image(entry: object, jobs: dict[int, CocoJob], report: DatasetReport) -> None:
     values = entry if isinstance(entry, dict) else {}
     job = jobs.get(as_id(values.get("image_id")))
     if job is None:
@@ -231,7 +233,7 @@ def _is_empty(segmentation: object) -> bool:
 
 
 def _is_box(bbox: object) -> bool:
-    """Whether a bbox is [x, y, width, height] with finite numbers and an area."""
+    """Return whether a bbox is [x, y, width, height] with finite numbers and a positive area."""
     if not isinstance(bbox, list) or len(bbox) != 4:
         return False
     is_number = all(isinstance(side, int | float) and abs(side) < 1e9 for side in bbox)  # False for NaN
@@ -247,14 +249,14 @@ def _compare_box(bbox: object, box: list[int]) -> list[Remark]:
     if bbox is None:
         return []
     if not _is_box(bbox):
-        return [("bad_bbox", f"bbox {bbox!s:.60} is no box, taken from the mask")]
+        return [("bad_bbox", f"bbox {bbox!s:.60} is not a box; the box of the mask is used")]
     if box_iou(bbox, box) < MIN_BOX_IOU:
         return [("bbox_disagrees", f"bbox {bbox!s:.60} overlaps the mask's box {box} by less than half")]
     return []
 
 
 def as_id(value: object) -> int | None:
-    """Return a whole number that may be written as text or as a float; None for anything else."""
+    """Return a whole number, also from text or a float; None for anything else."""
     try:
         number = float(value) if isinstance(value, str) and not value.strip().lstrip("-").isdigit() else value
         number = int(number) if isinstance(number, str) else number

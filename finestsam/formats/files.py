@@ -1,4 +1,4 @@
-"""Find and open the files of a dataset, which are never trusted to stay inside its folder."""
+"""Find and open the files of a dataset, and refuse those outside its folder."""
 
 import os
 import re
@@ -13,17 +13,17 @@ from finestsam.masks import Remark
 
 
 class Border:
-    """Where a dataset ends: what lies behind a link that leads out of it is not opened, whatever it is."""
+    """The border of a dataset: a link that leads out of its folders is not opened."""
 
     def __init__(self, part: Part, settings: DatasetConfig):
         self.follow_symlinks = settings.follow_symlinks
         self._roots = tuple(f"{os.path.realpath(folder)}{os.sep}" for folder in (part.root, part.images_dir))
 
     def check(self, path: Path) -> Path:
-        """Return a path that does not leave the dataset.
+        """Return the path if it lies in the dataset.
 
         Raises:
-            Defect: it does.
+            Defect: it leads outside.
         """
         if not self.follow_symlinks and not os.path.realpath(path).startswith(self._roots):
             raise Defect("outside_dataset", "a link that leads outside the dataset")
@@ -33,25 +33,25 @@ class Border:
         """Return the content of a file of labels or names.
 
         Raises:
-            Defect: it lies outside, is missing, no regular file, or longer than `max_bytes`.
+            Defect: it lies outside, is missing, is not a regular file, or has more than `max_bytes`.
         """
         self.check(path)
         try:
-            if not path.is_file():  # False for folders, pipes and devices too, which must not be opened
+            if not path.is_file():  # False for folders, pipes and devices too: they must not be opened
                 raise Defect(
                     "broken_labels", f"{path.name}: {'not a regular file' if path.exists() else 'no such file'}"
                 )
             with open(path, "rb") as file:
-                content = file.read(max_bytes + 1)  # not by its size, which some systems' own files do not tell
+                content = file.read(max_bytes + 1)  # the size alone is not reliable: /proc files report 0
         except OSError as error:
             raise Defect("broken_labels", f"{path.name} cannot be read: {error.strerror}") from None
         if len(content) > max_bytes:
-            raise Defect("broken_labels", f"{path.name} is no file of at most {max_bytes} bytes")
+            raise Defect("broken_labels", f"{path.name} has more than {max_bytes} bytes")
         return content
 
 
 class FileFinder:
-    """Look images up by the names that annotations give them."""
+    """Finds images by the names in the annotations."""
 
     def __init__(self, part: Part, settings: DatasetConfig):
         self.images_dir = part.images_dir
@@ -59,10 +59,10 @@ class FileFinder:
         self._by_name: dict[str, list[Path]] | None = None
 
     def __call__(self, file_name: str) -> tuple[Path, list[Remark]]:
-        """Return the path of an image, and what is to be said about how it was found.
+        """Return the path of an image, and a remark if it was not found under its exact name.
 
         Raises:
-            Defect: it is not there, or outside the folder and not found inside by its bare name.
+            Defect: no such image, or the name leads outside and no image inside has its last part as name.
         """
         parts = [part for part in re.split(r"[\\/]+", file_name) if part not in ("", ".")]
         leaves = file_name.startswith(("/", "\\")) or ".." in parts or ":" in file_name or "\0" in file_name
@@ -76,16 +76,16 @@ class FileFinder:
         return self.border.check(path), remarks
 
     def _find_as_written(self, parts: list[str]) -> Path | None:
-        # `images/a.jpg` is written by some tools for images_dir/a.jpg.
+        # Some tools write `images/a.jpg` for images_dir/a.jpg.
         shorter = parts[1:] if parts and parts[0] == self.images_dir.name else []
         for names in (parts, shorter):
             path = self.images_dir.joinpath(*names)
-            if names and os.path.lexists(path):  # a name too long for the disk exists nowhere
+            if names and os.path.lexists(path):  # False for a name that is too long for the disk
                 return path
         return None
 
     def _find_by_name(self, name: str) -> tuple[Path | None, list[Remark]]:
-        """Return the one file of that name in any subfolder; else the one whose name differs in upper case only."""
+        """Return the only file with this name in any subfolder, else the only one that differs in upper case."""
         if self._by_name is None:
             self._by_name = {}
             for folder, _, file_names in os.walk(self.images_dir):
@@ -96,9 +96,9 @@ class FileFinder:
         found = exact if len(exact) == 1 else candidates
         if len(found) != 1:
             return None, []
-        return found[0], [("found_by_name", f"{name!r:.80} taken to be {found[0].relative_to(self.images_dir)}")]
+        return found[0], [("found_by_name", f"{name!r:.80} found as {found[0].relative_to(self.images_dir)}")]
 
 
 def _fold(name: str) -> str:
-    """Return what is the same for names that differ in upper case or in how accents are encoded."""
+    """Return a name in lower case and with one encoding of accents, for comparison."""
     return unicodedata.normalize("NFC", name).casefold()

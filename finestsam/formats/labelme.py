@@ -1,4 +1,4 @@
-"""Read labelme's files: one json an image, beside it or in `annotations/`, sometimes with the image inside."""
+"""Read labelme's files: one json per image, beside it or in `annotations/`. It can contain the image itself."""
 
 import base64
 import binascii
@@ -22,7 +22,7 @@ from finestsam.records import DatasetReport
 from finestsam.runtime.folders import cache_folder
 from finestsam.runtime.whole_files import write_bytes
 
-# A larger one is no image's labels, whatever it embeds.
+# No file of labels is larger, even with its image inside.
 MAX_FILE_BYTES = 512_000_000
 NO_AREA = {"line", "linestrip", "point", "points"}
 CIRCLE_CORNERS = 180
@@ -30,11 +30,11 @@ CIRCLE_CORNERS = 180
 
 @dataclass
 class LabelmeJob:
-    """One json file, or an image that has none."""
+    """One json file, or one image without a json file."""
 
     file_name: str
     labels: Path | None  # None: an image without objects
-    beside: Path | None  # the image of the same name; None: none
+    same_name_image: Path | None  # the image with the json file's name; None: there is none
     find_file: FileFinder
     settings: DatasetConfig
 
@@ -66,11 +66,11 @@ class LabelmeJob:
         except UserError as error:
             raise Defect("broken_labels", str(error)) from None
         if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
-            raise Defect("no_shapes", f"{self.labels.name} has no list of shapes, so it is not labelme's")
+            raise Defect("no_shapes", f"{self.labels.name} has no list of shapes, so it is not a labelme file")
         return content
 
     def _find_image(self, content: dict, image: CheckedImage) -> Path:
-        """Return the image that the file names, or that has its name, or that it holds."""
+        """Return the image named in the json file, else the one of the same name, else the one inside the file."""
         name = content.get("imagePath")
         if isinstance(name, str) and name:
             try:
@@ -78,28 +78,28 @@ class LabelmeJob:
                 image.file_name = path.relative_to(self.find_file.images_dir).as_posix()
                 return path
             except Defect as defect:
-                if self.beside is None and not content.get("imageData"):
+                if self.same_name_image is None and not content.get("imageData"):
                     raise defect
-        if self.beside is not None:
-            return self.find_file.border.check(self.beside)
+        if self.same_name_image is not None:
+            return self.find_file.border.check(self.same_name_image)
         data = content.get("imageData")
         if not isinstance(data, str) or not data:
-            raise Defect("missing_file", f"no image for {self.file_name}, and none inside")
+            raise Defect("missing_file", f"no image for {self.file_name}, and no image inside the json file")
         return _extract_image(data, self.settings)
 
 
 def list_jobs(
     part: Part, settings: DatasetConfig, report: DatasetReport
 ) -> tuple[list[LabelmeJob], dict[int, str] | None]:
-    """Return a job for every json file and for every image without one; objects carry the names of their labels."""
+    """Return a job for every json file and every image without one, and no categories: the objects have names."""
     find_file = FileFinder(part, settings)
     images = {path.stem: path for path in sorted(part.images_dir.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES}
     files = [path for path in sorted(part.labels.glob("*.json")) if not _is_export(path)]
     jobs = []
     for labels in files:
-        beside = images.get(labels.stem)
-        jobs.append(LabelmeJob(beside.name if beside else labels.stem, labels, beside, find_file, settings))
-    if all(job.beside for job in jobs):  # else an image may be labelled by a file of another name
+        image = images.get(labels.stem)
+        jobs.append(LabelmeJob(image.name if image else labels.stem, labels, image, find_file, settings))
+    if all(job.same_name_image for job in jobs):  # else a json file of another name may label the image
         labelled = {path.stem for path in files}
         jobs += [
             LabelmeJob(path.name, None, path, find_file, settings)
@@ -110,7 +110,7 @@ def list_jobs(
 
 
 def _is_export(path: Path) -> bool:
-    """Whether a json file beside labelme's is somebody's conversion of them."""
+    """Return whether a json file is a conversion of the labelme files beside it."""
     return path.stem in ("annotations", "_annotations.coco", "reference_coco")
 
 
@@ -120,18 +120,21 @@ def _read_size(content: dict) -> tuple[int, int] | None:
 
 
 def _group_shapes(shapes: list) -> Iterator[tuple[int, str, list[dict]]]:
-    """Yield the place of an object's first shape, its label and its shapes: those of one label and group_id."""
+    """Yield, for each object, the index of its first shape, its label and its shapes.
+
+    Shapes with the same label and group_id are one object.
+    """
     groups: dict[object, tuple[int, str, list[dict]]] = {}
-    for place, shape in enumerate(shapes):
+    for index, shape in enumerate(shapes):
         values = shape if isinstance(shape, dict) else {}
         label, group_id = str(values.get("label") or "object"), values.get("group_id")
-        key = (label, group_id) if isinstance(group_id, int | str) else place
-        groups.setdefault(key, (place, label, []))[2].append(values)
+        key = (label, group_id) if isinstance(group_id, int | str) else index
+        groups.setdefault(key, (index, label, []))[2].append(values)
     yield from groups.values()
 
 
 def _join_shapes(shapes: list[dict], size: tuple[int, int], remarks: list[Remark]) -> dict:
-    """Return the mask of an object's shapes; one that gives none is left out where others do."""
+    """Return the union of an object's shapes. Invalid shapes are left out, unless all are invalid."""
     rles, defects = [], []
     for shape in shapes:
         try:
@@ -145,9 +148,9 @@ def _join_shapes(shapes: list[dict], size: tuple[int, int], remarks: list[Remark
 
 
 def _shape_to_rle(shape: dict, size: tuple[int, int], remarks: list[Remark]) -> dict:
-    kind = shape.get("shape_type") or "polygon"  # files of old versions have polygons alone and do not say so
+    kind = shape.get("shape_type") or "polygon"  # old versions of labelme have only polygons and no shape_type
     if kind in NO_AREA:
-        raise Defect("no_area", f"a {kind} encloses nothing")
+        raise Defect("no_area", f"a {kind} has no area")
     points = _read_points(shape)
     if kind == "mask":
         return _paste_mask(shape, points, size)
@@ -169,7 +172,7 @@ def _read_points(shape: dict) -> np.ndarray:
     try:
         points = np.array(shape.get("points"), dtype=float).reshape(-1, 2)
     except (TypeError, ValueError):
-        raise Defect("not_a_number", f"points are no pairs of numbers: {str(shape.get('points'))[:60]}") from None
+        raise Defect("not_a_number", f"points are not pairs of numbers: {str(shape.get('points'))[:60]}") from None
     except OverflowError:  # an integer beyond 10^308
         raise Defect("far_outside", f"a point lies beyond any image: {str(shape.get('points'))[:60]}") from None
     if len(points) == 0:
@@ -180,7 +183,7 @@ def _read_points(shape: dict) -> np.ndarray:
 
 
 def _paste_mask(shape: dict, points: np.ndarray, size: tuple[int, int]) -> dict:
-    """Return a mask that is kept as an image of its box, whose corner is the first point."""
+    """Return the mask of a shape that stores the pixels of its box; the first point is the box's corner."""
     pixels = decode_image(_decode_base64(shape.get("mask")))[..., 0] > 0
     x, y = (int(round(side)) for side in points.min(axis=0).clip(-1e6, 1e6))
     mask = np.zeros(size, dtype=bool)
@@ -194,16 +197,16 @@ def _paste_mask(shape: dict, points: np.ndarray, size: tuple[int, int]) -> dict:
 
 
 def _extract_image(data: str, settings: DatasetConfig) -> Path:
-    """Write the image that a json file holds into the user's cache folder, under the hash of its bytes."""
+    """Write the image inside a json file to the user's cache folder, named by the hash of its bytes."""
     content = _decode_base64(data)
-    decode_image(content, settings=settings.images)  # nothing but an image is written
+    decode_image(content, settings=settings.images)  # raises if it is not an image
     path = cache_folder() / "images" / hashlib.blake2b(content, digest_size=16).hexdigest()
     try:
-        if not path.is_file() or path.read_bytes() != content:  # not there, or changed since
+        if not path.is_file() or path.read_bytes() != content:  # missing or changed
             path.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(path, content)
     except OSError as error:
-        raise Defect("unreadable", f"the image inside cannot be kept in {path.parent}: {error.strerror}") from None
+        raise Defect("unreadable", f"cannot write the image inside to {path.parent}: {error.strerror}") from None
     return path
 
 
@@ -211,4 +214,4 @@ def _decode_base64(text: object) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, TypeError, ValueError):
-        raise Defect("broken_base64", "pixels that are not base64") from None
+        raise Defect("broken_base64", "the pixels are not valid base64") from None

@@ -1,4 +1,4 @@
-"""Recognise how a dataset lies in its folder."""
+"""Recognise the format and the folders of a dataset."""
 
 import os
 from collections.abc import Iterator
@@ -11,10 +11,10 @@ from finestsam.images.files import IMAGE_SUFFIXES
 
 ANNOTATION_FILE = "annotations.json"
 ACCEPTED = (
-    "expected finestSAM's data/{images,annotations.json} to be split, or train/ and val/ of the same kind; or an "
+    "expected finestSAM's data/{images,annotations.json} to be split, or train/ and val/ in that form; or an "
     "export of Roboflow, COCO, CVAT, Label Studio or labelme, images/ with labels/ or masks/, or YOLO's text files"
 )
-# Our name of a part, and what its folder may be called.
+# By name of a part: the names that its folder can have.
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 KIND_NAMES = {
     "coco": "COCO annotations",
@@ -28,31 +28,31 @@ PEEKED_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Part:
-    """The labels of one part of a dataset and the folder of its images."""
+    """One part of a dataset: its labels and the folder of its images."""
 
     images_dir: Path
-    labels: Path  # the annotation file of COCO, else the folder of the label files
+    labels: Path  # COCO's annotation file, else the folder of the label files
     kind: Literal["coco", "labelme", "masks", "yolo"]
-    root: Path  # of the dataset; nothing outside it is opened
+    root: Path  # folder of the dataset; no file outside it is opened
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A dataset's parts: `all` where it is not split yet, else `train` and, where there are, `val` and `test`."""
+    """A dataset's parts: `all` if it is not split yet, else `train` and, if they exist, `val` and `test`."""
 
-    name: str  # for the screen
+    name: str  # for messages
     parts: dict[str, Part]
-    is_plain: bool = False  # nothing says that a part of it is for validation: evaluated whole
+    is_plain: bool = False  # True: no sign that a part of it is for validation, so it is evaluated whole
 
 
 def find_layout(root: Path, auto_split: bool | None = None) -> Layout:
-    """Recognise the layout by what is in the folder, or take an annotation file with the images beside it.
+    """Recognise the layout of a dataset folder, or of an annotation file with images beside it.
 
     Args:
-        auto_split: which to read where both are there: True: `data/`, False: `train/` and `val/`.
+        auto_split: decides if both exist: True reads `data/`, False reads `train/` and `val/`.
 
     Raises:
-        UserError: no such folder, nothing that is known in it, or two layouts at once.
+        UserError: no such folder, no known layout in it, or two layouts at once.
     """
     if root.is_file():
         return Layout(f"the annotation file {root.name}", {"all": _make_coco_part(root, root.parent)}, is_plain=True)
@@ -61,15 +61,15 @@ def find_layout(root: Path, auto_split: bool | None = None) -> Layout:
     data, split = _find_part(root / "data", root), _find_split_folders(root)
     if data and split and auto_split is None:
         raise UserError(
-            f"dataset {root} holds data/ and train/: --dataset.auto_split true splits the first, false reads the other"
+            f"dataset {root} has both data/ and train/: --dataset.auto_split true splits data/, false reads train/"
         )
     if split and not (data and auto_split):
         if auto_split:
-            raise UserError(f"dataset {root}: dataset.auto_split is true, but {root / 'data'} holds no labels")
+            raise UserError(f"dataset {root}: dataset.auto_split is true, but {root / 'data'} has no labels")
         return _describe_split(split)
     subsets = {} if data else _find_coco_subsets(root) or _find_pair_subsets(root)
     if auto_split is False and "train" not in subsets:
-        raise UserError(f"dataset {root}: dataset.auto_split is false, but {root / 'train'} holds no labels")
+        raise UserError(f"dataset {root}: dataset.auto_split is false, but {root / 'train'} has no labels")
     if data:
         return Layout(f"{KIND_NAMES[data.kind]}: data/, to be split", {"all": data})
     if "train" in subsets:
@@ -89,11 +89,11 @@ def _find_split_folders(root: Path) -> dict[str, Part]:
         folders = [root / folder_name for folder_name in folder_names if (root / folder_name).is_dir()]
         found = [part for part in (_find_part(folder, root) for folder in folders) if part]
         if len(found) > 1:
-            raise UserError(f"dataset {root} holds {' and '.join(folder.name for folder in folders)}: keep one of them")
+            raise UserError(f"dataset {root} has {' and '.join(folder.name for folder in folders)}: keep one of them")
         if found:
             parts[name] = found[0]
         elif folders and name == "val" and "train" in parts:
-            raise UserError(f"dataset {root}: {folders[0].name}/ is there, but holds no labels; fill or remove it")
+            raise UserError(f"dataset {root}: {folders[0].name}/ has no labels; fill or remove it")
     return parts if "train" in parts else {}
 
 
@@ -106,7 +106,7 @@ def _describe_split(parts: dict[str, Part]) -> Layout:
 
 
 def _find_part(folder: Path, root: Path) -> Part | None:
-    """Return the part that lies in one folder, in any format."""
+    """Return the part in one folder, in any format."""
     if not folder.is_dir():
         return None
     for name in (ANNOTATION_FILE, "_annotations.coco.json", ".annotations.coco.json", "result.json"):
@@ -130,7 +130,7 @@ def _find_labelme(folder: Path, root: Path) -> Part | None:
 
 
 def _find_pairs(folder: Path, root: Path) -> Part | None:
-    """Return images with masks or with text files of the same names."""
+    """Return a part of images with masks or text files of the same names."""
     if not (folder / "images").is_dir():
         return None
     for name in MASK_FOLDERS:
@@ -144,7 +144,7 @@ def _find_pairs(folder: Path, root: Path) -> Part | None:
 
 
 def _list_suffixes(folder: Path) -> Iterator[str]:
-    """Yield the suffixes of the first files in a folder and in the first of its folders."""
+    """Yield the suffixes of the first files in a folder and in its subfolders."""
     for entry in _list_entries(folder)[:100]:
         if os.path.isdir(entry):
             yield from (file.suffix.lower() for file in _list_entries(entry)[:10])
@@ -153,7 +153,7 @@ def _list_suffixes(folder: Path) -> Iterator[str]:
 
 
 def _list_entries(folder: Path) -> list[Path]:
-    """Return what lies in a folder, by name; nothing where it cannot be read, as then nothing in it can."""
+    """Return the entries of a folder, by name; empty if it cannot be read."""
     try:
         return sorted(folder.iterdir())
     except OSError:
@@ -166,7 +166,7 @@ def _find_lone_coco(folder: Path, root: Path) -> Part | None:
 
 
 def _find_coco_subsets(root: Path) -> dict[str, Part]:
-    """Return the parts of `annotations/instances_*.json`, as COCO, CVAT and others write them."""
+    """Return the parts in `annotations/instances_*.json`, the layout of COCO, CVAT and others."""
     folder = root / "annotations"
     if (root / ANNOTATION_FILE).is_file() or not folder.is_dir():
         return {}
@@ -185,7 +185,7 @@ def _find_coco_subsets(root: Path) -> dict[str, Part]:
 
 
 def _find_pair_subsets(root: Path) -> dict[str, Part]:
-    """Return the parts of `images/train`, `labels/train` and their like, of text files or of masks."""
+    """Return the parts in `images/train` with `labels/train` (or val, test; or masks/)."""
     parts = {}
     for mask_folder in MASK_FOLDERS:
         for name, folder_names in SPLIT_FOLDERS.items():
@@ -204,12 +204,12 @@ def _name_subset(subset: str) -> str:
 def _only_one(root: Path, parts: dict[str, Part]) -> dict[str, Part]:
     if len(parts) > 1:
         names = ", ".join(part.labels.name for part in parts.values())
-        raise UserError(f"dataset {root}: {names} without one for training; name the file itself as --dataset")
+        raise UserError(f"dataset {root}: none of {names} is for training; give one of these files as --dataset")
     return parts
 
 
 def _mentions(file: Path, key: bytes) -> bool:
-    """Whether a json file holds a key near its beginning or its end; pixels may lie between."""
+    """Return whether a json file has a key near its beginning or its end; an embedded image may lie between."""
     try:
         if not file.is_file():
             return False

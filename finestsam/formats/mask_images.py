@@ -1,4 +1,4 @@
-"""Read images with mask images of the same names."""
+"""Read images with masks stored as image files of the same names."""
 
 import re
 from dataclasses import dataclass
@@ -15,18 +15,17 @@ from finestsam.images.files import IMAGE_SUFFIXES, find_pixel_kind, read_labels
 from finestsam.masks import encode_mask, find_components, labels_to_rles, rle_area
 from finestsam.records import DatasetReport
 
-# What tools add to an image's name for its mask's.
+# Endings that tools append to an image's name to name its mask.
 MASK_ENDING = re.compile(r"[-_. ]?(mask|masks|label|labels|seg|segmentation|gt|annotation)$", re.IGNORECASE)
-# No object where it lies along borders that nobody decided: in PASCAL VOC's palette images, and in classes as 8-bit
-# grey values.
+# Value of undecided pixels along borders, in PASCAL VOC's palette images and in 8-bit grey class maps. Not an object.
 VOID = 255
-# Of the pixels between darkest and brightest, those that begin 2 x 2 equal ones.
+# A mask has numbered objects if this share of its middle grey pixels is the corner of 2 x 2 equal pixels.
 MIN_FLAT_SHARE = 0.25
 
 
 @dataclass
 class MaskPairJob:
-    """One image and its mask, or its masks of one object each."""
+    """One image and its mask, or several masks with one object each."""
 
     file_name: str
     path: Path
@@ -39,7 +38,7 @@ class MaskPairJob:
         image = CheckedImage(self.file_name)
         try:
             if not self.masks:
-                raise Defect("missing_mask", "no mask of this name; an image without objects needs an empty one")
+                raise Defect("missing_mask", "no mask of this name; an image without objects needs an empty mask")
             labels, is_lossy = read_labels(self.border.check(self.masks[0]), self.settings.images)
             image.inspect(self.border.check(self.path), labels.shape, self.settings)
         except Defect as defect:
@@ -93,14 +92,14 @@ class MaskPairJob:
 def list_jobs(
     part: Part, settings: DatasetConfig, report: DatasetReport
 ) -> tuple[list[MaskPairJob], dict[int, str] | None]:
-    """Return a job for every image; its objects are of one category, or of that of their grey value."""
+    """Return a job for every image, and no categories: objects have none, or their grey value."""
     masks: dict[str, list[Path]] = {}
     for path in sorted(part.labels.rglob("*")):
         if path.suffix.lower() in IMAGE_SUFFIXES:
             relative = path.relative_to(part.labels)
             for name in {_fold(relative), _fold(relative.with_name(MASK_ENDING.sub("", path.stem) + ".x"))}:
                 masks.setdefault(name, []).append(path)
-            if len(relative.parts) > 1:  # a folder of masks, one object each
+            if len(relative.parts) > 1:  # a folder with one mask per object
                 masks.setdefault(f"{_fold(relative.parent / 'x')[:-2]}/", []).append(path)
     jobs, border = [], Border(part, settings)
     for path in sorted(part.images_dir.rglob("*")):
@@ -117,15 +116,15 @@ def _fold(relative: Path) -> str:
 
 
 def _find_foreground(labels: np.ndarray) -> np.ndarray:
-    """Return what is brighter than half of the brightest, H x W, bool; numbers up to 1 mean themselves."""
+    """Return the pixels brighter than half of the brightest, H x W, bool. In a mask of 0 and 1 these are the ones."""
     brightest = int(labels.max(initial=0))
     return labels > (127 if 1 < brightest < 256 and brightest > 127 else brightest // 2)
 
 
 def _holds_numbers(labels: np.ndarray) -> bool:
-    """Whether more than two numbers are objects, and not the smoothed edges of a black and white mask.
+    """Return whether the middle values are object numbers, not the smoothed edges of a black and white mask.
 
-    An edge is a line or two wide: hardly any 2 x 2 pixels of it have one number, where objects consist of such.
+    A smoothed edge is one or two pixels wide, so few of its 2 x 2 blocks are equal. Objects consist of equal blocks.
     """
     brightest = labels.max(initial=0)
     is_between = (labels > 0) & (labels < brightest)

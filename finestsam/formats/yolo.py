@@ -1,4 +1,4 @@
-"""Read YOLO's segmentation files: one text an image, one object a line, corners as shares of width and height."""
+"""Read YOLO's segmentation files: one text file per image, one line per object, corners as shares of width, height."""
 
 import os
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class YoloJob:
     settings: DatasetConfig
 
     def check(self) -> CheckedImage:
-        """Read the image and the objects of its lines; an object's id is the number of its line."""
+        """Read the image and its objects, one per line. An object's id is its line number."""
         image = CheckedImage(self.file_name)
         try:
             lines = self._read_lines()
@@ -57,7 +57,7 @@ class YoloJob:
         try:
             return content.decode("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
-            raise Defect("broken_labels", f"{self.labels.name} is no text that can be read ({error})") from None
+            raise Defect("broken_labels", f"{self.labels.name} is not UTF-8 text ({error})") from None
 
     def _read_line(self, line: str, size: tuple[int, int], remarks: list[Remark]) -> tuple[int, list[float]]:
         """Return the class and the corners [x0, y0, x1, y1, ...] in pixels."""
@@ -69,18 +69,18 @@ class YoloJob:
         if len(shares) == 4:
             if not self.settings.masks_from_boxes:
                 raise Defect("box_only", "a box, not an outline")
-            remarks.append(("mask_from_box", "its box is taken for the mask"))
-            x, y, width, height = shares  # of the middle, then the sides
+            remarks.append(("mask_from_box", "its box is used as the mask"))
+            x, y, width, height = shares  # centre, then size
             left, right, top, bottom = x - width / 2, x + width / 2, y - height / 2, y + height / 2
             shares = [left, top, right, top, right, bottom, left, bottom]
         height, width = size
-        return category, [share * (height if place % 2 else width) for place, share in enumerate(shares)]
+        return category, [share * (height if index % 2 else width) for index, share in enumerate(shares)]
 
 
 def list_jobs(
     part: Part, settings: DatasetConfig, report: DatasetReport
 ) -> tuple[list[YoloJob], dict[int, str] | None]:
-    """Return a job for every image, and the names of the classes where a file has them."""
+    """Return a job for every image, and the class names if a file has them."""
     jobs, border = [], Border(part, settings)
     for path in sorted(part.images_dir.rglob("*")):
         if path.suffix.lower() in IMAGE_SUFFIXES:
@@ -92,10 +92,10 @@ def list_jobs(
 
 
 def read_names(part: Part, settings: DatasetConfig, report: DatasetReport | None = None) -> dict[int, str]:
-    """Return the classes' names from data.yaml or classes.txt, in the dataset's folder or beside the labels.
+    """Return the class names from data.yaml or classes.txt, in the dataset's folder or beside the labels.
 
     Args:
-        report: files that should have names and cannot be read are noted in it.
+        report: receives a remark for each file of names that cannot be read.
     """
     border = Border(part, settings)
     for folder in dict.fromkeys((part.root, part.labels.parent, part.labels)):
@@ -106,7 +106,7 @@ def read_names(part: Part, settings: DatasetConfig, report: DatasetReport | None
                 names = _list_names(content) if path in lists else _parse_yaml_names(content)
             except Defect as defect:
                 if report:
-                    report.remark("names_unread", path.name, f"no names of classes are taken from it: {defect.message}")
+                    report.remark("names_unread", path.name, f"class names cannot be read from it: {defect.message}")
                 continue
             if names:
                 return names

@@ -1,8 +1,4 @@
-"""Read any image to RGB, resize its longest side, and move points and boxes between frames.
-
-`original` is the file, upright. `input` is the image with its longest side resized to the model's size, before the
-padding at the right and bottom.
-"""
+"""Read and write image files: RGB images, label images, sizes and hashes."""
 
 import functools
 import hashlib
@@ -24,11 +20,11 @@ from finestsam.errors import Defect
 from finestsam.runtime.whole_files import replacing
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
-# What Pillow may take a file for, whatever its name. Its readers of rarer kinds fail in many more ways.
+# The formats that Pillow may detect, whatever the file's name is. Its readers of rare formats fail in many more ways.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 JPEG_QUALITY = 85
-ORIENTATION_TAG = 0x0112  # of EXIF; from 5 on width and height are exchanged
-# What brings a stored image upright, by its EXIF orientation.
+ORIENTATION_TAG = 0x0112  # of EXIF; orientations 5 to 8 exchange width and height
+# By EXIF orientation: the turn that makes a stored image upright.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -43,34 +39,34 @@ TURNS_BACK = TURNS | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_27
 
 @dataclass
 class ImageFacts:
-    """What is known of an image once its file was read to the end."""
+    """Facts about an image whose whole file was read."""
 
     size: tuple[int, int]  # of the image as `read_image` returns it
-    digest: str  # of the file's bytes; of deep pixels also of how they are brought to 8 bits
-    remarks: list[tuple[str, str]] = field(default_factory=list)  # code and message of what is used all the same
+    digest: str  # hash of the file's bytes; for deep pixels also of the setting that converts them to 8 bits
+    remarks: list[tuple[str, str]] = field(default_factory=list)  # code and message; the image is used anyway
 
 
 def read_image(
     path: Path, expected_size: tuple[int, int] | None = None, settings: ImagesConfig | None = None
 ) -> np.ndarray:
-    """Read an image of any common kind, upright.
+    """Read an image of any common format, upright.
 
     Args:
         expected_size: (height, width) that the annotations were drawn on. Labelling tools disagree about the EXIF
-            orientation: where the stored size is the expected one and the upright size is not, the image stays as
-            it is stored.
+            orientation: if the stored size is the expected one and the upright size is not, the image is returned
+            as it is stored.
 
     Returns:
         H x W x 3, uint8, RGB.
 
     Raises:
-        Defect: the file is missing, no image, cut short, too large, or of another size than expected.
+        Defect: the file is missing, not an image, truncated, too large, or has an unexpected size.
     """
     return decode_image(_read_bytes(path), expected_size, settings)
 
 
 def read_hashed_image(path: Path, settings: ImagesConfig | None = None) -> tuple[np.ndarray, str]:
-    """Return an image, as `read_image` reads it, and its hash, as `hash_image` makes it, from the same bytes."""
+    """Return the results of `read_image` and `hash_image` from the same bytes."""
     data = _read_bytes(path)
     return decode_image(data, settings=settings), _hash_image(data, settings)
 
@@ -90,10 +86,10 @@ def decode_image(
 
 
 def read_labels(path: Path, settings: ImagesConfig | None = None) -> tuple[np.ndarray, bool]:
-    """Read an image whose pixels are numbers, as it is stored: grey values, palette indices, or one number a colour.
+    """Read a label image as it is stored: grey values, palette indices, or one number for each colour.
 
     Returns:
-        H x W, int64, and whether the format changes numbers (JPEG does): then only dark and bright are distinct.
+        H x W, int64, and whether the format is lossy (JPEG): then only dark and bright pixels are reliable.
 
     Raises:
         Defect: as `read_image`.
@@ -115,7 +111,7 @@ def read_labels(path: Path, settings: ImagesConfig | None = None) -> tuple[np.nd
 
 
 def find_pixel_kind(path: Path, settings: ImagesConfig | None = None) -> Literal["palette", "grey", "colour", "deep"]:
-    """Return what the pixels of an image are; colours that are all grey are grey, more than 8 bits are deep.
+    """Return the kind of an image's pixels. Colour images with only grey pixels are grey; more than 8 bits are deep.
 
     Raises:
         Defect: as `read_image`.
@@ -125,14 +121,14 @@ def find_pixel_kind(path: Path, settings: ImagesConfig | None = None) -> Literal
             return "palette"
         if image.mode not in ("L", "LA", "La", "RGB", "RGBA"):
             return "deep"
-        colours = np.asarray(image.convert("RGB"))  # grey in three channels is grey
+        colours = np.asarray(image.convert("RGB"))
         return "grey" if (colours == colours[..., :1]).all() else "colour"
 
 
 def inspect_image(
     path: Path, expected_size: tuple[int, int] | None = None, settings: ImagesConfig | None = None
 ) -> ImageFacts:
-    """Decode an image to see that all of it can be read; cheaper than `read_image`, with the same defects."""
+    """Check that the whole image can be decoded. Cheaper than `read_image`, and finds the same defects."""
     data = _read_bytes(path)
     settings = settings or ImagesConfig()
     with _open_image(data, settings) as image:
@@ -140,22 +136,25 @@ def inspect_image(
         frame = _read_frame(image)
         height, width = frame.stored
         size = _choose_size(frame, expected_size)
-        # A JPEG is read to its end at an eighth of its size too, in half the time.
+        # A JPEG decoded at an eighth of its size is still read to the end, in half the time.
         image.draft(None, (width // 8 or 1, height // 8 or 1))
         image.load()
         remarks = _list_remarks(image, is_deep)
         if frame.orientation != 1 and height == width:
             remarks.append(
-                ("ambiguous_turn", "a square image with an EXIF orientation: taken as annotated upright, check it")
+                (
+                    "ambiguous_turn",
+                    "a square image with an EXIF orientation: annotations are taken as upright, check it",
+                )
             )
     return ImageFacts(size, _hash(data, is_deep, settings), remarks)
 
 
 def hash_image(path: Path, settings: ImagesConfig | None = None) -> str:
-    """Return the hash of an image, as `ImageFacts.digest` has it.
+    """Return the hash of an image, the same as `ImageFacts.digest`.
 
     Raises:
-        Defect: the file is missing or no image.
+        Defect: the file is missing or not an image.
     """
     return _hash_image(_read_bytes(path), settings)
 
@@ -167,7 +166,7 @@ def _hash_image(data: bytes, settings: ImagesConfig | None) -> str:
 
 
 def _hash(data: bytes, is_deep: bool, settings: ImagesConfig) -> str:
-    """Return a hash of what the pixels depend on."""
+    """Return a hash of everything that the pixels depend on."""
     digest = hashlib.blake2b(data, digest_size=16)
     if is_deep:
         digest.update(settings.deep_range.encode())
@@ -175,14 +174,14 @@ def _hash(data: bytes, is_deep: bool, settings: ImagesConfig) -> str:
 
 
 def read_image_size(path: Path, settings: ImagesConfig | None = None) -> tuple[int, int]:
-    """Return the upright (height, width) from the file's head, without decoding the image."""
+    """Return the upright (height, width) from the file's header, without decoding the image."""
     with _open_image(_read_bytes(path), settings or ImagesConfig()) as image:
         return _read_frame(image).upright
 
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        if not path.is_file():  # False for folders, pipes and devices too, which must not be opened
+        if not path.is_file():  # False for folders, pipes and devices too: they must not be opened
             raise Defect("missing_file", "no such file" if not path.exists() else "not a regular file")
         return path.read_bytes()
     except (OSError, ValueError) as error:
@@ -191,52 +190,52 @@ def _read_bytes(path: Path) -> bytes:
 
 @contextmanager
 def _open_image(data: bytes, settings: ImagesConfig) -> Iterator[Image.Image]:
-    """Open an image whose claimed size was checked; what Pillow raises from here on becomes a Defect."""
+    """Open an image and check the size in its header. Errors of Pillow inside the context become a Defect."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of damaged metadata, in words that no user can act on
+        warnings.simplefilter("ignore")  # Pillow's warnings about damaged metadata do not help a user
         yield from _open_checked(data, settings)
 
 
 def _open_checked(data: bytes, settings: ImagesConfig) -> Iterator[Image.Image]:
     try:
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is checked below
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # our own limit is checked below
         try:
             image = Image.open(io.BytesIO(data), formats=_list_formats())
         finally:
             Image.MAX_IMAGE_PIXELS = limit
         with image:
-            # A file of a few kilobytes can claim billions of pixels.
+            # The header of a small file can claim billions of pixels.
             if image.width * image.height > settings.max_pixels:
                 limit = f"at most {settings.max_pixels} (dataset.images.max_pixels)"
                 raise Defect("too_large", f"{image.width} x {image.height} pixels, {limit}")
             yield image
     except UnidentifiedImageError:
         raise Defect(
-            "not_an_image", "not an image, whatever its name says" if data else "not an image but an empty file"
+            "not_an_image", "not an image, despite its name" if data else "an empty file, not an image"
         ) from None
     except MemoryError:
-        raise Defect("too_large", "more pixels than there is memory for") from None
+        raise Defect("too_large", "too many pixels for the memory") from None
     except Defect:
         raise
-    except Exception as error:  # whatever a damaged file makes Pillow or OpenCV stumble over
+    except Exception as error:  # a damaged file can make Pillow or OpenCV raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise Defect("broken_image", f"truncated or broken image ({reason:.200})") from None
 
 
 @functools.cache
 def _list_formats() -> list[str]:
-    """Return those of `FORMATS` that this Pillow was built with."""
+    """Return the `FORMATS` that this Pillow supports."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
 
 @dataclass
 class _Frame:
-    """How an image lies in its file."""
+    """Size and orientation of an image in its file."""
 
     stored: tuple[int, int]
     orientation: int  # of EXIF, 1 to 8
-    is_turned_on_load: bool  # Pillow and OpenCV bring a TIFF upright, and leave all others as they are stored
+    is_turned_on_load: bool  # Pillow and OpenCV load only a TIFF upright, other formats as they are stored
 
     @property
     def upright(self) -> tuple[int, int]:
@@ -244,17 +243,17 @@ class _Frame:
 
 
 def _read_frame(image: Image.Image) -> _Frame:
-    """Return how an image lies in its file. Before it is loaded: then a TIFF forgets its orientation."""
+    """Return the stored size and the orientation. Call it before loading: a loaded TIFF loses its orientation."""
     orientation = image.getexif().get(ORIENTATION_TAG, 1)  # loads a PNG
-    orientation = int(orientation) if orientation in TURNS else 1  # damaged files have text or bytes there
+    orientation = int(orientation) if orientation in TURNS else 1  # damaged files can have text or bytes there
     if image.format == "TIFF":
-        # Its own size is already that of the upright image.
+        # Pillow gives the size of the upright image, the tags the stored one.
         return _Frame((image.tag_v2[IMAGELENGTH], image.tag_v2[IMAGEWIDTH]), orientation, True)
     return _Frame((image.height, image.width), orientation, False)
 
 
 def _choose_size(frame: _Frame, expected_size: tuple[int, int] | None) -> tuple[int, int]:
-    """Return which of the two the annotations were drawn on; upright where both or no expectation fits."""
+    """Return the upright or the stored size, whichever is expected; upright if both fit or none is expected."""
     if expected_size is None or frame.upright == expected_size:
         return frame.upright
     if frame.stored == expected_size:
@@ -267,7 +266,7 @@ def _choose_size(frame: _Frame, expected_size: tuple[int, int] | None) -> tuple[
 
 
 def _turn(image: Image.Image, frame: _Frame, expected_size: tuple[int, int] | None) -> Image.Image:
-    """Return a loaded image upright, or as it is stored where the annotations were drawn on that."""
+    """Return a loaded image upright, or as it is stored if the annotations were drawn on the stored image."""
     is_wanted_upright = _choose_size(frame, expected_size) == frame.upright
     if frame.orientation == 1 or is_wanted_upright == frame.is_turned_on_load:
         return image
@@ -275,17 +274,17 @@ def _turn(image: Image.Image, frame: _Frame, expected_size: tuple[int, int] | No
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Tell pixels of more than 8 bits, which `dataset.images.deep_range` brings to 8. Before they are loaded."""
+    """Return whether pixels have more than 8 bits (see `dataset.images.deep_range`). Call it before loading."""
     return image.mode.startswith(("I", "F")) or _has_deep_colours(image)
 
 
 def _has_deep_colours(image: Image.Image) -> bool:
-    """Tell 16 bits in each of several channels, of which Pillow would keep the upper eight. Before it is loaded."""
+    """Return whether an image has several channels of 16 bits; Pillow keeps only 8 of them. Call it before loading."""
     return len(image.getbands()) > 1 and any(";16" in str(tile[3]) for tile in image.tile)
 
 
 def _read_deep_colours(data: bytes, settings: ImagesConfig) -> Image.Image:
-    # Not IMREAD_COLOR_RGB: of a TIFF of 16 bits OpenCV then returns memory that it has not written.
+    # Not IMREAD_COLOR_RGB: with it OpenCV returns uninitialised memory for a 16-bit TIFF.
     values = cv2.imdecode(
         np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
     )
@@ -299,12 +298,12 @@ def _to_rgb(image: Image.Image, settings: ImagesConfig) -> np.ndarray:
         return np.repeat(_stretch_to_uint8(np.asarray(image), settings)[:, :, None], 3, axis=2)
     if image.mode == "P":
         image = image.convert("RGBA")
-    # Alpha is dropped, not blended: what lies under it is what the labels were drawn on.
+    # Alpha is dropped, not blended: the annotations were drawn on the colours below it.
     return np.array(image.convert("RGB"))
 
 
 def _stretch_to_uint8(values: np.ndarray, settings: ImagesConfig) -> np.ndarray:
-    """Map deep grey values to 0..255; between percentiles, because 12-bit data fills only 1/16 of 16 bits."""
+    """Map deep grey values to 0..255, by percentiles since 12-bit data fills only 1/16 of 16 bits."""
     finite = np.where(np.isfinite(values), values, 0).astype(np.float32)
     if settings.deep_range == "full":
         low, high = (0, 65535) if values.dtype.kind in "iu" else (0, 1)
@@ -316,20 +315,20 @@ def _stretch_to_uint8(values: np.ndarray, settings: ImagesConfig) -> np.ndarray:
 def _list_remarks(image: Image.Image, is_deep: bool) -> list[tuple[str, str]]:
     remarks = []
     if is_deep:
-        remarks.append(("deep_pixels", "16-bit or float pixels, brought to 8 bits as dataset.images.deep_range says"))
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a photo with its preview behind it
+        remarks.append(("deep_pixels", "16-bit or float pixels, converted to 8 bits by dataset.images.deep_range"))
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # an MPO is an image with a preview after it
         remarks.append(("several_frames", f"{image.n_frames} frames, the first is used"))
     if "A" in image.getbands():
         low, high = image.getchannel("A").getextrema()
         if low != high:
-            remarks.append(("alpha", "transparency left out: what lies under it is used"))
+            remarks.append(("alpha", "transparency is ignored: the colours below it are used"))
     return remarks
 
 
 def write_image(path: Path, image: np.ndarray) -> None:
-    """Write an RGB uint8 image, or H x W numbers, uint8 or uint16; the suffix names the format.
+    """Write an RGB uint8 image, or H x W numbers (uint8 or uint16). The suffix chooses the format.
 
-    A reader never meets half a file.
+    Other processes never see an incomplete file.
     """
     with replacing(path) as partial:
         Image.fromarray(image).save(partial, format=Image.registered_extensions()[path.suffix.lower()])

@@ -1,4 +1,8 @@
-"""Frames: from the pixels of a file to those that the model sees, and back; grids of points and crops."""
+"""Move images, points and boxes between frames; build grids of points and crops.
+
+`original` is the file, upright. `input` is the image with its longest side resized to the model's size, before the
+padding at the right and bottom.
+"""
 
 import math
 
@@ -36,14 +40,14 @@ def scale_boxes(boxes: np.ndarray, from_size: tuple[int, int], to_size: tuple[in
 
 
 def shrink_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return the share of each target pixel that the mask covers, float32 in [0, 1], at (height, width) `size`."""
+    """Return a mask resized to (height, width) `size`: the covered share of each pixel, float32 in [0, 1]."""
     shrinks = size[0] <= mask.shape[0] and size[1] <= mask.shape[1]
     interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     return cv2.resize(mask.astype(np.float32), size[::-1], interpolation=interpolation)
 
 
 def enlarge(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return an image or a map at a larger (height, width), smooth (bicubic) between its pixels."""
+    """Enlarge an image or a map to (height, width) `size`, bicubic."""
     return cv2.resize(image, size[::-1], interpolation=cv2.INTER_CUBIC)
 
 
@@ -59,13 +63,13 @@ def build_point_grid(points_per_side: int) -> np.ndarray:
 
 
 def build_crop_boxes(size: tuple[int, int], layer_count: int, overlap_ratio: float) -> list[list[int]]:
-    """Return the image's own box, then the overlapping crops of each layer, 4^n in layer n, as XYXY pixels.
+    """Return the box of the whole image, then the overlapping crops of each layer (4^n in layer n), XYXY pixels.
 
     Source: `generate_crop_boxes` in segment_anything's utils/amg.py.
 
     Args:
         size: (height, width) of the image.
-        overlap_ratio: of the first layer's crops, share of the image's short side; halved in each further one.
+        overlap_ratio: overlap of crops in layer 1, share of the image's short side; halved in each further layer.
     """
     height, width = size
     boxes = [[0, 0, width, height]]

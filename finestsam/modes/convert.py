@@ -57,7 +57,7 @@ def convert(config: Config) -> int:
 def _check_target(root: Path, folder: Path) -> None:
     make_output_folder(folder, str(root))
     if root.resolve() in folder.resolve().parents:
-        raise UserError(f"out_dir {printable(folder)} lies in the dataset, into which nothing is written")
+        raise UserError(f"out_dir {printable(folder)} lies in the dataset, which is never written to")
     if any(folder.iterdir()):
         raise UserError(f"out_dir {printable(folder)} holds files; choose a new folder")
 

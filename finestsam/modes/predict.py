@@ -30,7 +30,7 @@ from finestsam.prediction.results import GeneratedMasks, Results
 from finestsam.prediction.semantic import LABELS_SUFFIX, LEGEND_NAME, predict_classes
 from finestsam.runtime.cpu import set_processor
 from finestsam.runtime.folders import claim_output_folder, is_replaceable, refuse_foreign
-from finestsam.runtime.memory import naming_what_needs_less
+from finestsam.runtime.memory import reporting_out_of_memory
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".wmv", ".flv", ".mpg", ".mpeg"}
 RESULTS_NAME = "predictions.json"
@@ -339,7 +339,7 @@ def _read(path: Path, config: Config) -> _Image:
 
 def _find_masks(embedder: Embedder, image: _Image, path: Path, results: Results) -> GeneratedMasks:
     advice = f"--generator.points_per_batch below {results.settings.points_per_batch}, or a smaller --model.type"
-    with naming_what_needs_less(printable(path), advice):
+    with reporting_out_of_memory(printable(path), advice):
         embedding = embedder.embed_image(image.key, image.pixels)  # from the store where it was predicted before
         return generate_masks(embedder.model, image.pixels, results.settings, embedding)
 

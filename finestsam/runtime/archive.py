@@ -1,4 +1,4 @@
-"""Unpack a zip file that need not be trusted: everything it promises is checked before a byte of it is written."""
+"""Unpack a zip file that is not trusted: all its entries are checked before the first byte is written."""
 
 import os
 import shutil
@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from finestsam.errors import UserError, printable
 
-MAX_RATIO = 100  # bytes for each packed one: jpg has 1, json less than 10, a bomb 1000
-ANY_RATIO_BYTES = 1 << 20  # a blank mask may pack as well as a bomb does
+MAX_RATIO = 100  # unpacked size / packed size: about 1 for jpg, below 10 for json, 1000 for a zip bomb
+ANY_RATIO_BYTES = 1 << 20  # any ratio is allowed up to this size: a blank mask packs as well as a zip bomb
 LIMIT_BYTES = 100_000_000_000
 BLOCK_BYTES = 1 << 20
 
@@ -27,17 +27,18 @@ def unpack(
     is_wanted: Callable[[str], bool] = lambda name: True,
     limit_bytes: int = LIMIT_BYTES,
 ) -> Path:
-    """Return `folder`, with what the zip file holds, unless it is already there.
+    """Unpack a zip file into `folder`, unless the folder exists, and return `folder`.
 
-    The files are written into `.{name}.unpacking` beside it, which becomes the folder when all of them are whole. What
-    an interrupted call left there is written anew. No two processes may unpack into the same folder at once.
+    The files are first written into `.{name}.unpacking` beside the folder, which is renamed when all files are
+    complete. A rest of an interrupted call is removed first. Two processes must not unpack into the same folder at
+    the same time.
 
     Args:
-        is_wanted: whether to unpack the file of that name; the others are neither checked nor written.
-        limit_bytes: what the files may take together.
+        is_wanted: whether to unpack the file with this name. Other files are neither checked nor written.
+        limit_bytes: largest total size of the unpacked files.
 
     Raises:
-        UserError: the archive is hostile or damaged, or there is no room; then nothing is left of it.
+        UserError: the archive is unsafe or damaged, or the disk is too full. No file is left behind.
     """
     if folder.is_dir():
         return folder
@@ -46,7 +47,7 @@ def unpack(
         with zipfile.ZipFile(archive) as source:
             members = [member for member in source.infolist() if is_wanted(member.filename)]
             if not members:
-                raise UserError(f"{archive}: holds none of the files that are looked for")
+                raise UserError(f"{archive}: contains none of the expected files")
             _check_members(archive, members)
             _check_room(archive, members, partial.parent, limit_bytes)
             _remove(partial)
@@ -56,7 +57,7 @@ def unpack(
             finally:
                 _remove(partial)
     except DAMAGED as error:
-        problem = f"damaged, or no zip file: {printable(error)}"
+        problem = f"damaged, or not a zip file: {printable(error)}"
         raise UserError(f"{archive}: {problem}; remove it and fetch it again") from error
     except OSError as error:
         raise UserError(f"cannot unpack {archive} into {folder}: {error.strerror or error}") from error
@@ -64,24 +65,24 @@ def unpack(
 
 
 def _check_members(archive: Path, members: list[zipfile.ZipInfo]) -> None:
-    """Raise if any member leads outside, is no plain file, hides its size, or shares its place with another."""
+    """Raise a UserError if a member is unsafe, or if two members have the same path."""
     seen = set()
     for member in members:
         problem = _find_problem(member)
-        place = PurePosixPath(member.filename)
-        if problem is None and place in seen:
+        path = PurePosixPath(member.filename)
+        if problem is None and path in seen:
             problem = "is in it twice"
         if problem:
             raise UserError(f"{archive}: {printable(member.orig_filename)!r:.200} {problem}; not unpacked")
-        seen.add(place)
+        seen.add(path)
 
 
 def _find_problem(member: zipfile.ZipInfo) -> str | None:
-    name = member.orig_filename  # as written; zipfile cuts it at a NUL and turns \ into / on Windows
+    name = member.orig_filename  # not `filename`: zipfile cuts that at a NUL, and replaces \ by / on Windows
     parts = PurePosixPath(name).parts
     if not parts or ".." in parts or parts[0] == "/" or "\\" in name or "\0" in name or PureWindowsPath(name).drive:
         return "leads outside the folder, expected a relative path with / between its parts"
-    kind = stat.S_IFMT(member.external_attr >> 16)  # the mode on Unix; 0 where the archive has none
+    kind = stat.S_IFMT(member.external_attr >> 16)  # the Unix mode; 0: the archive does not store it
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
         return "is a link or a device, expected files and folders only"
     if member.flag_bits & 0x1:
@@ -94,10 +95,10 @@ def _find_problem(member: zipfile.ZipInfo) -> str | None:
 
 
 def _check_room(archive: Path, members: list[zipfile.ZipInfo], folder: Path, limit_bytes: int) -> None:
-    """Raise if the members together take more than they may, or than there is."""
+    """Raise a UserError if the members together exceed the limit or the free disk space."""
     size = archive.stat().st_size
     packed = sum(member.compress_size for member in members)
-    if packed > size:  # several members name the same packed bytes
+    if packed > size:  # several members use the same packed bytes
         raise UserError(f"{archive}: {packed:,} packed bytes in a file of {size:,}: its members overlap; not unpacked")
     total = sum(member.file_size for member in members)
     limit = min(limit_bytes, max(ANY_RATIO_BYTES, MAX_RATIO * size))
@@ -112,7 +113,7 @@ def _check_room(archive: Path, members: list[zipfile.ZipInfo], folder: Path, lim
 def _write_files(archive: Path, source: zipfile.ZipFile, members: list[zipfile.ZipInfo], folder: Path) -> None:
     folder.mkdir()
     total = sum(member.file_size for member in members)
-    # disable=None: no bar where stderr is not a terminal.
+    # disable=None: no progress bar where stderr is not a terminal.
     with tqdm(desc=f"unpacking {archive.name}", total=total, unit="B", unit_scale=True, disable=None) as progress:
         for member in members:
             target = folder.joinpath(*PurePosixPath(member.filename).parts)
@@ -125,7 +126,7 @@ def _write_files(archive: Path, source: zipfile.ZipFile, members: list[zipfile.Z
 
 
 def _write_file(source: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> None:
-    """Write one member. zipfile reads no more than it promises, and compares the CRC at its end."""
+    """Write one member. zipfile reads at most `file_size` bytes and checks the CRC at the end."""
     with source.open(member) as packed, open(target, "xb") as file:
         shutil.copyfileobj(packed, file, BLOCK_BYTES)
         length = file.tell()

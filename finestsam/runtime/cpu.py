@@ -1,4 +1,4 @@
-"""How this process uses the processor and its memory: set once by each mode, for as long as the process lives."""
+"""Settings of the processor and the memory allocator. Each mode applies them once, for the whole process."""
 
 import ctypes
 import sys
@@ -8,17 +8,17 @@ import torch
 
 from finestsam.config import Config
 
-# From malloc.h. Every tensor above 128 KB is otherwise a mapping of its own that the system clears page by page when
-# it is first written, and takes back when it is freed: a layer that makes and frees 50 MB spends half its time so.
+# From malloc.h. By default, every tensor above 128 KB is a memory mapping of its own. The system clears its pages at
+# the first write and takes them back when the tensor is freed: half the time of a layer that allocates 50 MB.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 NEVER_TRIM = -1
 TOP_PAD_BYTES = 64 << 20
 
-FENV_BYTES = 64  # at least what fenv.h's fenv_t takes anywhere: 32 on x86-64, 8 on ARM
+FENV_BYTES = 64  # at least the size of fenv_t (fenv.h): 32 on x86-64, 8 on ARM
 
 
 def set_processor(config: Config) -> None:
-    """Do what the settings `keep_memory` and `flush_denormals` say."""
+    """Apply the settings `keep_memory` and `flush_denormals`."""
     if config.keep_memory:
         keep_freed_memory()
     if config.flush_denormals:
@@ -26,12 +26,12 @@ def set_processor(config: Config) -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep what it frees for the next tensor, instead of handing it back to the system.
+    """Let this process reuse freed memory for the next tensor, instead of returning it to the system.
 
-    For work on the CPU; the process then holds its peak until it ends.
+    This speeds up work on the CPU. The process then holds its peak memory until it ends.
 
     Returns:
-        Whether the C library has that setting.
+        Whether the C library supports it.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -44,13 +44,13 @@ def keep_freed_memory() -> bool:
 
 
 def flush_denormals() -> bool:
-    """Let float32 numbers below 1.2e-38 be zero, in this thread, in torch's pool, and in threads made from now on.
+    """Replace float32 numbers below 1.2e-38 by zero, in this thread, in torch's thread pool and in later threads.
 
-    What a trained attention takes of its tokens, and still more the gradients of that, hold many such numbers, and
-    Intel's processors take many times as long for each as for any other.
+    The attention weights of a trained model contain many such numbers, and their gradients even more. Intel processors
+    need many times longer for each of them than for other numbers.
 
     Returns:
-        Whether the processor can.
+        Whether the processor supports it.
     """
     if not torch.set_flush_denormal(True):
         return False
@@ -60,11 +60,11 @@ def flush_denormals() -> bool:
 
 
 def _share_floating_point_state() -> None:
-    """Give the threads that torch's pool has already this thread's state; new ones inherit it."""
+    """Copy this thread's floating-point state to the existing threads of torch's pool; new threads inherit it."""
     process = ctypes.CDLL(None)
     try:
         run_in_pool, read, write = process.GOMP_parallel, process.fegetenv, process.fesetenv
-    except AttributeError:  # another OpenMP than GNU's
+    except AttributeError:  # not GNU's OpenMP
         return
     state = ctypes.create_string_buffer(FENV_BYTES)
     if read(state) == 0:
@@ -73,6 +73,6 @@ def _share_floating_point_state() -> None:
 
 @cache
 def has_feature(name: str) -> bool:
-    """Return whether the processor has what torch's list calls so: `avx512_bf16`, `amx_bf16`."""
-    list_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # not in every torch
+    """Return whether the processor has a feature, by torch's name: `avx512_bf16`, `amx_bf16`."""
+    list_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # missing in some versions of torch
     return bool(list_capabilities().get(name))

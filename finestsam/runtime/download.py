@@ -1,7 +1,7 @@
-"""Fetch files over https: continued where they were interrupted, checked as a whole, never half at their place.
+"""Download files over https. An interrupted download continues; a file is checked before it gets its final name.
 
-Beside a target stand, meanwhile, `.{name}.part` (what came so far), `.{name}.part.version` (the server's mark of the
-version that it belongs to) and `.{name}.lock`.
+During a download, three more files lie beside the target: `.{name}.part` (the bytes received so far),
+`.{name}.part.version` (the server's ETag or date of these bytes) and `.{name}.lock`.
 """
 
 import hashlib
@@ -26,60 +26,60 @@ from tqdm import tqdm
 
 from finestsam.errors import UserError
 
-PAUSES_SECONDS = (1, 2, 4)  # before each new try
-TIMEOUT_SECONDS = 30  # without a byte
+PAUSES_SECONDS = (1, 2, 4)  # before each retry
+TIMEOUT_SECONDS = 30  # without receiving a byte
 BLOCK_BYTES = 1 << 20
-BAR_BYTES = 10_000_000  # less is there before a progress bar can be read
-MAX_BYTES = 1_000_000_000  # of a file whose size nobody knows, such as an image: a server may never end
-PARALLEL_COUNT = 8  # small files: most of their time is waiting for the server
+PROGRESS_BAR_BYTES = 10_000_000  # smaller files arrive before a progress bar can be read
+MAX_BYTES = 1_000_000_000  # of a file of unknown size, such as an image: a server may send forever
+PARALLEL_COUNT = 8  # for small files, most of the time is waiting for the server
 
 LENGTH = "[0-9]{1,18}"  # in a header
 
-DROPPED = (ConnectionError, TimeoutError, ssl.SSLError, HTTPException)
+CONNECTION_LOST = (ConnectionError, TimeoutError, ssl.SSLError, HTTPException)
 RANGE_NOT_SATISFIABLE = 416
-PASSING_CODES = {408, RANGE_NOT_SATISFIABLE, 429, 500, 502, 503, 504}
+RETRIED_CODES = {408, RANGE_NOT_SATISFIABLE, 429, 500, 502, 503, 504}
 
 
 def download(url: str, target: Path, sha256: str | None, size_bytes: int | None) -> Path:
-    """Return `target`, fetched from `url` unless it is already there.
+    """Download `url` to `target`, unless `target` exists, and return `target`.
 
-    Of several processes that ask for the same target one fetches it, and the others wait and then use it.
+    If several processes want the same target, one downloads it and the others wait.
 
     Args:
-        url: https; plain http is for loopback addresses only.
-        sha256: what the whole file must have; None: not checked.
-        size_bytes: the same.
+        url: https; http only for loopback addresses.
+        sha256: expected hash of the file; None: not checked.
+        size_bytes: expected size; None: not checked.
     """
     if target.is_file():
         return target
     _refuse_unsafe(url)
-    with _explained(url, target, sha256):
+    with _reporting_failure(url, target, sha256):
         target.parent.mkdir(parents=True, exist_ok=True)
         with lock(target.with_name(f".{target.name}.lock"), target):
             if not target.is_file():
-                _bring(url, target, sha256, size_bytes)
+                _fetch_file(url, target, sha256, size_bytes)
     return target
 
 
 def download_all(urls: dict[Path, str], title: str) -> None:
-    """Fetch many small files, several at a time; files that exist are replaced.
+    """Download many small files in parallel and replace existing ones.
 
-    Nothing is locked: the caller sees to it that no other process fetches the same files meanwhile.
+    There is no lock: the caller makes sure that no other process downloads the same files.
 
     Args:
-        urls: by the place of the file. Their folders are there.
+        urls: by target path. The folders of the targets exist.
     """
 
-    def bring(target: Path, was_reached: bool) -> None:
+    def fetch(target: Path, was_reached: bool) -> None:
         _refuse_unsafe(urls[target])
-        with _explained(urls[target], target, None):
-            _bring(urls[target], target, None, None, was_reached)
+        with _reporting_failure(urls[target], target, None):
+            _fetch_file(urls[target], target, None, None, was_reached)
 
     first, *others = urls
     with ThreadPoolExecutor(PARALLEL_COUNT) as pool, tqdm(desc=title, total=len(urls), disable=None) as progress:
-        bring(first, False)  # alone: being offline is reported at once, and once
+        fetch(first, False)  # before the others: a missing connection is reported at once, and only once
         progress.update()
-        jobs = [pool.submit(bring, target, True) for target in others]
+        jobs = [pool.submit(fetch, target, True) for target in others]
         try:
             for job in as_completed(jobs):
                 job.result()
@@ -90,11 +90,11 @@ def download_all(urls: dict[Path, str], title: str) -> None:
 
 
 def lock(path: Path, subject: Path) -> AbstractContextManager:
-    """Wait for and return the lock, which the system frees when its process ends, however it ends.
+    """Wait for the lock and return it. The system releases it when the process ends for any reason.
 
     Args:
-        path: of the lock's own file.
-        subject: what is downloaded meanwhile, for the screen.
+        path: the lock file.
+        subject: the file to download, for the message.
     """
     file_lock = FileLock(path)
     try:
@@ -105,8 +105,8 @@ def lock(path: Path, subject: Path) -> AbstractContextManager:
 
 
 @contextmanager
-def _explained(url: str, target: Path, sha256: str | None) -> Iterator[None]:
-    """Tell a fault of the network or the disk as the user's, with what can be done by hand."""
+def _reporting_failure(url: str, target: Path, sha256: str | None) -> Iterator[None]:
+    """Turn an error of the network or the disk into a UserError that says how to download the file by hand."""
     try:
         yield
     except (OSError, HTTPException) as error:
@@ -115,39 +115,43 @@ def _explained(url: str, target: Path, sha256: str | None) -> Iterator[None]:
         raise UserError(f"cannot download {url}: {reason}; {by_hand}") from error
 
 
-def _bring(url: str, target: Path, sha256: str | None, size_bytes: int | None, was_reached: bool = False) -> None:
+def _fetch_file(url: str, target: Path, sha256: str | None, size_bytes: int | None, was_reached: bool = False) -> None:
     part = target.with_name(f".{target.name}.part")
-    _fetch(url, part, size_bytes, was_reached)
+    _fetch_with_retries(url, part, size_bytes, was_reached)
     _check(url, part, sha256, size_bytes)
     os.replace(part, target)
-    _version_file(part).unlink(missing_ok=True)
+    _name_version_file(part).unlink(missing_ok=True)
 
 
-def _fetch(url: str, part: Path, size_bytes: int | None, was_reached: bool) -> None:
-    """Fetch with new tries. `was_reached`: another file came from there, so a refused connection may pass."""
+def _fetch_with_retries(url: str, part: Path, size_bytes: int | None, was_reached: bool) -> None:
+    """Download to `part`, and retry after errors.
+
+    Args:
+        was_reached: whether another file arrived from this server, so that a refused connection is worth a retry.
+    """
     for pause in (*PAUSES_SECONDS, None):
         try:
             return _fetch_rest(url, part, size_bytes)
         except (OSError, HTTPException) as error:
-            if pause is None or not _may_pass(error, was_reached or part.exists()):
+            if pause is None or not _is_worth_a_retry(error, was_reached or part.exists()):
                 raise
             if isinstance(error, HTTPError) and error.code == RANGE_NOT_SATISFIABLE:
-                part.unlink()  # longer than the file itself: nothing to continue
+                part.unlink()  # longer than the file on the server, so the download cannot continue
         time.sleep(pause)
 
 
-def _may_pass(error: Exception, was_reached: bool) -> bool:
-    """Whether a new try can help. Where nothing ever came we are offline, which is better said at once."""
+def _is_worth_a_retry(error: Exception, was_reached: bool) -> bool:
+    """Return whether a retry can help. Not if no byte ever arrived: then the machine is offline."""
     if isinstance(error, HTTPError):
-        return error.code in PASSING_CODES
-    if isinstance(error, URLError):  # no connection, as opposed to one that was lost
+        return error.code in RETRIED_CODES
+    if isinstance(error, URLError):  # there never was a connection; a lost one is another error
         return was_reached
-    return isinstance(error, DROPPED)
+    return isinstance(error, CONNECTION_LOST)
 
 
 def _fetch_rest(url: str, part: Path, size_bytes: int | None) -> None:
-    """Add to `part` what it lacks, or all of it where the server cannot continue or has another version by now."""
-    version_file = _version_file(part)
+    """Append the missing bytes to `part`. Download all of it if the server cannot continue or has another version."""
+    version_file = _name_version_file(part)
     version = version_file.read_text(encoding="utf-8") if version_file.exists() else ""
     length = part.stat().st_size if version and part.exists() else 0
     if length and length == size_bytes:
@@ -160,8 +164,9 @@ def _fetch_rest(url: str, part: Path, size_bytes: int | None) -> None:
         if size_bytes and total and total != size_bytes:
             raise UserError(f"{url}: the server offers {total:,} bytes, expected {size_bytes:,}")
         if response.status == 206 and (start != length or _read_version(response) not in (version, "")):
-            version_file.unlink(missing_ok=True)  # the next try fetches the whole
-            raise HTTPException(f"the server sent other bytes than those from {length:,} on of {version or 'the file'}")
+            version_file.unlink(missing_ok=True)  # so the next attempt downloads the whole file
+            wanted = f"byte {length:,} on" + (f" of version {version}" if version else "")
+            raise HTTPException(f"the server sent other bytes than requested (from {wanted})")
         with open(part, "r+b" if start else "wb") as file:
             version_file.write_text(_read_version(response), encoding="utf-8")
             file.seek(start)
@@ -169,7 +174,7 @@ def _fetch_rest(url: str, part: Path, size_bytes: int | None) -> None:
 
 
 def _locate_body(response: HTTPResponse) -> tuple[int, int | None]:
-    """Return where the body begins in the whole file and how long that is, bytes; None: the server does not say."""
+    """Return the position of the body in the file and the file's size, bytes; None: the server does not say."""
     if response.status == 206:
         content_range = response.headers["Content-Range"] or ""  # "bytes 500-999/1000"
         numbers = re.fullmatch(rf"bytes ({LENGTH})-{LENGTH}/({LENGTH})", content_range)
@@ -183,30 +188,30 @@ def _locate_body(response: HTTPResponse) -> tuple[int, int | None]:
 
 
 def _read_version(response: HTTPResponse) -> str:
-    """Return what If-Range recognises this version of the file by; empty: nothing does, it cannot be continued."""
+    """Return the value for If-Range that names this version of the file; empty: the download cannot continue later."""
     etag = response.headers["ETag"] or ""
-    if etag and not etag.startswith("W/"):  # a weak tag does not promise the same bytes (RFC 9110, 13.1.5)
+    if etag and not etag.startswith("W/"):  # a weak tag does not guarantee the same bytes (RFC 9110, 13.1.5)
         return etag
     return response.headers["Last-Modified"] or ""
 
 
 def _copy_body(response: HTTPResponse, file: BinaryIO, total: int | None, limit: int) -> None:
-    """Write what comes.
+    """Write the received bytes to the file.
 
     Args:
-        total: bytes of the whole file; None: the server does not say.
-        limit: bytes that it may have.
+        total: size of the whole file in bytes; None: the server does not say.
+        limit: largest allowed size in bytes.
     """
     name = urlsplit(response.url).path.rpartition("/")[2]
-    is_quick = total is not None and total < BAR_BYTES
-    # disable=None: no bar where stderr is not a terminal.
+    is_quick = total is not None and total < PROGRESS_BAR_BYTES
+    # disable=None: no progress bar where stderr is not a terminal.
     with tqdm(
         desc=name, initial=file.tell(), total=total, unit="B", unit_scale=True, disable=is_quick or None
     ) as progress:
-        # The length is watched here: neither read nor read1 says that a connection ended early.
+        # The length is checked here, since neither read nor read1 reports that a connection ended early.
         while total is None or file.tell() < total:
             if max(total or 0, file.tell()) > limit:
-                raise UserError(f"{response.url}: more than {limit:,} bytes, which is no such file; not fetched")
+                raise UserError(f"{response.url}: more than {limit:,} bytes, too large for this file; not downloaded")
             block = response.read1(BLOCK_BYTES)
             if not block:
                 break
@@ -218,18 +223,18 @@ def _copy_body(response: HTTPResponse, file: BinaryIO, total: int | None, limit:
 
 
 def _check(url: str, part: Path, sha256: str | None, size_bytes: int | None) -> None:
-    """Raise and remove `part` if it is not the expected file."""
+    """Remove `part` and raise a UserError if it is not the expected file."""
     problem = None
     size = part.stat().st_size
     if size_bytes is not None and size != size_bytes:
-        problem = f"{size:,} bytes came, expected {size_bytes:,}"
+        problem = f"received {size:,} bytes, expected {size_bytes:,}"
     elif size == 0:
-        problem = "an empty file came"
+        problem = "received an empty file"
     elif sha256 is not None and (actual := hash_file(part)) != sha256:
         problem = f"its sha256 is {actual}, expected {sha256}"
     if problem:
         part.unlink()
-        raise UserError(f"{url}: {problem}; what came was removed, try again")
+        raise UserError(f"{url}: {problem}; the download was removed, try again")
 
 
 def hash_file(path: Path) -> str:
@@ -241,7 +246,7 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _version_file(part: Path) -> Path:
+def _name_version_file(part: Path) -> Path:
     return part.with_name(f"{part.name}.version")
 
 
@@ -251,7 +256,7 @@ def _refuse_unsafe(url: str) -> None:
 
 
 class _Redirects(HTTPRedirectHandler):
-    """Follows a redirect only to where a download may begin, and never from https to http."""
+    """Follows a redirect only to an allowed address, and never from https to http."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         if not _is_allowed(newurl) or (req.type == "https" and urlsplit(newurl).scheme == "http"):

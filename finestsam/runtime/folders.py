@@ -1,7 +1,7 @@
-"""Where results go: checked before any work is done for them, one process at a time, and nothing in it is lost.
+"""Output folders: checked before the work begins, used by one process at a time, with no file of the user's lost.
 
-A file is replaced only where finestsam wrote it and nobody has changed it since. What was written is known by its hash,
-a line for each file in `.written.jsonl` beside it.
+A file is replaced only if finestsam wrote it and nobody has changed it since. `.written.jsonl` in the folder holds one
+line with the hash of each file that finestsam wrote.
 """
 
 import hashlib
@@ -21,94 +21,94 @@ from finestsam.runtime.whole_files import guard_folder, release_folder, remove_u
 
 WRITTEN_NAME = ".written.jsonl"
 LOCK_NAME = ".written.lock"
-SPARE_LINES = 1000  # more of older files are forgotten
+SPARE_LINES = 1000  # outdated lines of `.written.jsonl` are dropped when there are more than this
 BLOCK_BYTES = 1 << 20
-# How deep below a dataset its folders of images are looked for, which may be links.
+# How many levels of a dataset are searched for links to folders of images.
 DATASET_DEPTH = 3
 
 _claims: dict[Path, "_Claim"] = {}
 
 
 def claim_output_folder(folder: Path, dataset: str | None, names: Iterable[str] = ()) -> Path:
-    """Make a folder for the results of a mode, keep other processes out of it until they are released, and return it.
+    """Make a folder for the results of a mode, lock it against other processes until it is released, and return it.
 
-    From then on a file that finestsam did not write there cannot be replaced.
+    From then on, only files that finestsam wrote can be replaced in it.
 
     Args:
-        dataset: as `make_output_folder` has it.
-        names: of the results.
+        dataset: see `make_output_folder`.
+        names: file names of the results.
 
     Raises:
-        UserError: nothing can be written there, another process writes there, or a file of somebody else has one of
-            the names.
+        UserError: the folder is not writable, another process writes into it, or a file that finestsam did not write
+            has one of the names.
     """
     make_output_folder(folder, dataset)
-    place = folder.resolve()
-    if place not in _claims:
+    resolved = folder.resolve()
+    if resolved not in _claims:
         lock = lock_folder(folder / LOCK_NAME, f"another process writes into out_dir {printable(folder)}")
-        _claims[place] = _Claim(place, lock)
-        guard_folder(place, _claims[place].admit)
+        _claims[resolved] = _Claim(resolved, lock)
+        guard_folder(resolved, _claims[resolved].check_and_record)
     refuse_foreign(folder, names)
     return folder
 
 
 def release_output_folders() -> None:
-    """Let other processes write into what this one has claimed."""
-    for place, claim in _claims.items():
-        release_folder(place)
+    """Let other processes write into the folders that this process has claimed."""
+    for folder, claim in _claims.items():
+        release_folder(folder)
         if claim.lock:
             claim.lock.release()
     _claims.clear()
 
 
 def refuse_foreign(folder: Path, names: Iterable[str]) -> None:
-    """Raise a UserError where a file of a claimed folder has one of the names and is not finestsam's."""
+    """Raise a UserError if a file in a claimed folder has one of the names and finestsam did not write it."""
     for name in names:
         if not is_replaceable(folder / name):
             raise UserError(_describe_foreign(folder / name))
 
 
 def is_replaceable(path: Path) -> bool:
-    """Whether nothing is there, or what finestsam wrote into a folder that is claimed."""
+    """Return whether no file is there, or one that finestsam wrote into a claimed folder."""
     claim = _claims.get(path.parent.resolve())
-    return not os.path.lexists(path) or (claim is not None and claim.wrote(path))
+    return not os.path.lexists(path) or (claim is not None and claim.has_written(path))
 
 
 def lock_folder(lock_file: Path, owner: str) -> FileLock | None:
-    """Lock a folder until the lock is released or this process ends, however it ends; None where the disk has no locks.
+    """Lock a folder until the lock is released or this process ends for any reason; None: the disk has no locks.
 
     Args:
-        owner: what the message says of another process that has it.
+        owner: names the process that holds the lock, for the message.
     """
     lock = FileLock(lock_file)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise UserError(f"{owner}; wait for its end, or stop it") from None
+        raise UserError(f"{owner}; wait until it ends, or stop it") from None
     except (OSError, NotImplementedError) as error:
-        place = printable(lock_file.parent)
-        print(f"warning: {place} cannot be locked ({error}): start no second process on it", file=sys.stderr)
+        folder = printable(lock_file.parent)
+        print(f"warning: cannot lock {folder} ({error}): do not start a second process on it", file=sys.stderr)
         return None
     return lock
 
 
 def make_output_folder(folder: Path, dataset: str | None, setting: str = "out_dir") -> Path:
-    """Make a folder to write into, if it is not there, and return it.
+    """Make a folder to write into, if it does not exist, and return it.
 
     Args:
-        dataset: the dataset that is read, a folder or an annotation file, into which nothing is written.
-        setting: its name on the command line.
+        dataset: a folder or an annotation file that is read; finestsam never writes into a dataset.
+        setting: the folder's name on the command line.
 
     Raises:
-        UserError: it is the root of the disk, lies in the dataset, is a file, or cannot be written into.
+        UserError: the folder is the root of the disk, lies in the dataset, is a file, or is not writable.
     """
     name = f"{setting} {printable(folder)}"
-    place = folder.resolve()
-    if place == Path(place.anchor):
+    resolved = folder.resolve()
+    if resolved == Path(resolved.anchor):
         raise UserError(f"{name} is the root of the disk, expected a folder below it")
-    if dataset and _lies_in_dataset(place, _find_dataset(Path(dataset))):
-        is_it = "is" if place == _find_dataset(Path(dataset)) else "lies in"
-        raise UserError(f"{name} {is_it} the dataset, into which nothing is written; choose another --{setting}")
+    if dataset and _lies_in_dataset(resolved, _find_dataset(Path(dataset))):
+        relation = "is" if resolved == _find_dataset(Path(dataset)) else "lies in"
+        raise UserError(f"{name} {relation} the dataset, which is never written to; choose another --{setting}")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{name} is a file, expected a folder")
     try:
@@ -123,7 +123,7 @@ def make_output_folder(folder: Path, dataset: str | None, setting: str = "out_di
 
 
 def try_to_write(folder: Path) -> str:
-    """Return why no file can be made in a folder; empty: one can. Rights alone do not tell, for root least of all."""
+    """Return why a folder is not writable; empty: it is. Permissions alone do not show this, above all for root."""
     trial = folder / f".trial.{secrets.token_hex(8)}.finestsam.tmp"
     try:
         with trial.open("xb") as file:
@@ -137,23 +137,23 @@ def try_to_write(folder: Path) -> str:
 
 
 def _find_dataset(dataset: Path) -> Path:
-    """Return the folder behind links; of an annotation file the place where it is named, as its images lie there."""
+    """Return the folder without links. Of an annotation file, only its folder is resolved: the images lie there."""
     return dataset.parent.resolve() / dataset.name if dataset.is_file() else dataset.resolve()
 
 
-def _lies_in_dataset(place: Path, dataset: Path) -> bool:
+def _lies_in_dataset(folder: Path, dataset: Path) -> bool:
     if dataset.is_file():  # annotations, with the images in images/ or beside them
-        folder, images = dataset.parent, dataset.parent / "images"
-        return place == folder or place.is_relative_to(images.resolve() if images.is_dir() else folder)
+        parent, images = dataset.parent, dataset.parent / "images"
+        return folder == parent or folder.is_relative_to(images.resolve() if images.is_dir() else parent)
     if not dataset.is_dir():
         return False
-    # A link that leads upwards would make everything part of the dataset.
-    linked = [folder for folder in _list_links(dataset, DATASET_DEPTH) if not dataset.is_relative_to(folder)]
-    return any(place.is_relative_to(folder) for folder in (dataset, *linked))
+    # With a link to a parent folder, every folder would count as part of the dataset.
+    linked = [target for target in _list_links(dataset, DATASET_DEPTH) if not dataset.is_relative_to(target)]
+    return any(folder.is_relative_to(target) for target in (dataset, *linked))
 
 
 def _list_links(folder: Path, depth: int) -> Iterator[Path]:
-    """Yield where links to folders lead."""
+    """Yield the targets of links to folders."""
     try:
         entries = [entry for entry in os.scandir(folder) if entry.is_dir()]
     except OSError:
@@ -167,7 +167,7 @@ def _list_links(folder: Path, depth: int) -> Iterator[Path]:
 
 @dataclass
 class _Claim:
-    """A folder that this process writes into, and the files that finestsam wrote there."""
+    """A folder that this process writes into, and the files that finestsam wrote into it."""
 
     folder: Path
     lock: FileLock | None
@@ -180,26 +180,27 @@ class _Claim:
             try:
                 self.lines.setdefault(json.loads(line)["name"], []).append(line)
             except (ValueError, KeyError, TypeError):
-                continue  # cut short by a kill
+                continue  # incomplete: the process was killed
         if sum(map(len, self.lines.values())) > 2 * len(self.lines) + SPARE_LINES:
-            # The last two: of what was to be written when a process was killed, and of what stayed.
+            # Two lines a file: if a process is killed, the last is of the unfinished file, the one before of the old.
             self.lines = {name: lines[-2:] for name, lines in self.lines.items()}
             write_text(path, "".join(f"{line}\n" for lines in self.lines.values() for line in lines))
 
-    def wrote(self, path: Path) -> bool:
+    def has_written(self, path: Path) -> bool:
+        """Return whether finestsam wrote the file and it has not changed since."""
         if path.is_symlink() or not path.is_file() or path.name not in self.lines:
             return False
         return _describe(path.name, path) in self.lines[path.name]
 
-    def admit(self, path: Path, content: Path | None) -> None:
-        """Note what takes the place of a file, or raise where that is not finestsam's.
+    def check_and_record(self, path: Path, content: Path | None) -> None:
+        """Raise a UserError if finestsam did not write the old file at `path`; record the hash of the new one.
 
         Args:
-            content: the file that is put there; None: nothing is.
+            content: the new file; None: the old file is removed.
         """
-        if path.name.startswith("."):  # what is not for the user
+        if path.name.startswith("."):  # a file of finestsam's own, not for the user
             return
-        if os.path.lexists(path) and not self.wrote(path):
+        if os.path.lexists(path) and not self.has_written(path):
             raise UserError(_describe_foreign(path))
         if content is None:
             return
@@ -219,7 +220,7 @@ def _describe(name: str, content: Path) -> str:
 
 def _describe_foreign(path: Path) -> str:
     return (
-        f"{printable(path)} is not replaced: it is no result of finestsam's, or was changed since; move it away, or "
+        f"{printable(path)} is not replaced: finestsam did not write it, or it was changed since; move it away, or "
         "choose another --out_dir"
     )
 
@@ -228,13 +229,11 @@ def cache_folder() -> Path:
     """Return $FINESTSAM_CACHE, or finestsam/ in the user's cache folder. It may not exist yet.
 
     Raises:
-        UserError: there is no home, as in containers that run under a number that belongs to nobody.
+        UserError: there is no home folder, as in a container that runs under an unknown user id.
     """
     try:
         if own := os.environ.get("FINESTSAM_CACHE"):
             return Path(own).expanduser()
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finestsam"
     except RuntimeError:
-        raise UserError(
-            "no home folder is known to keep downloads and caches in: set FINESTSAM_CACHE to a folder"
-        ) from None
+        raise UserError("no home folder for downloads and caches: set FINESTSAM_CACHE to a folder") from None

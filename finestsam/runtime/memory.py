@@ -1,4 +1,4 @@
-"""Memory that does not suffice: how an error says so, and what is said then."""
+"""Recognise errors that mean out of memory, and report them with advice."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,20 +7,20 @@ import torch
 
 from finestsam.errors import UserError
 
-# The CPU's allocator has no error of its own; cuBLAS and cuDNN have others than torch.
-SIGNS = ("can't allocate memory", "ALLOC_FAILED")
+# Parts of the messages of the CPU's allocator, and of cuBLAS and cuDNN, which raise a plain RuntimeError.
+MESSAGE_PARTS = ("can't allocate memory", "ALLOC_FAILED")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in SIGNS)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(part in str(error) for part in MESSAGE_PARTS)
 
 
 @contextmanager
-def naming_what_needs_less(what: str, advice: str) -> Iterator[None]:
-    """Turn an error of memory into a UserError that says what did not fit, and what needs less."""
+def reporting_out_of_memory(subject: str, advice: str) -> Iterator[None]:
+    """Turn an out-of-memory error into a UserError that names what did not fit and the settings that need less."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(f"{what}: the memory is too small; less is needed with {advice}") from None
+        raise UserError(f"{subject}: out of memory; try {advice}") from None

@@ -1,4 +1,4 @@
-"""Read YAML as what a person writes by hand: names, texts, numbers and lists, in bounded time and memory."""
+"""Read the YAML that people write by hand (names, texts, numbers and lists), in bounded time and memory."""
 
 import re
 from pathlib import Path
@@ -8,18 +8,18 @@ import yaml
 
 from finestsam.errors import VALUE_ERRORS, Defect
 
-# Somebody wrote it by hand: LVIS has 1203 categories in 40 kB. PyYAML takes ten seconds for the most.
+# LVIS has 1203 categories in 40 kB. PyYAML takes ten seconds for a file of this size.
 MAX_FILE_BYTES = 1_000_000
-# With every alias replaced by what it stands for: nine lines of ten aliases each make a billion.
+# Counted with every alias replaced by its value: nine lines of ten aliases each make a billion nodes.
 MAX_NODES = 100_000
 MAX_DEPTH = 50
-MAX_OPEN_BRACKETS = 500  # as they stand in the text, for each of which PyYAML looks at the others
-# No number has more digits, and what Python makes of them takes time that grows with their square.
+MAX_OPEN_BRACKETS = 500  # in the text; PyYAML's time grows with their square
+# Python's time to parse a number grows with the square of its digits.
 MAX_NUMBER_LETTERS = 400
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Dates are texts, as they are to a person: no setting is one, and 2024-13-45 is none."""
+    """Reads dates as text: no setting is a date, and 2024-13-45 looks like a date but is not valid."""
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
@@ -28,13 +28,13 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> Any:
-    """Return what a YAML file holds.
+    """Return the content of a YAML file.
 
     Raises:
-        Defect: it is no regular file, too large, not YAML, or more than anybody wrote.
+        Defect: it is not a regular file, not YAML, or beyond the limits.
     """
     try:
-        if not path.is_file():  # False for pipes and devices too, which must not be opened
+        if not path.is_file():  # False for pipes and devices too: they must not be opened
             raise Defect("unreadable", "no such file" if not path.exists() else "not a regular file")
         if path.stat().st_size > MAX_FILE_BYTES:
             raise Defect("too_large", f"{path.stat().st_size:,} bytes, expected at most {MAX_FILE_BYTES:,}")
@@ -47,10 +47,10 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """Return what a text in YAML says.
+    """Return the content of a YAML text.
 
     Raises:
-        Defect: it is not YAML, or more than anybody wrote.
+        Defect: it is not YAML, or beyond the limits.
     """
     loader = None
     try:
@@ -61,25 +61,21 @@ def parse_yaml(text: str) -> Any:
         if node is None:
             return None
         if _count_nodes(node, {}, MAX_DEPTH) > MAX_NODES:
-            raise Defect("too_large", f"stands for more than {MAX_NODES:,} values, by aliases (*name)")
+            raise Defect("too_large", f"more than {MAX_NODES:,} values, with aliases (*name) replaced by their values")
         return loader.construct_document(node)
     except yaml.YAMLError as error:
         raise Defect("not_yaml", f"not YAML: {_describe(error)}") from None
     except RecursionError:
-        raise Defect(
-            "too_deep", "not YAML that can be used: nested too deeply, or an alias of what it lies in"
-        ) from None
+        raise Defect("too_deep", "YAML that is nested too deeply, or a value that contains itself") from None
     except VALUE_ERRORS as error:
-        raise Defect(
-            "not_yaml", f"not YAML: a value is not of the type that it is said to be ({error!r:.100})"
-        ) from None
+        raise Defect("not_yaml", f"not YAML: a value does not fit its tag ({error!r:.100})") from None
     finally:
         if loader is not None:
             loader.dispose()
 
 
 def _count_open_brackets(text: str) -> int:
-    """Return how many brackets are open at most, those within quotes like all others."""
+    """Return the largest number of brackets that are open at once; brackets inside quotes count too."""
     deepest = depth = 0
     for bracket in re.findall(r"[\[\]{}]", text):
         depth = depth + 1 if bracket in "[{" else max(depth - 1, 0)
@@ -88,18 +84,18 @@ def _count_open_brackets(text: str) -> int:
 
 
 def _count_nodes(node: yaml.Node, counts: dict[int, int], depth: int) -> int:
-    """Return how many values a node stands for, each alias replaced by its own.
+    """Return the number of values in a node, with each alias replaced by its values.
 
     Args:
-        counts: of the nodes that were counted, by id; 0 while one is being counted.
-        depth: how deep it may be.
+        counts: results so far, by id of the node; 0: this node is being counted.
+        depth: largest allowed depth.
 
     Raises:
-        RecursionError: a node lies in itself, or is deeper.
+        RecursionError: a node contains itself, or is too deep.
     """
     if isinstance(node, yaml.ScalarNode):
         if len(node.value) > MAX_NUMBER_LETTERS and not node.tag.endswith((":str", ":binary")):
-            raise Defect("too_large", f"not YAML that can be used: a number of {len(node.value)} digits")
+            raise Defect("too_large", f"a number of {len(node.value)} digits, expected at most {MAX_NUMBER_LETTERS}")
         return 1
     known = counts.get(id(node))
     if known == 0 or depth == 0:
@@ -112,7 +108,7 @@ def _count_nodes(node: yaml.Node, counts: dict[int, int], depth: int) -> int:
 
 
 def _describe(error: yaml.YAMLError) -> str:
-    """Return what is wrong in one line, and where."""
+    """Return one line: the problem and its position."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     if mark is None or not problem:
         return " ".join(str(error).split())[:200]

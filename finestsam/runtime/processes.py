@@ -14,10 +14,10 @@ from tqdm import tqdm
 from finestsam.errors import UserError
 from finestsam.runtime.signals import leave_signals_to_parent
 
-# Fewer than these are done before processes have started.
+# Fewer items are done before a process has started.
 ITEMS_WORTH_A_PROCESS = 32
 ITEMS_PER_TASK = 8
-TASKS_AHEAD = 4  # per process: enough to keep it busy, few enough to keep the results small
+TASKS_AHEAD = 4  # per process: keeps it busy and bounds the memory of the results
 MAX_PROCESSES = 32
 
 Item = TypeVar("Item")
@@ -28,14 +28,14 @@ def map_in_processes(function: Callable[[Item], Result], items: Sequence[Item], 
     """Yield `function(item)` in the order of the items, with a progress bar.
 
     Args:
-        function: of the top level of a module, so that another process can find it.
+        function: at the top level of a module, so that other processes can import it.
     """
     count = min(count_cores(), len(items) // ITEMS_WORTH_A_PROCESS, MAX_PROCESSES)
-    results = map(function, items) if count < 2 else _map_beside(function, items, count)
+    results = map(function, items) if count < 2 else _map_in_pool(function, items, count)
     yield from tqdm(results, desc=title, total=len(items), disable=not sys.stderr.isatty(), leave=False)
 
 
-def _map_beside(function: Callable[[Item], Result], items: Sequence[Item], count: int) -> Iterator[Result]:
+def _map_in_pool(function: Callable[[Item], Result], items: Sequence[Item], count: int) -> Iterator[Result]:
     use_one_thread()
     with ProcessPoolExecutor(count, initializer=_start_process) as pool:
         pending: deque = deque()
@@ -48,8 +48,8 @@ def _map_beside(function: Callable[[Item], Result], items: Sequence[Item], count
                 yield from pending.popleft().result()
         except BrokenProcessPool:
             raise UserError(
-                "a process that read the dataset was ended from outside, most likely for want of memory; "
-                "a smaller dataset.images.max_pixels bounds it"
+                "a process that read the dataset was killed, most likely because memory ran out; "
+                "a smaller dataset.images.max_pixels limits the memory"
             ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -65,14 +65,14 @@ def _start_process() -> None:
 
 
 def count_cores() -> int:
-    """Return the cores that this process may use, which a container can limit."""
+    """Return the number of cores that this process may use. A container can limit it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def use_one_thread() -> None:
-    """Keep OpenCV to one thread in this process and those that it starts from now on.
+    """Limit OpenCV to one thread in this process and in processes that it starts from now on.
 
-    Called before processes are forked: a child that inherits a pool whose threads stayed with its parent waits for
-    them for ever, even in `setNumThreads` itself.
+    Call this before forking. A forked child inherits OpenCV's thread pool without its threads and waits for them
+    forever, even inside `setNumThreads`.
     """
     cv2.setNumThreads(1)

@@ -1,4 +1,4 @@
-"""What the processes of a run do together: what stops one of them stops all, at the same place."""
+"""Keep the processes of a run together: whatever stops one of them stops all, at the same point of the work."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -11,36 +11,36 @@ from lightning.fabric import Fabric
 from finestsam.errors import UserError
 from finestsam.runtime.signals import WARNING, Interrupted, Interruption
 
-# One may check a dataset or download for hours while the others wait.
-PATIENCE = timedelta(days=1000)
+# One process may check a dataset or download for hours while the others wait.
+TIMEOUT = timedelta(days=1000)
 
 Result = TypeVar("Result")
 Problem = Interrupted | UserError
 
 
 class Ranks:
-    """The processes of a run; with one there is nobody to agree with.
+    """The processes of a run. With a single process every exchange is trivial.
 
     Args:
-        interruption: what a signal to this process does; it reaches the others on this machine as well.
+        interruption: handles signals to this process, and forwards them to the other processes on this machine.
     """
 
     def __init__(self, fabric: Fabric, interruption: Interruption):
         self._interruption = interruption
         self.rank, self.count = fabric.global_rank, fabric.world_size
         if self.count > 1:
-            self._group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+            self._group = torch.distributed.new_group(backend="gloo", timeout=TIMEOUT)
             interruption.warn_each_other(self._exchange)
 
     def join(self, work: Callable[[], Result], may_stop: bool = True) -> Result:
         """Do the work on every rank, and return this rank's result when all are done.
 
         Args:
-            may_stop: whether a signal stops the work at once; otherwise it waits.
+            may_stop: whether a signal stops the work at once; False: the signal waits.
 
         Raises:
-            Interrupted: a signal stopped the work of any rank.
-            UserError: that of any rank; on the first one. The others leave quietly.
+            Interrupted: a signal stopped the work of a rank.
+            UserError: a rank raised it. Only rank 0 raises it here; the others exit with code 2.
         """
         result, problem = None, None
         try:
@@ -48,24 +48,24 @@ class Ranks:
                 result = work()
         except (Interrupted, UserError) as error:
             problem = error
-        found = [other for other in self._exchange(problem) if other is not None]
-        if found:
-            self._leave(found)
+        problems = [found for found in self._exchange(problem) if found is not None]
+        if problems:
+            self._leave(problems)
         return result
 
     def join_after_first(self, work: Callable[[], Result]) -> Result:
-        """Do the work on the first rank, then on the others, which find what that one has kept."""
+        """Do the work on the first rank, then on the others, which find the files that the first has cached."""
         first = self.join(work if self.rank == 0 else lambda: None)
         others = self.join(work if self.rank > 0 else lambda: None)
         return first if self.rank == 0 else others
 
     def gather(self, work: Callable[[], Result], may_stop: bool = True) -> list[Result]:
-        """Do the work on every rank, and return all results on each, as `join` does."""
+        """Do the work on every rank as `join` does, and return the results of all ranks on each rank."""
         return self._exchange(self.join(work, may_stop))
 
     @property
     def was_signalled(self) -> bool:
-        """Whether a signal waits for the work to come to a place where it can stop."""
+        """Whether a signal waits for a point where the work can stop."""
         return self._interruption.received is not None
 
     def find_signal(self) -> int:
@@ -73,7 +73,7 @@ class Ranks:
         return _choose_signal([number for number in self._exchange(self._interruption.received) if number is not None])
 
     def _exchange(self, mine: Result) -> list[Result]:
-        """Return every rank's object, on every rank."""
+        """Return the objects of all ranks, on every rank."""
         if self.count == 1:
             return [mine]
         shares = [None] * self.count
@@ -90,5 +90,5 @@ class Ranks:
 
 
 def _choose_signal(numbers: list[int]) -> int:
-    """Return what stopped the ranks: what came from outside rather than the warning that they sent each other."""
+    """Return the signal that stopped the ranks; one from outside counts before the warning of another rank."""
     return min(numbers, key=lambda number: number == WARNING)

@@ -1,4 +1,4 @@
-"""What is printed reaches whoever looks, or nobody: work of hours does not end because a window was closed."""
+"""Printing never stops the work: when the terminal or the reading process is gone, output is dropped."""
 
 import errno
 import io
@@ -6,11 +6,11 @@ import os
 import sys
 
 STANDARD = (0, 1, 2)
-NOBODY_LOOKS = {errno.EPIPE, errno.EIO}  # `| head` has read enough; a terminal that is gone
+UNREAD_ERRORS = {errno.EPIPE, errno.EIO}  # a pipe that is closed, as by `| head`; a terminal that is gone
 
 
 class Screen(io.TextIOWrapper):
-    """An output that swallows everything once nobody reads it any more."""
+    """An output stream that drops text once its reader is gone."""
 
     def write(self, text: str) -> int:
         try:
@@ -26,7 +26,7 @@ class Screen(io.TextIOWrapper):
             self._close_if_unread(error)
 
     def _close_if_unread(self, error: OSError) -> None:
-        if error.errno not in NOBODY_LOOKS:
+        if error.errno not in UNREAD_ERRORS:
             raise error
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.fileno())
@@ -34,11 +34,11 @@ class Screen(io.TextIOWrapper):
 
 
 def prepare_screen() -> None:
-    """Let stdout and stderr of this process take any text, be closed from the first on, or be closed meanwhile."""
+    """Let stdout and stderr take any text, even if they are closed at the start or close during the work."""
     for number in STANDARD:
         try:
             os.fstat(number)
-        except OSError:  # closed: the next file that is opened would get its number, and what is printed
+        except OSError:  # closed: the next opened file would get this number and receive the printed text
             os.open(os.devnull, os.O_RDWR)
     sys.stdout = _open_screen(sys.stdout, 1)
     sys.stderr = _open_screen(sys.stderr, 2)
@@ -49,11 +49,11 @@ def _open_screen(stream: io.TextIOWrapper | None, number: int) -> io.TextIOBase:
         return open(os.devnull, "w", encoding="utf-8")
     try:
         if stream.fileno() != number:
-            return stream  # somebody else looks after it
+            return stream  # replaced by other code, such as a test
         stream.flush()
-        # Not its own buffer: whoever has the stream already goes on writing to it.
+        # A new buffer, because other code may still write to the old stream.
         buffer = io.BufferedWriter(io.FileIO(number, "wb", closefd=False))
-        # A name in letters that the screen does not have is shown by their numbers.
+        # Characters that the screen cannot show are printed as their code numbers.
         return Screen(buffer, stream.encoding, errors="backslashreplace", line_buffering=stream.line_buffering)
-    except (OSError, ValueError, AttributeError):  # of a notebook, which has no number
+    except (OSError, ValueError, AttributeError):  # a notebook's stream has no file number
         return stream

@@ -1,4 +1,4 @@
-"""What Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 do: end the work where it stands, or where next nothing is lost."""
+"""Handle Ctrl-C, SIGTERM, SIGHUP and SIGUSR1: stop the work at once, or at the next point where nothing is lost."""
 
 import _thread
 import os
@@ -10,21 +10,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-# A scheduler that takes the machine away sends SIGTERM, or SIGUSR1 where it is set to warn first; a terminal that is
-# closed, or loses its connection, SIGHUP.
+# A scheduler that ends a job sends SIGTERM, or SIGUSR1 if it is configured to warn first. A terminal that closes or
+# loses its connection sends SIGHUP.
 WATCHED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 WARNING = getattr(signal, "SIGUSR1", None)
 HANGUP = getattr(signal, "SIGHUP", None)
-# Modules whose functions Python calls when a process forks or an object goes.
-CALLED_BACK = ("logging", "weakref")
-# What an object is destroyed by: left in the middle, it would be closed again, and be no file any more.
-DESTROYING = ("__del__", "close", "_close")
+# Modules with functions that Python calls when a process forks or an object is destroyed.
+CALLBACK_MODULES = ("logging", "weakref")
+# Functions that close or destroy an object. An interrupted one would run again on a file that is already closed.
+DESTROYING_FUNCTIONS = ("__del__", "close", "_close")
 
 _watching: "Interruption | None" = None
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal came and the work was left; `exit_code` is 128 + its number, as shells do: 130 after Ctrl-C."""
+    """A signal stopped the work. `exit_code` is 128 + its number, as in shells: 130 after Ctrl-C."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -36,11 +36,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interruption:
-    """The first signal raises `Interrupted`, where it is held only sets `received`; the second ends the process.
+    """Signal handler. The first signal raises `Interrupted`, or only sets `received` while signals are held.
+
+    The second signal ends the process.
 
     Args:
-        is_command: False: the process is someone else's (a notebook's, say), and the second signal does what it did
-            before the signals were watched.
+        is_command: False: finestsam runs inside another program, such as a notebook. A second signal then does what it
+            did before the signals were watched.
     """
 
     def __init__(self, is_command: bool = False):
@@ -50,20 +52,20 @@ class Interruption:
         self._is_held = False
         self._pid = os.getpid()
         self._previous: dict[int, object] = {}
-        self._terminals: list[int] = []  # what of stdout and stderr is shown on one
+        self._terminals: list[int] = []  # the descriptors of stdout and stderr that are terminals
 
     def warn_each_other(self, exchange: Callable[[object], list]) -> None:
-        """Let a signal to any process of a run reach all that are on its machine.
+        """Forward a signal to all processes of the run on this machine.
 
         Args:
-            exchange: returns what each of the processes gives it.
+            exchange: takes the object of this process, returns the objects of all processes.
         """
         me = (socket.gethostname(), os.getpid())
         self._companions = [pid for host, pid in exchange(me) if host == me[0] and pid != me[1] and WARNING]
 
     def install(self) -> None:
         self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)] if self._is_command else []
-        # nohup lets a process outlive its terminal: it ignores that signal already.
+        # Under nohup SIGHUP is already ignored, so that the process outlives its terminal.
         watched = [number for number in WATCHED if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN]
         self._previous = {number: signal.signal(number, self._receive) for number in watched}
 
@@ -73,7 +75,7 @@ class Interruption:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Let the first signal wait: the work inside looks at `received` where it can stop."""
+        """Let the first signal wait. The work inside checks `received` where it can stop."""
         self._is_held = True
         try:
             yield
@@ -82,12 +84,12 @@ class Interruption:
 
     @contextmanager
     def released(self) -> Iterator[None]:
-        """Let a signal raise at once within held work, in a part that changes nothing which is to be saved."""
+        """Let a signal raise at once inside held work, in a part that changes nothing that is saved."""
         self._is_held = False
         try:
             self.stop_if_received()
             yield
-            self.stop_if_received()  # one that came while an object was destroyed, where nothing can be raised
+            self.stop_if_received()  # the signal may have come in a destructor, where nothing can be raised
         finally:
             self._is_held = True
 
@@ -97,19 +99,19 @@ class Interruption:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
-            return  # a process that was just forked; its parent handles the signal
+            return  # a newly forked process; its parent handles the signal
         if not self._is_held and _must_end_first(frame):
-            _thread.start_new_thread(_send_later, (number,))  # threading's own would take locks, which may be taken
+            _thread.start_new_thread(_send_later, (number,))  # threading.Thread needs locks that may be held here
             return
         is_first = self.received is None
         if is_first or self.received == WARNING:
             self.received = number
         if number == HANGUP:
             self._leave_terminal()
-        if number != WARNING:  # which companions send each other, and which is no reason to hurry
-            for other, before in self._previous.items():
-                if other not in (WARNING, HANGUP):
-                    signal.signal(other, signal.SIG_DFL if self._is_command else before)
+        if number != WARNING:  # after a warning, the next signal still counts as the first
+            for watched, handler in self._previous.items():
+                if watched not in (WARNING, HANGUP):
+                    signal.signal(watched, signal.SIG_DFL if self._is_command else handler)
         if is_first:
             for pid in self._companions:
                 with suppress(OSError):
@@ -118,7 +120,7 @@ class Interruption:
                 raise Interrupted(number)
 
     def _leave_terminal(self) -> None:
-        """Go on without a terminal that is gone, where writing would fail, and whose shell says so once more."""
+        """Redirect the output away from a closed terminal, and ignore the second SIGHUP that its shell sends."""
         signal.signal(HANGUP, signal.SIG_IGN)
         nowhere = os.open(os.devnull, os.O_RDWR)
         for descriptor in self._terminals:
@@ -127,9 +129,9 @@ class Interruption:
 
 
 def _must_end_first(frame: FrameType | None) -> bool:
-    """Whether this destroys an object or forks: Python drops what is raised there, and says so, or half is left."""
+    """Return whether the code destroys an object or forks: Python would drop the exception or leave it half done."""
     while frame is not None:
-        if frame.f_code.co_name in DESTROYING or frame.f_globals.get("__name__") in CALLED_BACK:
+        if frame.f_code.co_name in DESTROYING_FUNCTIONS or frame.f_globals.get("__name__") in CALLBACK_MODULES:
             return True
         frame = frame.f_back
     return False
@@ -142,7 +144,7 @@ def _send_later(number: int) -> None:
 
 @contextmanager
 def watch_signals(is_command: bool = False) -> Iterator[Interruption]:
-    """Watch the signals, and afterwards leave them as they were; inside another watch, return that one.
+    """Watch the signals, and restore the old handlers afterwards. Inside another watch, give that one.
 
     Args:
         is_command: see `Interruption`.
@@ -161,10 +163,10 @@ def watch_signals(is_command: bool = False) -> Iterator[Interruption]:
 
 
 def leave_signals_to_parent(but_end_on_sigterm: bool = False) -> None:
-    """Let the process that started this one handle the signals that reach both, and end with it.
+    """Ignore signals, which the parent process handles, and end when the parent ends.
 
     Args:
-        but_end_on_sigterm: for a pool that ends its processes so.
+        but_end_on_sigterm: for a pool that ends its processes with SIGTERM.
     """
     for number in WATCHED:
         is_end = but_end_on_sigterm and number == signal.SIGTERM
@@ -173,7 +175,7 @@ def leave_signals_to_parent(but_end_on_sigterm: bool = False) -> None:
 
 
 def end_with_parent() -> None:
-    """End this process within a second when the one that started it is gone, however that ended."""
+    """End this process within a second after its parent process has ended for any reason."""
     threading.Thread(target=_wait_for_parent, args=(os.getppid(),), daemon=True).start()
 
 

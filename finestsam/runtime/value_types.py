@@ -1,4 +1,4 @@
-"""Whether what a file says has the types that its reader works with."""
+"""Check that values from a file have the types that their reader expects."""
 
 import dataclasses
 import types
@@ -10,11 +10,12 @@ LARGEST_NUMBER = 3.4e38  # of float32
 
 
 def find_misfit(values: dict[str, Any], kind: type, finite: bool = True) -> str | None:
-    """Return what is wrong with the first value that is not of the type of its field; None: nothing is.
+    """Return what is wrong with the first value that does not fit the type of its field; None: all fit.
 
     Args:
-        values: by field, of a dataclass `kind`.
-        finite: whether numbers must be.
+        values: by field name.
+        kind: the dataclass that has the fields.
+        finite: whether numbers must be finite.
     """
     hints = get_type_hints(kind)
     missing = [entry.name for entry in dataclasses.fields(kind) if _is_required(entry) and entry.name not in values]
@@ -30,14 +31,14 @@ def find_misfit(values: dict[str, Any], kind: type, finite: bool = True) -> str 
 
 
 def read_number(text: str) -> float:
-    """Return the number that a text is, which must be one that float32 can hold: curves of larger ones overflow.
+    """Return the number in a text. Plots of numbers beyond float32 overflow.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is not a number, or float32 cannot hold it.
     """
     number = float(text)
-    if not abs(number) <= LARGEST_NUMBER:  # NaN as well
-        raise ValueError(f"{text[:40]} is no figure of a run")
+    if not abs(number) <= LARGEST_NUMBER:  # also true for NaN
+        raise ValueError(f"{text[:40]} is not a number that float32 can hold")
     return number
 
 
@@ -46,10 +47,10 @@ def _is_required(entry: dataclasses.Field) -> bool:
 
 
 def fits(value: object, kind: Any, finite: bool = True) -> bool:
-    """Whether a value is of a type: a plain one, a choice, a list, a dict or a union.
+    """Return whether a value fits a type: a plain type, a Literal, a list, a dict or a union.
 
     Args:
-        finite: whether numbers must be, and such as float32 can hold.
+        finite: whether numbers must be finite and within float32.
     """
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any:

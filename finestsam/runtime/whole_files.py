@@ -1,8 +1,7 @@
-"""Files that are whole or not there, whatever happens while one is written: a kill, a full disk, a power cut.
+"""Write files that are either complete or absent, even after a kill, a full disk or a power cut.
 
-What is being written has a name that nothing else has, `.NAME.0123456789abcdef.finestsam.tmp`, and is locked by its
-process: so the rest of a killed process is never taken for the file of a running one, in whatever container or on
-whatever machine.
+A file is first written under a unique name, `.NAME.0123456789abcdef.finestsam.tmp`, which its process locks. An
+unlocked one is therefore the rest of a killed process, even if processes run in several containers or machines.
 """
 
 import json
@@ -16,12 +15,12 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows, which refuses to remove a file that is open
+except ImportError:  # Windows needs no lock: it does not remove an open file
     fcntl = None
 
 UNFINISHED = re.compile(r"\..*\.[0-9a-f]{16}\.finestsam\.tmp")
-OWNER = ".owner"  # in an unfinished folder: the file that is locked
-MAX_NAME = 40  # letters of the name that are kept in the unfinished one, which may be no longer than 255 bytes
+OWNER = ".owner"  # the locked file of an unfinished folder
+MAX_NAME = 40  # letters of the final name in the temporary one, since a name has at most 255 bytes
 
 _guards: dict[Path, Callable[[Path, Path | None], None]] = {}
 
@@ -31,8 +30,7 @@ def guard_folder(folder: Path, guard: Callable[[Path, Path | None], None]) -> No
 
     Args:
         folder: resolved.
-        guard: called with the path and with the file that will take its place, None: the path goes. What it raises
-            leaves everything as it is.
+        guard: called with the path and with the new file (None: the path is removed). If it raises, no file changes.
     """
     _guards[folder] = guard
 
@@ -49,14 +47,14 @@ def _call_guard(path: Path, content: Path | None) -> None:
 
 @contextmanager
 def replacing(path: Path, previous: Path | None = None, is_lasting: bool = True) -> Iterator[Path]:
-    """Give a name beside `path` to write to; what is written takes the place of `path` when it is whole.
+    """Give a temporary path beside `path` to write to, which replaces `path` when it is complete.
 
-    Where writing fails the old file stays as it is, and nothing stays beside it.
+    If writing fails, the old file stays as it is and the temporary file is removed.
 
     Args:
-        previous: the name that the old file gets; None: it goes.
-        is_lasting: wait for the disk, so that not even a power cut leaves half of it. Not worth it for what is made
-            again.
+        previous: new name of the old file; None: the old file is removed.
+        is_lasting: whether to wait for the disk, so that a power cut cannot leave half a file. Not needed for files
+            that can be made again.
     """
     partial = _name_unfinished(path)
     descriptor = _lock(partial)
@@ -78,13 +76,13 @@ def replacing(path: Path, previous: Path | None = None, is_lasting: bool = True)
 
 @contextmanager
 def replacing_set(folder: Path, names: Sequence[str]) -> Iterator[Path]:
-    """Give a folder to write files into that belong together; when all are whole, they replace an older set.
+    """Give a folder for files that belong together. When all are complete, they replace the older set in `folder`.
 
-    Where writing fails the older set stays as it is, and nothing stays beside it.
+    If writing fails, the older set stays as it is and the temporary folder is removed.
 
     Args:
-        names: what the set may consist of. Those that are not written go. The last one is taken away first and put in
-            place last: where it is, the others are those that belong to it.
+        names: all file names that the set can have. Old files that are not written again are removed. The last name is
+            removed first and written last: while it exists, the others belong to the same set.
     """
     with unfinished_folder(folder / names[-1]) as partial:
         yield partial
@@ -104,7 +102,7 @@ def replacing_set(folder: Path, names: Sequence[str]) -> Iterator[Path]:
 
 @contextmanager
 def unfinished_folder(path: Path) -> Iterator[Path]:
-    """Make and give a folder beside `path` to write into, and remove it with what is still in it."""
+    """Make and give a temporary folder beside `path`; remove it and its remaining files afterwards."""
     partial = _name_unfinished(path)
     partial.mkdir()
     descriptor = None
@@ -117,35 +115,35 @@ def unfinished_folder(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a whole file, or leave the old one."""
+    """Write a file completely, or keep the old one."""
     with replacing(path) as partial:
         partial.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file in UTF-8, or leave the old one."""
-    # File names that are no UTF-8 come back as they were.
+    """Write a text file in UTF-8 completely, or keep the old one."""
+    # surrogateescape keeps the bytes of file names that are not UTF-8.
     write_bytes(path, text.encode("utf-8", errors="surrogateescape"))
 
 
 def write_json(path: Path, content: object, indent: int | None = None) -> None:
-    """Write a whole json file, or leave the old one.
+    """Write a json file completely, or keep the old one.
 
     Raises:
-        ValueError: a number is not finite, which json cannot say.
+        ValueError: a number is not finite; json has no form for it.
     """
     write_text(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what processes that were killed while they wrote have left."""
+    """Remove the temporary files of processes that were killed while writing."""
     for path in folder.glob(".*.finestsam.tmp"):
         if not UNFINISHED.fullmatch(path.name) or not _is_abandoned(path):
             continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
             continue
-        with suppress(OSError):  # Windows: refuses while another process writes it
+        with suppress(OSError):  # Windows refuses while another process writes it
             path.unlink()
 
 
@@ -154,12 +152,12 @@ def _name_unfinished(path: Path) -> Path:
 
 
 def _lock(path: Path) -> int | None:
-    """Make an empty file that is locked until `_unlock` or the end of this process, however it ends."""
+    """Make an empty file that is locked until `_unlock` or the end of this process for any reason."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-    if fcntl is None:  # where an open file cannot be renamed either
+    if fcntl is None:  # Windows cannot rename an open file
         os.close(descriptor)
         return None
-    with suppress(OSError):  # a disk without locks: what is left there stays
+    with suppress(OSError):  # on a disk without locks, temporary files of killed processes stay
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return descriptor
 
@@ -170,7 +168,7 @@ def _unlock(descriptor: int | None) -> None:
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Whether no process works on an unfinished file or folder any more. Where that is not known the file stays."""
+    """Return whether no process writes an unfinished file or folder any more; False where this is not known."""
     lock_file = path / OWNER if path.is_dir() else path
     if path.is_symlink() or lock_file.is_symlink() or not lock_file.is_file():
         return False
@@ -190,14 +188,14 @@ def _is_abandoned(path: Path) -> bool:
 
 
 def _sync(path: Path) -> None:
-    """Bring what is written to the disk."""
+    """Wait until the content of a file is on the disk."""
     with path.open("r+b") as file:
         os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:
-    """Bring a new name to the disk; the content is there already."""
-    with suppress(OSError):  # Windows and some network drives cannot
+    """Wait until a new file name is on the disk; the content is there already."""
+    with suppress(OSError):  # Windows and some network drives do not support it
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -14,7 +14,7 @@ from finestsam.config import CHUNK_OBJECTS
 from finestsam.data.dataset import SampleDataset
 from finestsam.errors import Defect, UserError
 from finestsam.images.frames import compute_input_size
-from finestsam.runtime.memory import is_out_of_memory, naming_what_needs_less
+from finestsam.runtime.memory import is_out_of_memory, reporting_out_of_memory
 from finestsam.training.losses import count_frame_pixels, measure_piece_bytes
 from finestsam.training.memory import describe_samples, list_savings
 from finestsam.training.step import Stepper
@@ -88,7 +88,7 @@ def measure_need(stepper: Stepper, dataset: SampleDataset) -> MemoryNeed | None:
     if decodes_masks(stepper.model, stepper.config):
         sample = _find_first(dataset, lambda place: _weigh(dataset, place, resolution))
     sample = sample.to(stepper.model.device)
-    with naming_what_needs_less(describe_samples([sample]), ", ".join(list_savings(stepper.config, stepper.model))):
+    with reporting_out_of_memory(describe_samples([sample]), ", ".join(list_savings(stepper.config, stepper.model))):
         return _measure(stepper, sample, largest)
 
 

@@ -14,7 +14,7 @@ from finestsam.evaluation.prompt_scorer import PromptScorer, average_clicks
 from finestsam.evaluation.prompt_scores import print_skipped, score_batches, summarize_scores
 from finestsam.evaluation.semantic_scores import count_images
 from finestsam.prediction.generator import resolve_generator
-from finestsam.runtime.memory import naming_what_needs_less
+from finestsam.runtime.memory import reporting_out_of_memory
 from finestsam.training.log import GENERATOR_FIGURES, show_progress
 from finestsam.training.run import Run
 from finestsam.training.semantic import summarize_validation
@@ -63,7 +63,7 @@ def _validate_prompts(run: Run) -> dict[str, float]:
     chunk = run.stepper.chunk_objects
 
     def score() -> list:
-        with naming_what_needs_less("validation", f"--chunk_objects below {chunk}, or a smaller --model.type"):
+        with reporting_out_of_memory("validation", f"--chunk_objects below {chunk}, or a smaller --model.type"):
             return score_batches(run.stepper.embedder, batches, chunk)
 
     shares = run.ranks.gather(score)
@@ -79,7 +79,7 @@ def _validate_boxes_and_clicks(run: Run) -> dict[str, float]:
     scorer = PromptScorer(replace(run.config, chunk_objects=chunk), run.stepper.embedder, records, title)
 
     def measure() -> tuple[list, list]:
-        with naming_what_needs_less("validation", f"--chunk_objects below {chunk}, or --evaluate.all_prompts false"):
+        with reporting_out_of_memory("validation", f"--chunk_objects below {chunk}, or --evaluate.all_prompts false"):
             return scorer.score_prompts(["box"])["box"], scorer.measure_clicks()
 
     shares = run.ranks.gather(measure)
@@ -99,7 +99,7 @@ def _validate_generator(run: Run) -> dict[str, float]:
 
     def find() -> list:
         advice = f"--generator.points_per_batch below {start.points_per_batch}, or --evaluate.generator false"
-        with naming_what_needs_less("validation, generator", advice):
+        with reporting_out_of_memory("validation, generator", advice):
             return find_candidates(
                 run.stepper.embedder,
                 records[ranks.rank :: ranks.count],

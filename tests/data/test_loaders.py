@@ -14,7 +14,7 @@ import torch
 
 from finestsam.config import build_config
 from finestsam.data.dataset import SampleDataset, SampleSettings
-from finestsam.data.loaders import Loader, _print_unless_left, build_validation_loader, end_workers
+from finestsam.data.loaders import Loader, _print_unless_parent_stopped, build_validation_loader, end_workers
 from finestsam.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ def test_a_full_shared_memory_is_an_error_in_one_line(dataset, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
 
     assert len(list(build_validation_loader(dataset, 0))) == len(dataset)
-    with pytest.raises(UserError, match="--shm-size makes it larger, --num_workers 0 reads without them$"):
+    with pytest.raises(UserError, match="docker's --shm-size, or use no such processes with --num_workers 0$"):
         list(build_validation_loader(dataset, 2))
 
 
@@ -124,7 +124,7 @@ def test_tensors_that_nobody_takes_any_more_are_no_error_of_a_process(capsys):
         try:
             raise kind("said")
         except kind as error:
-            _print_unless_left(kind, error, error.__traceback__)
+            _print_unless_parent_stopped(kind, error, error.__traceback__)
 
     error = capsys.readouterr().err
     assert error.count("Traceback") == 1 and error.endswith("ZeroDivisionError: said\n")

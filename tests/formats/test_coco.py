@@ -75,7 +75,7 @@ def test_duplicate_and_missing_annotation_ids_lose_no_annotation(coco_folder):
     index = read_plain(coco_folder([make_annotation(0), make_annotation(0), make_annotation(0), missing]))
 
     assert len({annotation.id for annotation in index.records[0].annotations}) == 4
-    assert any("2 annotations had another's id" in line for line in index.report.list_examples())
+    assert any("2 annotations had the id of another" in line for line in index.report.list_examples())
 
 
 def test_a_missing_size_is_taken_from_the_file_and_a_wrong_one_refused(coco_folder):
@@ -122,7 +122,7 @@ def test_one_image_id_for_two_files_is_refused(coco_folder):
     folder = coco_folder([make_annotation(1)], images=images)
     write_image(folder / "images" / "b.png", np.zeros((10, 12, 3), dtype=np.uint8))
 
-    with pytest.raises(UserError, match="image id 1 stands for 'a.png' and for 'b.png'"):
+    with pytest.raises(UserError, match="two images have the id 1: 'a.png' and 'b.png'"):
         read_plain(folder)
 
 

@@ -28,7 +28,7 @@ def test_two_layouts_at_once_need_a_word(tmp_path):
     for part in ("data", "train", "val"):
         write_part(tmp_path / part)
 
-    with pytest.raises(UserError, match="holds data/ and train/"):
+    with pytest.raises(UserError, match="has both data/ and train/"):
         find_layout(tmp_path)
     assert list(find_layout(tmp_path, auto_split=True).parts) == ["all"]
     assert list(find_layout(tmp_path, auto_split=False).parts) == ["train", "val"]

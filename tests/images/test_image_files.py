@@ -291,7 +291,7 @@ def test_every_kind_of_image_is_read_under_any_name(tmp_path, kind):
 def test_rare_kinds_are_no_images(tmp_path, kind):
     (tmp_path / "a.png").write_bytes(encode(kind) if kind != "PSD" else b"8BPS\0\1" + b"\0" * 99)
 
-    with pytest.raises(Defect, match="not an image, whatever its name says"):
+    with pytest.raises(Defect, match="not an image, despite its name"):
         inspect_image(tmp_path / "a.png")
 
 

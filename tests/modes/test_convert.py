@@ -128,7 +128,7 @@ def test_a_folder_that_holds_files_or_is_the_dataset_is_refused(mixed, tmp_path,
     (tmp_path / "full" / "file").touch()
     for folder, message in (
         (tmp_path / "full", "holds files; choose a new folder"),
-        (mixed, "is the dataset, into which nothing is written"),
+        (mixed, "is the dataset, which is never written to"),
         (mixed / "images" / "new", "lies in the dataset"),
     ):
         assert convert(mixed, folder) == 2

@@ -286,7 +286,7 @@ def test_wrong_bytes_are_reported_with_both_hashes_and_removed(site, root, url):
     wrong = site.files[url] = bytes([right[0] ^ 1]) + right[1:]
     hashes = [hashlib.sha256(content).hexdigest() for content in (wrong, right)]
 
-    with pytest.raises(UserError, match=f"its sha256 is {hashes[0]}, expected {hashes[1]}; what came was removed"):
+    with pytest.raises(UserError, match=f"its sha256 is {hashes[0]}, expected {hashes[1]}; the download was removed"):
         fetch(root)
     assert_nothing_to_be_taken_for_complete(root)
     assert not [*root.rglob("*.zip"), *root.rglob("*.part")]

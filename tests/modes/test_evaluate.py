@@ -74,7 +74,7 @@ def test_an_evaluation_that_does_not_fit_into_the_memory_says_what_needs_less(sc
     assert main(["--mode=evaluate", f"--dataset={scenes}", f"--out_dir={tmp_path}", "--chunk_objects=5", *flags]) == 2
 
     error = capsys.readouterr().err
-    assert "weights: the memory is too small; less is needed with" in error and "--chunk_objects below 5" in error
+    assert "weights: out of memory; try" in error and "--chunk_objects below 5" in error
     assert "Traceback" not in error
 
 

@@ -379,5 +379,5 @@ def test_weights_of_somebody_are_not_replaced(weights, tmp_path, capsys, name):
 
     assert export(weights, tmp_path, "sam") == 2
 
-    assert f"{tmp_path / name} is not replaced: it is no result of finestsam's" in capsys.readouterr().err
+    assert f"{tmp_path / name} is not replaced: finestsam did not write it" in capsys.readouterr().err
     assert (list_shown(tmp_path), (tmp_path / name).read_text()) == ([name], "theirs")

@@ -381,7 +381,7 @@ def test_results_of_somebody_are_reported_before_the_work_and_stay(predict, fold
 
     assert code == 2
     assert err == (
-        "finestsam: out/predictions.json is not replaced: it is no result of finestsam's, or was changed since; move "
+        "finestsam: out/predictions.json is not replaced: finestsam did not write it, or it was changed since; move "
         "it away, or choose another --out_dir\n"
     )
     assert snapshot(folder / "out") == before
@@ -398,7 +398,7 @@ def test_a_second_process_does_not_write_into_the_same_folder(predict, folder):
         other.communicate("\n")
 
     assert code == 2
-    assert err == "finestsam: another process writes into out_dir out; wait for its end, or stop it\n"
+    assert err == "finestsam: another process writes into out_dir out; wait until it ends, or stop it\n"
     assert predict("images")[0] == 0
 
 
@@ -494,7 +494,7 @@ def test_an_image_that_does_not_fit_into_the_memory_is_named_with_what_needs_les
     code, _, err = predict("images/scene_0.png", **{"generator.points_per_batch": 64})
 
     assert code == 2
-    assert "scene_0.png: the memory is too small; less is needed with --generator.points_per_batch below 64" in err
+    assert "scene_0.png: out of memory; try --generator.points_per_batch below 64" in err
     assert "Traceback" not in err
 
 

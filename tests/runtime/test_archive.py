@@ -73,7 +73,7 @@ def test_a_folder_that_is_there_is_left_as_it_is(archive, folder):
 def test_only_wanted_files_are_unpacked(archive, folder, refuse):
     write_zip(archive)
 
-    refuse("holds none of the files that are looked for", is_wanted=lambda name: name == "other")
+    refuse("contains none of the expected files", is_wanted=lambda name: name == "other")
     unpack(archive, folder, lambda name: name == "inner/b.bin")
 
     assert read_tree(folder) == {"inner/b.bin": NOISE}
@@ -224,7 +224,7 @@ def test_wrong_bytes_are_reported(archive, refuse):
     content[content.index(NOISE[:20]) + 1000] ^= 1  # noise is stored as it is
     archive.write_bytes(content)
 
-    refuse("damaged, or no zip file: .*; remove it and fetch it again")
+    refuse("damaged, or not a zip file: .*; remove it and fetch it again")
 
 
 def test_a_size_that_is_not_true_is_reported(archive, refuse):
@@ -233,21 +233,21 @@ def test_a_size_that_is_not_true_is_reported(archive, refuse):
 
     write_zip(archive, edit=boast)
 
-    refuse("damaged, or no zip file: inner/deep/c.txt ends after 500 of 600 bytes; remove it and fetch it again")
+    refuse("damaged, or not a zip file: inner/deep/c.txt ends after 500 of 600 bytes; remove it and fetch it again")
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>no zip</html>", b"PK\5\6" + bytes(3)])
 def test_what_is_no_zip_file_is_reported(archive, refuse, content):
     archive.write_bytes(content)
 
-    refuse("damaged, or no zip file: File is not a zip file; remove it and fetch it again")
+    refuse("damaged, or not a zip file: File is not a zip file; remove it and fetch it again")
 
 
 def test_half_a_zip_file_is_reported(archive, refuse):
     content = write_zip(archive).read_bytes()
     archive.write_bytes(content[: len(content) // 2])
 
-    refuse("damaged, or no zip file: File is not a zip file; remove it and fetch it again")
+    refuse("damaged, or not a zip file: File is not a zip file; remove it and fetch it again")
 
 
 def test_any_damage_is_reported_in_one_line_or_harmless(tmp_path, archive):

@@ -43,7 +43,7 @@ def test_what_finestsam_wrote_is_replaced_and_nothing_else(tmp_path):
         True, False, False, True,
     ]  # fmt: skip
     for name in ("b.csv", "c.html"):
-        with pytest.raises(UserError, match=f"{name} is not replaced: it is no result of finestsam's, or was changed"):
+        with pytest.raises(UserError, match=f"{name} is not replaced: finestsam did not write it, or it was changed"):
             claim_output_folder(tmp_path, None, ["a.json", name])
         with pytest.raises(UserError, match=f"{name} is not replaced"):  # whoever forgot to look before
             write_text(tmp_path / name, "ours")
@@ -113,7 +113,7 @@ def test_another_process_is_kept_out_until_the_end_of_this_one_however_it_ends(t
     )
     try:
         assert other.stdout.readline() == "ready\n"
-        with pytest.raises(UserError, match="another process writes into out_dir .*; wait for its end, or stop it"):
+        with pytest.raises(UserError, match="another process writes into out_dir .*; wait until it ends, or stop it"):
             claim_output_folder(tmp_path, None)
     finally:
         other.kill()
@@ -139,7 +139,7 @@ def dataset(tmp_path) -> Path:
 def test_nothing_is_written_into_a_dataset_however_it_is_reached(dataset, place):
     before = sorted(dataset.parent.rglob("*"))
 
-    with pytest.raises(UserError, match="the dataset, into which nothing is written; choose another --out_dir"):
+    with pytest.raises(UserError, match="the dataset, which is never written to; choose another --out_dir"):
         make_output_folder(dataset / place, str(dataset))
 
     assert sorted(dataset.parent.rglob("*")) == before
@@ -148,11 +148,11 @@ def test_nothing_is_written_into_a_dataset_however_it_is_reached(dataset, place)
 def test_nothing_is_written_among_the_images_of_an_annotation_file(dataset):
     file = dataset / "data" / "annotations.json"
     for place in ("", "images", "images/new"):
-        with pytest.raises(UserError, match="the dataset, into which nothing is written"):
+        with pytest.raises(UserError, match="the dataset, which is never written to"):
             make_output_folder(file.parent / place, str(file))
     (dataset / "data" / "images").rmdir()  # images beside the file
     for place in ("", "new"):
-        with pytest.raises(UserError, match="the dataset, into which nothing is written"):
+        with pytest.raises(UserError, match="the dataset, which is never written to"):
             make_output_folder(file.parent / place, str(file))
 
 

@@ -72,7 +72,7 @@ def test_without_a_home_the_folder_that_is_missing_is_requested(monkeypatch, cap
     with pytest.raises(UserError, match="set FINESTSAM_CACHE to a folder"):
         cache_folder()
     assert main(["--mode=check", f"--dataset={scenes}", f"--out_dir={tmp_path / 'out'}"]) == 2
-    assert "no home folder is known" in capsys.readouterr().err
+    assert "no home folder for downloads and caches" in capsys.readouterr().err
     monkeypatch.setenv("FINESTSAM_CACHE", "~nobody_at_all/cache")
     with pytest.raises(UserError, match="set FINESTSAM_CACHE to a folder"):
         cache_folder()

@@ -273,7 +273,7 @@ def test_no_process_outlives_the_one_that_started_it(number, to_group):
 
 @needs_two_cores
 def test_a_pool_that_lost_a_process_is_reported_and_does_not_hang():
-    with pytest.raises(UserError, match="ended from outside"):
+    with pytest.raises(UserError, match="was killed"):
         list(map_in_processes(end_itself, range(100), ""))
 
 

@@ -344,7 +344,7 @@ def test_images_that_break_in_the_middle_of_a_run_are_named_and_leave_no_figures
     assert start(tmp_path / "scenes", tmp_path, f"--task={task}", "--evaluate.all_prompts=true") == 0
 
     error = capsys.readouterr().err
-    assert broken and all(f"skipped: {name}: not an image but an empty file" in error for name in broken)
+    assert broken and all(f"skipped: {name}: an empty file, not an image" in error for name in broken)
     rows = read_rows(tmp_path / "run")
     names = [name for name in rows[0] if name.startswith("val_")]
     assert any(rows[0][name] for name in names) and not any(row[name] for row in rows[1:] for name in names)
@@ -389,7 +389,7 @@ def test_a_validation_that_does_not_fit_into_the_memory_loses_no_epoch(scenes, w
 
     assert start(scenes, tmp_path) == 2
 
-    assert "generator: the memory is too small; less is needed with --generator.points_per" in capsys.readouterr().err
+    assert "generator: out of memory; try --generator.points_per" in capsys.readouterr().err
     monkeypatch.undo()
     assert resume(tmp_path) == 0
     assert_same_run(whole, tmp_path / "run")

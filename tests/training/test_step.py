@@ -14,7 +14,7 @@ from finestsam.masks import decode_rle
 from finestsam.model.adapter import adapt_
 from finestsam.prediction.clicks import add_clicks, show_preferred
 from finestsam.prediction.embedder import Embedder
-from finestsam.runtime.memory import is_out_of_memory, naming_what_needs_less
+from finestsam.runtime.memory import is_out_of_memory, reporting_out_of_memory
 from finestsam.training.losses import ObjectLosses, object_losses
 from finestsam.training.memory import OutOfMemory
 from finestsam.training.optim import build_optimizer
@@ -330,10 +330,10 @@ def test_an_error_of_the_memory_is_reported_from_others():
     assert is_out_of_memory(found.value)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
-    message = "^validation: the memory is too small; less is needed with --a$"
-    with pytest.raises(UserError, match=message), naming_what_needs_less("validation", "--a"):
+    message = "^validation: out of memory; try --a$"
+    with pytest.raises(UserError, match=message), reporting_out_of_memory("validation", "--a"):
         torch.empty(10**15)
-    with pytest.raises(ZeroDivisionError), naming_what_needs_less("validation", "--a"):
+    with pytest.raises(ZeroDivisionError), reporting_out_of_memory("validation", "--a"):
         raise ZeroDivisionError
 
 

@@ -253,7 +253,7 @@ def test_case_77_a_folder_that_cannot_take_results_is_reported_before_the_work(z
     setting = "sav_dir" if mode == "train" else "out_dir"
     (tmp_path / "file").touch()
     for folder, message in (
-        (zoo.root, "is the dataset, into which nothing is written"),
+        (zoo.root, "is the dataset, which is never written to"),
         (tmp_path / "file", "is a file, expected a folder"),
         (tmp_path / "file" / "below", "cannot be made"),
         (Path("/"), "is the root of the disk"),
@@ -281,7 +281,7 @@ def test_case_77_results_do_not_lie_in_the_dataset(zoo, capsys, mode, place):
 
     assert main([*arguments, "--model.type=vit_tiny_test", "--model.checkpoint=none"]) == 2
 
-    assert "the dataset, into which nothing is written" in capsys.readouterr().err
+    assert "the dataset, which is never written to" in capsys.readouterr().err
     assert sorted(zoo.root.rglob("*")) == before
 
 
@@ -298,7 +298,7 @@ def test_case_127_what_somebody_wrote_is_not_replaced(zoo, capsys, mode, name):
 
     assert main([*arguments, "--model.type=vit_tiny_test", "--model.checkpoint=none", "--check.samples=2"]) == 2
 
-    printed = f"finestsam: {zoo.out_dir / name} is not replaced: it is no result of finestsam's, or was changed since; "
+    printed = f"finestsam: {zoo.out_dir / name} is not replaced: finestsam did not write it, or it was changed since; "
     assert capsys.readouterr().err.startswith(printed)
     assert (zoo.out_dir / name).read_text() == "theirs"
 

@@ -96,7 +96,7 @@ def test_case_83_an_empty_val_is_refused_and_a_missing_one_split(zoo):
     make_split_folders(zoo)
     (zoo.root / "val" / "annotations.json").unlink()
     shutil.rmtree(zoo.root / "val" / "images")
-    assert_refused(zoo.check(), "val/ is there, but holds no labels")
+    assert_refused(zoo.check(), "val/ has no labels")
 
     (zoo.root / "val").rmdir()
     outcome = zoo.check()
@@ -108,7 +108,7 @@ def test_case_83_two_layouts_at_once_need_a_word(zoo):
     make_split_folders(zoo)
     shutil.copytree(zoo.root / "train", zoo.root / "data")
 
-    assert_refused(zoo.check(), "holds data/ and train/")
+    assert_refused(zoo.check(), "has both data/ and train/")
     assert zoo.check("--dataset.auto_split=true").report["image_count"] == 2
     assert zoo.check("--dataset.auto_split=false").report["image_count"] == 4
 

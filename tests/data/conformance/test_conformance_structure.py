@@ -92,7 +92,7 @@ def test_case_07_duplicate_annotation_ids_are_renumbered_and_none_is_lost(zoo):
     outcome = zoo.check()
 
     assert len(outcome.report["usable"]) == 4
-    assert "3 annotations had another's id" in outcome.message("renumbered")
+    assert "3 annotations had the id of another" in outcome.message("renumbered")
 
 
 def test_case_08_one_image_id_for_two_files_is_refused_and_twice_the_same_is_taken_once(zoo):
@@ -101,7 +101,7 @@ def test_case_08_one_image_id_for_two_files_is_refused_and_twice_the_same_is_tak
     assert (outcome.usable, outcome.remarks) == (SOUND, ["listed_twice"])
 
     zoo.content["images"][-1]["file_name"] = "b.png"
-    assert_refused(zoo.check(), "image id 1 stands for 'a.png' and for 'b.png'")
+    assert_refused(zoo.check(), "two images have the id 1: 'a.png' and 'b.png'")
 
 
 def test_case_09_two_entries_of_one_file_are_reported(zoo):
@@ -126,7 +126,7 @@ def test_case_11_an_unknown_category_is_kept_and_reported(zoo):
     outcome = zoo.check()
 
     assert outcome.usable == SOUND
-    assert "category_id 9 is none of the file's categories 1" in outcome.message("unknown_category")
+    assert "category_id 9 is not in the file's categories 1" in outcome.message("unknown_category")
 
 
 def test_case_12_ids_as_text_or_floats_lose_no_annotation(zoo):
