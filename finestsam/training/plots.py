@@ -123,7 +123,7 @@ def _make_figure(panels: int) -> tuple[Figure, Sequence[Axes]]:
     figure.subplots_adjust(
         left=MARGIN / width, right=1 - LEGEND_WIDTH / width, bottom=0.5 / height, top=1 - 0.5 / height, hspace=0.42
     )
-    return figure, [figure.add_subplot(panels, 1, place + 1) for place in range(panels)]
+    return figure, [figure.add_subplot(panels, 1, panel + 1) for panel in range(panels)]
 
 
 def _plot_line(axes: Axes, rows: Rows, name: str, label: str) -> None:

@@ -82,11 +82,11 @@ def measure_need(stepper: Stepper, dataset: SampleDataset) -> MemoryNeed | None:
         UserError: not even one object fits; the message names settings that need less.
     """
     resolution = stepper.config.losses.resolution
-    largest = sample = _find_first(dataset, lambda place: _count_pixels(dataset, index, resolution))
+    largest = sample = _find_first(dataset, lambda index: _count_pixels(dataset, index, resolution))
     if sample is None:
         return None
     if decodes_masks(stepper.model, stepper.config):
-        sample = _find_first(dataset, lambda place: _weigh(dataset, place, resolution))
+        sample = _find_first(dataset, lambda index: _weigh(dataset, index, resolution))
     sample = sample.to(stepper.model.device)
     with naming_what_needs_less(describe_samples([sample]), ", ".join(list_savings(stepper.config, stepper.model))):
         return _measure(stepper, sample, largest)
