@@ -1,7 +1,7 @@
-"""What the generator could find in labelled images, before any threshold: one dump to search all settings from.
+"""The masks that the generator predicts in labelled images before any threshold, to tune all settings on.
 
-The figures that thresholds decide about (predicted IoU, stability, boxes, which grid) and the truth (the IoU with every
-object) are kept for each candidate, so that another setting costs no forward pass.
+Each candidate keeps the values that settings filter by (predicted IoU, stability, box, grid) and its IoU with every
+object, so that trying other settings needs no forward pass.
 """
 
 import dataclasses
@@ -26,17 +26,17 @@ from finestsam.prediction.generator import clean_regions, generate_masks, make_p
 from finestsam.prediction.results import FilterReport, GeneratedMasks
 from finestsam.records import Record
 
-# Candidates of an image that are worth a mask, those with the best scores, by generator.masks_per_point. With fewer,
-# other thresholds would be chosen: up to 363 candidates of an image of cell nuclei lay above the threshold chosen for
-# F1, and 1 052 where all masks of a point counted.
+# Candidates kept for each image, those with the best scores, by generator.masks_per_point. With fewer, tuning would
+# choose other thresholds: up to 363 candidates of an image of cell nuclei were above the threshold chosen for F1, and
+# 1 052 with all masks of a point.
 MOST_CANDIDATES = {"best": 600, "all": 2000}
-# Points along each side of the grid whose scores tell where that many begin.
+# Points along each side of the small grid that estimates the score which so many candidates exceed.
 PROBE_POINTS = 8
 
 
 @dataclass(frozen=True)
 class MeasuredMasks:
-    """K masks of one image, by falling priority, beside what there is to find in it."""
+    """K masks of one image, by falling priority, compared with its objects."""
 
     masks: GeneratedMasks
     ious: np.ndarray  # K x G, with the image's objects
@@ -48,7 +48,7 @@ class MeasuredMasks:
 
 @dataclass(frozen=True)
 class Candidates(MeasuredMasks):
-    """What settings can choose from."""
+    """The masks that the generator's settings select from."""
 
     points_per_side: np.ndarray  # K, int: the grid of its point
     layers: np.ndarray  # K, int: of crops; 0: the whole image
@@ -68,8 +68,8 @@ def find_candidates(
     """Run the generator on each image without its thresholds; None for one that broke since it was checked.
 
     Args:
-        settings: without None; of the crops all up to its crop_n_layers are looked at.
-        grids: points along each side of the grids to ask with.
+        settings: without None; all crops up to its crop_n_layers are used.
+        grids: points along each side of the grids to prompt with.
         title: of the progress bar; None: none.
     """
     progress = tqdm(records, desc=title, disable=not (title and sys.stderr.isatty()), leave=False)
@@ -107,7 +107,7 @@ def _find(
 
 
 def read_embedded(embedder: Embedder, record: Record, images: ImagesConfig) -> tuple[np.ndarray, torch.Tensor] | None:
-    """Return an image (H x W x 3, uint8) and its embedding (1 x C x g x g); None, and a word, where it broke."""
+    """Return an image (H x W x 3, uint8) and its embedding (1 x C x g x g); None, with a warning, if it is broken."""
     try:
         pixels = read_image(record.path, record.size, images)
         return pixels, embedder.embed_image(image_key(record.digest, record.size), pixels)
@@ -120,25 +120,25 @@ def read_embedded(embedder: Embedder, record: Record, images: ImagesConfig) -> t
 def _probe_min_score(
     model: FinestSam, embedding: torch.Tensor, size: tuple[int, int], points_per_side: int, only_best: bool
 ) -> float:
-    """Return the score that about as many candidates as are worth a mask pass; -inf where there are no more."""
+    """Return the score that about `MOST_CANDIDATES` masks exceed; -inf where there are no more than these."""
     masks_per_point = 3 if model.multimask_output and not only_best else 1
     share = MOST_CANDIDATES["best" if only_best else "all"] / (points_per_side**2 * masks_per_point)
     if share >= 1:
         return -np.inf
     points = build_point_grid(PROBE_POINTS) * size[::-1]
     prompts = make_point_prompts(points, size, compute_input_size(size, model.image_size), model.device)
-    # As the generator will see the image, in its precision, and without making a mask.
+    # Features and precision are the generator's; with a minimum score of infinity no mask is computed.
     scores = model.predict_above(model.compute_image_features(embedding), prompts, np.inf).scores
     scores = (scores.amax(dim=1) if only_best else scores).flatten()
     return float(scores[scores.isfinite()].quantile(1 - share)) if scores.isfinite().any() else -np.inf
 
 
 def _find_layers(crop_areas: np.ndarray, size: tuple[int, int], settings: GeneratorConfig) -> np.ndarray:
-    """Return the layer of each crop from its area: those of a layer are of about one size."""
+    """Return the layer of each crop from its area; crops of a layer have about the same size."""
     if settings.crop_n_layers == 0:
         return np.zeros(len(crop_areas), dtype=np.int64)
     shares = np.sqrt(size[0] * size[1] / np.maximum(crop_areas, 1))
-    # A crop of layer n has a side of 1 / 2^n of the image's, and the overlap.
+    # The side of a crop of layer n is the image's side / 2^n, plus the overlap.
     return np.round(np.log2(shares * (1 + settings.crop_overlap_ratio))).clip(0, settings.crop_n_layers) * (shares > 1)
 
 
@@ -151,13 +151,13 @@ def measure_truth(rles: Sequence[dict], record: Record) -> tuple[np.ndarray, np.
 
 
 def select(candidates: Candidates, settings: GeneratorConfig) -> np.ndarray:
-    """Return which candidates the generator would give with these settings, by falling priority."""
-    is_asked = candidates.points_per_side == settings.points_per_side
-    is_asked &= candidates.layers <= settings.crop_n_layers
+    """Return the indices of the candidates that the generator returns with these settings, by falling priority."""
+    is_prompted = candidates.points_per_side == settings.points_per_side
+    is_prompted &= candidates.layers <= settings.crop_n_layers
     masks = candidates.masks
     is_good = masks.scores > settings.pred_iou_thresh if settings.pred_iou_thresh else np.True_
     is_good = is_good & (masks.no_object_probabilities <= settings.no_object_thresh)
-    indices = np.flatnonzero(is_asked & is_good & (masks.stability >= settings.stability_score_thresh))
+    indices = np.flatnonzero(is_prompted & is_good & (masks.stability >= settings.stability_score_thresh))
     corners, crop_areas = masks.corners, masks.crop_areas
     kept = []
     areas = crop_areas[indices]
@@ -175,7 +175,7 @@ def _suppress(corners: np.ndarray, indices: np.ndarray, priorities: np.ndarray, 
 
 
 def clean(chosen: Candidates, record: Record, settings: GeneratorConfig) -> MeasuredMasks:
-    """Return the chosen masks as the generator gives them, small holes and islands removed if the settings say so."""
+    """Return the selected masks, without small holes and islands if the settings say so, as the generator does."""
     if settings.min_mask_region_area == 0:
         return chosen
     masks = clean_regions(chosen.masks[np.arange(len(chosen))], settings)
@@ -184,13 +184,16 @@ def clean(chosen: Candidates, record: Record, settings: GeneratorConfig) -> Meas
 
 
 def match(ious: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """Return at each threshold which object each mask finds, T x K, -1: none. The better score first, each object once.
+    """Match masks and objects by COCO's rule (pycocotools' evaluateImg).
 
-    COCO's rule (pycocotools' evaluateImg): a mask takes the object that it covers best of those that are left.
+    Masks choose in the order of their scores. Each gets the object that it overlaps most of those that are left.
 
     Args:
         ious: K x G, by falling score.
-        thresholds: rising.
+        thresholds: T IoUs, rising.
+
+    Returns:
+        The index of each mask's object at each threshold, T x K; -1: none.
     """
     count, objects = ious.shape
     found = np.full((len(thresholds), count), -1)

@@ -1,4 +1,4 @@
-"""The charts of the report, as SVG that stands in the page."""
+"""The charts of the report, as SVG inside the page."""
 
 import io
 
@@ -12,9 +12,9 @@ from finestsam.evaluation.coco_scores import TRACED_RECALLS, CocoScorer
 from finestsam.evaluation.own_run import History
 from finestsam.evaluation.thresholds import Calibration
 
-# Okabe and Ito's, which the colour-blind can distinguish too.
+# Okabe and Ito's colours, which colour-blind people can distinguish.
 OURS, THEIRS = "#0072B2", "#999999"
-# What is drawn of a run's validations: how a line is called, and its colour.
+# The curves of a run's validations: label and colour.
 VALIDATED = {
     "val_generator_ar_100": ("generator, recall\nof 100 masks", "#882255"),
     "val_generator_ap": ("generator, average\nprecision", "#D55E00"),
@@ -23,7 +23,7 @@ VALIDATED = {
 
 
 def plot_precision(ours: CocoScorer, theirs: CocoScorer | None) -> str:
-    """Draw precision against recall of the generator's masks by falling score."""
+    """Plot precision against recall of the generator's masks."""
     figure, axes = _make_axes("Precision and recall of the generator", "recall", "precision")
     for scorer, color, label in ((theirs, THEIRS, "baseline"), (ours, OURS, "this model")):
         for (iou, precision), style in zip(scorer.trace_precision().items() if scorer else (), "-:", strict=False):
@@ -33,7 +33,7 @@ def plot_precision(ours: CocoScorer, theirs: CocoScorer | None) -> str:
 
 
 def plot_clicks(ours: dict[int, float], theirs: dict[int, float]) -> str:
-    """Draw the mean IoU after corrective clicks, by their number; theirs may be empty."""
+    """Plot the mean IoU by the number of corrective clicks; theirs may be empty."""
     figure, axes = _make_axes("IoU after corrective clicks", "clicks on the object", "mean IoU")
     for clicks, color, label in ((theirs, THEIRS, "baseline"), (ours, OURS, "this model")):
         if clicks:
@@ -43,7 +43,7 @@ def plot_clicks(ours: dict[int, float], theirs: dict[int, float]) -> str:
 
 
 def plot_calibration(found: Calibration) -> str:
-    """Draw the IoUs that the model expects against those that were measured."""
+    """Plot the measured IoU against the predicted IoU."""
     title = f"Predicted and measured IoU (error {found.error:.3f})"
     figure, axes = _make_axes(title, "predicted IoU", "measured IoU")
     axes.plot([0, 1], [0, 1], ":", color="#666666", label="perfect")
@@ -54,7 +54,7 @@ def plot_calibration(found: Calibration) -> str:
 
 
 def plot_history(history: History) -> list[str]:
-    """Draw the loss of a run's epochs, and what its validations measured; nothing of what was not measured."""
+    """Plot the loss of a run by epoch, and its validation metrics; metrics without values are left out."""
     charts = []
     if history.trace("total_loss")[0]:
         charts.append(_plot_loss(history))
@@ -70,7 +70,7 @@ def _plot_loss(history: History) -> str:
 
 
 def _plot_validation(history: History) -> str:
-    """Draw each figure beside that of the baseline, a dotted line."""
+    """Plot each metric, and the baseline's value as a dotted line."""
     figure, axes = _make_axes("Training: validation (dotted: baseline)", "epoch", "")
     for name, (label, color) in VALIDATED.items():
         epochs, values = history.trace(name)
@@ -83,7 +83,7 @@ def _plot_validation(history: History) -> str:
 
 
 def _finish_history(figure: Figure, history: History) -> str:
-    """Mark the epoch that the weights are of, and return the figure as SVG."""
+    """Mark the epoch of the weights, and return the figure as SVG."""
     (axes,) = figure.axes
     axes.set_ylim(bottom=0)
     count_epochs(axes)
@@ -93,7 +93,7 @@ def _finish_history(figure: Figure, history: History) -> str:
 
 
 def count_epochs(axes: Axes) -> None:
-    """Let what is drawn have whole epochs from left to right, of a single one as well."""
+    """Label the x axis with whole epochs, even where there is only one."""
     low, high = axes.get_xlim()
     if high - low < 1:
         axes.set_xlim(low - 0.4, high + 1)

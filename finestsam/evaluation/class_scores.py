@@ -17,11 +17,11 @@ MEASURES = ("ap", "ap50", "ar_100")
 
 
 def score_classes(records: Sequence[Record], found: Sequence[Detections], table: ClassTable) -> dict[str, float]:
-    """Return `ap`, `ap50` and `ar_100`, the means over categories, and `ap/<name>`, ... of each of them.
+    """Return `ap`, `ap50` and `ar_100`, means over categories, and `ap/<name>`, ... of each category.
 
-    As `CocoScorer` measures, but that a mask can only be an object of its own category. Categories without an object in
-    these images are left out, and so are those that are no class of the model. `objects/<name>` is how many objects
-    there are.
+    As `CocoScorer` measures, except that a mask only matches objects of its own category. Categories without an object
+    in these images are left out, and so are those that are no class of the model. `objects/<name>` is the number of
+    objects.
 
     Args:
         found: with classes, as `table` numbers them.
@@ -46,7 +46,7 @@ def score_classes(records: Sequence[Record], found: Sequence[Detections], table:
 
 
 def detect(masks: GeneratedMasks) -> Detections:
-    """Return what the generator found as it is to be scored: by rank, times the probability of the category."""
+    """Return the generator's masks as detections; their scores are priority times probability of the category."""
     classes = masks.classes.tolist() if masks.has_classes else None
     return Detections(masks.rles, (masks.priorities * masks.class_scores).tolist(), classes)
 
@@ -82,13 +82,14 @@ def match_categories(loaded: LoadedModel, data: LabelledSet) -> ClassTable | Non
 
 
 def refuse_strangers(table: ClassTable, categories: dict[int, str], source: str) -> None:
-    """Say which categories of a dataset, names by id, are no class of the model.
+    """Print which categories of a dataset are no class of the model.
 
     Args:
+        categories: of the dataset, names by id.
         source: of the classes, for the message.
 
     Raises:
-        UserError: not one is.
+        UserError: no category is a class of the model.
     """
     unknown = [name for number, name in categories.items() if number not in table.by_category]
     if not table.by_category:

@@ -1,8 +1,8 @@
 """COCO's average precision and recall of instance masks, by pycocotools, here without categories.
 
-Every object has the same category, as SAM's generator knows none; `class_scores` distinguishes them. Crowd regions are
-ignored, as COCO does: what lies in them is neither right nor wrong. No mask is cut off: pycocotools' limit of
-detections is raised to what was found.
+All objects have one category, because SAM's generator knows none; `class_scores` distinguishes categories. Crowd
+regions are ignored, as in COCO: masks in them are neither right nor wrong. All masks count: pycocotools' limit of
+detections is raised to the number of masks.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ from finestsam.masks import rle_area, rle_box
 from finestsam.records import Record
 
 CATEGORY_ID = 1
-# Detections of an image, the best first, within which recall is measured.
+# Recall is measured with so many detections of an image, the best first.
 LIMITS = (10, 100, 1000)
-# IoUs at which the precision is traced, and the recalls that it is given for: pycocotools'.
+# IoUs and recalls of the precision-recall curves; the recalls are pycocotools'.
 TRACED_IOUS, TRACED_RECALLS = (0.5, 0.75), np.linspace(0, 1, 101)
 AREAS = ("all", "small", "medium", "large")  # COCO's, in the order of pycocotools
 
@@ -33,11 +33,11 @@ class Detections:
 
     rles: Sequence[dict]  # K, compressed, original frame
     scores: Sequence[float]  # K; equal ones keep their order
-    classes: Sequence[int] | None = None  # K, counted from 1; None: whoever found them knows none
+    classes: Sequence[int] | None = None  # K, counted from 1; None: without classes
 
 
 class CocoScorer:
-    """What was found in images, compared with their objects.
+    """Compares detections with the objects of their images.
 
     Raises:
         ValueError: a score is not a number; pycocotools would rank it first.
@@ -46,15 +46,15 @@ class CocoScorer:
     def __init__(self, records: Sequence[Record], found: Sequence[Detections]):
         truth = build_truth(records)
         self.has_objects = any(not annotation["iscrowd"] for annotation in truth.dataset["annotations"])
-        anonymous = [Detections(one.rles, one.scores) for one in found]
+        anonymous = [Detections(detections.rles, detections.scores) for detections in found]
         self._evaluator = _match(truth, build_results(truth, anonymous))
 
     def score(self) -> dict[str, float]:
         """Return the averages over IoU thresholds 0.5 to 0.95, as defined at cocodataset.org/#detection-eval.
 
         `ap`, `ap50`, `ap75`, `ap_small` ..., `ar_10`, `ar_100`, `ar_1000`, `ar_1000_small` ...; a size without objects
-        has no entry, and a set without objects none at all. And `f1`, the harmonic mean of precision and recall of all
-        that was found, which no ranking enters.
+        has no entry, and a set without objects has none at all. `f1` is the harmonic mean of precision and recall of
+        all detections; their scores do not change it.
         """
         if not self.has_objects:
             return {}
@@ -72,9 +72,9 @@ class CocoScorer:
         return {name: value for name, value in scores.items() if value is not None}
 
     def trace_precision(self) -> dict[float, np.ndarray]:
-        """Return the precision at `TRACED_RECALLS` by IoU, the best at that recall or above; nothing without objects.
+        """Return by IoU the best precision at each of `TRACED_RECALLS` or a higher recall; nothing without objects.
 
-        The mean of each is the average precision at that IoU.
+        The mean of each curve is the average precision at that IoU.
         """
         if not self.has_objects:
             return {}
@@ -90,21 +90,21 @@ class CocoScorer:
 
     @cached_property
     def _counts(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the hits (I x T) of each image, and its masks and objects together (I x T), without those ignored."""
+        """Return each image's number of hits (I x T), and of masks plus objects (I x T), without ignored ones."""
         thresholds = len(self._evaluator.params.iouThrs)
-        images = self._evaluator.evalImgs[: len(self._evaluator.params.imgIds)]  # those of all areas come first
+        images = self._evaluator.evalImgs[: len(self._evaluator.params.imgIds)]  # entries of the area "all" come first
         hits, entries = (np.zeros((len(images), thresholds), dtype=np.int64) for _ in range(2))
-        for index, one in enumerate(images):
-            if one is None:
+        for index, image in enumerate(images):
+            if image is None:
                 continue
-            is_ignored = np.asarray(one["dtIgnore"], dtype=bool)
-            hits[index] = ((one["dtMatches"] > 0) & ~is_ignored).sum(axis=1)
-            objects = (~np.asarray(one["gtIgnore"], dtype=bool)).sum()
+            is_ignored = np.asarray(image["dtIgnore"], dtype=bool)
+            hits[index] = ((image["dtMatches"] > 0) & ~is_ignored).sum(axis=1)
+            objects = (~np.asarray(image["gtIgnore"], dtype=bool)).sum()
             entries[index] = (~is_ignored).sum(axis=1) + objects
         return hits, entries
 
     def _measure_f1(self, indices: Sequence[int]) -> float:
-        """Return the mean over IoU thresholds for some of the images."""
+        """Return F1 of some of the images, the mean over IoU thresholds."""
         hits, entries = (counts[indices].sum(axis=0) for counts in self._counts)
         return float(np.mean(2 * hits / np.maximum(entries, 1)))
 
@@ -116,7 +116,7 @@ class CocoScorer:
         resampled.params.imgIds, resampled.params.areaRng = list(range(count)), resampled.params.areaRng[:1]
         resampled.params.areaRngLbl, resampled.params.maxDets = AREAS[:1], resampled.params.maxDets[1:]
         resampled._paramsEval = resampled.params
-        resampled.evalImgs = [self._evaluator.evalImgs[index] for index in indices]  # those of all areas come first
+        resampled.evalImgs = [self._evaluator.evalImgs[index] for index in indices]
         with _silence():
             resampled.accumulate()
         tables = resampled.eval
@@ -150,7 +150,7 @@ def run_pycocotools(truth: COCO, results: COCO, category_ids: list[int]) -> COCO
 
 
 def _match(truth: COCO, results: COCO, category_ids: list[int] | None = None) -> COCOeval:
-    """Let pycocotools find the object of each mask; None: masks of any size, and without categories."""
+    """Let pycocotools match masks and objects of some categories; None: without categories, and for each size."""
     evaluator = COCOeval(truth, results, "segm")
     most = max(map(len, results.imgToAnns.values()), default=0)
     evaluator.params.maxDets = [*LIMITS, max(most, LIMITS[-1] + 1)]
@@ -166,8 +166,8 @@ def build_truth(records: Sequence[Record], classes: Mapping[int, int] | None = N
     """Return the objects and crowd regions of images, numbered from 1, as pycocotools takes them.
 
     Args:
-        classes: by category id; what is of other categories is left out, and a crowd region that may be of any is of
-            each. None: all are of one category.
+        classes: by category id. Objects of other categories are left out; a crowd region without a category counts for
+            each class. None: all are of one category.
     """
     numbers = {CATEGORY_ID} if classes is None else set(classes.values())
     images, annotations = [], []
@@ -180,8 +180,8 @@ def build_truth(records: Sequence[Record], classes: Mapping[int, int] | None = N
             if classes is None or found.category_id in classes
         ]
         for counts, category_id in record.list_crowds():
-            is_of_any = classes is None or category_id is None
-            found = numbers if is_of_any else {classes[category_id]} if category_id in classes else set()
+            counts_for_each = classes is None or category_id is None
+            found = numbers if counts_for_each else {classes[category_id]} if category_id in classes else set()
             parts += [(counts, 1, number) for number in found]
         for counts, is_crowd, number in parts:
             rle = {"size": [height, width], "counts": counts}
@@ -190,11 +190,11 @@ def build_truth(records: Sequence[Record], classes: Mapping[int, int] | None = N
 
 
 def build_results(truth: COCO, found: Sequence[Detections]) -> COCO:
-    """Return what was found in the images of `truth`; without classes it is of the one category."""
+    """Return detections in the images of `truth`, as pycocotools takes them; without classes all have one category."""
     annotations = []
-    for image_id, one in enumerate(found, start=1):
-        classes = [CATEGORY_ID] * len(one.rles) if one.classes is None else one.classes
-        for rle, score, number in zip(one.rles, one.scores, classes, strict=True):
+    for image_id, detections in enumerate(found, start=1):
+        classes = [CATEGORY_ID] * len(detections.rles) if detections.classes is None else detections.classes
+        for rle, score, number in zip(detections.rles, detections.scores, classes, strict=True):
             if not np.isfinite(score):
                 raise ValueError(f"a score is {score}")
             described = _describe(len(annotations) + 1, image_id, rle, number)
@@ -223,6 +223,6 @@ def _build_index(images: list[dict], annotations: list[dict], category_ids: list
 
 
 def _mean(values: np.ndarray) -> float | None:
-    """Return the mean of what was measured; pycocotools marks what was not with -1."""
+    """Return the mean of the measured values; pycocotools marks those without a value with -1."""
     measured = values[values > -1]
     return float(measured.mean()) if measured.size else None

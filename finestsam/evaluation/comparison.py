@@ -1,4 +1,4 @@
-"""`comparison.png`: images in rows, and in columns the image, its annotations, the baseline and this model."""
+"""`comparison.png`: a row for each image, with the image, its annotations, the baseline's masks and this model's."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -16,12 +16,12 @@ COMPARISON_NAME = "comparison.png"
 IMAGES_SHOWN = 3
 PANEL_PIXELS, LINE_PIXELS, MARGIN_PIXELS, FONT_PIXELS = 384, 24, 8, 14
 PAPER, INK, GREY = (250, 250, 250), (30, 30, 30), (110, 110, 110)
-# From left to right, so that what was before stands left of what is now.
+# From left to right: the baseline before this model.
 COLUMNS = (SAM_THRESHOLDS, BASELINE, OURS)
 
 
 def render_comparison(evaluation: Evaluation, config: Config) -> np.ndarray | None:
-    """Return a few images from where ours does best to where it does worst, H x W x 3, uint8, RGB.
+    """Return a few images, from our model's best to its worst, H x W x 3, uint8, RGB.
 
     Returns:
         None where the generator did not run, or no image with objects can be read.
@@ -46,30 +46,30 @@ def _render_row(evaluation: Evaluation, index: int, config: Config) -> np.ndarra
         _render_panel(
             "annotated",
             name_count(len(truth), "object"),
-            _lay(image, truth, evaluation.ours.colour_truth(index), config),
+            _overlay(image, truth, evaluation.ours.colour_truth(index), config),
         ),
     ]
     for title in COLUMNS:
-        one = evaluation.measurements.get(title)
-        if one is not None and one.found is not None:
-            shown = _lay(image, one.found[index].rles, one.colour_found(index), config)
-            panels.append(_render_panel(title, describe_found(one, index), shown))
+        measured = evaluation.measurements.get(title)
+        if measured is not None and measured.found is not None:
+            shown = _overlay(image, measured.found[index].rles, measured.colour_found(index), config)
+            panels.append(_render_panel(title, describe_found(measured, index), shown))
     return np.concatenate(panels, axis=1)
 
 
 def describe_found(measured: Measurement, index: int) -> str:
-    """Return how many masks there are in an image, and how many of its objects they find."""
+    """Return the number of masks in an image, and of the objects that they find."""
     counts = measured.counts[index]
     return f"{name_count(counts.mask_count, 'mask')}, finds {counts.objects['found']} of {counts.object_count}"
 
 
-def _lay(image: np.ndarray, rles: list[dict], colours: np.ndarray | None, config: Config) -> np.ndarray:
+def _overlay(image: np.ndarray, rles: list[dict], colours: np.ndarray | None, config: Config) -> np.ndarray:
     size = image.shape[:2]
     return render_overlay(image, [shrink_rle(rle, size) for rle in rles], config.opacity, colours)
 
 
 def _render_panel(title: str, caption: str, shown: np.ndarray) -> np.ndarray:
-    """Return an image on paper, its title above and its caption below; panels are of one width."""
+    """Return an image with its title above and its caption below; all panels have the same width."""
     height, width = shown.shape[:2]
     side = PANEL_PIXELS + MARGIN_PIXELS
     panel = Image.new("RGB", (side, height + MARGIN_PIXELS + 2 * LINE_PIXELS), PAPER)

@@ -1,4 +1,4 @@
-"""What became of every object (found, merged, split, missed) and of every mask (duplicates, fragments, ...)."""
+"""Classify each object (found, merged, split, missed) and each mask (finding, duplicate, fragment, ...)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,29 +11,29 @@ from finestsam.evaluation.coco_scores import Detections
 from finestsam.masks import rle_area, rle_overlaps
 from finestsam.records import Record
 
-# A mask finds an object from this IoU on; most of something is more than half of it.
+# The smallest IoU at which a mask finds an object, and the share above which an area counts as most of another.
 FOUND_IOU, MOST = 0.5, 0.5
-# What becomes of an object: the first that holds.
+# An object has the first kind that applies.
 OBJECT_KINDS = {
-    "found": "a mask of its own has an IoU of 0.5 or more",
-    "merged": "most of it is in a mask that holds most of another object, too",
-    "split": "two masks or more lie mostly in it",
+    "found": "it is matched with a mask at an IoU of 0.5 or more",
+    "merged": "one mask covers more than half of it and more than half of another object",
+    "split": "two or more masks lie mostly inside it",
     "missed": "none of these",
 }
-# What a mask is: the first that holds.
+# A mask has the first kind that applies.
 MASK_KINDS = {
-    "finding": "finds an object",
-    "duplicate": "its IoU with an object that a better mask finds is 0.5 or more",
-    "merging": "holds most of two objects or more",
-    "fragment": "lies mostly in an object",
-    "in_crowd": "lies mostly in a crowd region, where nothing counts",
+    "finding": "it is matched with an object at an IoU of 0.5 or more",
+    "duplicate": "its IoU with an object is 0.5 or more, but a better mask finds that object",
+    "merging": "it covers more than half of two or more objects",
+    "fragment": "it lies mostly inside an object",
+    "in_crowd": "it lies mostly inside a crowd region, where masks do not count",
     "invented": "none of these",
 }
 
 
 @dataclass
 class Mistakes:
-    """Counts of one size: of objects and of masks, each of which is of one kind."""
+    """Numbers of objects and of masks of one size, by kind."""
 
     objects: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OBJECT_KINDS, 0))
     masks: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MASK_KINDS, 0))
@@ -48,16 +48,16 @@ class Mistakes:
 
     @property
     def counting_error(self) -> int:
-        """Return how far the number of masks is from that of objects; those in crowd regions are neither."""
+        """Return the absolute difference of the numbers of masks and of objects, without masks in crowd regions."""
         return abs(self.mask_count - self.masks["in_crowd"] - self.object_count)
 
 
 def count_mistakes(records: Sequence[Record], found: Sequence[Detections]) -> list[dict[str, Mistakes]]:
-    """Return each image's counts by size: of objects by theirs, of masks by their own."""
+    """Return each image's counts by size; objects and masks are counted by their own size."""
     images = []
-    for record, one in zip(records, found, strict=True):
+    for record, detections in zip(records, found, strict=True):
         images.append({size: Mistakes() for size in SIZES})
-        _count(record, one, images[-1])
+        _count(record, detections, images[-1])
     return images
 
 
@@ -74,31 +74,31 @@ def _sum(parts: Sequence[Mistakes]) -> Mistakes:
     )
 
 
-def _count(record: Record, one: Detections, counts: dict[str, Mistakes]) -> None:
-    order = np.argsort(-np.asarray(one.scores, dtype=float), kind="stable")
-    rles = [one.rles[place] for place in order]
+def _count(record: Record, detections: Detections, counts: dict[str, Mistakes]) -> None:
+    order = np.argsort(-np.asarray(detections.scores, dtype=float), kind="stable")
+    rles = [detections.rles[index] for index in order]
     truth = [record.rle(annotation) for annotation in record.annotations]
     ious, crowd_shares = measure_truth(rles, record)
     hits = match(ious, np.array([FOUND_IOU]))[0]
     inside = rle_overlaps(rles, truth, over_own_area=True)  # K x G: the share of the mask in the object
-    holds = rle_overlaps(truth, rles, over_own_area=True).T > MOST  # K x G: most of the object is in the mask
-    is_merging = holds.sum(axis=1) > 1
-    is_merged = (holds & is_merging[:, None]).any(axis=0)
+    covers = rle_overlaps(truth, rles, over_own_area=True).T > MOST  # K x G: most of the object is in the mask
+    is_merging = covers.sum(axis=1) > 1
+    is_merged = (covers & is_merging[:, None]).any(axis=0)
     is_split = (inside > MOST).sum(axis=0) > 1
-    for place, annotation in enumerate(record.annotations):
-        holding = {"found": place in hits, "merged": is_merged[place], "split": is_split[place], "missed": True}
-        counts[name_size(annotation.area)].objects[_find_first(holding)] += 1
-    for place, rle in enumerate(rles):
-        holding = {
-            "finding": hits[place] >= 0,
-            "duplicate": ious[place].max(initial=0.0) >= FOUND_IOU,
-            "merging": is_merging[place],
-            "fragment": inside[place].max(initial=0.0) > MOST,
-            "in_crowd": crowd_shares[place] > MOST,
+    for index, annotation in enumerate(record.annotations):
+        kinds = {"found": index in hits, "merged": is_merged[index], "split": is_split[index], "missed": True}
+        counts[name_size(annotation.area)].objects[_find_first(kinds)] += 1
+    for index, rle in enumerate(rles):
+        kinds = {
+            "finding": hits[index] >= 0,
+            "duplicate": ious[index].max(initial=0.0) >= FOUND_IOU,
+            "merging": is_merging[index],
+            "fragment": inside[index].max(initial=0.0) > MOST,
+            "in_crowd": crowd_shares[index] > MOST,
             "invented": True,
         }
-        counts[name_size(rle_area(rle))].masks[_find_first(holding)] += 1
+        counts[name_size(rle_area(rle))].masks[_find_first(kinds)] += 1
 
 
-def _find_first(holding: dict[str, bool]) -> str:
-    return next(kind for kind, holds in holding.items() if holds)
+def _find_first(kinds: dict[str, bool]) -> str:
+    return next(kind for kind, applies in kinds.items() if applies)

@@ -1,4 +1,4 @@
-"""Run the automatic mask generator on labelled images, and choose its thresholds there."""
+"""Run the automatic mask generator on labelled images, and tune its thresholds on them."""
 
 import sys
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def find_all(
 ) -> list[Detections | None]:
     """Run the generator on each image; None for one that broke since it was checked.
 
-    Where it gives no mask at all, what removed them is said.
+    Where it returns no mask in an image, the filters that removed all candidates are printed.
     """
     found: list[Detections | None] = []
     empty: list[FilterReport] = []
@@ -49,7 +49,7 @@ def find_all(
 
 @dataclass(frozen=True)
 class Tuned:
-    """The generator with the settings that were chosen for it, measured on the images that they were chosen on."""
+    """The generator with tuned settings, measured on the images that they were tuned on."""
 
     result: SearchResult
     found: list[Detections]  # in each image
@@ -57,42 +57,42 @@ class Tuned:
 
     @property
     def chosen(self) -> dict[str, Any]:
-        """Return the settings, by the names of `GeneratorConfig`; of a model without classes without theirs."""
-        has_classes = any(one.classes is not None for one in self.found)
+        """Return the settings by their names in `GeneratorConfig`; without classes no_object_thresh is left out."""
+        has_classes = any(detections.classes is not None for detections in self.found)
         names = [name for name in GENERATOR_DEFAULTS if has_classes or name != "no_object_thresh"]
         return {name: getattr(self.result.settings, name) for name in names}
 
     def describe(self) -> dict[str, Any]:
-        """Return what goes beside the weights."""
+        """Return the settings and the score map as they are stored beside the weights."""
         settings = self.chosen
         return settings | ({"score_map": self.calibration.knots} if self.calibration else {})
 
     def measure(self, records: Sequence[Record]) -> dict[str, float]:
-        """Return COCO's figures, masks per image, and the error of the predicted IoUs before their correction."""
+        """Return COCO's figures, masks per image, and the calibration error of the uncorrected scores."""
         figures = CocoScorer(records, self.found).score()
-        figures["masks_per_image"] = sum(len(one.rles) for one in self.found) / max(len(self.found), 1)
+        figures["masks_per_image"] = sum(len(image.rles) for image in self.found) / max(len(self.found), 1)
         if self.calibration:
             figures["calibration_error"] = self.calibration.error
         return figures
 
 
 def choose_grids(settings: GeneratorConfig, fixed: frozenset[str]) -> tuple[int, ...]:
-    """Return the points along each side of the grids that the search looks at."""
+    """Return the points along each side of the grids that tuning tries."""
     whole = settings.points_per_side
     return (whole,) if "points_per_side" in fixed or whole < 4 else (whole // 2, whole)
 
 
 def open_for_tuning(settings: GeneratorConfig, fixed: frozenset[str]) -> GeneratorConfig:
-    """Return what tuning starts from: one mask for each point, unless the user has decided about that.
+    """Return the settings that tuning starts from: one mask for each point, unless the user has set masks_per_point.
 
-    With thresholds chosen for F1, one mask of each point found as much as three (AP 0.395 and 0.400 of cell nuclei,
-    0.171 and 0.168 of fingernails; F1 within 0.01), with a third of the masks to make.
+    With thresholds tuned for F1, one mask of each point found as much as three (AP 0.395 and 0.400 of cell nuclei,
+    0.171 and 0.168 of fingernails; F1 within 0.01), and only a third of the masks is computed.
     """
     return settings if "masks_per_point" in fixed else replace(settings, masks_per_point="best")
 
 
 def list_fixed(settings: GeneratorConfig) -> frozenset[str]:
-    """Return the names of what the user has decided."""
+    """Return the names of the settings that the user has set."""
     return frozenset(name for name in GENERATOR_DEFAULTS if getattr(settings, name) is not None)
 
 
@@ -106,7 +106,7 @@ def tune(
     """Choose the settings that do best on these images, as `thresholds.search` does."""
     result = search(records, candidates, start, fixed, goal)
     found = []
-    for record, one in zip(records, candidates, strict=True):
-        masks = clean(one[select(one, result.settings)], record, result.settings).masks
+    for record, image in zip(records, candidates, strict=True):
+        masks = clean(image[select(image, result.settings)], record, result.settings).masks
         found.append(detect(masks))
     return Tuned(result, found, calibrate(candidates))

@@ -1,4 +1,4 @@
-"""What one model does on labelled images, and how it differs from another: figures, intervals, image by image."""
+"""The figures of one model on labelled images, and its differences from another model with bootstrap intervals."""
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
@@ -19,9 +19,9 @@ from finestsam.prediction.overlay import colour_classes
 from finestsam.records import Record
 
 BOOTSTRAP_SAMPLES = 300
-# Share of the bootstrap samples inside an interval.
+# Share of the bootstrap samples inside the reported interval.
 CONFIDENCE = 0.95
-# Below that the samples are too much alike for their spread to say anything.
+# With fewer images the bootstrap samples are too similar for an interval.
 FEWEST_IMAGES = 5
 TOO_FEW = "too few images for an interval"
 PROMPT_MEASURES = ("iou", "dice", "best_iou", "boundary_iou")
@@ -31,21 +31,21 @@ COUNTING_MEASURES = ("mean_absolute_error", "relative_error")
 
 @dataclass
 class Measurement:
-    """One model on the images of a set; every model gets the same ones, in the same order."""
+    """One model on the images of a set; all models get the same images in the same order."""
 
     records: Sequence[Record]
-    found: Sequence[Detections] | None  # what the generator found in each image; None: it did not run
+    found: Sequence[Detections] | None  # the generator's masks in each image; None: it did not run
     prompted: dict[str, list[ObjectScore]] = field(default_factory=dict)  # by kind of prompt
     clicks: dict[int, float] = field(default_factory=dict)  # mean IoU after so many corrective clicks
     background: list[BackgroundScores] = field(default_factory=list)
-    extra: dict[str, float] = field(default_factory=dict)  # further figures, by their whole names
-    calibration: Calibration | None = None  # of the scores of candidates, where thresholds were searched
+    extra: dict[str, float] = field(default_factory=dict)  # further figures, by their full names
+    calibration: Calibration | None = None  # of the candidates' scores; None: thresholds were not tuned
     table: ClassTable | None = None  # of the classes in `found`; None: it has none
-    setup: Setup | None = None  # what was measured; None: results of another program
+    setup: Setup | None = None  # weights, image size and thresholds; None: results of another program
     _resampled: dict[bytes, dict[str, np.ndarray]] = field(default_factory=dict, init=False, repr=False)
 
     def keep(self, image_ids: Collection[int]) -> "Measurement":
-        """Return the same of fewer images; means over clicks and further figures stay those of all."""
+        """Return the measurement of fewer images; `clicks` and `extra` stay those of all images."""
         indices = [index for index, record in enumerate(self.records) if record.image_id in image_ids]
         return replace(
             self,
@@ -55,7 +55,7 @@ class Measurement:
                 kind: [score for score in scores if score.image_id in image_ids]
                 for kind, scores in self.prompted.items()
             },
-            background=[one for one in self.background if one.image_id in image_ids],
+            background=[scores for scores in self.background if scores.image_id in image_ids],
         )
 
     @cached_property
@@ -64,7 +64,7 @@ class Measurement:
 
     @cached_property
     def mistakes(self) -> list[dict[str, Mistakes]]:
-        """Return each image's counts by size; nothing where the generator did not run."""
+        """Return each image's counts by size; empty where the generator did not run."""
         return [] if self.found is None else count_mistakes(self.records, self.found)
 
     @cached_property
@@ -74,7 +74,7 @@ class Measurement:
 
     @cached_property
     def by_class(self) -> dict[str, float]:
-        """Return what `score_classes` measures; nothing where no categories are known."""
+        """Return the figures of `score_classes`; empty where no categories are known."""
         is_known = self.found is not None and self.table is not None
         return score_classes(self.records, self.found, self.table) if is_known else {}
 
@@ -86,7 +86,8 @@ class Measurement:
             figures |= {f"{kind}/{name}": value for name, value in summarize_scores(scores).items()}
         if self.scorer:
             figures |= {f"generator/{name}": value for name, value in self.scorer.score().items()}
-            figures["generator/masks_per_image"] = sum(len(one.rles) for one in self.found) / max(len(self.found), 1)
+            mask_count = sum(len(detections.rles) for detections in self.found)
+            figures["generator/masks_per_image"] = mask_count / max(len(self.found), 1)
             figures |= {f"counting/{name}": value for name, value in self._measure_counting().items()}
         figures |= {f"classes/{name}": value for name, value in self.by_class.items()}
         figures |= {f"clicks/iou_{count}": value for count, value in self.clicks.items()}
@@ -94,10 +95,11 @@ class Measurement:
         return figures | self.extra
 
     def _measure_counting(self) -> dict[str, float]:
-        """Return how far the number of masks is from that of objects, the mean over images, and as a share of these."""
+        """Return the counting error, as a mean over images and divided by the number of objects."""
         if not self.counts:
             return {}
-        error, objects = (sum(getattr(one, name) for one in self.counts) for name in ("counting_error", "object_count"))
+        error = sum(counts.counting_error for counts in self.counts)
+        objects = sum(counts.object_count for counts in self.counts)
         figures = {"mean_absolute_error": error / len(self.counts)}
         return figures | ({"relative_error": error / objects} if objects else {})
 
@@ -109,14 +111,15 @@ class Measurement:
         """Return the colours of an image's objects by their categories, G x 3; None where none are known."""
         if self.table is None:
             return None
-        return self._colour([self.table.by_category.get(one.category_id, 0) for one in self.records[index].annotations])
+        annotations = self.records[index].annotations
+        return self._colour([self.table.by_category.get(annotation.category_id, 0) for annotation in annotations])
 
     def _colour(self, classes: Sequence[int]) -> np.ndarray:
         return colour_classes(len(self.table.names))[np.asarray(classes, dtype=int)]
 
     @cached_property
     def sums(self) -> dict[str, np.ndarray]:
-        """Return for each prompted measure its sum in each image, and under `{kind}/count` how many it is over."""
+        """Return for each measure of prompts its sum in each image, I, and as `{kind}/count` the number of prompts."""
         indices = {record.image_id: index for index, record in enumerate(self.records)}
         sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(len(self.records)))
         for kind, scores in self.prompted.items():
@@ -127,21 +130,21 @@ class Measurement:
                 sums[f"{kind}/count"][index] += 1
                 for name in PROMPT_MEASURES:
                     sums[f"{kind}/{name}"][index] += getattr(score, name)
-        for one in self.background:
-            if one.image_id in indices:
-                index = indices[one.image_id]
-                sums["background/count"][index] += len(one.scores)
-                sums["background/score"][index] += one.scores.sum(dtype=float)
-                sums["background/taken_share"][index] += one.is_taken.sum()
+        for background in self.background:
+            if background.image_id in indices:
+                index = indices[background.image_id]
+                sums["background/count"][index] += len(background.scores)
+                sums["background/score"][index] += background.scores.sum(dtype=float)
+                sums["background/taken_share"][index] += background.is_taken.sum()
         return dict(sums)
 
     @cached_property
     def counting_sums(self) -> dict[str, np.ndarray]:
-        """Return for each measure of counting what its numerator and its denominator sum in each image, I x 2."""
-        errors = [one.counting_error for one in self.counts]
+        """Return for each counting measure its numerator and denominator in each image, I x 2."""
+        errors = [counts.counting_error for counts in self.counts]
         return {
             "mean_absolute_error": np.array([errors, np.ones(len(errors))]).T,
-            "relative_error": np.array([errors, [one.object_count for one in self.counts]]).T,
+            "relative_error": np.array([errors, [counts.object_count for counts in self.counts]]).T,
         }
 
     @property
@@ -150,11 +153,11 @@ class Measurement:
         return [name for name in self.sums if not name.endswith("/count")]
 
     def resample_generator(self, samples: np.ndarray) -> dict[str, np.ndarray]:
-        """Return COCO's figures for each sample of images, S x I indices; one pass over them gives all."""
+        """Return COCO's figures for each sample of images, S x I indices; they are computed once."""
         key = samples.tobytes()
         if key not in self._resampled:
             figures = [self.scorer.resample(indices) for indices in samples]
-            self._resampled[key] = {name: np.array([one[name] for one in figures]) for name in GENERATOR_MEASURES}
+            self._resampled[key] = {name: np.array([row[name] for row in figures]) for name in GENERATOR_MEASURES}
         return self._resampled[key]
 
     def list_images(self) -> list[dict[str, object]]:
@@ -174,7 +177,7 @@ class Measurement:
 
 
 def _list_counts(counts: Mistakes) -> dict[str, int]:
-    """Return the columns of an image's counts; those of objects and those of masks add up."""
+    """Return the columns of an image's counts."""
     objects, masks = counts.objects, counts.masks
     return {
         "labelled": counts.object_count,
@@ -189,7 +192,7 @@ def _list_counts(counts: Mistakes) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much more one model has than another, and between which ends that lies for other images of the same kind."""
+    """A figure of one model minus that of another, with a bootstrap interval over images."""
 
     value: float
     low: float | None = None  # None: too few images for an interval
@@ -205,8 +208,8 @@ class Difference:
 
 
 def keep_common(ours: Measurement, theirs: Measurement) -> tuple[Measurement, Measurement]:
-    """Return both on the images that both could be measured on: one may break between, or be too thin for one."""
-    known, their_known = ({record.image_id for record in one.records} for one in (ours, theirs))
+    """Return both on the images that both were measured on: an image may break, or be too thin for one model."""
+    known, their_known = ({record.image_id for record in measured.records} for measured in (ours, theirs))
     if known == their_known:
         return ours, theirs
     return ours.keep(known & their_known), theirs.keep(known & their_known)
@@ -215,17 +218,17 @@ def keep_common(ours: Measurement, theirs: Measurement) -> tuple[Measurement, Me
 def compare(ours: Measurement, theirs: Measurement, seed: int = 0) -> dict[str, Difference]:
     """Return the differences of the headline figures, with percentile intervals of a bootstrap over images.
 
-    Both models get the same samples of images: what is hard for both does not count as a difference. Source: Efron and
-    Tibshirani, An Introduction to the Bootstrap, chapter 13.
+    Both models get the same samples of images, so that images that are hard for both do not widen the interval. Source:
+    Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13.
     """
     count = len(ours.records)
     if count == 0:
         return {}
     samples = np.random.default_rng(seed).integers(0, count, (BOOTSTRAP_SAMPLES, count))
-    everything = np.arange(count)[None]
+    all_images = np.arange(count)[None]
     differences = {}
     for name in _list_common(ours, theirs):
-        value = float((_resample(ours, name, everything) - _resample(theirs, name, everything))[0])
+        value = float((_resample(ours, name, all_images) - _resample(theirs, name, all_images))[0])
         if count < FEWEST_IMAGES:
             differences[name] = Difference(value)
             continue
@@ -244,7 +247,7 @@ def _list_common(ours: Measurement, theirs: Measurement) -> list[str]:
 
 
 def _resample(measurement: Measurement, name: str, samples: np.ndarray) -> np.ndarray:
-    """Return a figure for each sample of images, S x I indices; not a number where a sample has no object."""
+    """Return a figure for each sample of images, S x I indices; NaN where a sample has no object."""
     kind, measure = name.split("/")
     if kind == "generator":
         return measurement.resample_generator(samples)[measure]

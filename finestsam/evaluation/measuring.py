@@ -1,4 +1,4 @@
-"""Measure one model on labelled images: what its generator finds, and what it predicts for points, boxes and clicks."""
+"""Measure one model on labelled images: its generator, and its masks for points, boxes and clicks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,8 +21,8 @@ class Outcome:
     """A model measured.
 
     Attributes:
-        tuned: what threshold tuning found, as it is stored beside weights; None: nothing was tuned.
-        tuned_on: images that it was found on.
+        tuned: the tuned settings, as they are stored beside weights; None: nothing was tuned.
+        tuned_on: number of images that they were tuned on.
     """
 
     measurement: Measurement
@@ -34,7 +34,7 @@ def measure_model(config: Config, subject: Subject, records: Sequence[Record], t
     """Measure a model on the images; those that broke since they were checked are left out.
 
     Args:
-        table: of the classes that the model gives masks; None: it gives none.
+        table: of the classes of the model's masks; None: it has none.
     """
     with reporting_out_of_memory(subject.title, _advise(config)):
         embedder = _embed_by(config, subject)
@@ -89,7 +89,7 @@ def _run_generator(
 
 
 def _tune_generator(config: Config, embedder: Embedder, records: Sequence[Record], subject: Subject) -> Outcome:
-    """Measure the generator with thresholds chosen on these images, and print them."""
+    """Tune the generator's thresholds on these images, print them, and measure the generator with them."""
     goal, title = subject.thresholds.goal, f"{subject.title}, generator"
     fixed = list_fixed(config.generator)
     start = open_for_tuning(subject.thresholds.settings, fixed)

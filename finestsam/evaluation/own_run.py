@@ -21,11 +21,11 @@ NAMED = 5
 
 @dataclass(frozen=True)
 class OwnRun:
-    """What the folder of a run holds.
+    """A run folder and its split.
 
     Attributes:
         sides: under `train` and `val` the beginnings of the images' digests, as `read_sides` returns them.
-        goal: what the run chose thresholds for; empty: it is not known.
+        goal: what the run tuned thresholds for; empty: it is not known.
     """
 
     folder: Path
@@ -33,20 +33,20 @@ class OwnRun:
     goal: str = ""
 
     def list_sides(self, records: list[Record]) -> list[str]:
-        """Return of each image whether the run learned from it (train), was validated on it (val), or neither ("")."""
+        """Return for each image whether the run trained on it (train), was validated on it (val), or neither ("")."""
         return [
             next((side for side in ("train", "val") if record.digest[:DIGITS] in self.sides[side]), "")
             for record in records
         ]
 
     def list_learned(self, records: list[Record]) -> list[str]:
-        """Return the file names of the images that the run learned from."""
+        """Return the file names of the images that the run trained on."""
         sides = self.list_sides(records)
         return [record.file_name for record, side in zip(records, sides, strict=True) if side == "train"]
 
 
 def find_own_run(config: Config) -> OwnRun | None:
-    """Return the run that the weights to evaluate come from; None where they lie in no run's folder."""
+    """Return the run that the evaluated weights come from; None where they are in no run folder."""
     if config.evaluate.predictions:
         return None
     path = find_run_weights(config)
@@ -57,7 +57,7 @@ def find_own_run(config: Config) -> OwnRun | None:
 
 
 def _read_goal(folder: Path) -> str:
-    """Return what a run chose thresholds for, where its card does not say; empty: for nothing, or it is not known."""
+    """Return what a run tuned thresholds for, from its settings; empty: nothing was tuned, or it is not known."""
     try:
         settings = read_yaml(folder / SETTINGS_NAME)["evaluate"]
         goal, is_tuned = settings["goal"], settings["search"] is not False
@@ -67,7 +67,7 @@ def _read_goal(folder: Path) -> str:
 
 
 def describe_images(run: OwnRun | None, records: list[Record]) -> str:
-    """Return how many images are evaluated, and what they were to the run that the weights come from."""
+    """Return how many images are evaluated, and whether the weights' run trained or validated on them."""
     count = name_count(len(records), "image")
     sides = set(run.list_sides(records)) if run else set()
     if sides == {"val"}:
@@ -78,13 +78,13 @@ def describe_images(run: OwnRun | None, records: list[Record]) -> str:
 
 
 def warn_of_learned(run: OwnRun | None, records: list[Record]) -> str:
-    """Return what is to be said of images that the weights were trained on; empty: there are none."""
+    """Return a warning about images that the weights were trained on; empty: there are none."""
     names = run.list_learned(records) if run else []
     if not names:
         return ""
     listed = ", ".join(map(printable, names[:NAMED])) + (f" and {len(names) - NAMED} more" * (len(names) > NAMED))
     return (
-        f"{len(names)} of the {len(records)} images were trained on, so other images will have lower figures: {listed} "
+        f"{len(names)} of the {len(records)} images were trained on; expect lower figures on other images: {listed} "
         "(column trained_on of per_image.csv)"
     )
 
@@ -97,15 +97,15 @@ class History:
     """The epochs of a run; epoch 0 is the baseline.
 
     Attributes:
-        rows: figures by their names in metrics.csv, None where nothing was measured, under `epoch` its number.
-        kept_epoch: the one that the weights are of; None: it is not known.
+        rows: of metrics.csv, by column; None where nothing was measured. `epoch` is the number of the epoch.
+        kept_epoch: the epoch of the weights; None: it is not known.
     """
 
     rows: list[dict[str, float | None]]
     kept_epoch: float | None = None
 
     def trace(self, name: str) -> tuple[list[float], list[float]]:
-        """Return the epochs in which a figure was measured, and what was."""
+        """Return the epochs in which a figure was measured, and its values."""
         points = [(row["epoch"], row[name]) for row in self.rows if row.get(name) is not None]
         return [epoch for epoch, _ in points], [value for _, value in points]
 

@@ -1,4 +1,4 @@
-"""The masks of a fixed set of prompts: a point, a box and corrective clicks for every object, points where none is."""
+"""Measure a fixed set of prompts: a point, a box and corrective clicks for each object, and background points."""
 
 import math
 import sys
@@ -28,7 +28,7 @@ REPORTED = (1, 2, 3, 5, 8)
 def measure_clicks(
     embedder: Embedder, batches: Iterable[tuple[Batch, list[str]]], chunk_objects: int, clicks: int = REPORTED[-1]
 ) -> list[list[float]]:
-    """Return for each object the IoU after each of so many clicks.
+    """Return for each object the IoU after each click.
 
     Args:
         batches: as `data.dataset.collate` makes them; their own prompts are not used.
@@ -45,7 +45,7 @@ def measure_clicks(
 
 
 def average_clicks(ious: list[list[float]]) -> dict[int, float]:
-    """Return the mean IoU over objects after each number of clicks in `REPORTED`, as far as there were so many."""
+    """Return the mean IoU over objects after each number of clicks in `REPORTED` that was reached."""
     wanted = [count for count in REPORTED if ious and count <= len(ious[0])]
     return {count: math.fsum(row[count - 1] for row in ious) / len(ious) for count in wanted}
 
@@ -67,18 +67,18 @@ def _correct(
 
 @dataclass(frozen=True)
 class BackgroundScores:
-    """The scores in one image."""
+    """The scores of background points in one image."""
 
     image_id: int
-    scores: np.ndarray  # K, of each point the best IoU that the model expects of a mask there
-    is_taken: np.ndarray  # K, bool: the generator's threshold of predicted IoU would let a mask pass
+    scores: np.ndarray  # K, the highest predicted IoU of each point's masks
+    is_taken: np.ndarray  # K, bool: this score passes the generator's pred_iou_thresh
 
 
 @torch.no_grad()
 def measure_background(
     embedder: Embedder, batches: Iterable[tuple[Batch, list[str]]], chunk_objects: int, pred_iou_thresh: float
 ) -> list[BackgroundScores]:
-    """Ask at the points that the samples bring as their background; images without any are left out.
+    """Score the masks at the samples' background points; images without any are left out.
 
     Args:
         batches: as `data.dataset.collate` makes them.
@@ -103,7 +103,7 @@ def summarize_background(found: list[BackgroundScores]) -> dict[str, float]:
     """Return the mean score over points, the share that passes the threshold, and the number of points."""
     if not found:
         return {}
-    scores, is_taken = (np.concatenate([getattr(one, name) for one in found]) for name in ("scores", "is_taken"))
+    scores, is_taken = (np.concatenate([getattr(image, name) for image in found]) for name in ("scores", "is_taken"))
     return {
         "score": float(scores.mean(dtype=float)),
         "taken_share": float(is_taken.mean()),
@@ -119,7 +119,7 @@ PROMPT_KINDS = {
 
 @dataclass(frozen=True)
 class PromptScorer:
-    """Scores one model's masks on labelled images for a fixed set of prompts, the same for every model.
+    """Measures one model on labelled images with a fixed set of prompts, the same for every model.
 
     Args:
         records: each with at least one object.
@@ -132,14 +132,14 @@ class PromptScorer:
     title: str | None
 
     def score_prompts(self, kinds: Sequence[str] = tuple(PROMPT_KINDS)) -> dict[str, list[ObjectScore]]:
-        """Ask for every object with one prompt of each kind."""
+        """Predict the masks of every object from one prompt of each kind, and score them."""
         return {
             kind: score_batches(self.embedder, self._load(kind, PROMPT_KINDS[kind]), self._chunk_objects)
             for kind in kinds
         }
 
     def measure_clicks(self) -> list[list[float]]:
-        """Correct the model on every object, click by click; nothing where the settings want none."""
+        """Return the IoUs of every object after each corrective click; empty where the settings want none."""
         clicks = self.config.evaluate.clicks
         if clicks == 0:
             return []
@@ -147,7 +147,7 @@ class PromptScorer:
         return measure_clicks(self.embedder, batches, self._chunk_objects, clicks)
 
     def measure_background(self, pred_iou_thresh: float) -> list[BackgroundScores]:
-        """Ask at points where no object is; nothing where the settings want none."""
+        """Score points on no object; empty where the settings want none."""
         count = self.config.evaluate.background_points
         if count == 0:
             return []
@@ -159,12 +159,12 @@ class PromptScorer:
         return self.config.chunk_objects or CHUNK_OBJECTS
 
     def _load(self, name: str, prompts: PromptsConfig, background_points: int = 0) -> Iterable[tuple[Batch, list[str]]]:
-        """Return the images with prompts of a kind, their embeddings in the store."""
+        """Return batches of the images with prompts of a kind; embeddings that the store lacks are computed first."""
         config = self.config
         points = {"positive_points": 1, "negative_points": 0, "prompts_per_object": 1}
         settings = SampleSettings(
             self.embedder.model.image_size,
-            # As in training's validation: what is stored beside one model would give it other points than another.
+            # Without the card, as in validation: the grid stored beside a model would give each model other points.
             resolve_generator(config.generator, card=None).points_per_side,
             config.seed_device or 0,
             prompts,

@@ -1,4 +1,4 @@
-"""Score the masks that prompts on known objects give: IoU, Dice and boundary IoU per object, in the original frame."""
+"""Measure the masks of prompts on annotated objects: IoU, Dice and boundary IoU, in the original frame."""
 
 import math
 import sys
@@ -13,7 +13,7 @@ from finestsam.masks import boundary_iou, count_overlap, decode_rles
 from finestsam.model.resample import upscale_logits
 from finestsam.prediction.embedder import Embedder
 
-# Of float32 logits upscaled at a time.
+# Logits upscaled at a time.
 PIECE_PIXELS = 16_000_000
 
 
@@ -23,11 +23,11 @@ class ObjectScore:
 
     image_id: int
     annotation_id: int
-    iou: float  # of the mask that the model itself prefers
+    iou: float  # of the mask with the highest score
     dice: float  # of the same mask
-    best_iou: float  # of the best of its masks
-    boundary_iou: float  # of the mask that the model prefers
-    score: float  # the IoU that the model expected of the preferred mask
+    best_iou: float  # of the mask with the highest IoU
+    boundary_iou: float  # of the mask with the highest score
+    score: float  # predicted IoU of the same mask
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def score_batches(
 
 
 def print_skipped(batches: Iterable[tuple[Batch, list[str]]]) -> Iterator[tuple[Batch, list[str]]]:
-    """Hand batches on, and say which images could not be read."""
+    """Yield the batches, and print which images could not be read."""
     for batch, messages in batches:
         for message in messages:
             tqdm.write(f"skipped: {message}", file=sys.stderr)
@@ -70,8 +70,8 @@ def _score_objects(predictions: Predictions, sample: Sample, first: int, image_s
         shared, sizes = (counts.cpu().double() for counts in count_overlap(masks, truth))
         ious, dices = shared / (sizes - shared), 2 * shared / sizes  # the truth is never empty, so neither is a union
         for row, index in enumerate(indices):
-            expected = predictions.scores[start + row]
-            chosen = int(expected.argmax())
+            predicted = predictions.scores[start + row]
+            chosen = int(predicted.argmax())
             mask, target = masks[row, chosen].cpu().numpy(), truth[row, 0].cpu().numpy()
             scores.append(
                 ObjectScore(
@@ -81,14 +81,14 @@ def _score_objects(predictions: Predictions, sample: Sample, first: int, image_s
                     float(dices[row, chosen]),
                     float(ious[row].max()),
                     boundary_iou(mask, target),
-                    float(expected[chosen]),
+                    float(predicted[chosen]),
                 )
             )
     return scores
 
 
 def summarize_scores(scores: list[ObjectScore]) -> dict[str, float]:
-    """Return means over objects, exactly rounded, so that they do not depend on the order or on who measured what."""
+    """Return means over objects, exactly rounded, so that they do not depend on the order or on the number of ranks."""
     count = len(scores)
     if count == 0:
         return {}

@@ -1,4 +1,4 @@
-"""`report.html`: what an evaluation found, in one file that needs no network, for somebody who knows the images."""
+"""`report.html`: the results of an evaluation, in one file that needs no network."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -18,34 +18,34 @@ TITLES = {
     "generator/ap": "Generator: average precision",
     "generator/ap50": "Generator: average precision at IoU 0.5",
     "generator/ap75": "Generator: average precision at IoU 0.75",
-    "generator/f1": "Generator: F1 of all its masks",
+    "generator/f1": "Generator: F1",
     "generator/ar_10": "Generator: recall, 10 masks an image",
     "generator/ar_100": "Generator: recall, 100 masks an image",
     "generator/ar_1000": "Generator: recall, 1000 masks an image",
     "generator/masks_per_image": "Generator: masks an image",
-    "counting/mean_absolute_error": "Counting: masks more or fewer than objects, mean over images",
-    "counting/relative_error": "Counting: the same as a share of the objects",
+    "counting/mean_absolute_error": "Counting: absolute error of the number of masks, mean over images",
+    "counting/relative_error": "Counting: the same error divided by the number of objects",
     "classes/ap": "By category: average precision, mean",
     "classes/ap50": "By category: average precision at IoU 0.5, mean",
     "classes/ar_100": "By category: recall, 100 masks an image, mean",
-    "point/iou": "One point: IoU of the mask that the model prefers",
-    "point/best_iou": "One point: IoU of its best mask",
+    "point/iou": "One point: IoU of the mask with the highest score",
+    "point/best_iou": "One point: IoU of the best mask",
     "point/boundary_iou": "One point: boundary IoU",
     "box/iou": "One box: IoU",
     "box/boundary_iou": "One box: boundary IoU",
     "clicks/iou_1": "IoU after one click",
     "clicks/iou_8": "IoU after eight clicks",
-    "background/score": "A point on no object: predicted IoU",
-    "background/taken_share": "A point on no object: share above the generator's threshold",
+    "background/score": "Background point: predicted IoU",
+    "background/taken_share": "Background point: share above the generator's threshold",
 }
-# Of these, less is better.
-FAULTS = (
+# Figures that are better the lower they are.
+LOWER_IS_BETTER = (
     "background/score", "background/taken_share", "counting/mean_absolute_error", "counting/relative_error",
 )  # fmt: skip
 
 
 def write_report_page(path: Path, evaluation: Evaluation, config: Config) -> None:
-    """Write the page; a reader never meets half a file."""
+    """Write the page, whole or not at all."""
     body = [
         _write_summary(evaluation),
         _write_setups(evaluation),
@@ -57,7 +57,7 @@ def write_report_page(path: Path, evaluation: Evaluation, config: Config) -> Non
         write_images(evaluation, config),
         _write_settings(evaluation, config),
     ]
-    columns = 2 + sum(one.found is not None for one in evaluation.measurements.values())
+    columns = 2 + sum(measured.found is not None for measured in evaluation.measurements.values())
     page = Template(files("finestsam.evaluation").joinpath("page.html").read_text(encoding="utf-8")).substitute(
         title=escape_text(f"Evaluation of {evaluation.name}"),
         subtitle=escape_text(_describe_set(evaluation)),
@@ -79,14 +79,14 @@ def _write_summary(evaluation: Evaluation) -> str:
     count, names = len(evaluation.learned), sorted(evaluation.learned)
     listed = ", ".join(f"<code>{escape_text(name)}</code>" for name in names[:20]) + (", ..." if count > 20 else "")
     return (
-        f"{summary}<p class='worse'>{count} of the {len(evaluation.ours.records)} images were trained on, "
-        f"so other images will have lower figures: {listed}</p>"
+        f"{summary}<p class='worse'>{count} of the {len(evaluation.ours.records)} images were trained on; "
+        f"expect lower figures on other images: {listed}</p>"
     )
 
 
 def _write_setups(evaluation: Evaluation) -> str:
-    """Return what was measured: the weights, their image size and thresholds, and what these were chosen for."""
-    setups = {title: one.setup for title, one in evaluation.measurements.items() if one.setup}
+    """Return a table of the models: weights, image size, thresholds and their origin."""
+    setups = {title: measured.setup for title, measured in evaluation.measurements.items() if measured.setup}
     if not setups:
         return ""
     rows = {
@@ -127,16 +127,17 @@ def _write_notes(evaluation: Evaluation) -> str:
     notes = []
     if any(found.low is not None for found in (evaluation.differences or {}).values()):
         notes.append(
-            "The interval holds the difference for 95 % of the samples of images like these; one that holds 0 means "
-            "that these images do not decide it."
+            "The interval is a 95 % bootstrap interval of the difference, over images. If it contains 0, these images "
+            "do not show which model is better."
         )
     elif evaluation.differences:
-        notes.append(f"An interval needs {FEWEST_IMAGES} images.")
+        notes.append(f"An interval needs at least {FEWEST_IMAGES} images.")
     if "counting/mean_absolute_error" in evaluation.ours.figures:
-        notes.append("Counting: less is better; masks in crowd regions do not count.")
+        notes.append("Counting: lower is better. Masks in crowd regions do not count.")
     if evaluation.ours.background:
         notes.append(
-            "On no object, less is better, as far as every object is annotated: the generator prompts there as well."
+            "Background point: the generator prompts between the objects as well. Lower is better if every object is "
+            "annotated."
         )
     return "".join(f"<p class='quiet'>{escape_text(note)}</p>" for note in notes)
 
@@ -152,7 +153,7 @@ def _write_difference(
     if found.low is None:
         return [f"{value:+.3f}", TOO_FEW]
     gain, loss = found.is_positive, found.is_negative
-    if name in FAULTS:
+    if name in LOWER_IS_BETTER:
         gain, loss = loss, gain
     kind = "better" if gain else "worse" if loss else ""
     return [f"<span class='{kind}'>{value:+.3f}</span>", f"{found.low:+.3f} to {found.high:+.3f}"]
@@ -163,7 +164,7 @@ def _write_worse(evaluation: Evaluation) -> str:
         return ""
     count, worse = len(evaluation.ours.records), evaluation.worse
     if not worse:
-        return f"<p>On none of the {count} images does one point give worse masks than the baseline's.</p>"
+        return f"<p>One point gives worse masks than the baseline's on none of the {count} images.</p>"
     names = ", ".join(f"<code>{escape_text(name)}</code>" for name in worse[:20]) + (", ..." if len(worse) > 20 else "")
     return f"<p>One point gives worse masks than the baseline's on {len(worse)} of {count} images: {names}</p>"
 
@@ -185,11 +186,11 @@ def _write_settings(evaluation: Evaluation, config: Config) -> str:
     settings = list_effective_settings(evaluation, config)
     rows = "".join(write_row([name, str(value)]) for name, value in settings.items())
     table = f"<table class='words'>{rows}</table>"
-    return f"<h2>Settings</h2><details><summary>as they took effect</summary>{table}</details>"
+    return f"<h2>Settings</h2><details><summary>the values that were used</summary>{table}</details>"
 
 
 def list_effective_settings(evaluation: Evaluation, config: Config) -> dict[str, object]:
-    """Return the settings of an evaluation by their names, with what was found out in place of what was left open."""
+    """Return the settings of an evaluation by their names; automatic ones have the values that were used."""
     settings = {
         name: value
         for name, value in flatten_config(config).items()

@@ -1,4 +1,4 @@
-"""The images of the report: where the generator does worst and best, beside their annotations and the baseline."""
+"""The images of the report: the generator's worst and best, with their annotations and the baseline's masks."""
 
 import base64
 
@@ -14,7 +14,7 @@ from finestsam.images.frames import compute_input_size, resize_image
 from finestsam.prediction.overlay import render_layer
 from finestsam.records import Record
 
-# Of each end of the ranking.
+# Images from each end of the ranking.
 IMAGES_SHOWN = 4
 # The longest side of an image in the report.
 SHOWN_PIXELS = 768
@@ -22,12 +22,15 @@ OPACITY = 0.45
 
 
 def write_images(evaluation: Evaluation, config: Config) -> str:
-    """Return the images where the generator does worst, and those where it does best."""
+    """Return the generator's worst images, then its best."""
     order = list(evaluation.ratings)
     if not order:
         return ""
     shown = min(IMAGES_SHOWN, (len(order) + 1) // 2)
-    groups = {"Where it does worst": order[:shown], "Where it does best": order[::-1][: min(shown, len(order) - shown)]}
+    groups = {
+        "Worst images of the generator": order[:shown],
+        "Best images of the generator": order[::-1][: min(shown, len(order) - shown)],
+    }
     parts = [
         "<div class='sticky'><label><input type='checkbox' id='masks' checked> masks (key m)</label> "
         "<span class='quiet'>wheel: zoom, drag: move, double click: whole image</span></div>"
@@ -60,10 +63,10 @@ def _write_image(evaluation: Evaluation, index: int, config: Config) -> str:
         ),
     ]
     for title in COLUMNS:
-        one = evaluation.measurements.get(title)
-        if one is not None and one.found is not None:
-            rles, colours = one.found[index].rles, one.colour_found(index)
-            panels.append(_write_panel(title, describe_found(one, index), base, rles, colours, record, size))
+        measured = evaluation.measurements.get(title)
+        if measured is not None and measured.found is not None:
+            rles, colours = measured.found[index].rles, measured.colour_found(index)
+            panels.append(_write_panel(title, describe_found(measured, index), base, rles, colours, record, size))
     learned = "; trained on" if record.file_name in evaluation.learned else ""
     return (
         f"<div class='image'><div><code>{escape_text(record.file_name)}</code> "
@@ -83,8 +86,8 @@ def _write_panel(
 ) -> str:
     layer = ""
     if rles is not None:
-        drawn = render_layer(size, [shrink_rle(rle, size) for rle in rles], OPACITY, colours)
-        layer = f"<img alt='' src='{_embed(encode_image(drawn, '.png'), 'png')}'>"
+        masks = render_layer(size, [shrink_rle(rle, size) for rle in rles], OPACITY, colours)
+        layer = f"<img alt='' src='{_embed(encode_image(masks, '.png'), 'png')}'>"
     image = f"<img alt='{escape_text(record.file_name)}' src='{base}'>"
     return (
         f"<figure class='panel'><h3>{escape_text(title)}</h3><div class='view'>{image}{layer}</div>"

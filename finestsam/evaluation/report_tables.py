@@ -1,4 +1,4 @@
-"""The tables of the report: what became of objects and masks, and how each category does."""
+"""The tables of the report: kinds of objects and masks, and the figures of each category."""
 
 from html import escape
 
@@ -21,7 +21,7 @@ MASK_TITLES = {
 
 
 def write_categories(evaluation: Evaluation) -> str:
-    """Return a row for each category, in its colour in the images."""
+    """Return a table with a row for each category, marked with its colour in the images."""
     rows = list_classes(evaluation.ours.by_class)
     if not rows:
         return ""
@@ -38,15 +38,15 @@ def write_categories(evaluation: Evaluation) -> str:
         lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     titles = ("category", "objects", "average precision", "at IoU 0.5", "recall, 100 masks an image")
     head = "".join(f"<th>{title}</th>" for title in titles)
-    note = "in brackets the baseline; " if theirs else ""
+    note = "The figures in brackets are the baseline's. " if theirs else ""
     return (
-        f"<h2>Categories</h2><table><tr>{head}</tr>{''.join(lines)}</table><p class='quiet'>A mask counts for its own "
-        f"category alone; {note}categories without an object in these images are left out.</p>"
+        f"<h2>Categories</h2><table><tr>{head}</tr>{''.join(lines)}</table><p class='quiet'>A mask only counts for its "
+        f"own category. {note}Categories without objects in these images are left out.</p>"
     )
 
 
 def write_mistakes(evaluation: Evaluation) -> str:
-    """Return what became of the objects and of the masks; the rows of each add up to their number."""
+    """Return a table of the kinds of objects and of masks; the rows of each add up to their number."""
     if not evaluation.ours.mistakes:
         return ""
     ours = sum_mistakes(evaluation.ours.mistakes)
@@ -57,40 +57,40 @@ def write_mistakes(evaluation: Evaluation) -> str:
     kinds = {OBJECT_TITLES[kind]: text for kind, text in OBJECT_KINDS.items()}
     kinds |= {MASK_TITLES[kind]: text for kind, text in MASK_KINDS.items()}
     explained = "".join(f"<li><b>{escape_text(title)}</b>: {escape_text(text)}</li>" for title, text in kinds.items())
-    note = "In brackets the baseline. " if theirs else ""
+    note = "The numbers in brackets are the baseline's. " if theirs else ""
     return (
-        f"<h2>What the generator finds and misses</h2><table>{head}{rows}</table><p class='quiet'>{note}The rows of "
-        "objects add up to the objects, those of masks to the masks; each by its own size, small: below 32 x 32 "
-        "pixels, large: from 96 x 96 on. A mask of nothing annotated is wrong only where every object is annotated.</p>"
-        f"<details><summary>what each row counts: the first of its group that holds</summary><ul>{explained}</ul>"
-        "</details>"
+        f"<h2>What the generator finds and misses</h2><table>{head}{rows}</table><p class='quiet'>{note}Each object "
+        "and each mask counts in one row, by its size. Small is below 32 x 32 pixels, large is 96 x 96 pixels or more. "
+        "A mask of nothing annotated is wrong only if every object is annotated.</p>"
+        "<details><summary>what each row counts (the first row that applies)</summary>"
+        f"<ul>{explained}</ul></details>"
     )
 
 
 def _write_kinds(
     group: str, titles: dict[str, str], ours: dict[str, Mistakes], theirs: dict[str, Mistakes] | None
 ) -> str:
-    """Return the row of the objects or of the masks, and below it one for each kind of them that there is."""
+    """Return the row of all objects or masks, and below it a row for each kind."""
 
     def list_cells(kind: str | None) -> list[str]:
         cells = []
         for size in ("all", *SIZES):
-            counts = [getattr(each[size], group) for each in (ours, theirs) if each]
-            numbers = [sum(one.values()) if kind is None else one[kind] for one in counts]
-            other = f" <span class='quiet'>({numbers[1]})</span>" if theirs else ""
-            cells.append(f"<td>{numbers[0]}{other}</td>")
+            by_model = [getattr(mistakes[size], group) for mistakes in (ours, theirs) if mistakes]
+            numbers = [sum(counts.values()) if kind is None else counts[kind] for counts in by_model]
+            baseline = f" <span class='quiet'>({numbers[1]})</span>" if theirs else ""
+            cells.append(f"<td>{numbers[0]}{baseline}</td>")
         return cells
 
     rows = [f"<tr class='total'><td>{group}</td>{''.join(list_cells(None))}</tr>"]
     for kind, title in titles.items():
-        is_there = any(getattr(each["all"], group)[kind] for each in (ours, theirs) if each)
-        if kind != "in_crowd" or is_there:
+        has_any = any(getattr(mistakes["all"], group)[kind] for mistakes in (ours, theirs) if mistakes)
+        if kind != "in_crowd" or has_any:
             rows.append(f"<tr><td class='kind'>{title}</td>{''.join(list_cells(kind))}</tr>")
     return "".join(rows)
 
 
 def escape_text(value: str) -> str:
-    """Return text that cannot be taken for HTML, and that every encoding can write."""
+    """Return text escaped for HTML, with only printable characters."""
     return escape(printable(value), quote=True)
 
 

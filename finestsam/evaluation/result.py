@@ -1,4 +1,4 @@
-"""What an evaluation found: two models on the same images, and on which of these ours does well."""
+"""The results of an evaluation: our model and the baseline on the same images, and a rating of each image."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ OURS, BASELINE, SAM_THRESHOLDS = "this model", "baseline", "baseline, SAM's thre
 
 @dataclass(frozen=True)
 class Rating:
-    """How well the generator does on one image, a mask counting as an object from an IoU of 0.5 on."""
+    """F1 and recall of the generator on one image, at an IoU of 0.5."""
 
     f1: float
     recall: float
@@ -26,13 +26,13 @@ class Rating:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What screen, files, report and comparison show; all models on the same images, in the same order.
+    """All results that are printed and written; all models on the same images, in the same order.
 
     Attributes:
-        name, baseline_name: of the weights, for the reader.
+        name, baseline_name: of the weights, to print.
         baseline: None: there is nothing to compare with.
-        sam_thresholds: the generator of the baseline with segment_anything's own thresholds; None: it gives nearly the
-            same masks, or there is no baseline.
+        sam_thresholds: the baseline's generator with segment_anything's own thresholds; None: it gives nearly the same
+            masks, or there is no baseline.
         history: of the run that our weights come from; None: it is not known.
         learned: file names of the images that our weights were trained on.
         described_images: how many images, and of which split.
@@ -50,9 +50,9 @@ class Evaluation:
 
     @property
     def measurements(self) -> dict[str, Measurement]:
-        """Return ours and what it is compared with, by what the reader knows them as."""
+        """Return the measurements that exist, by their titles in the report."""
         known = {OURS: self.ours, BASELINE: self.baseline, SAM_THRESHOLDS: self.sam_thresholds}
-        return {title: one for title, one in known.items() if one is not None}
+        return {title: measured for title, measured in known.items() if measured is not None}
 
     @cached_property
     def ratings(self) -> dict[int, Rating]:
@@ -66,16 +66,16 @@ class Evaluation:
         """Return the file names of the images where a point gives worse masks than the baseline's, the worst first."""
         if self.baseline is None:
             return []
-        before = {row["file_name"]: row.get("point/iou") for row in self.baseline.list_images()}
+        baseline_ious = {row["file_name"]: row.get("point/iou") for row in self.baseline.list_images()}
         losses = []
         for row in self.ours.list_images():
-            now, then = row.get("point/iou"), before.get(row["file_name"])
-            if now is not None and then is not None and now < then:
-                losses.append((now - then, row["file_name"]))
+            iou, baseline_iou = row.get("point/iou"), baseline_ious.get(row["file_name"])
+            if iou is not None and baseline_iou is not None and iou < baseline_iou:
+                losses.append((iou - baseline_iou, row["file_name"]))
         return [name for _, name in sorted(losses)]
 
     def summarize(self) -> str:
-        """Return in one sentence what our model finds, beside the baseline."""
+        """Return one sentence about what our model finds, compared with the baseline."""
         if self.ours.found is None:
             return self._summarize_prompts()
         ours = _count(self.ours)
@@ -91,7 +91,7 @@ class Evaluation:
 
     def _summarize_prompts(self) -> str:
         if "point/iou" not in self.ours.figures:
-            return "It has nothing that could be compared with the annotations."
+            return "Nothing could be compared with the annotations."
         text = f"A point in an object gives a mask with an IoU of {self.ours.figures['point/iou']:.2f} on average"
         if self.baseline is not None and "point/iou" in self.baseline.figures:
             text += f" (baseline: {self.baseline.figures['point/iou']:.2f})"
@@ -107,13 +107,13 @@ def _count(measured: Measurement) -> Mistakes:
     return sum_mistakes(measured.mistakes)["all"]
 
 
-# On the screen, in this order.
+# The figures that are printed, in this order.
 HEADLINES = (
     "generator/ap", "generator/f1", "generator/ar_100", "generator/ar_1000", "generator/masks_per_image",
     "counting/mean_absolute_error", "counting/relative_error", "classes/ap", "classes/ar_100",
     "point/iou", "point/best_iou", "box/iou", "clicks/iou_8", "background/score", "background/taken_share",
 )  # fmt: skip
-# Before the names of the figures of what ours is compared with.
+# The names of the baseline's figures start with these.
 BASELINE_PREFIX, SAM_PREFIX = "baseline/", "baseline_sam/"
 NAME_WIDTH = 30
 WIDTHS = (NAME_WIDTH, 12, 12, 12, 34, 12)  # letters of the columns
@@ -142,7 +142,7 @@ def list_headlines(evaluation: Evaluation) -> list[str]:
 
 
 def _list_cells(evaluation: Evaluation, name: str) -> list[str]:
-    """Return a figure of both models, their difference and its interval, each empty where it is not known."""
+    """Return a figure of both models, the difference and its interval; unknown ones are empty."""
     ours, theirs = evaluation.ours.figures[name], evaluation.baseline.figures.get(name)
     if theirs is None:
         return [f"{ours:.4f}", "", "", ""]
@@ -154,7 +154,7 @@ def _list_cells(evaluation: Evaluation, name: str) -> list[str]:
 
 
 def describe_worse(evaluation: Evaluation) -> str:
-    """Return which images a point gives worse masks on than the baseline's."""
+    """Return the images on which one point gives worse masks than the baseline's."""
     worse, count = evaluation.worse, len(evaluation.ours.records)
     names = ", ".join(map(printable, worse[:10])) + (", ..." if len(worse) > 10 else "")
     return f"one point gives worse masks than the baseline's on {len(worse)} of {count} images" + (
@@ -163,7 +163,7 @@ def describe_worse(evaluation: Evaluation) -> str:
 
 
 def write_figures(path: Path, evaluation: Evaluation) -> None:
-    """Write every figure by its name: ours as it is, others under their prefix, and the differences."""
+    """Write every figure by its name, those of the baseline with a prefix, and the differences."""
     figures = dict(evaluation.ours.figures)
     for prefix, measured in ((BASELINE_PREFIX, evaluation.baseline), (SAM_PREFIX, evaluation.sam_thresholds)):
         if measured:
@@ -184,8 +184,8 @@ def write_images(path: Path, evaluation: Evaluation) -> None:
     if evaluation.baseline:
         shared = ("file_name", "objects", "counting/labelled")
         rows = [
-            row | {f"{BASELINE_PREFIX}{name}": value for name, value in other.items() if name not in shared}
-            for row, other in zip(rows, evaluation.baseline.list_images(), strict=True)
+            row | {f"{BASELINE_PREFIX}{name}": value for name, value in baseline_row.items() if name not in shared}
+            for row, baseline_row in zip(rows, evaluation.baseline.list_images(), strict=True)
         ]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")

@@ -16,29 +16,28 @@ from finestsam.formats.coco import as_id, load_json
 from finestsam.masks import encode_mask, segmentation_to_rle
 from finestsam.records import Record
 
-# The class of what is of no category of the dataset: it counts where categories do not.
+# The class of masks of no category of the dataset; they count where categories do not matter.
 UNKNOWN = 0
 
 
 def read_results(
     path: Path, records: Sequence[Record], categories: dict[int, str], task: str = "auto"
 ) -> tuple[list[Detections], ClassTable | None]:
-    """Return what the file says was found in each image, the best score first, and the classes of it.
+    """Return the masks of a file for each image, the best score first, and the table of their classes.
 
-    Classes are None where the file knows none: where it names a single category, and the dataset has others.
+    The table is None where the file has no classes: it names a single category, and the dataset has several.
 
-    The file is a list of results as COCO defines them (image_id, segmentation, score), or a dataset that lists its
-    images too, as `--mode predict` writes it: then images are known by their file names, since their ids need not be
-    those of the labels. Likewise categories, which are those of its own list where it has one, known by their names,
-    and else have the ids of the labels.
+    The file is a list of results as COCO defines them (image_id, segmentation, score), or a dataset with a list of
+    images, as `--mode predict` writes it. In a dataset, images are matched by file name, because their ids need not be
+    those of the annotations. Categories are matched by name where the file lists them, else by id.
 
     Args:
-        categories: of the labels, names by id.
-        task: masks: categories do not count; classes: they do, and may be a single one.
+        categories: of the annotations, names by id.
+        task: masks: categories are ignored; classes: they are needed, and there may be a single one.
 
     Raises:
-        UserError: not such a file, an image that is not of this set, a mask that is none, or categories that are asked
-            for and are none of the labels'.
+        UserError: not such a file, no image of this set, an invalid mask, or no category of the annotations where
+            `task` needs them.
     """
     content = load_json(path)
     entries = content.get("annotations") if isinstance(content, dict) else content
@@ -51,7 +50,7 @@ def read_results(
     for number, entry in enumerate(entries):
         index = indices.get(_read_id(entry, "image_id", f"result {number}", path, takes_text=isinstance(content, dict)))
         if index is None:
-            left_out += 1  # of another part of the dataset
+            left_out += 1  # an image of another part of the dataset
             continue
         score = entry.get("score", 1.0)
         try:
@@ -61,7 +60,7 @@ def read_results(
         except Defect as defect:
             if defect.code != "empty_mask":
                 raise UserError(f"{printable(path)}: result {number}: {defect.message}") from None
-            rle = encode_mask(np.zeros(records[index].size, dtype=bool))  # found, and wrong
+            rle = encode_mask(np.zeros(records[index].size, dtype=bool))  # an empty mask counts as a wrong one
         category_id = as_id(entry.get("category_id"))
         is_known = table is not None and category_id is not None
         found[index].append((float(score), rle, table.by_category.get(category_id, UNKNOWN) if is_known else UNKNOWN))
@@ -70,9 +69,9 @@ def read_results(
     if left_out:
         print(f"{printable(path)}: {left_out} of {len(entries)} results are of other images than these, left out")
     detections = []
-    for one in found:
-        one.sort(key=lambda entry: -entry[0])
-        scores, rles, numbers = map(list, zip(*one, strict=True)) if one else ([], [], [])
+    for masks in found:
+        masks.sort(key=lambda entry: -entry[0])
+        scores, rles, numbers = map(list, zip(*masks, strict=True)) if masks else ([], [], [])
         detections.append(Detections(rles, scores, numbers if table else None))
     return detections, number_categories(categories, table.names[1:]) if table else None
 
@@ -80,14 +79,15 @@ def read_results(
 def _find_categories(
     content: Any, entries: list[dict], categories: dict[int, str], task: str, path: Path
 ) -> ClassTable | None:
-    """Return the classes of results, by the ids that the file has for them; None where it knows none."""
+    """Return the table of the results' classes, by the file's category ids; None where it has no classes."""
     if task == "masks":
         return None
     listed = content.get("categories") if isinstance(content, dict) else None
     own = categories
     if isinstance(listed, list):
         own = {
-            _read_id(one, "id", f"category {number}", path): str(one.get("name")) for number, one in enumerate(listed)
+            _read_id(entry, "id", f"category {number}", path): str(entry.get("name"))
+            for number, entry in enumerate(listed)
         }
     used = {
         _read_id(entry, "category_id", f"result {number}", path)
@@ -105,7 +105,7 @@ def _find_categories(
 
 
 def _index_images(content: Any, records: Sequence[Record], path: Path) -> dict[int | str, int]:
-    """Return the index of each image of the set by the id that the file has for it."""
+    """Return the index of each image of the set by its id in the file."""
     if not isinstance(content, dict):
         return {record.image_id: index for index, record in enumerate(records)}
     images = content.get("images")
@@ -114,7 +114,8 @@ def _index_images(content: Any, records: Sequence[Record], path: Path) -> dict[i
     by_name: dict[str, list[int]] = {}
     for index, record in enumerate(records):
         by_name.setdefault(PurePosixPath(record.file_name).name, []).append(index)
-    claims: dict[int, list[tuple[int, str, Any]]] = {}  # of an image: the entries that may be it, by what they share
+    # For each image of the set the file's entries that may be it: number of common path parts, name, id.
+    claims: dict[int, list[tuple[int, str, Any]]] = {}
     for number, image in enumerate(images):
         image_id = _read_id(image, "id", f"image {number}", path, takes_text=True)
         name = str(image.get("file_name"))
@@ -138,11 +139,11 @@ def _index_images(content: Any, records: Sequence[Record], path: Path) -> dict[i
 
 
 def _read_id(entry: Any, key: str, name: str, path: Path, takes_text: bool = False) -> int | str:
-    """Return an id, a whole number however it is written.
+    """Return an id: a whole number, written as a number or as text.
 
     Args:
         name: of the entry, for the message.
-        takes_text: where both ends of a reference stand in the file, they may be any text.
+        takes_text: accept any text, because the file itself holds both ends of the reference.
     """
     value = entry.get(key) if isinstance(entry, dict) else None
     number = as_id(value)
@@ -163,6 +164,6 @@ def _is_score(value: Any) -> bool:
 
 
 def _count_common_parts(name: str, path: Path) -> int:
-    """Return how many parts of two paths are the same, from their ends."""
+    """Return how many parts two paths have in common, counted from their ends."""
     parts = zip(reversed(PurePosixPath(name).parts), reversed(path.parts), strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], parts))

@@ -1,4 +1,4 @@
-"""What is measured: weights at an image size with thresholds, ours and the baseline that they are compared with."""
+"""The models to measure, ours and the baseline: their weights, image size and thresholds."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +19,8 @@ class Thresholds:
 
     Attributes:
         settings: without None.
-        origin: for the reader: what they were chosen for, and on what.
-        goal: what those that are open are still to be chosen for, on the evaluated images; empty: none is.
+        origin: to print: what they were tuned for, and on which images.
+        goal: what to tune the thresholds that are not given for, on the evaluated images; empty: do not tune.
     """
 
     settings: GeneratorConfig
@@ -30,7 +30,7 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Setup:
-    """One model as it was measured, for the reader."""
+    """One model as it was measured, to print."""
 
     name: str
     model_type: str
@@ -44,7 +44,7 @@ class Setup:
 
     @property
     def settings(self) -> dict[str, str]:
-        """Return the thresholds by their names, as the reader sees them."""
+        """Return the thresholds as text, by their names."""
         if self.thresholds is None:
             return {}
         names = [name for name in GENERATOR_DEFAULTS if self.has_classes or name != "no_object_thresh"]
@@ -57,10 +57,10 @@ class Setup:
 
 
 def find_thresholds(config: Config, card: Card | None, goal: str) -> Thresholds:
-    """Return the thresholds to evaluate weights with: those stored beside them, else SAM's; the given ones come first.
+    """Return the thresholds to evaluate weights with: given ones first, then those of the card, then SAM's.
 
     Args:
-        goal: what they were chosen for, where the card does not say.
+        goal: what the card's thresholds were tuned for, where the card does not say.
     """
     if config.evaluate.search and not _are_all_given(config):
         return _search_thresholds(config, card, config.evaluate.goal)
@@ -76,12 +76,12 @@ def find_thresholds(config: Config, card: Card | None, goal: str) -> Thresholds:
 
 
 def find_baseline_thresholds(config: Config, card: Card, goal: str) -> Thresholds:
-    """Return those for the weights that training started from: what did best for them in the same validation.
+    """Return the thresholds for the weights that training started from: those tuned for them in the same validation.
 
-    Where that is not known, they are still to be chosen on the evaluated images, for the same goal.
+    Where these are not known, they are tuned on the evaluated images, for the same goal.
 
     Args:
-        card: of the weights that are compared with them.
+        card: of the weights that are compared with the starting weights.
         goal: as of `find_thresholds`.
     """
     if config.evaluate.search and not _are_all_given(config):
@@ -89,14 +89,14 @@ def find_baseline_thresholds(config: Config, card: Card, goal: str) -> Threshold
     if card.baseline_generator:
         stored = replace(card, generator=card.baseline_generator)
         return find_thresholds(config, stored, goal)
-    is_to_search = config.evaluate.search is not False and bool(card.generator) and not _are_all_given(config)
-    if is_to_search:
+    needs_tuning = config.evaluate.search is not False and bool(card.generator) and not _are_all_given(config)
+    if needs_tuning:
         return _search_thresholds(config, None, card.goal or goal or config.evaluate.goal)
     return find_sam_thresholds(config)
 
 
 def find_sam_thresholds(config: Config) -> Thresholds:
-    """Return segment_anything's own thresholds, but for those that are given."""
+    """Return segment_anything's own thresholds, except for those that are given."""
     return Thresholds(resolve_generator(config.generator, card=None), _mention_given(config, "of segment_anything"))
 
 
@@ -116,7 +116,7 @@ def _mention_given(config: Config, origin: str) -> str:
     return f"{origin} ({', '.join(sorted(given))} given)" if given else origin
 
 
-# Of the masks of two choices of thresholds, the share in common below which both are worth showing.
+# With less than this share of common masks, the masks of two sets of thresholds are both shown.
 ALIKE_SHARE = 0.9
 
 
@@ -133,7 +133,7 @@ class Subject:
     title: str
 
     def describe(self, thresholds: Thresholds | None) -> Setup:
-        """Return what is measured; the thresholds are known when it is, None where the generator does not run."""
+        """Return the model with the thresholds that were used; None where the generator did not run."""
         model = self.loaded.model
         has_classes = model.class_head is not None
         return Setup(self.loaded.source, self.loaded.model_type, model.image_size, thresholds, has_classes)
@@ -142,12 +142,12 @@ class Subject:
 def find_baseline(config: Config, loaded: LoadedModel | None, goal: str) -> Subject | None:
     """Return the model to compare with; None where there is none.
 
-    The weights that training started from are taken at the image size, and give as many masks for a prompt, as those
-    that are evaluated; others that are named are as they are.
+    The weights that training started from get the image size and multimask_output of the evaluated model. Other weights
+    that the user names keep their own.
 
     Args:
-        loaded: the model that is evaluated; None: results of another program, which started from nothing.
-        goal: what its thresholds were chosen for, where its card does not say.
+        loaded: the evaluated model; None: results of another program, which have no starting weights.
+        goal: what its thresholds were tuned for, where its card does not say.
     """
     name, card = config.evaluate.against, loaded.card if loaded else None
     if name == "auto":
@@ -155,7 +155,7 @@ def find_baseline(config: Config, loaded: LoadedModel | None, goal: str) -> Subj
     if name in (None, "none"):
         return None
     is_origin = _is_origin(config, name, card)
-    task = config.task if config.task == "masks" else "auto"  # what it was trained for, like ours or not
+    task = config.task if config.task == "masks" else "auto"  # the baseline may have another task than our model
     model = ModelConfig(checkpoint=str(name), image_size=loaded.model.image_size if is_origin else None)
     device = loaded.model.device if loaded else None
     other = load_model(replace(config, task=task, model=model), prefer_runs=True, device=device)
@@ -166,7 +166,7 @@ def find_baseline(config: Config, loaded: LoadedModel | None, goal: str) -> Subj
 
 
 def _find_origin(card: Card) -> str | None:
-    """Return the file that weights were trained from, if it is still there as it was."""
+    """Return the file of the starting weights; None where it is missing or has changed."""
     if card.started_from_sha256 is None:
         return None
     path = Path(card.started_from)
@@ -180,7 +180,7 @@ def _find_origin(card: Card) -> str | None:
 
 
 def _is_origin(config: Config, name: str, card: Card | None) -> bool:
-    """Return whether a file holds the weights that the evaluated ones were trained from, wherever it lies."""
+    """Return whether a file holds the starting weights of the evaluated ones, by their hash."""
     if card is None or card.started_from_sha256 is None:
         return False
     path = find_weights(replace(config, model=ModelConfig(checkpoint=str(name))))
@@ -188,8 +188,9 @@ def _is_origin(config: Config, name: str, card: Card | None) -> bool:
 
 
 def are_alike(found: list[Detections], others: list[Detections]) -> bool:
-    """Return whether two choices of thresholds give nearly the same masks of a set of images."""
+    """Return whether two sets of thresholds give nearly the same masks on a set of images."""
     masks, other_masks = (
-        {(place, rle["counts"]) for place, one in enumerate(each) for rle in one.rles} for each in (found, others)
+        {(index, rle["counts"]) for index, image in enumerate(images) for rle in image.rles}
+        for images in (found, others)
     )
     return len(masks & other_masks) >= ALIKE_SHARE * len(masks | other_masks)

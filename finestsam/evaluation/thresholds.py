@@ -1,4 +1,4 @@
-"""Search the generator's settings for a kind of image, and correct the scores that the model gives itself."""
+"""Tune the generator's settings on labelled images, and calibrate the model's scores."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -10,19 +10,19 @@ from finestsam.config import GeneratorConfig
 from finestsam.evaluation.candidates import Candidates, MeasuredMasks, clean, match, select
 from finestsam.records import Record
 
-# COCO's, at which a mask counts as the object.
+# COCO's thresholds, at which a mask finds an object.
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
-# What a mask costs where not every object is labelled, and a mask that fits none is not known to be wrong: an object
-# found pays for a hundred masks.
+# The cost of a mask for the goal `recall`, where masks of nothing annotated need not be wrong: finding one object is
+# worth a hundred masks.
 MASK_COST = 0.01
-# What is tried, beside what the search starts from; of predicted IoUs, quantiles of those seen.
+# The values that tuning tries beside those it starts from; of predicted IoUs these are quantiles of the candidates'.
 SCORE_QUANTILES = np.linspace(0, 0.98, 50)
 STABILITIES = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.92, 0.95)
 NO_OBJECT_PROBABILITIES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
 OVERLAPS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 REGION_AREAS = (0, 16, 64, 256)
 ROUNDS = 4
-# The settings that the search decides about, the cheapest to change first.
+# The settings that are tuned, those that are cheapest to change first.
 SEARCHED = (
     "pred_iou_thresh", "stability_score_thresh", "no_object_thresh", "box_nms_thresh", "points_per_side",
     "crop_n_layers",
@@ -31,26 +31,31 @@ SEARCHED = (
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """How the generator does at one choice of its settings; no ranking of its masks enters."""
+    """The generator's figures with one choice of its settings; they do not depend on the ranking of its masks."""
 
-    f1: float  # harmonic mean of precision and recall, over all images, the mean over COCO's IoU thresholds
-    recall: float  # the mean over the same
+    f1: float  # harmonic mean of precision and recall over all images, mean over COCO's IoU thresholds
+    recall: float  # mean over the same thresholds
     masks_per_object: float
 
     def measure(self, goal: str) -> float:
-        """Return what the search makes as large as it can: `f1`, or for partly labelled images `recall`."""
+        """Return what tuning maximises: F1, or for partly annotated images recall minus the cost of masks."""
         return self.f1 if goal == "f1" else self.recall - MASK_COST * self.masks_per_object
 
 
 def measure_operating_point(
     found: Sequence[MeasuredMasks], chosen: Sequence[np.ndarray] | None = None
 ) -> OperatingPoint:
-    """Return how some candidates of each image do, by falling score; None: all of them."""
+    """Return the figures of the masks of all images.
+
+    Args:
+        found: of each image, by falling score.
+        chosen: of each image the indices of the masks that count; None: all do.
+    """
     hits, masks, objects = np.zeros(len(IOU_THRESHOLDS)), np.zeros(len(IOU_THRESHOLDS)), 0
-    for place, one in enumerate(found):
-        ious, crowd_shares = one.ious, one.crowd_shares
+    for index, image in enumerate(found):
+        ious, crowd_shares = image.ious, image.crowd_shares
         if chosen is not None:
-            ious, crowd_shares = ious[chosen[place]], crowd_shares[chosen[place]]
+            ious, crowd_shares = ious[chosen[index]], crowd_shares[chosen[index]]
         is_hit = match(ious, IOU_THRESHOLDS) >= 0
         is_ignored = ~is_hit & (crowd_shares >= IOU_THRESHOLDS[:, None])
         hits += is_hit.sum(axis=1)
@@ -64,7 +69,7 @@ def measure_operating_point(
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The best settings found, and how they and those that the search started from do."""
+    """The best settings found, with the figures of the settings before and after tuning."""
 
     settings: GeneratorConfig
     before: OperatingPoint
@@ -75,7 +80,7 @@ class SearchResult:
 def search(
     records: Sequence[Record], found: Sequence[Candidates], start: GeneratorConfig, fixed: frozenset[str], goal: str
 ) -> SearchResult:
-    """Return the generator's settings that do best on these images: one at a time is changed until none helps.
+    """Return the generator's settings that are best on these images: change one at a time until none helps.
 
     Args:
         found: one for each record.
@@ -88,7 +93,7 @@ def search(
     def evaluate(settings: GeneratorConfig) -> OperatingPoint:
         key = tuple(getattr(settings, name) for name in SEARCHED)
         if key not in known:
-            known[key] = measure_operating_point(found, [select(one, settings) for one in found])
+            known[key] = measure_operating_point(found, [select(image, settings) for image in found])
         return known[key]
 
     options = _list_options(found, start, fixed)
@@ -96,7 +101,7 @@ def search(
     for share in (0.25, 0.75):
         middle = {name: values[int(share * (len(values) - 1))] for name, values in options.items()}
         starts.append(dataclasses.replace(starts[0], **middle))
-    ends = [_climb(one, options, lambda settings: evaluate(settings).measure(goal)) for one in starts]
+    ends = [_climb(settings, options, lambda settings: evaluate(settings).measure(goal)) for settings in starts]
     best = max(ends, key=lambda settings: evaluate(settings).measure(goal))
     operating_point = evaluate(best)
     if "min_mask_region_area" in fixed:
@@ -107,16 +112,16 @@ def search(
 
 
 def _list_options(found: Sequence[Candidates], start: GeneratorConfig, fixed: frozenset[str]) -> dict[str, list[float]]:
-    """Return the values to try of each setting that is free, rising."""
-    scores = np.concatenate([one.masks.scores for one in found]) if found else np.zeros(0)
+    """Return the values to try of each setting that is not fixed, rising."""
+    scores = np.concatenate([image.masks.scores for image in found]) if found else np.zeros(0)
     scores = scores[np.isfinite(scores)]
     levels = np.quantile(scores, SCORE_QUANTILES).clip(0, 1) if len(scores) else np.zeros(1)
-    grids = sorted({int(grid) for one in found for grid in np.unique(one.points_per_side)})
+    grids = sorted({int(grid) for image in found for grid in np.unique(image.points_per_side)})
     options = {
-        # Down, so that what is rounded passes as before.
+        # Rounded down, so that the candidate at the quantile still passes.
         "pred_iou_thresh": [float(np.floor(level * 1e4) / 1e4) for level in levels],
         "stability_score_thresh": list(STABILITIES),
-        "no_object_thresh": list(NO_OBJECT_PROBABILITIES) if any(one.masks.has_classes for one in found) else [],
+        "no_object_thresh": list(NO_OBJECT_PROBABILITIES) if any(image.masks.has_classes for image in found) else [],
         "box_nms_thresh": list(OVERLAPS),
         "points_per_side": grids or [start.points_per_side],
         "crop_n_layers": list(range(start.crop_n_layers + 1)),
@@ -147,20 +152,20 @@ def _choose_region_area(
     operating_point: OperatingPoint,
     goal: str,
 ) -> tuple[GeneratorConfig, OperatingPoint]:
-    chosen = [one[select(one, settings)] for one in found]
+    chosen = [image[select(image, settings)] for image in found]
     for area in REGION_AREAS[1:]:
         changed = dataclasses.replace(settings, min_mask_region_area=area)
         result = measure_operating_point(
-            [clean(one, record, changed) for one, record in zip(chosen, records, strict=True)]
+            [clean(image, record, changed) for image, record in zip(chosen, records, strict=True)]
         )
         if result.measure(goal) > operating_point.measure(goal):
             settings, operating_point = changed, result
     return settings, operating_point
 
 
-# Of the scores, from 0 to 1.
+# Bins of the scores, from 0 to 1.
 BINS = 10
-# Of the monotone map: enough for its shape, few enough to read in best.json.
+# Knots of the monotone map: enough for its shape, few enough to read in best.json.
 MOST_KNOTS = 16
 
 
@@ -169,14 +174,14 @@ class Calibration:
     """How the predicted IoU relates to the measured one."""
 
     centres: np.ndarray  # B, mean prediction in each bin; bins without a mask are left out
-    measured: np.ndarray  # B, mean IoU with the object that fits best
+    measured: np.ndarray  # B, mean IoU with the best-fitting object
     counts: np.ndarray  # B
     error: float  # expected calibration error: the mean distance of the two, weighted by count
-    knots: list[list[float]]  # [predicted, measured] pairs, both rising: the map that corrects
+    knots: list[list[float]]  # [predicted, measured] pairs, both rising: the map that corrects scores
 
 
 def calibrate(found: Sequence[Candidates]) -> Calibration | None:
-    """Measure and correct the scores of candidates against the IoU with the object that fits each best.
+    """Compare the scores of candidates with their IoU with the best-fitting object, and fit a map that corrects them.
 
     The error is that of Guo et al. (arXiv 1706.04599) with an IoU in place of a hit rate; the map is the isotonic
     regression, by pooling adjacent violators (Barlow et al., Statistical Inference under Order Restrictions, 1972).
@@ -184,10 +189,10 @@ def calibrate(found: Sequence[Candidates]) -> Calibration | None:
     Returns:
         None where there is no candidate.
     """
-    scores = np.concatenate([one.masks.scores for one in found]) if found else np.zeros(0)
+    scores = np.concatenate([image.masks.scores for image in found]) if found else np.zeros(0)
     if len(scores) == 0:
         return None
-    ious = np.concatenate([one.ious.max(axis=1, initial=0.0) for one in found])
+    ious = np.concatenate([image.ious.max(axis=1, initial=0.0) for image in found])
     is_known = np.isfinite(scores)
     scores, ious = scores[is_known].astype(float), ious[is_known]
     bins = np.clip((scores * BINS).astype(int), 0, BINS - 1)
@@ -202,13 +207,13 @@ def calibrate(found: Sequence[Candidates]) -> Calibration | None:
 def _fit_knots(scores: np.ndarray, ious: np.ndarray) -> list[list[float]]:
     order = np.argsort(scores, kind="stable")
     groups = np.array_split(order, min(4 * MOST_KNOTS, len(order)))
-    blocks: list[list[float]] = []  # of sum of predictions, sum of measurements, count; means of the second rise
+    blocks: list[list[float]] = []  # sum of predictions, sum of measurements, count; the mean measurement rises
     for group in groups:
         blocks.append([float(scores[group].sum()), float(ious[group].sum()), len(group)])
         while len(blocks) > 1 and blocks[-2][1] * blocks[-1][2] >= blocks[-1][1] * blocks[-2][2]:
             last = blocks.pop()
-            blocks[-1] = [one + other for one, other in zip(blocks[-1], last, strict=True)]
+            blocks[-1] = [left + right for left, right in zip(blocks[-1], last, strict=True)]
     knots = [[predicted / count, measured / count] for predicted, measured, count in blocks]
     if len(knots) > MOST_KNOTS:
-        knots = [knots[place] for place in np.linspace(0, len(knots) - 1, MOST_KNOTS).round().astype(int)]
+        knots = [knots[index] for index in np.linspace(0, len(knots) - 1, MOST_KNOTS).round().astype(int)]
     return [[round(predicted, 5), round(measured, 5)] for predicted, measured in knots]

@@ -17,7 +17,7 @@ from finestsam.model.architectures import ARCHITECTURES, PATCH_SIZE, PIXEL_MEAN,
 from finestsam.runtime.whole_files import write_json
 
 WEIGHTS, CONFIG, IMAGES = "model.safetensors", "config.json", "preprocessor_config.json"
-# Parts of names, each as a pattern and what stands for it there; in this order.
+# Parts of SAM's names and their replacements in transformers, applied in this order.
 RENAMED = (
     (r"^image_encoder\.", "vision_encoder."),
     (r"\.blocks\.", ".layers."),
@@ -37,7 +37,7 @@ RENAMED = (
     (r"\.output_upscaling\.0\.", ".upscale_conv1."),
     (r"\.output_upscaling\.1\.", ".upscale_layer_norm."),
     (r"\.output_upscaling\.3\.", ".upscale_conv2."),
-    # Of the heads' three layers the first and the last have names of their own.
+    # The first and the last of a head's three layers have names of their own.
     (r"(iou_prediction_head|output_hypernetworks_mlps\.\d)\.layers\.0\.", r"\1.proj_in."),
     (r"(iou_prediction_head|output_hypernetworks_mlps\.\d)\.layers\.2\.", r"\1.proj_out."),
     (r"(iou_prediction_head|output_hypernetworks_mlps\.\d)\.layers\.1\.", r"\1.layers.0."),
@@ -57,22 +57,22 @@ def require_safetensors() -> None:
 
 
 def write_hugging_face(sam: Sam, model_type: str, folder: Path) -> None:
-    """Write a SAM's weights, what it is made of, and how images are brought to it, into a folder."""
-    from safetensors import SafetensorError  # need not be there
+    """Write a SAM's weights, model config and image processor config into a folder."""
+    from safetensors import SafetensorError  # optional package
     from safetensors.torch import save_file
 
     try:
         save_file(rename_weights(sam.state_dict()), folder / WEIGHTS, metadata={"format": "pt"})
-    except SafetensorError as error:  # what it makes of a disk that is full
+    except SafetensorError as error:  # raised for a full disk
         raise OSError(str(error)) from None
     size = sam.image_encoder.img_size
     write_json(folder / CONFIG, describe_model(model_type, size), indent=2)
     write_json(folder / IMAGES, describe_images(size), indent=2)
-    shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors lets nobody else read what it writes
+    shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors makes its files readable for the owner only
 
 
 def rename_weights(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return SAM's weights under transformers' names, each in memory of its own."""
+    """Return SAM's weights by transformers' names; no two tensors share memory."""
     renamed = {}
     for name, value in state_dict.items():
         for pattern, replacement in RENAMED:
@@ -82,7 +82,7 @@ def rename_weights(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def describe_model(model_type: str, image_size: int) -> dict[str, Any]:
-    """Return what `SamConfig` is to be; only what cannot be expressed there is left to its defaults."""
+    """Return the values of `SamConfig`."""
     architecture = ARCHITECTURES[model_type]
     sizes = {"image_size": image_size, "patch_size": PATCH_SIZE}
     vision = {
@@ -106,7 +106,7 @@ def describe_model(model_type: str, image_size: int) -> dict[str, Any]:
         "model_type": "sam_mask_decoder",
         "hidden_size": architecture.decoder_width,
         "mlp_dim": architecture.decoder_mlp_width,
-        "layer_norm_eps": 1e-5,  # of the transformer, as in segment_anything; transformers' default is another
+        "layer_norm_eps": 1e-5,  # of the two-way transformer, as in segment_anything; the default differs
     }
     return {
         "architectures": ["SamModel"],
@@ -119,7 +119,7 @@ def describe_model(model_type: str, image_size: int) -> dict[str, Any]:
 
 
 def describe_images(image_size: int) -> dict[str, Any]:
-    """Return what `SamImageProcessor` is to be: it brings images to 0 to 1 before it normalises them."""
+    """Return the values of `SamImageProcessor`, which scales images to 0 to 1 before it normalises them."""
     side, mask_side = image_size, image_size // 4
     return {
         "image_processor_type": "SamImageProcessor",

@@ -1,7 +1,7 @@
-"""A SAM as two ONNX files, one that sees the image once and one that predicts masks from prompts on what it saw.
+"""A SAM as two ONNX files: the encoder embeds an image once, the decoder predicts masks from prompts and embedding.
 
-Names are those of segment_anything's own export of the decoder, where it has them. It bakes the shape of one image
-into the step that brings masks to the image's size; here that step is left to the program.
+Names are those of segment_anything's own export of the decoder, where it has them. Its export resizes masks to one
+fixed image size; here the program that uses the files resizes them.
 """
 
 import importlib
@@ -18,17 +18,17 @@ from finestsam.errors import UserError
 from finestsam.model.sam import FinestSam
 
 ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
-DATA_SUFFIX = ".data"  # of the weights beside a file that is too small for them
+DATA_SUFFIX = ".data"  # of the file beside it that holds weights too large for the ONNX file
 DECODER_INPUTS = ("image_embeddings", "point_coords", "point_labels", "mask_input", "has_mask_input")
 DECODER_OUTPUTS = ("low_res_masks", "iou_predictions")
-# Protocol buffers end at 2 GiB; what is left is for the graph.
+# Protocol buffers hold at most 2 GiB; the rest is for the graph.
 MAX_WEIGHT_BYTES = 2_000_000_000
 OPSET = 18
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 def require_packages() -> None:
-    """Raise unless everything is installed that writes the files and runs them."""
+    """Raise unless all packages that write and run the files are installed."""
     problems = []
     for name in PACKAGES:
         try:
@@ -54,7 +54,7 @@ def write_onnx(model: FinestSam, folder: Path) -> None:
         ("image_embeddings",),
         [{2: height, 3: width}],
     )
-    # 2 prompts of 3 points: numbers that are taken neither for a fixed 1 nor for each other.
+    # 2 prompts of 3 points: the exporter could take a 1 for fixed, and equal numbers for the same dimension.
     shapes = ((1, channels, side, side), (2, 3, 2), (2, 3), (1, 1, 4 * side, 4 * side), (1,))
     prompts = {0: Dim("prompts"), 1: Dim("points")}
     _write(
@@ -73,10 +73,10 @@ def _write(
 
     Args:
         example: the inputs, by name.
-        sizes: for each of them which dimensions can have other sizes, and what these are called.
+        sizes: for each input the names of its dynamic dimensions, by index.
     """
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # that `prompts` is the size of two inputs, which is meant
+        warnings.simplefilter("ignore")  # that two inputs share the dimension `prompts`, which is intended
         program = torch.onnx.export(
             graph.eval(),
             tuple(example.values()),
@@ -88,7 +88,7 @@ def _write(
             verbose=False,
         )
         for node in program.model.graph.all_nodes():
-            node.metadata_props.clear()  # where in the source it came from, with the paths of this machine
+            node.metadata_props.clear()  # source locations, with the paths of this machine
         weight_bytes = sum(value.nbytes for value in graph.state_dict().values())
         program.save(path, external_data=weight_bytes > MAX_WEIGHT_BYTES)
 
@@ -135,8 +135,8 @@ class DecoderGraph(nn.Module):
             embedding: 1 x C x g x g.
             points: N x P x 2, XY, input frame.
             labels: N x P, float: 1 inside, 0 outside, 2 and 3 a box's corners, -1 no point.
-            mask_input: 1 x 1 x 4g x 4g, the logits of a mask that all N prompts bring.
-            has_mask_input: 1, float: 1 where `mask_input` counts, 0 where there is none.
+            mask_input: 1 x 1 x 4g x 4g, the logits of a mask prompt that all N prompts share.
+            has_mask_input: 1, float: 1: use `mask_input`, 0: there is none.
         """
         encoder = self.prompt_encoder
         masks = encoder.mask_downscaling(mask_input)
@@ -149,7 +149,7 @@ class DecoderGraph(nn.Module):
         )
 
     def _embed_points(self, points: Tensor, labels: Tensor) -> Tensor:
-        """Return N x P x C; segment_anything writes into masked positions, which no exporter can follow."""
+        """Return N x P x C. segment_anything assigns to masked positions, which cannot be exported."""
         encoder = self.prompt_encoder
         position_encoding = encoder.pe_layer._pe_encoding((points + 0.5) / self.image_size)
         embedded = torch.where(labels == -1, encoder.not_a_point_embed.weight, position_encoding)

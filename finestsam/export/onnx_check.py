@@ -1,4 +1,4 @@
-"""Whether exported files give in onnxruntime what their model gives in torch: images and prompts of several shapes."""
+"""Compare exported files in onnxruntime with their model in torch, on images and prompts of several shapes."""
 
 import math
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from finestsam.images.frames import compute_input_size, resize_image
 from finestsam.model.sam import FinestSam
 from finestsam.prediction.upscaling import Upscaler
 
-IMAGE_SIZES = ((300, 400), (400, 260), (400, 400))  # of an aspect ratio each
+IMAGE_SIZES = ((300, 400), (400, 260), (400, 400))  # three aspect ratios
 POINT_COUNTS = (1, 2, 5)
 MAX_DIFFERENCE = 1e-3
 MIN_IOU = 0.999
@@ -28,19 +28,19 @@ MIN_IOU = 0.999
 class Agreement:
     """The largest difference between the files' outputs and the model's."""
 
-    difference: float = 0.0  # of a logit, as a share of the largest, or of a score
-    iou: float = 1.0  # of two masks in the image's frame
+    difference: float = 0.0  # of logits, relative to the largest, or of scores
+    iou: float = 1.0  # smallest IoU of two masks, original frame
 
 
 class OnnxSam:
     """Both files in onnxruntime.
 
     Args:
-        folder: where they are.
+        folder: of the files.
     """
 
     def __init__(self, folder: Path):
-        import onnxruntime  # need not be there
+        import onnxruntime  # optional package
 
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 3  # errors
@@ -60,7 +60,7 @@ class OnnxSam:
         return torch.from_numpy(logits), torch.from_numpy(scores)
 
     def describe(self) -> dict[str, Any]:
-        """Return the names and shapes of what goes into each file and comes out of it."""
+        """Return the names and shapes of each file's inputs and outputs."""
         return {
             name: {
                 "inputs": {entry.name: entry.shape for entry in session.get_inputs()},
@@ -71,7 +71,7 @@ class OnnxSam:
 
 
 def _list_inputs(prompts: Prompts, mask_shape: list[int]) -> list[np.ndarray]:
-    """Return what prompts are for the decoder's file: a box is its corners, and where there is none stands no point."""
+    """Return the decoder's inputs for prompts: a box is two corner points; without one, a point labelled -1."""
     count = len(prompts)
     if prompts.boxes is None:
         points, labels = torch.zeros(count, 1, 2), torch.full((count, 1), -1.0)
@@ -85,13 +85,13 @@ def _list_inputs(prompts: Prompts, mask_shape: list[int]) -> list[np.ndarray]:
 
 
 def check_onnx(exported: OnnxSam, model: FinestSam) -> Agreement:
-    """Return how well exported files agree with their model, which is on the CPU and computes in float32.
+    """Return the agreement of exported files with their model, which is on the CPU in float32.
 
     Raises:
-        UserError: they do not.
+        UserError: they do not agree.
     """
     found = Agreement()
-    # The model predicts three masks or the single one; the files all four.
+    # A model predicts three masks or the single one; the files predict all four.
     models = [FinestSam(model.sam, multimask_output) for multimask_output in (False, True)]
     for index, size in enumerate(IMAGE_SIZES):
         scene = render_scene(0, index, size).image
@@ -134,11 +134,11 @@ def _make_prompts(size: tuple[int, int], mask_side: int, seed: int) -> Iterator[
 
 
 def _compare_(found: Agreement, actual: tuple[Tensor, Tensor], expected: list[Tensor], upscaler: Upscaler) -> None:
-    """Note in `found` what is worse than what stands there."""
+    """Update `found` with the largest difference and the smallest IoU."""
     for ours, theirs in zip(expected, actual, strict=True):
         difference = ((theirs - ours).abs().max() / ours.abs().max().clamp(min=1)).item()
         found.difference = max(found.difference, difference if math.isfinite(difference) else math.inf)
-    for one, other in zip(expected[0].flatten(0, 1), actual[0].flatten(0, 1), strict=True):
-        masks = upscaler.render(one), upscaler.render(other)
+    for our_logits, their_logits in zip(expected[0].flatten(0, 1), actual[0].flatten(0, 1), strict=True):
+        masks = upscaler.render(our_logits), upscaler.render(their_logits)
         union = (masks[0] | masks[1]).sum().item()
         found.iou = min(found.iou, (masks[0] & masks[1]).sum().item() / union if union else 1.0)

@@ -1,8 +1,8 @@
-"""Low-rank additions in a small file of their own, in the layout of Hugging Face's peft, which loads it.
+"""LoRA weights in a small file of their own, in the layout that Hugging Face's peft loads.
 
-A folder holds `adapter_config.json`, which names the layers and the weights underneath, and `adapter_model.safetensors`
-(or `.bin`, a torch file, where safetensors is not installed) with A and B of each layer and whole modules that trained
-beside them.
+The folder holds two files. `adapter_config.json` names the adapted layers and the file of the base weights.
+`adapter_model.safetensors` holds A and B of each layer and the other modules that trained; without safetensors it is
+`adapter_model.bin`, a torch file.
 """
 
 import json
@@ -23,9 +23,9 @@ from finestsam.runtime.whole_files import replacing, write_json
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
-MAX_RANK = 10_000  # no layer of SAM is as wide
-PREFIX = "base_model.model."  # of peft's names
-# Ways of adapting that this does not add up.
+MAX_RANK = 10_000  # wider than any layer of SAM
+PREFIX = "base_model.model."  # peft starts every name with it
+# LoRA variants that `merge_adapter` does not support.
 VARIANTS = ("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern")
 
 
@@ -41,10 +41,10 @@ def is_adapter(path: Path) -> bool:
 
 
 def write_adapter(folder: Path, sam: Sam, started_from: str) -> Path:
-    """Write the additions of a SAM, and beside them the modules outside of these that train.
+    """Write the LoRA weights of a SAM and the other modules that train.
 
     Args:
-        started_from: the weights file underneath.
+        started_from: the file of the base weights.
 
     Returns:
         The file with the weights.
@@ -82,10 +82,13 @@ def write_adapter(folder: Path, sam: Sam, started_from: str) -> Path:
 
 
 def list_trained_modules(sam: Sam, layers: Iterable[str] = ()) -> list[str]:
-    """Return the names of the smallest set of modules that hold what trains beside the additions of `layers`.
+    """Return the names of the fewest modules that hold all weights that train, without those of LoRA.
 
-    A module is named as a whole where everything in it trains, or where it has no smaller part that does; one with an
-    addition inside is never.
+    A module is listed where all its weights train, or where it holds a weight that trains itself. A module with a LoRA
+    layer inside is never listed.
+
+    Args:
+        layers: names of the LoRA layers.
     """
     named = dict(sam.named_modules())
     trained = {name for name, weight in sam.named_parameters() if weight.requires_grad and not is_lora(name)}
@@ -112,10 +115,10 @@ def _choose_writer() -> tuple[Callable[[dict[str, Tensor], Path], None], str]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return what the adapter whose weights are `path` says of itself.
+    """Return the content of `adapter_config.json` beside an adapter's weights.
 
     Raises:
-        UserError: it is no adapter, or one of a kind that is not known here.
+        UserError: it is not an adapter, or of a kind that is not supported.
     """
     source = path.parent / CONFIG_NAME
     try:
@@ -133,10 +136,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def merge_adapter(base: Mapping[str, Tensor], additions: Mapping[str, Tensor], scale: float, path: Path) -> dict:
-    """Return a plain SAM state dict: `base` with the additions of the adapter at `path` merged into it.
+    """Return a plain SAM state dict: `base` with the LoRA weights of the adapter at `path` merged into it.
 
     Raises:
-        UserError: the adapter is not one of these weights.
+        UserError: the adapter belongs to other base weights.
     """
     merged = dict(base)
     for name, value in additions.items():
@@ -159,10 +162,10 @@ def merge_adapter(base: Mapping[str, Tensor], additions: Mapping[str, Tensor], s
 
 
 def adapt_(sam: Sam, layers: ModelLayerConfig) -> dict[int, nn.Module]:
-    """Mount what training adds to the weights that were loaded; which of them train is decided afterwards.
+    """Mount the FFT attention and the LoRA layers that the settings name. What trains is chosen afterwards.
 
     Returns:
-        The attention that was replaced, by block, which what stands in for it can learn from.
+        The attention modules that were replaced, by block: the teachers of their replacements.
 
     Raises:
         UserError: the settings name blocks that this SAM does not have.

@@ -21,7 +21,7 @@ PIXEL_STD = [58.395, 57.12, 57.375]
 
 @dataclass(frozen=True)
 class Architecture:
-    """The numbers that tell one SAM from another; widths in channels."""
+    """The sizes in which SAMs differ; widths in channels."""
 
     width: int
     depth: int
@@ -31,7 +31,7 @@ class Architecture:
     decoder_width: int = 256
     decoder_mlp_width: int = 2048
     mask_channels: int = 16
-    is_tiny_vit: bool = False  # as tiny_vit.py has it; the numbers of the encoder are those of its last blocks
+    is_tiny_vit: bool = False  # encoder of tiny_vit.py; width, heads and window_size are those of its last stage
 
 
 ARCHITECTURES = {
@@ -61,7 +61,7 @@ def build_sam(model_type: str, image_size: int | None = None) -> Sam:
         image_size: pixels of the longest side, a multiple of 16; None: the type's own.
 
     Raises:
-        UserError: vit_t, and timm is not there.
+        UserError: vit_t needs timm, which is not installed.
     """
     architecture = ARCHITECTURES[model_type]
     image_size = image_size or IMAGE_SIZES[model_type]
@@ -103,7 +103,7 @@ def _build_image_encoder(architecture: Architecture, image_size: int) -> Chunked
 
 def _build_tiny_vit(architecture: Architecture, image_size: int) -> nn.Module:
     try:
-        from finestsam.model.tiny_vit import TinyVitImageEncoder  # timm takes seconds to import, and need not be there
+        from finestsam.model.tiny_vit import TinyVitImageEncoder  # timm is optional and takes seconds to import
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "timm":
             raise
@@ -128,19 +128,22 @@ def _build_mask_decoder(architecture: Architecture) -> FoldedMaskDecoder:
     )
 
 
-# How sharply the decoder attends to the place of its prompt.
+# How sharply an untrained decoder attends to the position of its prompt.
 POSITION_GAIN = 2.5
-# Red, green and blue: brightness and two contrasts, and how strong images have them, in deviations.
+# Weights of red, green and blue for brightness and two colour contrasts, and their standard deviations in images.
 COLOUR_AXES = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (1.0, -2.0, 1.0))
 COLOUR_STRENGTHS = (1.0, 0.25, 0.2)
-# The amplitudes of images fall with the spatial frequency f about as (1 + f)^-FALL, f in half waves of a patch.
+# Amplitudes in images fall with the spatial frequency f about as (1 + f)^-FALL; f counts half waves per patch.
 FALL = 1.3
 
 
 @torch.no_grad()
 def start_encoder_(encoder: ImageEncoderViT) -> None:
-    """Let every block and the neck pass on what they get, and begin with the spectrum of patches, all of it as loud."""
-    nn.init.trunc_normal_(encoder.pos_embed, std=0.02)  # tokens must differ by place
+    """Start each block and the neck as the identity, and the patch embedding as a cosine transform.
+
+    All outputs of the transform have about the same variance.
+    """
+    nn.init.trunc_normal_(encoder.pos_embed, std=0.02)  # tokens must differ by position
     for block in encoder.blocks:
         for last in (block.attn.proj, block.mlp.lin2):
             nn.init.zeros_(last.weight)
@@ -153,9 +156,10 @@ def start_encoder_(encoder: ImageEncoderViT) -> None:
 
 
 def make_waves(side: int) -> Tensor:
-    """Return the discrete cosine transform (DCT-II) of a colour patch, 3 side^2 x 3 x side x side, the loudest first.
+    """Return the discrete cosine transform (DCT-II) of a colour patch, 3 side^2 x 3 x side x side.
 
-    Each is scaled so that its product with patches of images of deviation 1 has a deviation of about 1.
+    The waves that are strongest in images come first. Each is scaled: its product with patches of images of standard
+    deviation 1 has a standard deviation of about 1.
     """
     positions = torch.arange(side, dtype=torch.float64) + 0.5
     numbers = torch.arange(side, dtype=torch.float64)
@@ -164,18 +168,18 @@ def make_waves(side: int) -> Tensor:
     axes = torch.tensor(COLOUR_AXES, dtype=torch.float64)
     axes = axes / axes.norm(dim=1, keepdim=True)
     waves = torch.einsum("ck,uy,vx->cuvkyx", axes, cosines, cosines)
-    loudness = (1 + torch.hypot(numbers[:, None], numbers)) ** -FALL
-    loudness = side * math.sqrt(3) * torch.tensor(COLOUR_STRENGTHS, dtype=torch.float64)[:, None, None] * loudness
-    order = loudness.flatten().argsort(descending=True, stable=True)
-    return (waves / loudness[..., None, None, None]).flatten(0, 2)[order].float()
+    amplitudes = (1 + torch.hypot(numbers[:, None], numbers)) ** -FALL
+    amplitudes = side * math.sqrt(3) * torch.tensor(COLOUR_STRENGTHS, dtype=torch.float64)[:, None, None] * amplitudes
+    order = amplitudes.flatten().argsort(descending=True, stable=True)
+    return (waves / amplitudes[..., None, None, None]).flatten(0, 2)[order].float()
 
 
 @torch.no_grad()
 def start_decoder_(decoder: MaskDecoder) -> None:
-    """Let queries and keys begin with the same projection, so that a prompt attends to its own place from the start.
+    """Start queries and keys with the same projection, so that a prompt attends to its own position from the start.
 
-    Prompts and image carry the same positional encoding, but two random projections of it have nothing in common; a
-    decoder that starts so predicts empty masks for its first 200 steps, until it has found that out.
+    Prompts and image tokens carry the same position encoding, but two random projections of it are unrelated. With
+    random projections the decoder predicts empty masks for its first 200 steps.
     """
     for attention in decoder.modules():
         if isinstance(attention, Attention):

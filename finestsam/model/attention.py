@@ -1,14 +1,15 @@
-"""Attention with relative positions by row and column, as an encoder's blocks want it, for each kind of machine.
+"""Attention with relative positions by row and column, in the way that is fastest on each kind of machine.
 
-On a processor all scores are never there at once: they are made, biased, normalised and used a piece at a time while
-the piece is in the cache, and made again for their gradient, which takes no longer than to keep them. (In half
-precision it does, and they are kept unless they are many.) On a GPU the relative positions become further channels of
-queries and keys, which fused attention takes without a bias: q k + h[row] + w[column] is the product of [q, h, w] with
-[k, one-hot row, one-hot column]. Where a processor has units for products of bfloat16 matrices (AMX), the bias is made
-as such a product and fused attention takes it as its mask.
+- CPU: the scores are computed, biased, normalised and used chunk by chunk, while a chunk is in the cache. The backward
+  pass computes them again, which takes no longer than keeping them. In bfloat16 it takes longer: there the attention
+  weights are kept, unless they are more than `KEPT_SCORES`.
+- GPU: the relative positions become further channels of queries and keys, so that fused attention needs no bias:
+  q k + h[row] + w[column] is the product of [q, h, w] with [k, one-hot row, one-hot column].
+- CPU with AMX (units for bfloat16 matrix products), without a gradient: the bias is one such product, and fused
+  attention takes it as its mask.
 
-All of these take q, N x h x w x d, scaled; k and v, N x L x d with L = h w; and by_row and by_column, N x h x w x h and
-N x h x w x w, what a query's score gets by the row and by the column of the key. N is images or windows times heads.
+All functions take q, N x h x w x d, scaled; k and v, N x L x d with L = h w; and by_row and by_column, N x h x w x h
+and N x h x w x w, what the row and the column of the key add to a query's score. N is images or windows times heads.
 They return N x L x d.
 """
 
@@ -22,14 +23,14 @@ from torch.nn import functional as F
 
 from finestsam.runtime.cpu import has_feature
 
-# Of the scores in one piece.
+# Scores in one chunk.
 CHUNK_BYTES = 8_000_000
-# Of all images, kept in half precision: those of one that vit_tiny sees at 768 pixels (32 million).
+# Most attention weights to keep for the backward pass in bfloat16; vit_tiny has 32 million for an image of 768 pixels.
 KEPT_SCORES = 40_000_000
 
 
 def attend_with_positions(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
-    """Attend in the way that suits the machine."""
+    """Attend in the way that is fastest on this machine."""
     inputs = (q, k, v, by_row, by_column)
     if q.is_cuda:
         return attend_folded(*inputs)
@@ -46,9 +47,9 @@ def attend_in_pieces(
     """Attend with about `CHUNK_BYTES` of scores at once.
 
     Args:
-        kept: N x L x L, to be filled with the weights of all values.
+        kept: N x L x L, filled with the attention weights.
     """
-    columns, seen = k.transpose(1, 2).contiguous(), torch.empty_like(v)  # once, where each product would copy it
+    columns, seen = k.transpose(1, 2).contiguous(), torch.empty_like(v)  # contiguous once, or each product copies it
     for some, rows, tokens in _list_pieces(q):
         out = None if kept is None else kept[some, tokens]
         weights = _weigh(q[some, rows], columns[some], by_row[some, rows], by_column[some, rows], out)
@@ -57,7 +58,7 @@ def attend_in_pieces(
 
 
 def _list_pieces(q: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """Yield pieces of about `CHUNK_BYTES` of scores: which of N, of their rows, and the tokens of these."""
+    """Yield chunks of about `CHUNK_BYTES` of scores: slices of N, of the rows, and of the tokens in these rows."""
     count, height, width = q.shape[:3]
     length, scores = height * width, CHUNK_BYTES // q.element_size()
     some, rows = max(1, scores // length**2), min(height, max(1, scores // (length * width)))
@@ -67,15 +68,15 @@ def _list_pieces(q: Tensor) -> Iterator[tuple[slice, slice, slice]]:
 
 
 def _weigh(q: Tensor, columns: Tensor, by_row: Tensor, by_column: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return the weights of all values for some rows of queries, n x l x L; `columns` is k, n x d x L."""
+    """Return the attention weights of some rows of queries, n x l x L; `columns` is k transposed, n x d x L."""
     scores = (by_row[..., :, None] + by_column[..., None, :]).flatten(3).flatten(1, 2)
     return torch.softmax(scores.baddbmm_(q.flatten(1, 2), columns), dim=-1, out=out)
 
 
 class _AttentionInPieces(torch.autograd.Function):
-    """`attend_in_pieces` with a gradient in pieces as well.
+    """`attend_in_pieces` with a backward pass in chunks as well.
 
-    With weights P = softmax(S) of values V, the output O = P V and its gradient G, that of the scores S is
+    P = softmax(S) are the weights, O = P V the output, G the gradient of O. The gradient of the scores S is
     P (G V' - the sum over channels of G O), row by row: FlashAttention, arXiv 2205.14135, appendix B.
     """
 
@@ -95,7 +96,7 @@ class _AttentionInPieces(torch.autograd.Function):
         columns, values = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
         drift = torch.linalg.vecdot(gradient, seen)[..., None]
         for_q, height, width = torch.empty_like(q), q.shape[1], q.shape[2]
-        # Sums over pieces, in full precision, and turned: half precision is several times slower with turned weights.
+        # Sums over chunks, in float32 and transposed: with transposed weights bfloat16 is several times slower.
         precision = torch.promote_types(k.dtype, torch.float32)
         for_k, for_v = torch.zeros_like(columns, dtype=precision), torch.zeros_like(values, dtype=precision)
         for_rows, for_columns = q.new_empty(*q.shape[:3], height), q.new_empty(*q.shape[:3], width)
@@ -117,7 +118,7 @@ class _AttentionInPieces(torch.autograd.Function):
 
 
 def attend_masked(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
-    """Do the same with a fused kernel that adds a mask, about `CHUNK_BYTES` of it at once; without a gradient."""
+    """Attend with a fused kernel that adds the bias as a mask, about `CHUNK_BYTES` at once; without a gradient."""
     count, height, width, _ = q.shape
     marks = _mark_positions(height, width, k).T.contiguous()
     by_position = torch.cat([by_row, by_column], dim=-1).flatten(1, 2)
@@ -131,7 +132,7 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Te
 
 
 def attend_folded(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
-    """Do the same with a fused kernel that takes no mask."""
+    """Attend with a fused kernel without a mask: positions become channels of queries and keys."""
     height, width, channels = by_row.shape[-1], by_column.shape[-1], q.shape[-1]
     marks = _mark_positions(height, width, k)
     q = torch.cat([q, by_row, by_column], dim=-1).flatten(1, 2)
@@ -143,6 +144,6 @@ def attend_folded(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Te
 
 
 def _mark_positions(height: int, width: int, like: Tensor) -> Tensor:
-    """Return the row and column as ones among zeros, height * width x (height + width)."""
+    """Return the row and the column of each token as one-hot vectors, height * width x (height + width)."""
     positions = torch.tensor(list(product(range(height), range(width))), device=like.device)
     return torch.cat([F.one_hot(positions[:, 0], height), F.one_hot(positions[:, 1], width)], dim=1).to(like.dtype)

@@ -1,4 +1,4 @@
-"""`best.json`: what must be known about weights to use them, in a file of the same name beside them."""
+"""`best.json`: the settings and metrics of a weights file, in a file of the same name beside it."""
 
 import dataclasses
 import json
@@ -17,29 +17,28 @@ GOALS = list_choices(get_type_hints(EvaluateConfig)["goal"])
 
 @dataclass
 class Card:
-    """Written by training; read by prediction, evaluation and export, so that nothing is given twice."""
+    """The content of `best.json`. Training writes it; prediction, evaluation and export read it."""
 
     model_type: str
     image_size: int  # pixels of the longest side
     multimask_output: bool  # which of the decoder's tokens were trained
-    categories: list[str]  # of --task classes in the order of the head's classes, without the first
+    categories: list[str]  # --task classes: in the order of the head's classes, without the first (no object)
     generator: dict[str, Any] = field(default_factory=dict)  # thresholds, by their names in GeneratorConfig
-    goal: str = ""  # what those thresholds were chosen for, as evaluate.goal; "": they were not chosen
-    tuned_on: int = 0  # validation images that they were chosen on
-    # The thresholds that did best for the baseline: the starting weights at the same image size, for the same goal, on
-    # the same images.
+    goal: str = ""  # the evaluate.goal that the thresholds were tuned for; "": they were not tuned
+    tuned_on: int = 0  # number of validation images that they were tuned on
+    # Thresholds tuned for the baseline: the starting weights, with the same image size, goal and images.
     baseline_generator: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     baseline: dict[str, float] = field(default_factory=dict)  # the same metrics of the starting weights
     step: int = 0
     started_from: str = "random weights"
     started_from_sha256: str | None = None
-    kept_original: float = 0.0  # share of the weights that it started from in these
+    kept_original: float = 0.0  # share of the starting weights that is blended into these
     task: str = "masks"
-    category_ids: list[int] = field(default_factory=list)  # of categories, in their order; of --task classes alone
-    classes: list[str] = field(default_factory=list)  # of the semantic task, by number; the first is the background
-    ignores_unlabelled: bool = False  # in the semantic task
-    # Blocks of the image encoder with FFT attention: where there are any, segment_anything cannot use the weights.
+    category_ids: list[int] = field(default_factory=list)  # --task classes: in the order of categories
+    classes: list[str] = field(default_factory=list)  # semantic task: names by class; the first is the background
+    ignores_unlabelled: bool = False  # semantic task: unlabelled pixels were ignored, not background
+    # Blocks of the image encoder with FFT attention; if there are any, segment_anything cannot load the weights.
     fft_blocks: list[int] = field(default_factory=list)
     finestsam_version: str = ""
 
@@ -48,7 +47,7 @@ def read_card(weights: Path) -> Card | None:
     """Return the card beside a weights file; None where there is none.
 
     Raises:
-        UserError: the file is there and is no card.
+        UserError: the file exists and is not a card.
     """
     path = weights.with_suffix(".json")
     if not path.is_file():
@@ -70,7 +69,7 @@ def read_card(weights: Path) -> Card | None:
 
 
 def _find_problem(card: Card) -> str | None:
-    """Return what in a card is none of what training writes there; None: nothing is."""
+    """Return what is wrong with a card, in words; None: nothing."""
     problem = find_misfit(vars(card), Card)
     if problem:
         return problem
@@ -89,7 +88,7 @@ def _find_problem(card: Card) -> str | None:
 
 
 def find_generator_problem(settings: dict[str, Any]) -> str | None:
-    """Return what of the generator's settings cannot be used, as a card has them; None: nothing."""
+    """Return what is wrong with the generator's settings of a card, in words; None: nothing."""
     hints = get_type_hints(GeneratorConfig)
     for entry in dataclasses.fields(GeneratorConfig):
         value = settings.get(entry.name)

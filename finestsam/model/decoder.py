@@ -1,15 +1,15 @@
 """segment_anything's mask decoder with the same weights, names and outputs, and a third of the arithmetic.
 
-What it saves, all of it exact up to the order of sums. g is the side of the embedding in tokens, L = g * g; T tokens
-of one prompt (5 to 9), H heads of d channels each, C channels of a token:
+What it saves is below; results differ only by the order of sums. g is the side of the embedding in tokens, L = g * g;
+a prompt has T tokens (5 to 9) of C channels, attention has H heads of d channels:
 
 - Before the first layer the image's tokens are the same for every prompt: `compute_image_features` projects them once.
 - Afterwards they differ by prompt, and stock attention projects all L of them. But a projection W of the image can be
   moved to the other side: q (W x) = (q W) x, and the sum P (x W) = (P x) W. Only products with H * T columns touch the
-  L tokens, and no projected image is ever made. A bias of the keys adds the same to every weight of a row, which a
-  softmax does not notice.
-- The positional encoding is added to the image in front of every projection. Its own projection does not depend
-  on the prompt and is computed once; the sum is never made.
+  L tokens, and the image is never projected. A bias of the keys adds the same number to all scores of a row, so it
+  cancels in the softmax.
+- Stock attention adds the position encoding to the image before every projection. The projection of the encoding
+  does not depend on the prompt and is computed once; the sum is never computed.
 - A transposed convolution whose stride is its size is one matrix product over channels.
 - Only the wanted mask tokens get a mask, and only masks whose score is high enough are upscaled.
 """
@@ -26,8 +26,8 @@ from torch.nn import functional as F
 
 from finestsam.model.lora import weight_of
 
-# Of the image's tokens in one pass on the CPU: 16 prompts of vit_b, 32 in bfloat16, which share each reading of the
-# weights. With a gradient half of it: more takes memory there and is no faster.
+# Image tokens in one pass on the CPU: those of 16 prompts of vit_b, 32 in bfloat16, which read the weights once. With
+# a gradient half of it: more takes memory and is no faster.
 CHUNK_BYTES = 70_000_000
 
 
@@ -35,16 +35,14 @@ CHUNK_BYTES = 70_000_000
 class ImageFeatures:
     """What the decoder computes once for an image. S is 1, or N where mask prompts change the image."""
 
-    tokens: Tensor  # S x L x C: the embedding, and what mask prompts add to it
+    tokens: Tensor  # S x L x C: the embedding plus the mask prompts
     keys: Tensor  # S x H x L x d, of the first layer's attention from tokens to image
     values: Tensor  # the same
     queries: Tensor  # S x H x L x d, of the first layer's attention from image to tokens
-    key_positions: list[
-        Tensor
-    ]  # 1 x H x L x d: what position encodings add to the keys of later attentions to the image
-    query_positions: list[
-        Tensor
-    ]  # 1 x H x L x d: what the position and the bias add to the queries of the second layer
+    # Each 1 x H x L x d: what position encodings add to the keys of later attentions from tokens to image.
+    key_positions: list[Tensor]
+    # Each 1 x H x L x d: what position encodings and bias add to the queries of later attentions from image to tokens.
+    query_positions: list[Tensor]
 
     @property
     def side(self) -> int:
@@ -52,16 +50,16 @@ class ImageFeatures:
         return math.isqrt(self.tokens.shape[1])
 
     def to(self, dtype: torch.dtype) -> "ImageFeatures":
-        """Return the same in another precision, in which all that is done with the image will be done.
+        """Return the features in another precision, which the decoder then uses for the image tokens.
 
-        Prompts, scores and what is learnt about them stay in theirs. Without a gradient only.
+        Prompt tokens and scores keep their precision. Only without a gradient.
         """
         lists = ([positions.to(dtype) for positions in some] for some in (self.key_positions, self.query_positions))
         parts = (self.tokens, self.keys, self.values, self.queries)
         return ImageFeatures(*(part.to(dtype) for part in parts), *lists)
 
     def __getitem__(self, part: slice) -> "ImageFeatures":
-        """Return the features for some of the prompts."""
+        """Return the features of a slice of the prompts."""
         if len(self.tokens) == 1:
             return self
         parts = (self.tokens[part], self.keys[part], self.values[part], self.queries[part])
@@ -75,21 +73,21 @@ class PredictedMasks:
     scores: Tensor  # N x M
     is_kept: Tensor  # N x M, bool
     logits: Tensor  # k x 4g x 4g, in the order of is_kept
-    tokens: Tensor  # k x C, what these masks were made from
+    tokens: Tensor  # k x C, the mask tokens of these masks
 
 
 class FoldedMaskDecoder(MaskDecoder):
-    """The decoder. `forward` is segment_anything's own; the fast way is `compute_image_features`, then `predict`."""
+    """The decoder. `forward` is segment_anything's own; `compute_image_features`, then `predict` is the fast way."""
 
     def compute_image_features(self, embedding: Tensor, image_pe: Tensor, dense: Tensor) -> ImageFeatures:
-        """Project what all prompts of an image share.
+        """Compute what all prompts of an image share.
 
         Args:
             embedding: 1 x C x g x g.
             image_pe: 1 x C x g x g, the position encoding.
             dense: S x C x g x g, or what broadcasts to it: the embeddings of mask prompts, or of none.
         """
-        # Token by token in memory, as every prompt will copy them.
+        # Contiguous by token, because every prompt copies them.
         tokens = (embedding + dense).flatten(2).transpose(1, 2).contiguous()
         image_pe = image_pe.flatten(2).transpose(1, 2)
         placed = tokens + image_pe
@@ -102,8 +100,8 @@ class FoldedMaskDecoder(MaskDecoder):
             keys=_split_heads(F.linear(placed, weight_of(first_to_image.k_proj)), first_to_image),
             values=_split_heads(first_to_image.v_proj(tokens), first_to_image),
             queries=_split_heads(first_to_tokens.q_proj(placed), first_to_tokens),
-            key_positions=[_split_heads(F.linear(image_pe, weight_of(one.k_proj)), one) for one in to_image],
-            query_positions=[_split_heads(one.q_proj(image_pe), one) for one in to_tokens],
+            key_positions=[_split_heads(F.linear(image_pe, weight_of(layer.k_proj)), layer) for layer in to_image],
+            query_positions=[_split_heads(layer.q_proj(image_pe), layer) for layer in to_tokens],
         )
 
     def predict(
@@ -113,11 +111,11 @@ class FoldedMaskDecoder(MaskDecoder):
 
         Args:
             sparse: N x t x C, the embeddings of points and boxes.
-            masks: which mask tokens, of the four.
-            learns_masks: false: without a gradient through the logits, and without the memory for one.
+            masks: the slice of the four mask tokens to predict with.
+            learns_masks: false: no gradient through the logits, which saves its memory.
 
         Returns:
-            Logits, N x M x 4g x 4g, scores, N x M, and the tokens that the masks are made from, N x M x C.
+            Logits, N x M x 4g x 4g, scores, N x M, and the mask tokens, N x M x C.
         """
         logits, scores, read = [], [], []
         for part in self._list_chunks(features, len(sparse)):
@@ -131,10 +129,10 @@ class FoldedMaskDecoder(MaskDecoder):
     def predict_above(
         self, features: ImageFeatures, sparse: Tensor, masks: slice, min_score: float, only_best: bool = False
     ) -> PredictedMasks:
-        """Make only the masks whose score is above `min_score`; arguments as of `predict`.
+        """Predict only the masks whose score is above `min_score`; arguments as of `predict`.
 
         Args:
-            only_best: of each prompt's masks at most the one with the highest score.
+            only_best: at most one mask of each prompt, the one with the highest score.
         """
         side = 4 * features.side
         logits, scores, is_kept, read = [sparse.new_zeros(0, side, side)], [], [], []
@@ -149,23 +147,23 @@ class FoldedMaskDecoder(MaskDecoder):
         return PredictedMasks(torch.cat(scores), torch.cat(is_kept), torch.cat(logits), torch.cat(read))
 
     def score(self, features: ImageFeatures, sparse: Tensor, masks: slice) -> Tensor:
-        """Return the scores of `predict`, N x M, without making a mask; arguments as of `predict`."""
+        """Return only the scores, N x M; arguments as of `predict`."""
         parts = self._list_chunks(features, len(sparse))
         return torch.cat([self._score(self._attend(features[part], sparse[part], masks)[0], masks) for part in parts])
 
     def _make_kept(self, image: Tensor, filters: Tensor, is_kept: Tensor) -> list[Tensor]:
-        """Return some of the masks, each list entry k x 4g x 4g, in the order of n x M `is_kept`."""
+        """Return the masks that `is_kept`, n x M, selects, in its order; each list entry is k x 4g x 4g."""
         rows = is_kept.any(dim=1).nonzero()[:, 0].tolist()
         if image.is_cuda and rows:
             return [self.upscale(image[rows], filters[rows])[is_kept[rows]]]
         return [self.upscale(image[row, None], filters[row, None, is_kept[row]])[0] for row in rows]
 
     def upscale(self, image: Tensor, filters: Tensor) -> Tensor:
-        """Make masks.
+        """Compute masks: the products of the upscaled image tokens with the filters.
 
         Args:
-            image: n x L x C, its tokens after the transformer.
-            filters: n x M x C / 8, what a mask is the product of its upscaled tokens with.
+            image: n x L x C, the image tokens after the transformer.
+            filters: n x M x C / 8, one for each mask.
 
         Returns:
             Logits, n x M x 4g x 4g.
@@ -179,17 +177,17 @@ class FoldedMaskDecoder(MaskDecoder):
         return _arrange_pixels((filters.to(image.dtype) @ fine.transpose(1, 2)).to(filters.dtype), side)
 
     def _list_chunks(self, features: ImageFeatures, count: int) -> Iterator[slice]:
-        """Yield the prompts that go through the decoder together."""
+        """Yield slices of prompts that go through the decoder together."""
         tokens, limit = features.tokens, CHUNK_BYTES // 2 if torch.is_grad_enabled() else CHUNK_BYTES
         size = count if tokens.is_cuda else max(1, limit // (tokens[0].numel() * tokens.element_size()))
         for start in range(0, count, size):
             yield slice(start, start + size)
 
     def _attend(self, features: ImageFeatures, sparse: Tensor, masks: slice) -> tuple[Tensor, Tensor]:
-        """Go through the transformer.
+        """Run the transformer.
 
         Returns:
-            The tokens of the score and of the masks, n x (1 + M) x C, and the image's, n x L x C.
+            The score token and the mask tokens, n x (1 + M) x C, and the image tokens, n x L x C.
         """
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
         prompt = torch.cat([own.expand(len(sparse), -1, -1), sparse], dim=1)
@@ -212,7 +210,7 @@ class FoldedMaskDecoder(MaskDecoder):
             added = _fold_values(to_tokens, tokens).to(image.dtype)
             image = _normalize(layer.norm4, add(image, weights.transpose(1, 2), added))
         last = self.transformer.final_attn_token_to_image
-        # The final attention goes from tokens to image alone, so tokens that nobody reads can be left out.
+        # The final attention only goes from tokens to image, so unused tokens can be left out.
         read = [0, *range(1, 1 + self.num_mask_tokens)[masks]]
         tokens, prompt = tokens[:, read], prompt[:, read]
         tokens = tokens + _attend_to_image(last, tokens + prompt, image, features.key_positions[-1])
@@ -234,7 +232,7 @@ def _attend_to_each_other(layer: TwoWayAttentionBlock, tokens: Tensor, prompt: T
 
 
 def _attend_to_projected(attention: Attention, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attend from n x T x C tokens to an image whose keys and values are there."""
+    """Attend from tokens, n x T x C, to an image whose keys and values are already computed."""
     weights = _compare(_scale_queries(attention, tokens).to(keys.dtype), keys).softmax(dim=-1)  # n x H x T x L
     if len(values) == 1:
         count, heads, length, _ = weights.shape
@@ -246,7 +244,7 @@ def _attend_to_projected(attention: Attention, tokens: Tensor, keys: Tensor, val
 
 
 def _attend_to_image(attention: Attention, tokens: Tensor, image: Tensor, key_positions: Tensor) -> Tensor:
-    """Attend from n x T x C tokens to an image, n x L x C, whose keys and values are never made."""
+    """Attend from tokens, n x T x C, to an image, n x L x C, without computing its keys and values."""
     queries = _scale_queries(attention, tokens)
     folded = queries @ _split_rows(weight_of(attention.k_proj), attention)  # n x H x T x C
     by_position = _compare(queries.to(image.dtype), key_positions).flatten(1, 2)
@@ -257,11 +255,11 @@ def _attend_to_image(attention: Attention, tokens: Tensor, image: Tensor, key_po
 
 
 def _weigh_tokens(attention: Attention, tokens: Tensor, queries: Tensor, image: Tensor | None) -> Tensor:
-    """Return what each of the image's tokens takes of each of the prompt's, n x H T x L.
+    """Return the attention weights from image tokens to prompt tokens, n x H T x L.
 
     Args:
         tokens: n x T x C.
-        queries: of the image, S x H x L x d; where `image` is given, without what that adds to them.
+        queries: of the image, S x H x L x d; where `image` is given, only the part of the position encoding.
     """
     keys = _split_heads(attention.k_proj(tokens), attention) / math.sqrt(queries.shape[-1])
     logits = _compare(keys.to(queries.dtype), queries)  # n x H x T x L
@@ -272,10 +270,10 @@ def _weigh_tokens(attention: Attention, tokens: Tensor, queries: Tensor, image: 
 
 
 def _fold_values(attention: Attention, tokens: Tensor) -> Tensor:
-    """Return what each of n x T x C tokens adds to a token of the image that takes all of it, n x H T x C."""
+    """Return what each of n x T x C tokens adds to an image token that attends to it with weight 1, n x H T x C."""
     values = _split_heads(attention.v_proj(tokens), attention)
     output = _split_rows(weight_of(attention.out_proj).T, attention)  # H x d x C
-    # What an image's token takes adds up to one in each head: each brings its share of the bias.
+    # The weights of an image token add up to one in each head, so each value carries a share of the bias.
     return (values @ output + attention.out_proj.bias / attention.num_heads).flatten(1, 2)
 
 
@@ -311,10 +309,10 @@ def _normalize(norm: nn.Module, x: Tensor) -> Tensor:
 def _arrange_pixels(masks: Tensor, side: int) -> Tensor:
     """Return masks, n x M x 4g x 4g, from their pixels token by token, n x M x 16 L.
 
-    Of a pixel the row is the token's y, the first step's y and the second's, and the column the same of x.
+    The row of a pixel is made of three y, of the token, the first and the second step; the column likewise of three x.
     """
     steps = masks.view(*masks.shape[:2], side, side, 2, 2, 2, 2)
-    if masks.device.type == "cpu":  # two neighbours move as one number, at a fifth of the time
+    if masks.device.type == "cpu":  # two neighbours move as one complex number, in a fifth of the time
         placed = torch.view_as_real(torch.view_as_complex(steps).permute(0, 1, 2, 4, 6, 3, 5).contiguous())
     else:
         placed = steps.permute(0, 1, 2, 4, 6, 3, 5, 7)

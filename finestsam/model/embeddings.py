@@ -1,9 +1,9 @@
 """The embedding store: a frozen encoder's embeddings of images, kept on disk in float16 and found by content.
 
-One file an image, memory-mapped, in a folder per encoder: any number of processes may read and fill it at once, an
-interrupted filling goes on where it stopped, and half a file is never seen. A checksum stands behind the numbers: what
-was changed since, by a disk or by another program, is removed and made again. float16 changes an embedding by 2e-4
-relative and the decoder's gradient by 8e-6, less than another order of summation does.
+Each image has one memory-mapped file, in a folder per encoder. Any number of processes may read and fill the store at
+once. Files appear whole, and an interrupted run goes on where it stopped. A checksum follows the numbers: a file that
+was changed since is removed and made again. float16 changes an embedding by 2e-4 relative and the decoder's gradient by
+8e-6, less than another order of summation does.
 """
 
 import errno
@@ -22,14 +22,14 @@ from finestsam.errors import printable
 from finestsam.runtime.whole_files import remove_unfinished, replacing
 
 GIGABYTE = 1_000_000_000
-# Left free for everything else that writes to the disk.
+# Left free on the disk for other programs.
 SPARED_BYTES = 2 * GIGABYTE
 CHECKSUM_BYTES = 16
 
 
 @dataclass
 class EmbeddingStore:
-    """Embeddings of one encoder. It only saves time: where the disk refuses to keep them, that is said once.
+    """Embeddings of one encoder. It only saves time: after a disk error, printed once, nothing more is stored.
 
     Args:
         folder: of all encoders; made when the first embedding is written.
@@ -42,7 +42,7 @@ class EmbeddingStore:
     encoder_key: str
     shape: tuple[int, int, int]
     max_bytes: int
-    is_writable: bool = field(default=True, init=False)  # until the disk has refused
+    is_writable: bool = field(default=True, init=False)  # false after the first disk error
     _sound: set[str] = field(default_factory=set, init=False)  # keys whose files this process has verified
 
     @property
@@ -53,7 +53,7 @@ class EmbeddingStore:
     def read(self, key: str) -> np.ndarray | None:
         """Return the embedding of an image, C x g x g, float16, mapped from the disk; None where it is not there.
 
-        One that is not as it was written is removed.
+        A damaged file is removed.
         """
         path = self._find(key)
         try:
@@ -91,7 +91,7 @@ class EmbeddingStore:
             return False
 
     def write(self, key: str, embedding: np.ndarray) -> None:
-        """Keep the embedding of an image, C x g x g, where the disk takes it and float16 holds its numbers."""
+        """Store the embedding of an image, C x g x g, unless float16 overflows or the disk fails."""
         with np.errstate(over="ignore"):
             embedding = embedding.astype(np.float16)
         if not self.is_writable or not np.isfinite(embedding).all():
@@ -106,9 +106,9 @@ class EmbeddingStore:
             self._give_up(error)
 
     def make_room(self, wanted: Iterable[str]) -> int:
-        """Free what is needed for the images wanted, and return for how many of those that lack there is room.
+        """Make room for the wanted images; return how many of the missing ones fit.
 
-        What was used longest ago goes first; what is wanted stays. Where the folder cannot be written there is none.
+        The least recently used files are removed first, wanted ones never. 0 where the folder cannot be written.
         """
         if not self.is_writable:
             return 0
@@ -126,7 +126,7 @@ class EmbeddingStore:
             remove_unfinished(folder)
         held = {path for path in wanted_paths if path.exists()}
         for path in held:
-            with suppress(OSError):  # another user's, which can be read all the same
+            with suppress(OSError):  # another user's file, which can still be read
                 os.utime(path)
         entries = sorted((status.st_mtime, status.st_size, path) for path, status in self._list_entries())
         used = sum(size for _, size, _ in entries)
@@ -148,7 +148,7 @@ class EmbeddingStore:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
     def _give_up(self, error: OSError) -> None:
-        """Keep nothing from now on; what is there is still read."""
+        """Stop writing; existing files are still read."""
         self.is_writable = False
         reason = f"{printable(self.folder)} cannot be written: {error.strerror or error}"
         print(f"finestsam: embeddings are not kept, {reason} (store.folder)", file=sys.stderr)
@@ -171,7 +171,7 @@ class EmbeddingStore:
 
 
 def image_key(digest: str, size: tuple[int, int], variant: str = "") -> str:
-    """Return the name of an image's embedding.
+    """Return the key of an image's embedding.
 
     Args:
         digest: as `ImageFacts.digest` has it.

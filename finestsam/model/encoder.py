@@ -1,10 +1,10 @@
 """segment_anything's image encoder with the same weights, names and outputs, in less memory and time.
 
-Stock attention makes all heads' scores at once, 800 MB for each global block of vit_b, and goes over them five times;
-here it is `attention.py`'s, which makes them a piece at a time, and again for their gradient.
+Stock attention computes the scores of all heads at once, 800 MB for each global block of vit_b, and goes over them five
+times. `attention.py` computes them in chunks, and again for the gradient.
 
-Windows at the edge are filled up with zeros, and what the projection makes of zeros is known: it is computed on the
-image's own tokens alone.
+Windows at the edge are padded with zeros. The projection of zeros is known, so only the image's own tokens are
+projected.
 """
 
 import torch
@@ -16,16 +16,16 @@ from torch.utils.checkpoint import checkpoint
 from finestsam.model.attention import attend_with_positions
 from finestsam.model.fft_attention import FftAttention
 
-# Tokens that go through the widest layer together, and through windows, where no gradient is kept: enough for products
-# in bfloat16, whose speed halves with fewer, and few enough for a processor's cache.
+# Tokens in one pass on the CPU, through windows and (without a gradient) through the MLP. Fewer halve the speed of
+# bfloat16 products; more do not fit the cache.
 CHUNK_TOKENS = 2048
 
 
 class ChunkedImageEncoder(ImageEncoderViT):
-    """The encoder.
+    """SAM's image encoder, computed in chunks.
 
     Attributes:
-        recomputes: keep only what goes into each block and compute the block again for its gradient: less memory for
+        recomputes: keep only the input of each block and compute the block again in the backward pass: less memory,
             more time.
     """
 
@@ -38,7 +38,7 @@ class ChunkedImageEncoder(ImageEncoderViT):
             x = x + self.pos_embed
         x = x.contiguous()
         for block in self.blocks:
-            # What lies before everything that trains needs no gradient, and less memory and time without.
+            # Blocks before the first trained weight need no gradient; without it they take less memory and time.
             needs_gradient = torch.is_grad_enabled() and (x.requires_grad or _trains(block))
             if needs_gradient and self.recomputes:
                 x = checkpoint(_pass_block, block, x, use_reentrant=False)
@@ -58,11 +58,11 @@ def _pass_block(block: Block, x: Tensor) -> Tensor:
 
 
 def pass_mlp(block: Block, x: Tensor) -> Tensor:
-    """Send tokens, B x H x W x C, through the second half of a block; without gradient they are changed in place."""
+    """Send tokens, B x H x W x C, through the MLP of a block; without a gradient they are changed in place."""
     if torch.is_grad_enabled():
         return x + block.mlp(block.norm2(x))
-    for some in x.view(-1, x.shape[-1]).split(CHUNK_TOKENS):
-        some += block.mlp(block.norm2(some))
+    for chunk in x.view(-1, x.shape[-1]).split(CHUNK_TOKENS):
+        chunk += block.mlp(block.norm2(chunk))
     return x
 
 
@@ -72,10 +72,10 @@ def attend(attention: Attention | FftAttention, x: Tensor, window_size: int) -> 
         return _transform(attention, x, window_size)
     batch, height, width = x.shape[:3]
     window = (window_size, window_size) if window_size else (height, width)
-    # Some rows of windows after the others stay in a processor's cache; a GPU wants them all.
-    some_windows = window[0] * max(1, CHUNK_TOKENS // (batch * window[0] * width))
-    rows = height if x.is_cuda else some_windows
-    seen = [_attend_in_windows(attention, some, window) for some in x.split(rows, dim=1)]
+    # On a CPU a few rows of windows at a time stay in the cache; a GPU is fastest with all at once.
+    chunk_rows = window[0] * max(1, CHUNK_TOKENS // (batch * window[0] * width))
+    rows = height if x.is_cuda else chunk_rows
+    seen = [_attend_in_windows(attention, chunk, window) for chunk in x.split(rows, dim=1)]
     return torch.cat(seen, dim=1) if len(seen) > 1 else seen[0]
 
 
@@ -87,7 +87,7 @@ def _transform(attention: FftAttention, x: Tensor, window_size: int) -> Tensor:
 
 
 def _attend_in_windows(attention: Attention, x: Tensor, window: tuple[int, int]) -> Tensor:
-    """Let tokens, B x H x W x C, attend to each other in windows of (height, width), filled up at the edges."""
+    """Let tokens, B x H x W x C, attend to each other in windows of (height, width), padded at the edges."""
     batch, height, width, channels = x.shape
     projected = attention.qkv(x)
     padding = (-height % window[0], -width % window[1])
@@ -99,7 +99,7 @@ def _attend_in_windows(attention: Attention, x: Tensor, window: tuple[int, int])
     heads, length = attention.num_heads, window[0] * window[1]
     parts = projected.view(batch, rows, window[0], columns, window[1], 3, heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
     q, k, v = parts.reshape(3, batch * rows * columns * heads, length, -1)
-    with torch.autocast(x.device.type, enabled=False):  # which would compute a softmax of half precision in full
+    with torch.autocast(x.device.type, enabled=False):  # autocast would compute a bfloat16 softmax in float32
         seen = _attend_with_positions(attention, q, k, v, window)
     seen = seen.view(batch, rows, columns, heads, *window, -1).permute(0, 1, 4, 2, 5, 3, 6)
     seen = seen.reshape(batch, rows * window[0], columns * window[1], -1)[:, :height, :width]
@@ -121,22 +121,22 @@ def _attend_with_positions(attention: Attention, q: Tensor, k: Tensor, v: Tensor
 
 
 def _compare_rows(q: Tensor, table: Tensor) -> Tensor:
-    """Return what a query's score with a key gets by their rows, N x h x w x h.
+    """Return what the rows of query and key add to their score, N x h x w x h.
 
     Args:
         q: N x h x w x d.
-        table: 2 h - 1 x d, by the row of the query less that of the key, from 1 - h on.
+        table: 2 h - 1 x d, by the row of the query minus that of the key, from 1 - h on.
     """
     count, height, width, _ = q.shape
-    products = q @ table.flip(0).T.to(q.dtype)  # N x h x w x 2 h - 1, by the row of the key less that of the query
+    products = q @ table.flip(0).T.to(q.dtype)  # N x h x w x 2 h - 1, by the row of the key minus that of the query
     length = 2 * height - 1
-    # Of query row y the keys' rows 0 to h - 1 are the products from h - 1 - y on: a view, one step back for each row.
+    # Query row y needs h products from h - 1 - y on, for key rows 0 to h - 1: a view that starts one earlier each row.
     strides = (height * width * length, width * length - 1, length, 1)
     return products.as_strided((count, height, width, height), strides, height - 1)
 
 
 def _compare_columns(q: Tensor, table: Tensor) -> Tensor:
-    """Return the same by columns, N x h x w x w."""
+    """Return what the columns of query and key add to their score, N x h x w x w."""
     count, height, width, _ = q.shape
     products = q @ table.flip(0).T.to(q.dtype)
     length = 2 * width - 1

@@ -1,19 +1,18 @@
 """Attention by the offset between tokens, through the Fourier transform: N log N steps for N tokens instead of N^2.
 
-SAM's attention weighs every pair of tokens by its own score. Here a channel has one weight for each offset of the grid,
-the same for all pairs that lie so far apart: from the correlation of its queries and keys, which measures how well they
-agree at that offset on the whole,
+SAM's attention gives every pair of tokens its own weight. Here each channel has one weight for each offset on the grid,
+shared by all pairs at that offset. It comes from the correlation of queries and keys over the whole grid,
 
     c[d] = mean over m of q[m + d] k[m] = irfft2(rfft2(q) conj(rfft2(k))) / N    (Wiener and Khinchin)
     a = softmax(gain c + what the relative positions add)
     y[n] = sum over m of a[n - m] v[m] = irfft2(rfft2(a) rfft2(v))
 
 as in Autoformer's auto-correlation (Wu et al., arXiv 2106.13008), in two dimensions and with all offsets. FFTformer
-multiplies c with v place by place (Kong et al., arXiv 2211.12250), which does not move along with an image; this does.
+multiplies c with v position by position (Kong et al., arXiv 2211.12250), which is not equivariant to shifts; this is.
 
-The grid is taken as a circle, not filled up with zeros. So every token sees all others with weights that add up to one,
-outputs move along with an image exactly, and no more than the tokens is transformed, where zeros would make it four
-times as much. The price is that opposite edges are neighbours.
+The grid wraps around and is not padded with zeros. So every token attends to all others with weights that add up to
+one, and the output is exactly equivariant to circular shifts; padding would make the transform four times as large. The
+price is that opposite edges are neighbours.
 """
 
 import copy
@@ -25,20 +24,20 @@ from segment_anything.modeling import ImageEncoderViT, Sam
 from segment_anything.modeling.image_encoder import Attention
 from torch import Tensor, nn
 
-# The weight that SAM's attention does not have. Its name in a state dict marks the blocks that are replaced, and
-# segment_anything, which knows no such weight, refuses the file.
+# A weight that SAM's attention does not have. In a state dict it marks the replaced blocks, and segment_anything
+# refuses the file because of it.
 MARKER = "fft_gain"
 
 
 class FftAttention(nn.Module):
-    """Stands in for an attention of segment_anything's image encoder, and starts from its weights under their names.
+    """Replaces an attention of segment_anything's image encoder; starts from copies of its weights, names unchanged.
 
     Args:
-        attention: is not changed, and shares no weight.
+        attention: not changed; no weight is shared.
 
     Attributes:
-        fft_gain: C, what a channel's correlation is multiplied by. It starts where the mean over the channels of a head
-            is what SAM's score, a sum over them, is on the mean.
+        fft_gain: C, the factor of each channel's correlation. At the start the mean over a head's channels equals the
+            mean of SAM's scores, which are sums over channels.
     """
 
     def __init__(self, attention: Attention):
@@ -53,15 +52,15 @@ class FftAttention(nn.Module):
         self.fft_gain = nn.Parameter(torch.full_like(weight[0], gain))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Let tokens, B x H x W x C, see each other."""
+        """Let tokens, B x H x W x C, attend to each other."""
         projected = self.qkv(x)
-        with torch.autocast(x.device.type, enabled=False):  # half precision has no transform of all sizes
+        with torch.autocast(x.device.type, enabled=False):  # half precision has no FFT for all sizes
             precise = projected if projected.dtype == torch.float64 else projected.float()
             seen = self._mix(precise.permute(0, 3, 1, 2))
         return self.proj(seen.permute(0, 2, 3, 1).to(projected.dtype))
 
     def _mix(self, projected: Tensor) -> Tensor:
-        """Return what is seen, B x C x H x W, of queries, keys and values, B x 3C x H x W."""
+        """Return the attended values, B x C x H x W, from queries, keys and values, B x 3C x H x W."""
         size = projected.shape[2:]
         q, k, v = torch.fft.rfft2(projected).chunk(3, dim=1)
         gain = self.fft_gain.to(projected.dtype)[:, None, None] / size.numel()
@@ -74,7 +73,7 @@ class FftAttention(nn.Module):
         return torch.fft.irfft2(torch.fft.rfft2(weights) * v, s=size)
 
     def _score_positions(self, mean_query: Tensor, size: tuple[int, int]) -> Tensor:
-        """Return what an offset gets by its rows and columns, B x heads x H x W, for the mean query, B x heads x d."""
+        """Return what rows and columns add to an offset's score, B x heads x H x W; mean_query is B x heads x d."""
         by_row = mean_query @ _wrap(self.rel_pos_h.to(mean_query.dtype), size[0]).T
         by_column = mean_query @ _wrap(self.rel_pos_w.to(mean_query.dtype), size[1]).T
         return by_row[..., :, None] + by_column[..., None, :]
@@ -83,8 +82,8 @@ class FftAttention(nn.Module):
 def _wrap(table: Tensor, length: int) -> Tensor:
     """Return the relative positions of a circle, length x d, from those of a line, 2 length - 1 x d.
 
-    On a circle d steps are also length - d steps back. Of the pairs of the line length - d lie so, and d the other way:
-    their mean.
+    On a circle, d steps forward are also length - d steps back. On the line, length - d pairs are d steps forward and
+    d pairs are length - d steps back: the result is the mean over these pairs.
     """
     steps = torch.arange(length, device=table.device)
     share_back = (steps.to(table.dtype) / length)[:, None]
@@ -92,7 +91,7 @@ def _wrap(table: Tensor, length: int) -> Tensor:
 
 
 def choose_blocks(encoder: ImageEncoderViT, which: Literal["none", "global", "windowed", "all"]) -> list[int]:
-    """Return the numbers of the blocks that a setting means."""
+    """Return the numbers of the blocks that a setting selects."""
     wanted = {"none": (), "global": (True,), "windowed": (False,), "all": (True, False)}[which]
     return [number for number, block in enumerate(encoder.blocks) if wanted and (block.window_size == 0) in wanted]
 

@@ -1,4 +1,4 @@
-"""Heads beside SAM's own, the category of a mask and the class of each cell, and the files that hold them."""
+"""Heads beside SAM's own, and their files: `ClassHead` classifies masks, `SemanticHead` classifies pixels."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ Head = TypeVar("Head", bound=nn.Module)
 
 
 def head_path(weights: Path, kind: type[nn.Module]) -> Path:
-    """Return where a head of this kind lies that belongs to a file of SAM's weights."""
+    """Return the path of the head of this kind that belongs to a file of SAM's weights."""
     return weights.with_suffix(kind.SUFFIX)
 
 
@@ -27,20 +27,20 @@ def load_head(
     """Return the head beside a file of SAM's weights, in evaluation mode.
 
     Args:
-        kind: its SUFFIX is that of the head's file, in place of that of the weights.
-        build: makes a head for a state dict's shapes; a KeyError says that it is of another kind.
-        purpose: what `best.json` says that it is for, for the message.
+        kind: its SUFFIX replaces that of the weights in the name of the head's file.
+        build: builds a head for a state dict's shapes; raises KeyError for a head of another kind.
+        purpose: what the head classifies according to `best.json`, for the message.
         width: channels of the model's embeddings.
 
     Raises:
-        UserError: there is none, or it is one for something else.
+        UserError: the head is missing, or it is for something else.
     """
     path, card_path = head_path(weights, kind), weights.with_suffix(".json")
     if not path.is_file():
         raise UserError(f"{path} is missing, the head that {card_path.name} speaks of; copy it here")
     state_dict = load_state_dict(path)
     try:
-        with torch.device("meta"):  # no memory is taken for what the shapes promise and the file does not hold
+        with torch.device("meta"):  # allocates no memory for shapes that the file claims and does not hold
             build(state_dict).load_state_dict(state_dict, assign=True)
         head = build(state_dict)
         head.load_state_dict(state_dict)
@@ -51,21 +51,19 @@ def load_head(
     return head.eval()
 
 
-# The class of what is not an object; those of categories follow.
+# The class of masks that are no object; the classes of the categories follow.
 NO_OBJECT = 0
 
 
 class ClassHead(nn.Module):
-    """From a mask to logits of being no object and of each category.
+    """Predicts from a mask the logits of no object and of each category.
 
-    It reads two things of a mask. Its token, as the decoder leaves it, knows the prompt and which of several
-    nested things this mask is; but SAM was never trained to say what that is. The embedding under the mask has what the
-    thing looks like; it is the same for two things of one look. The embedding is read as it is and with each of its
-    channels normalised over the image, as some encoders give nearly the same everywhere, and the little that differs is
-    what matters.
+    It has two inputs. The mask token knows the prompt and which of several nested objects the mask is, but SAM does not
+    train it to tell categories apart. The image embedding, averaged over the mask, describes the object's appearance.
+    The embedding is used twice: as it is, and with each channel normalised over the image, because some encoders give
+    nearly constant embeddings, whose small differences matter.
 
-    The mask itself is taken as it is: no gradient goes through where it lies, so that its shape is the mask losses'
-    alone. Tokens and embedding do learn from the classes.
+    No gradient goes through the shape of the mask: only the mask losses train it. Tokens and embedding get gradients.
 
     Args:
         width: channels of tokens and embedding.
@@ -91,13 +89,13 @@ class ClassHead(nn.Module):
         """
         shares = share_cells(logits, embedding.shape[-1])  # ... x L
         contrast = F.instance_norm(embedding)
-        look, stand_out = (shares @ part[0].flatten(1).T for part in (embedding, contrast))
-        parts = [self.token_norm(tokens.to(look.dtype)), self.look_norm(look), stand_out]
+        average, average_contrast = (shares @ part[0].flatten(1).T for part in (embedding, contrast))
+        parts = [self.token_norm(tokens.to(average.dtype)), self.look_norm(average), average_contrast]
         return self.classify(torch.cat(parts, dim=-1))
 
 
 def share_cells(logits: Tensor, side: int) -> Tensor:
-    """Return how much of a mask lies in each of the embedding's side x side cells, ... x L; 0 for an empty one.
+    """Return the share of a mask's area in each of the embedding's side x side cells, ... x L; 0 for an empty mask.
 
     Args:
         logits: ... x 4g x 4g; no gradient goes through them.
@@ -116,7 +114,7 @@ def load_class_head(weights: Path, names: Sequence[str], width: int) -> ClassHea
         width: channels of the model's embeddings.
 
     Raises:
-        UserError: there is none, or it is one for other categories.
+        UserError: the head is missing, or it is for other categories.
     """
 
     def build(state_dict: dict[str, Tensor]) -> ClassHead:
@@ -126,11 +124,11 @@ def load_class_head(weights: Path, names: Sequence[str], width: int) -> ClassHea
 
 
 class SemanticHead(nn.Module):
-    """From an embedding to logits of classes at a quarter of the input's side.
+    """Predicts from an embedding the logits of classes at a quarter of the input's side.
 
-    The embedding is enlarged in two steps of a factor of two, and has fewer channels after each, so that none is both
-    wide and large. Norms are those of single images: first over the places of each channel, as some encoders give
-    nearly the same everywhere, and the little that differs is what matters; then over the channels of a place.
+    Two steps enlarge the embedding by a factor of two each and reduce its channels, so that no tensor is both wide and
+    large. Normalisation uses single images: first over the positions of each channel, because some encoders give nearly
+    constant embeddings, whose small differences matter; then over the channels of each position.
 
     Args:
         width: channels of the embedding.
@@ -164,7 +162,7 @@ def load_semantic_head(weights: Path, names: Sequence[str], width: int) -> Seman
         width: channels of the model's embeddings.
 
     Raises:
-        UserError: there is none, or it is one for other classes.
+        UserError: the head is missing, or it is for other classes.
     """
 
     def build(state_dict: dict[str, Tensor]) -> SemanticHead:

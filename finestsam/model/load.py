@@ -1,4 +1,4 @@
-"""From the settings to a model that is ready: which weights, which size, which device."""
+"""Load the model that the settings name: its weights, image size and device."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,9 +37,9 @@ class LoadedModel:
     model: FinestSam
     model_type: str
     card: Card | None  # None: the weights have no best.json beside them
-    source: str  # for the screen: the weights' path, or "random weights"
+    source: str  # to print: the weights' path, or "random weights"
     path: Path | None  # None: random weights
-    # The attention of blocks that training has just had replaced: what their successors are to learn from.
+    # Attention modules that FFT attention replaced before training, by block: their teachers in distillation.
     replaced: dict[int, nn.Module] = field(default_factory=dict)
 
 
@@ -47,12 +47,12 @@ def load_model(config: Config, prefer_runs: bool = False, device: torch.device |
     """Build the model that the settings name.
 
     Args:
-        prefer_runs: where no checkpoint is named, take the best weights of the newest run in sav_dir; and predict with
-            the masks that the weights were trained for, whatever the settings say.
-        device: where it goes; None: where the settings say.
+        prefer_runs: where no checkpoint is named, take the best weights of the newest run in sav_dir; and take
+            multimask_output from best.json, not from the settings.
+        device: of the model; None: as the settings say.
 
     Raises:
-        UserError: weights that are missing, broken, or of another type or size than the settings want.
+        UserError: the weights are missing, broken, or of another type or size than the settings want.
     """
     device = device or choose_device(config.device)
     path = find_weights(config, prefer_runs)
@@ -116,7 +116,7 @@ def _check_size(size: int | None) -> None:
 
 
 def find_weights(config: Config, prefer_runs: bool = False) -> Path | None:
-    """Return the weights file that the settings mean, downloaded where needed; None for random weights."""
+    """Return the weights file that the settings name, downloaded where needed; None for random weights."""
     name = config.model.checkpoint
     if name == "none":
         return None
@@ -132,7 +132,7 @@ def find_weights(config: Config, prefer_runs: bool = False) -> Path | None:
 
 
 def find_run_weights(config: Config) -> Path | None:
-    """Return the weights file that the settings mean where it may be a run's; None for random and published weights."""
+    """Return the weights file that the settings name if it may be a run's; None for random and published weights."""
     if config.model.checkpoint == "auto":
         return _find_newest_run(config)
     return find_weights(config, prefer_runs=True)
@@ -151,7 +151,7 @@ def choose_device(name: str) -> torch.device:
     """Return the device for one process.
 
     Raises:
-        UserError: the wanted one is not there. A silent fallback to the CPU would cost the user hours.
+        UserError: the device is not there. A silent fallback to the CPU would cost the user hours.
     """
     available = {
         "cuda": torch.cuda.is_available(),
@@ -169,14 +169,14 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_encoder_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """Return what the image encoder computes in; None: float32."""
+    """Return the autocast dtype of the image encoder; None: float32."""
     if precision == "auto":
         return torch.bfloat16 if _computes_in_bfloat16(device) else None
     return {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[precision]
 
 
 def _computes_in_bfloat16(device: torch.device) -> bool:
-    """Return whether the device has bfloat16 itself; elsewhere it is emulated, slower than float32."""
+    """Return whether the hardware computes in bfloat16; elsewhere it is emulated, slower than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and has_feature("avx512_bf16")

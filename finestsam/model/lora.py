@@ -1,4 +1,4 @@
-"""Low-rank adaptation: a frozen layer W x learns (W + s B A) x with two narrow matrices.
+"""Low-rank adaptation: a frozen layer W x becomes (W + s B A) x, and only the narrow matrices A and B train.
 
 Hu et al., LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685).
 """
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from finestsam.config import LoraConfig
 
-# By setting: names of the layers that adapt, at the end of their full names.
+# The layers that get LoRA, by setting; each text is the end of a layer's full name.
 ATTENTION = ("attn.qkv", "attn.proj")
 MLP = ("mlp.lin1", "mlp.lin2", "mlp.fc1", "mlp.fc2")  # as SAM and as TinyViT call them
 ENCODER_LAYERS = {"none": (), "attention": ATTENTION, "all": (*ATTENTION, *MLP)}
@@ -23,7 +23,7 @@ WIDE, NARROW = "lora_B.weight", "lora_A.weight"
 
 
 class LoraLinear(nn.Linear):
-    """A linear layer with a low-rank addition that starts as nothing.
+    """A linear layer with a low-rank addition, which starts at zero.
 
     Args:
         layer: its weight and bias are shared, not copied, and keep their names.
@@ -33,12 +33,12 @@ class LoraLinear(nn.Linear):
     """
 
     def __init__(self, layer: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
-        nn.Module.__init__(self)  # nn.Linear's own would make a weight
+        nn.Module.__init__(self)  # nn.Linear.__init__ would create a weight
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight, self.bias = layer.weight, layer.bias
-        place = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-        self.lora_A = nn.Linear(self.in_features, rank, bias=False, **place)
-        self.lora_B = nn.Linear(rank, self.out_features, bias=False, **place)
+        options = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+        self.lora_A = nn.Linear(self.in_features, rank, bias=False, **options)
+        self.lora_B = nn.Linear(rank, self.out_features, bias=False, **options)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
         self.scale = alpha / rank
@@ -61,23 +61,23 @@ def merge(weight: Tensor, narrow: Tensor, wide: Tensor, scale: float) -> Tensor:
 def weight_of(layer: nn.Linear) -> Tensor:
     """Return the matrix that a layer multiplies with, out x in, for algebra that does not call the layer.
 
-    Dropout is left out of it: there is no input that could be dropped.
+    Without dropout, because there is no input to drop.
     """
     return layer.merge() if isinstance(layer, LoraLinear) else layer.weight
 
 
 def mount_lora_(sam: Sam, lora: LoraConfig, whole_blocks: int = 0) -> None:
-    """Put low-rank additions, which train, beside the layers that the settings name.
+    """Add LoRA to the layers that the settings name.
 
     Args:
-        whole_blocks: the last blocks of the image encoder, which train whole and need none.
+        whole_blocks: how many of the image encoder's last blocks train whole; they get no LoRA.
     """
     if lora.rank == 0:
         return
-    last = len(sam.image_encoder.blocks) - whole_blocks
-    blocks = [place for place in lora.blocks or range(last) if place < last]
-    for place in blocks:
-        _replace_layers_(sam.image_encoder.blocks[place], ENCODER_LAYERS[lora.encoder], lora)
+    end = len(sam.image_encoder.blocks) - whole_blocks
+    numbers = [number for number in lora.blocks or range(end) if number < end]
+    for number in numbers:
+        _replace_layers_(sam.image_encoder.blocks[number], ENCODER_LAYERS[lora.encoder], lora)
     _replace_layers_(sam.mask_decoder.transformer, DECODER_LAYERS[lora.decoder], lora)
 
 
@@ -90,19 +90,19 @@ def _replace_layers_(root: nn.Module, endings: tuple[str, ...], lora: LoraConfig
 
 
 def list_lora(part: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
-    """Yield the layers of a SAM, or of a part of one, that have an addition, and their names."""
+    """Yield the LoRA layers of a SAM, or of a part of one, with their names."""
     return ((name, module) for name, module in part.named_modules() if isinstance(module, LoraLinear))
 
 
 def plain_state_dict(sam: Sam) -> dict[str, Tensor]:
-    """Return the weights as segment_anything names them, every addition merged into its layer."""
+    """Return the weights as segment_anything names them, with LoRA merged into its layers."""
     merged = {f"{name}.weight": layer.merge().detach() for name, layer in list_lora(sam)}
     state = sam.state_dict()
     return {name: merged.get(name, value) for name, value in state.items() if not is_lora(name)}
 
 
 def load_plain_(sam: Sam, state: dict[str, Tensor]) -> None:
-    """Take plain weights, as `plain_state_dict` returns them; the additions become nothing."""
+    """Load plain weights, as `plain_state_dict` returns them, and reset LoRA to zero."""
     own = {
         name: torch.zeros_like(value) if name.endswith(WIDE) else value
         for name, value in sam.state_dict().items()
@@ -112,5 +112,5 @@ def load_plain_(sam: Sam, state: dict[str, Tensor]) -> None:
 
 
 def is_lora(name: str) -> bool:
-    """Whether a weight of this name belongs to an addition."""
+    """Whether a weight of this name belongs to LoRA."""
     return name.endswith((WIDE, NARROW))

@@ -1,8 +1,8 @@
-"""The way of SAM's masks from the decoder's logits to the pixels of an image, as matrices.
+"""Resize the decoder's logits to the pixels of an image, by matrix products.
 
-segment_anything takes two bilinear steps: to the padded square, of which the padding is cut off, and on to the image.
-Each is linear and treats rows and columns apart, so that both together are one product from the left and one from the
-right. Their matrices are banded, and are multiplied in blocks that leave out most of their zeros.
+segment_anything resizes twice, bilinearly: to the padded square, whose padding is cut off, and then to the image. Both
+steps are linear and treat rows and columns separately, so together they are one product from the left and one from the
+right. The matrices are banded and are multiplied in blocks that skip most of their zeros.
 """
 
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ BLOCK_PIXELS = 128
 
 @dataclass(frozen=True)
 class Axis:
-    """The way from 4g logits to the pixels of one axis."""
+    """The resizing of one axis, from 4g logits to pixels."""
 
     matrix: Tensor  # pixels x 4g, float32
-    sources: list[tuple[int, int]]  # of each pixel: the first logit that it depends on, and the one behind the last
+    sources: list[tuple[int, int]]  # for each pixel the logits that it depends on: the first, and the last + 1
 
     def __hash__(self) -> int:
         return id(self)
 
     @cached_property
     def blocks(self) -> list[tuple[slice, slice]]:
-        """Return pixels, and the logits that they depend on."""
+        """Return blocks of pixels, each with the logits that they depend on."""
         starts = range(0, len(self.sources), BLOCK_PIXELS)
         parts = [self.sources[start : start + BLOCK_PIXELS] for start in starts]
         return [
@@ -36,20 +36,20 @@ class Axis:
         ]
 
     def spread(self, logits: Tensor) -> Tensor:
-        """Bring the rows of ... x 4g x K logits to pixels, ... x pixels x K."""
+        """Resize the rows of logits, ... x 4g x K, to pixels, ... x pixels x K."""
         matrix = self.matrix.to(logits)
         return torch.cat([matrix[pixels, used] @ logits[..., used, :] for pixels, used in self.blocks], dim=-2)
 
 
 @lru_cache(maxsize=256)
 def build_axis(low_side: int, image_size: int, input_length: int, length: int | None) -> Axis:
-    """Return the way along one axis.
+    """Return the resizing of one axis.
 
     Args:
-        low_side: 4g, of the padded square.
+        low_side: 4g, the logits of the padded square.
         image_size: pixels of the padded square.
-        input_length: of the part of it that holds the image.
-        length: of the image; None: stop at the input frame.
+        input_length: those of its pixels that hold the image.
+        length: pixels of the image; None: stop at the input frame.
     """
     steps = F.interpolate(torch.eye(low_side)[None], image_size, mode="linear", align_corners=False)[..., :input_length]
     if length not in (None, input_length):
@@ -59,21 +59,21 @@ def build_axis(low_side: int, image_size: int, input_length: int, length: int | 
 
 
 def find_ranges(is_used: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first column used in each row and the one behind the last; for a row that uses none, all and 0."""
+    """Return of each row the first used column, and the last + 1; of a row without any the column count, and 0."""
     positions = torch.arange(is_used.shape[1])
     firsts = torch.where(is_used, positions, is_used.shape[1]).amin(1)
     return firsts, torch.where(is_used, positions, -1).amax(1) + 1
 
 
 def pair(firsts: Tensor, ends: Tensor) -> list[tuple[int, int]]:
-    """Return the ranges as numbers."""
+    """Return the ranges as a list of (first, end)."""
     return list(zip(firsts.tolist(), ends.tolist(), strict=True))
 
 
 def upscale_logits(
     logits: Tensor, image_size: int, input_size: tuple[int, int], original_size: tuple[int, int] | None
 ) -> Tensor:
-    """Bring the decoder's logits to the input frame, and on to the original one.
+    """Resize the decoder's logits to the input frame, and on to the original one.
 
     The same as segment_anything's `Sam.postprocess_masks`, up to the rounding of sums.
 

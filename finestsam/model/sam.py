@@ -1,7 +1,7 @@
-"""A SAM cut where finestsam cuts it: image -> embedding, and embedding + prompts -> logits and scores.
+"""SAM as two calls: image -> embedding, and embedding + prompts -> logits and scores.
 
-Training, validation and prediction all go through these two calls, so that an embedding can come from a store and
-objects can be decoded in chunks.
+Training, validation and prediction all use these two calls, so that an embedding can come from a store and objects can
+be decoded in chunks.
 """
 
 import torch
@@ -17,10 +17,9 @@ class FinestSam(nn.Module):
 
     Args:
         sam: its weights are shared, not copied.
-        multimask_output: predict the three masks of decoder tokens 1 to 3, or with the one of token 0.
-        encoder_dtype: the image encoder computes in this under autocast; None: in float32. bfloat16 is also what
-            `compute_image_features` gives the decoder. Coordinates never pass through it: it would round 1001.3 to
-            1000.
+        multimask_output: true: predict the three masks of decoder tokens 1 to 3; false: the one of token 0.
+        encoder_dtype: autocast dtype of the image encoder; None: float32. If it is bfloat16, `compute_image_features`
+            returns bfloat16, too. Coordinates stay in float32: bfloat16 would round 1001.3 to 1000.
     """
 
     def __init__(self, sam: Sam, multimask_output: bool = True, encoder_dtype: torch.dtype | None = None):
@@ -28,9 +27,9 @@ class FinestSam(nn.Module):
         self.sam = sam
         self.multimask_output = multimask_output
         self.encoder_dtype = encoder_dtype
-        self.affinity_head: nn.Module | None = None  # of training alone, so that it is wrapped with the rest
-        self.semantic_head: nn.Module | None = None  # of models that give each pixel a class
-        self.class_head: nn.Module | None = None  # of models that give each mask a category
+        self.affinity_head: nn.Module | None = None  # only in training; it is here to be wrapped with the rest
+        self.semantic_head: nn.Module | None = None  # of models that classify pixels
+        self.class_head: nn.Module | None = None  # of models that classify masks
 
     @property
     def image_size(self) -> int:
@@ -55,14 +54,13 @@ class FinestSam(nn.Module):
     ) -> Predictions | Tensor | None:
         """Predict the masks of one image's prompts.
 
-        Without prompts, which is None, the semantic head predicts: the logits of the classes, B x K x 4g x 4g, of any
-        number of embeddings.
+        If prompts is None, the semantic head predicts logits of classes, B x K x 4g x 4g, for B embeddings.
 
         Args:
             embedding: 1 x C x g x g.
-            prompts: of N objects. With N = 0 nothing is predicted; the call alone arms the gradient synchronisation of
-                a rank without objects.
-            learns_masks: false: without a gradient through the masks, which takes less memory.
+            prompts: of N objects. With N = 0 nothing is predicted; the call only prepares the gradient synchronisation
+                of a rank without objects.
+            learns_masks: false: no gradient through the masks, which takes less memory.
         """
         if prompts is None:
             return self.semantic_head(embedding)
@@ -75,11 +73,11 @@ class FinestSam(nn.Module):
         return Predictions(logits, scores, self.classify(embedding, tokens, logits))
 
     def classify(self, embedding: Tensor, tokens: Tensor, logits: Tensor) -> Tensor | None:
-        """Return the logits of classes, ... x (1 + K), with the arguments of `ClassHead`; None where there is none."""
+        """Return the logits of classes, ... x (1 + K); None without a class head. Arguments as of `ClassHead`."""
         return None if self.class_head is None else self.class_head(tokens, logits, embedding)
 
     def score(self, embedding: Tensor, prompts: Prompts) -> Tensor:
-        """Return the scores alone, N x M, of prompts that bring no mask; with a gradient, and without making masks.
+        """Return only the scores, N x M, of prompts without masks; with a gradient.
 
         Args:
             embedding: 1 x C x g x g.
@@ -90,7 +88,7 @@ class FinestSam(nn.Module):
         return decoder.score(features, sparse, self._mask_slice)
 
     def compute_image_features(self, embedding: Tensor) -> ImageFeatures:
-        """Return what the decoder computes once for all prompts of an image that bring no mask; without gradient.
+        """Return the image features for prompts without masks; without gradient.
 
         Args:
             embedding: 1 x C x g x g.
@@ -98,16 +96,16 @@ class FinestSam(nn.Module):
         features = self.sam.mask_decoder.compute_image_features(
             embedding, self.sam.prompt_encoder.get_dense_pe(), self._no_mask
         )
-        # float16 has too small a range for what nobody trained in it.
+        # The range of float16 is too small for weights that were not trained in it.
         return features.to(torch.bfloat16) if self.encoder_dtype == torch.bfloat16 else features
 
     def predict_above(
         self, features: ImageFeatures, prompts: Prompts, min_score: float, only_best: bool = False
     ) -> PredictedMasks:
-        """Predict masks of prompts that bring no mask: only those whose score is above `min_score`.
+        """Predict, for prompts without masks, only the masks whose score is above `min_score`.
 
         Args:
-            only_best: of each prompt's masks at most the one with the highest score.
+            only_best: at most one mask of each prompt, the one with the highest score.
         """
         sparse, _ = self._embed_prompts(prompts)
         return self.sam.mask_decoder.predict_above(features, sparse, self._mask_slice, min_score, only_best)

@@ -1,6 +1,6 @@
-"""Write what torch saves: a plain state dict of weights, or a checkpoint, whole and read back.
+"""Write weights and checkpoints with torch.save, and verify that they read back.
 
-Whatever happens while a file is written (a kill, a full disk), a whole one is there before and after.
+A kill or a full disk never leaves half a file: the old file stays until the new one is complete.
 """
 
 import errno
@@ -30,7 +30,7 @@ class CheckpointNotSaved(OSError):
     """The disk is full or fails; what was there before is untouched, and training can go on.
 
     Args:
-        reason: what the system said, an `errno`.
+        reason: the `errno` of the system.
     """
 
     def __init__(self, text: str, reason: int | None = None):
@@ -39,7 +39,7 @@ class CheckpointNotSaved(OSError):
 
     @property
     def advice(self) -> str:
-        """What is to be done before another try."""
+        """What the user should do before another try."""
         if self.reason in DISK_IS_FULL:
             return "make room there"
         return "allow this user to write there" if self.reason in NOT_ALLOWED else "see what is wrong with that disk"
@@ -57,15 +57,15 @@ def _unwrap_name(name: str) -> str:
 def _plain_tensor(tensor: Tensor) -> Tensor:
     dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
     plain = tensor.detach().to("cpu", dtype).contiguous()
-    # torch.save writes all the memory that a view looks into.
+    # torch.save writes the whole storage of a view.
     return plain.clone() if plain.untyped_storage().nbytes() > plain.nbytes else plain
 
 
 def save_file(path: Path, content: object, previous: Path | None = None) -> None:
-    """Write a file with torch.save, beside the old one, which it replaces only when it is safe on the disk.
+    """Write a file with torch.save. It replaces the old one only when it is safely on the disk.
 
     Args:
-        previous: the name that the old one gets; None: it goes.
+        previous: the new name of the old file; None: it is deleted.
 
     Raises:
         CheckpointNotSaved: the disk is full or fails.
@@ -85,7 +85,7 @@ def save_file(path: Path, content: object, previous: Path | None = None) -> None
 
 
 def _count_bytes(content: object) -> int:
-    """Return how much the tensors take up in a file."""
+    """Return the bytes of the tensors in a file."""
     if isinstance(content, Tensor):
         return content.untyped_storage().nbytes()
     if isinstance(content, Mapping):
@@ -104,7 +104,7 @@ def _write_verified(path: Path, content: object) -> None:
 
 
 def is_damaged(path: Path) -> bool:
-    """Whether the checksums of a file of torch.save are wrong, which torch.load does not look at."""
+    """Whether the checksums of a file of torch.save are wrong; torch.load does not check them."""
     try:
         with zipfile.ZipFile(path) as archive:
             if list_packed(archive):
@@ -124,7 +124,7 @@ def is_damaged(path: Path) -> bool:
 
 
 def list_packed(archive: zipfile.ZipFile) -> list[str]:
-    """Return the names of compressed tensors, of which torch.save writes none; TorchScript's code is no tensor."""
+    """Return the names of compressed tensors; torch.save writes none. TorchScript's code is no tensor."""
     return [
         member.filename
         for member in archive.infolist()
@@ -135,7 +135,7 @@ def list_packed(archive: zipfile.ZipFile) -> list[str]:
 
 def _describe_failure(error: OSError, folder: Path, needed: int) -> str:
     reason = error.strerror or error
-    if error.errno in NOT_ALLOWED:  # however much room there is
+    if error.errno in NOT_ALLOWED:  # free space does not matter
         return f"checkpoint not saved: {reason} (at {folder})"
     free = "nothing"
     with suppress(OSError):

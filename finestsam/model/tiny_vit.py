@@ -1,7 +1,7 @@
 """MobileSAM's image encoder: a TinyViT of timm's blocks, under MobileSAM's names, so that its files load both ways.
 
-Zhang et al., Faster Segment Anything (arXiv 2306.14289); Wu et al., TinyViT (arXiv 2207.10666). The last stage keeps
-the grid of the one before, where TinyViT's own halves it: SAM's decoder wants one place for 16 x 16 pixels.
+Zhang et al., Faster Segment Anything (arXiv 2306.14289); Wu et al., TinyViT (arXiv 2207.10666). TinyViT's last stage
+halves the grid; this one keeps it, because SAM's decoder needs one token for 16 x 16 pixels.
 """
 
 from collections import OrderedDict
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class _Shape:
-    """The numbers of a stage."""
+    """The sizes of a stage."""
 
     width: int  # channels
     depth: int
@@ -34,15 +34,14 @@ IMAGENET_CLASSES = 1000
 class TinyVitImageEncoder(nn.Module):
     """The encoder.
 
-    Its batch norms keep the statistics that they were loaded with, in training, too: a step sees too few images to
-    measure any.
+    Batch norms keep their loaded statistics in training as well, because a step has too few images to estimate them.
 
     Args:
         image_size: pixels of the side of the padded square, a multiple of 16. No weight depends on it.
         width: channels of the embedding.
 
     Attributes:
-        recomputes: keep only what goes into each block and compute the block again for its gradient: less memory for
+        recomputes: keep only the input of each block and compute the block again in the backward pass: less memory,
             more time.
     """
 
@@ -87,7 +86,7 @@ class TinyVitImageEncoder(nn.Module):
 
 
 class _Stage(nn.Module):
-    """Blocks on one grid, and the way to the next one's."""
+    """Blocks on one grid, and the downsampling to the next grid."""
 
     def __init__(self, shape: _Shape, after: _Shape | None):
         super().__init__()
@@ -114,7 +113,7 @@ def _build_block(shape: _Shape) -> nn.Module:
 
 
 def _keep(layer: nn.Module) -> nn.Module:
-    """Return what carries a layer's weights under their names, as buffers: nothing reads or trains them."""
+    """Return a module that keeps a layer's weights as buffers, names unchanged; nothing uses or trains them."""
     carrier = nn.Module()
     for name, weight in layer.named_parameters():
         carrier.register_buffer(name, weight.detach())

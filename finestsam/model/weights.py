@@ -67,14 +67,14 @@ WITHOUT_DOWNLOAD = "--model.type vit_tiny takes the small weights that come with
 
 WRAPPERS = ("model", "state_dict")  # keys of a training checkpoint that hold the weights
 PREFIXES = ("module.", "model.", "sam.", "base_model.model.")  # from DDP, Lightning modules, FinestSam, peft
-FAMILIES = {  # part of a key: who writes such keys
+FAMILIES = {  # part of a key: the software that writes it
     "mask_decoder.hf_": "HQ-SAM",
     "image_encoder.trunk.": "SAM 2",
     "sam_mask_decoder.": "SAM 2",
     "vision_encoder.": "a Hugging Face SamModel",
 }
-MAX_UNPACKED = 4  # times its own size, what a file may stand for: weights may be listed under two names
-MAX_ADAPTERS = 20  # one on the other
+MAX_UNPACKED = 4  # most bytes of tensors per byte of the file; weights may be listed under two names
+MAX_ADAPTERS = 20  # stacked on each other
 TINY_VIT_PARTS = ("image_encoder.layers.", "image_encoder.patch_embed.seq.")
 TINY_VIT_NECK = "image_encoder.neck.0.weight"
 
@@ -115,10 +115,10 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def _load_layers(path: Path, above: tuple[Path, ...]) -> dict[str, Tensor]:
-    """Read a checkpoint, or an adapter and what is beneath it.
+    """Read a checkpoint, or an adapter merged into its base weights.
 
     Args:
-        above: the adapters that this is beneath.
+        above: the adapters that are based on this file.
     """
     if not is_adapter(path):
         return _load_file(path)
@@ -153,7 +153,7 @@ def _check_file(path: Path) -> None:
     try:
         if path.is_dir():
             raise UserError(f"{path}: is a folder, expected a checkpoint file such as {path / 'best.pth'}")
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if path.exists() and not path.is_file():  # reading a pipe would hang
             raise UserError(f"{path}: not a regular file")
         with open(path, "rb") as file:
             start = file.read(512)
@@ -174,7 +174,7 @@ def _check_file(path: Path) -> None:
 
 
 def _check_zip(path: Path) -> None:
-    """Raise unless a zip file is whole, as torch writes it, and has the bytes that were written."""
+    """Raise unless a zip file is complete, uncompressed and undamaged, as torch writes it."""
     if not _is_zip(path):
         raise UserError(_describe_truncated(path))
     _refuse_packed(path)
@@ -193,7 +193,7 @@ def _check_zip(path: Path) -> None:
 
 
 def _refuse_packed(path: Path) -> None:
-    """Raise for a zip file that unpacks to far more than it is; torch packs nothing."""
+    """Raise for a zip file that unpacks to far more than its own size; torch compresses nothing."""
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(member.file_size for member in archive.infolist())
     if unpacked > MAX_UNPACKED * path.stat().st_size:
@@ -225,11 +225,11 @@ def _expected_size(path: Path) -> str:
 def _read_torch(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's remarks on pickle protocols and TorchScript; we have one line
+            warnings.simplefilter("ignore")  # on pickle protocols and TorchScript; our message has one line
             return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except MemoryError:
         raise UserError(f"{path}: stands for more than there is memory for") from None
-    except Exception as error:  # whatever a damaged file makes the reader stumble over
+    except Exception as error:  # a damaged file can raise anything
         # Without torch's own text: it recommends weights_only=False, which runs the code.
         raise UserError(_describe_unreadable(path, error)) from None
 
@@ -282,7 +282,7 @@ def _check_content(path: Path, content: Any) -> None:
 
 
 def refuse_inflated(path: Path, tensors: Iterable[Tensor]) -> None:
-    """Raise for tensors that stand for far more numbers than the file holds: the same ones again and again."""
+    """Raise for tensors with far more bytes than the file: they repeat the same numbers."""
     stated, held = sum(value.numel() * value.element_size() for value in tensors), path.stat().st_size
     if stated > MAX_UNPACKED * held:
         raise UserError(f"{path}: its weights stand for {stated:,} bytes, the file has {held:,}; save it again")
@@ -356,15 +356,15 @@ def _identify_tiny_vit(state_dict: dict[str, Tensor], path: Path | str) -> str:
 def resize_positions(state_dict: dict[str, Tensor], image_size: int) -> dict[str, Tensor]:
     """Return the weights for images of another size: their position embeddings are interpolated, the rest stays.
 
-    Position embeddings are resized as images are, bicubic; the tables of relative positions of global attention,
-    one entry for each distance from one side of the image to the other, along their length. Windows keep their size.
+    Absolute position embeddings are resized bicubically, as images are. The relative position tables of global
+    attention, one entry for each distance across the image, are resized linearly. Windows keep their size.
 
     Args:
         image_size: pixels of the longest side, a multiple of the patch.
     """
     model_type = identify(state_dict)
     if ARCHITECTURES[model_type].is_tiny_vit:
-        return dict(state_dict)  # it has positions within its windows alone
+        return dict(state_dict)  # it only has positions within windows
     patch_size = state_dict["image_encoder.patch_embed.proj.weight"].shape[-1]
     side = image_size // patch_size
     resized = dict(state_dict)
@@ -382,10 +382,10 @@ def resize_positions(state_dict: dict[str, Tensor], image_size: int) -> dict[str
 
 
 def image_size_of(state_dict: dict[str, Tensor], card: Card | None = None) -> int:
-    """Return the side of the square that these weights see, pixels.
+    """Return the side of the square images that these weights are for, pixels.
 
     Args:
-        card: of the weights. MobileSAM's do not tell: without a card they are for the images that it was made for.
+        card: of the weights. MobileSAM's weights do not show their size: without a card it is the published one.
     """
     if "image_encoder.pos_embed" not in state_dict:
         return card.image_size if card else IMAGE_SIZES[identify(state_dict)]

@@ -1,4 +1,4 @@
-"""`--mode check`: the dataset doctor. It reads everything and prints what is wrong and what the generator can reach."""
+"""`--mode check`: read a whole dataset; print its defects and the share of objects that the generator can reach."""
 
 from collections import Counter
 from pathlib import Path
@@ -23,7 +23,7 @@ def check(config: Config) -> int:
     """Read a dataset as training would, and write `dataset_report.json` and a contact sheet into out_dir.
 
     Returns:
-        0, or 2 where nothing can be trained on, or under `strict` anything is wrong.
+        0; 2 where nothing can be trained on, or where `strict` is set and there is a defect.
     """
     names = [REPORT_NAME, SHEET_NAME] if config.check.samples else [REPORT_NAME]
     folder = claim_output_folder(Path(config.out_dir), config.dataset.path, names)
@@ -46,7 +46,7 @@ def check(config: Config) -> int:
 
 
 def describe_records(indexes: dict[str, Index]) -> dict:
-    """Return counts and spreads of images, objects and categories."""
+    """Return counts of images, objects and categories, and the spread of their sizes."""
     records = [record for index in indexes.values() for record in index.records]
     annotations = [found for record in records for found in record.annotations]
     names = {name: index.categories for name, index in indexes.items()}
@@ -69,7 +69,7 @@ def describe_records(indexes: dict[str, Index]) -> dict:
 
 
 def _drop_vanishing(config: Config, records: list[Record], report: DatasetReport) -> None:
-    """Note what training would leave out at the model's size, and leave it out of `records` as well."""
+    """Report the objects that training leaves out at the model's image size, and remove them from `records`."""
     image_size = config.model.image_size or IMAGE_SIZES.get(config.model.type, IMAGE_SIZES["vit_b"])
     for record, annotation in report_vanishing(records, image_size, config.dataset.min_area_pixels, report):
         record.annotations.remove(annotation)
@@ -99,7 +99,7 @@ def _list_statistics(statistics: dict) -> list[str]:
 
 
 def _list_reach(reach: dict[str, dict[str, float]]) -> list[str]:
-    lines = ["share of objects with a point of the generator's grid inside, above which its recall cannot rise:"]
+    lines = ["share of objects with a point of the generator's grid inside, the upper limit of its recall:"]
     for grid, shares in reach.items():
         parts = ", ".join(f"{group} {share:.1%}" for group, share in shares.items())
         lines.append(f"  points_per_side {grid}: {parts}")

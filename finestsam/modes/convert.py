@@ -1,4 +1,4 @@
-"""`--mode convert`: write any dataset that can be read in finestSAM's layout, masks to the pixel."""
+"""`--mode convert`: write any readable dataset in finestSAM's layout, with pixel-exact masks."""
 
 import os
 import re
@@ -18,7 +18,7 @@ from finestsam.records import Annotation, Index, Record, merge_reports, write_re
 from finestsam.runtime.folders import make_output_folder
 from finestsam.runtime.whole_files import remove_unfinished, unfinished_folder, write_json
 
-# Not allowed in names on some system, or with a meaning to a shell or a terminal.
+# Characters that some system forbids in names, or that a shell or a terminal interprets.
 UNSAFE = re.compile(r'[<>:"|?*\x00-\x1f\x7f\\]')
 
 
@@ -121,7 +121,7 @@ def _describe(
 
 
 def _choose_name(record: Record, taken: set[str]) -> str:
-    """Return a relative path for an image: its own, made harmless, unlike all others on any system."""
+    """Return a relative path for an image: its own with safe characters, and unique on every system."""
     steps = [UNSAFE.sub("_", step) for step in record.file_name.replace("\\", "/").split("/")]
     path = Path(*([step for step in steps if step.strip(". ")] or ["image"]))
     suffix = path.suffix or record.path.suffix

@@ -86,7 +86,7 @@ class Targets:
 
 
 def fetch_coco(name: str, root: Path, image_count: int | None = None, base_url: str | None = None) -> None:
-    """Bring a part of COCO into a folder, continuing what was begun, without the network if it is all there.
+    """Download a part of COCO into a folder. An interrupted download continues; a complete one needs no network.
 
     Args:
         name: one of `COCO_PARTS`.
@@ -145,7 +145,7 @@ def _fetch_annotations(part: CocoPart, targets: Targets, base_url: str) -> bytes
 
 
 def _fetch_all_images(part: CocoPart, targets: Targets, missing: list[str], base_url: str) -> None:
-    """Fetch the archive of all images and move those that are missing to their place."""
+    """Fetch the archive of all images and move the missing ones into the folder."""
     archive, folder = targets.work / f"{part.name}.zip", targets.work / "images"
     if not folder.is_dir():
         _refuse_full_disk(archive, part.images.size_bytes)
@@ -159,7 +159,7 @@ def _fetch_all_images(part: CocoPart, targets: Targets, missing: list[str], base
 
 
 def _refuse_full_disk(archive: Path, size_bytes: int) -> None:
-    """Raise if the archive and its images, JPEGs that take as much again, do not fit, before hours of downloading."""
+    """Raise before hours of downloading if the archive and its images, which take as much again, do not fit."""
     begun = [archive, archive.with_name(f".{archive.name}.part")]
     needed = 2 * size_bytes - sum(path.stat().st_size for path in begun if path.is_file())
     free = shutil.disk_usage(archive.parent).free
@@ -171,7 +171,7 @@ def _refuse_full_disk(archive: Path, size_bytes: int) -> None:
 
 
 def _refuse_foreign(existing: Path, all_annotations: bytes, wanted: int) -> None:
-    """Raise if the annotation file that stands in the place is not one of ours, made for as many images or fewer."""
+    """Raise if there is an annotation file that finestsam did not write, or wrote for more images."""
     if not existing.exists():
         return
     content = existing.read_bytes()
@@ -186,7 +186,7 @@ def _refuse_foreign(existing: Path, all_annotations: bytes, wanted: int) -> None
 
 
 def restrict_annotations(content: bytes, image_count: int) -> bytes:
-    """Return COCO's annotations for its first images only; for all of them as they are.
+    """Return COCO's annotations of its first images only; for all images they are unchanged.
 
     The order is that of `fetch_coco`.
     """
@@ -202,12 +202,12 @@ def restrict_annotations(content: bytes, image_count: int) -> bytes:
 
 
 def list_images(content: bytes) -> list[str]:
-    """Return the file names in COCO's annotations, without parsing them: those of train2017 take 3 GB as objects."""
+    """Return the file names in COCO's annotations, without parsing: parsed, those of train2017 take 3 GB."""
     return [name.decode(errors="replace") for name in FILE_NAME.findall(content)]
 
 
 def find_missing(folder: Path, names: list[str]) -> list[str]:
-    """Return the names of which the folder holds no file, or an empty one."""
+    """Return the names whose file in the folder is missing or empty."""
     entries = os.scandir(folder) if folder.is_dir() else []
     there = {entry.name for entry in entries if entry.is_file() and entry.stat().st_size}
     return [name for name in names if name not in there]

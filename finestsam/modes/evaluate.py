@@ -1,4 +1,4 @@
-"""`--mode evaluate`: measure weights on a labelled dataset, beside those that they came from."""
+"""`--mode evaluate`: measure weights on a labelled dataset, and compare them with the baseline."""
 
 import sys
 from dataclasses import dataclass, replace
@@ -37,7 +37,7 @@ OUTPUT_NAMES = (FIGURES_NAME, IMAGES_NAME, DATASET_NAME, REPORT_NAME, COMPARISON
 
 
 def evaluate(config: Config) -> int:
-    """Measure what the weights find on their own, and what they predict for points and boxes.
+    """Measure the weights' generator, and their masks for points and boxes.
 
     Writes `evaluation.json` (`generator/ap`, `point/iou`, ..., the same of the baseline under `baseline/`, and the
     differences with their intervals), `per_image.csv` and `report.html` into out_dir.
@@ -81,7 +81,7 @@ def _read_images(config: Config, run: OwnRun | None, folder: Path) -> LabelledSe
 
 @dataclass(frozen=True)
 class _Measured:
-    """What is evaluated; of another program's results nothing else is known."""
+    """What is evaluated; for results of another program `loaded` and `history` are None."""
 
     outcome: Outcome
     loaded: LoadedModel | None = None
@@ -114,7 +114,7 @@ def _write_outputs(config: Config, ours: _Measured, data: LabelledSet, run: OwnR
 
 
 def _measure_baseline(config: Config, baseline: Subject, data: LabelledSet) -> tuple[Outcome, Measurement | None]:
-    """Return the baseline, and with SAM's own thresholds where these give noticeably different masks."""
+    """Return the baseline, and the baseline with SAM's own thresholds where these give clearly different masks."""
     loaded = baseline.loaded
     print(f"baseline: {printable(loaded.source)} ({loaded.model_type} at {loaded.model.image_size} pixels)")
     table = match_categories(loaded, data)
@@ -133,7 +133,7 @@ def _measure_baseline(config: Config, baseline: Subject, data: LabelledSet) -> t
 def _collect_evaluation(
     config: Config, ours: _Measured, theirs: Outcome | None, sam: Measurement | None, run: OwnRun | None
 ) -> Evaluation:
-    """Return everything measured, on the images that all models could be measured on."""
+    """Return all measurements, on the images that all models were measured on."""
     name = config.evaluate.predictions or ours.loaded.source
     mine, other, differences = ours.outcome.measurement, None, None
     if theirs:
@@ -154,7 +154,7 @@ def _collect_evaluation(
 
 
 def refuse_unwritable_card(config: Config, loaded: LoadedModel) -> None:
-    """Raise a UserError where thresholds are to be stored, and the weights have no card of the user's own."""
+    """Raise a UserError if thresholds shall be stored, and the weights have no card that belongs to the user."""
     if not config.evaluate.store_thresholds:
         return
     reason = ""
@@ -169,7 +169,7 @@ def refuse_unwritable_card(config: Config, loaded: LoadedModel) -> None:
 
 
 def store_thresholds(loaded: LoadedModel, goal: str, ours: Outcome, baseline: Outcome | None) -> Path:
-    """Write the thresholds of both models into the card, with what they were chosen for, and return its path.
+    """Write the thresholds of both models and what they were tuned for into the card, and return its path.
 
     Raises:
         UserError: it cannot be written.
@@ -179,7 +179,7 @@ def store_thresholds(loaded: LoadedModel, goal: str, ours: Outcome, baseline: Ou
         generator=ours.tuned,
         goal=goal,
         tuned_on=ours.tuned_on,
-        # Others would be for another goal or other images.
+        # Older ones would be for another goal or other images.
         baseline_generator=(baseline.tuned or {}) if baseline else {},
     )
     path = loaded.path.with_suffix(".json")

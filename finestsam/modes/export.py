@@ -1,4 +1,4 @@
-"""`--mode export`: write weights in the form that other programs read."""
+"""`--mode export`: write weights in a format that other programs read."""
 
 import dataclasses
 from collections.abc import Callable
@@ -31,12 +31,12 @@ PLAIN, CARD = "sam.pth", "sam.json"
 
 @dataclass(frozen=True)
 class Format:
-    """A form that weights can be written in."""
+    """A format of exported weights."""
 
-    names: tuple[str, ...]  # of the files that there can be; the last is the one that is put in place last
+    names: tuple[str, ...]  # of all possible files; the last one is moved into place last
     require: Callable[[], None]  # raises where a package is missing
-    write: Callable[[LoadedModel, Config, Path], str]  # into a folder; returns what to say about it
-    without_fft_attention: str  # who has none, and why
+    write: Callable[[LoadedModel, Config, Path], str]  # into a folder; returns a message to print
+    without_fft_attention: str  # why the format has no FFT attention, for the message
 
 
 def export(config: Config) -> int:
@@ -49,13 +49,13 @@ def export(config: Config) -> int:
     form = FORMATS[config.export.format]
     form.require()
     out_dir = claim_output_folder(Path(config.out_dir), config.dataset.path)
-    # Float32 on the CPU, as the files will be read.
+    # Exported files are float32, so the model is checked in float32 on the CPU.
     plain = dataclasses.replace(config, device="cpu", precision="32-true", compile=False)
     loaded = load_model(plain, prefer_runs=True)
     print(f"model: {loaded.model_type}, {printable(loaded.source)}")
     _refuse(loaded, form, config, out_dir)
     try:
-        # A signal raises at once while the files are made, and waits while they are put in place.
+        # A signal stops the run at once while files are written, and waits while they are moved into place.
         with watch_signals() as interruption, interruption.held(), replacing_set(out_dir, form.names) as folder:
             with interruption.released():
                 done = form.write(loaded, config, folder)
@@ -90,7 +90,7 @@ def _refuse(loaded: LoadedModel, form: Format, config: Config, out_dir: Path) ->
 
 
 def _list_sources(loaded: LoadedModel) -> list[Path]:
-    """Return the files that the weights came from: one, or an adapter and what is underneath."""
+    """Return the files that the weights came from: one, or an adapter and its base weights."""
     if loaded.path is None:
         return []
     paths = [loaded.path, loaded.path.with_suffix(".json")]
@@ -117,7 +117,7 @@ def _write_onnx(loaded: LoadedModel, config: Config, folder: Path) -> str:
 
 
 def _describe(loaded: LoadedModel, config: Config) -> dict[str, Any]:
-    """Return what a program must know to use the ONNX files."""
+    """Return what a program needs to know to use the ONNX files."""
     card, model = loaded.card, loaded.model
     generator = dataclasses.asdict(resolve_generator(config.generator, card))
     return {
@@ -126,10 +126,10 @@ def _describe(loaded: LoadedModel, config: Config) -> dict[str, Any]:
         "weights": loaded.path.name if loaded.path else loaded.source,
         "weights_sha256": hash_file(loaded.path) if loaded.path else None,
         "image_size": model.image_size,  # pixels that the longest side is resized to
-        "pixel_mean": PIXEL_MEAN,  # the encoder's file does this and the padding by itself
+        "pixel_mean": PIXEL_MEAN,  # the encoder's file normalises and pads by itself
         "pixel_std": PIXEL_STD,
         "mask_threshold": model.sam.mask_threshold,
-        "masks": [1, 2, 3] if model.multimask_output else [0],  # of the decoder's four, those that were trained
+        "masks": [1, 2, 3] if model.multimask_output else [0],  # the trained ones of the decoder's four
         "categories": card.categories if card else [],
         "generator": generator,
     }
@@ -152,7 +152,7 @@ def _write_sam(loaded: LoadedModel, config: Config, folder: Path) -> str:
         started_from=loaded.source,
         started_from_sha256=hash_file(loaded.path) if loaded.path else None,
     )
-    # What heads were for stays behind with them.
+    # Without the heads, their task does not belong in the card.
     card = dataclasses.replace(
         card, image_size=model.image_size, task="masks", classes=[], category_ids=[], finestsam_version=__version__
     )

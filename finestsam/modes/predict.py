@@ -1,4 +1,4 @@
-"""`--mode predict`: find the objects of images, and write an overlay of each and one COCO json of all."""
+"""`--mode predict`: find the objects of images; write an overlay of each image and one COCO json of all."""
 
 import functools
 import glob
@@ -34,10 +34,10 @@ from finestsam.runtime.memory import reporting_out_of_memory
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".wmv", ".flv", ".mpg", ".mpeg"}
 RESULTS_NAME = "predictions.json"
-# What lies beside the images is marked: it overwrites none, and is not taken for an image the next time.
+# Outputs beside the images have a marked name: they overwrite no image, and the next run does not predict on them.
 BESIDE_MARK = ".finestsam"
 OVERLAY_SUFFIX = ".png"
-MAX_STEM_BYTES = 200  # of the 255 that file systems allow a name; a number and the suffix follow
+MAX_STEM_BYTES = 200  # file systems allow names of 255; a number and the suffix follow
 
 
 def predict(config: Config) -> int:
@@ -142,7 +142,7 @@ def _match(pattern: str) -> set[str]:
 
 
 def _walk(start: str) -> Iterator[str]:
-    """Yield a folder and all below it that are not hidden, those behind links after the others, each once."""
+    """Yield a folder and all folders below it that are not hidden, each once; linked folders come last."""
     waiting, seen = deque([start]), set()
     while waiting:
         folder = waiting.popleft()
@@ -160,7 +160,7 @@ def _walk(start: str) -> Iterator[str]:
 
 
 def _leave_out(images: list[Path], pattern: Path, out_dir: Path) -> list[Path]:
-    """Return those that do not lie in `out_dir`; all of them where the pattern itself starts there."""
+    """Return the paths outside `out_dir`; all of them where the pattern itself starts there."""
     root, start = out_dir.resolve(), Path(*itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts))
     if start.resolve().is_relative_to(root):
         return images
@@ -181,7 +181,7 @@ def _list_folder(folder: Path) -> list[Path]:
 
 
 def _is_image(path: Path) -> bool:
-    """Whether a name is an image's; links to nowhere count, so that they are reported."""
+    """Whether a name is an image's; broken links count, so that they are reported."""
     is_ours = path.name.endswith((BESIDE_MARK + OVERLAY_SUFFIX, BESIDE_MARK + LABELS_SUFFIX))
     is_named_so = path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
     return is_named_so and not is_ours and not os.path.isdir(path)
@@ -193,12 +193,12 @@ def name_overlays(paths: list[Path], out_dir: Path) -> list[Path]:
 
 
 def name_outputs(paths: list[Path], out_dir: Path, suffixes: tuple[str, ...]) -> list[tuple[Path, ...]]:
-    """Return where the files of each image go: named after it, no two alike, none over an input or a foreign file.
+    """Return the paths of each image's outputs: named after it, unique, never over an input or another program's file.
 
     Args:
         suffixes: of the files that each image gets.
     """
-    # Without regard to case, as on Windows and macOS, where a.png is A.png. An input may be a link to what lies there.
+    # Case is ignored, because on Windows and macOS a.png is A.png. An input may be a link to a file in that folder.
     files = [file for path in paths for file in (path, Path(os.path.realpath(path)))]
     taken = {file.name.casefold() for file in files if file.parent.samefile(out_dir)}
     lies_beside = bool(taken)
@@ -218,7 +218,7 @@ def name_outputs(paths: list[Path], out_dir: Path, suffixes: tuple[str, ...]) ->
 
 
 def _list_names(stem: str, mark: str, suffixes: tuple[str, ...]) -> Iterator[list[str]]:
-    """Yield names of the files of an image, without a number, then with 2, 3, ..."""
+    """Yield names for an image's outputs: without a number, then with 2, 3, ..."""
     for tail in itertools.chain([""], (f"_{number}" for number in itertools.count(2))):
         yield [f"{stem}{tail}{mark}{suffix}" for suffix in suffixes]
 
@@ -248,8 +248,8 @@ def _list_jobs(paths: list[Path], overlays: list[Path]) -> list[_Job]:
 
 
 def _take_up(jobs: list[_Job], results: Results, journal: Journal, out_dir: Path, config: Config) -> list[_Job]:
-    """Put into `results` what an earlier call has done, and return the jobs that are left."""
-    # A journal has what its call took over from a finished file, which no longer says what the overlays are of.
+    """Add the entries of an earlier run to `results`, and return the jobs that are left."""
+    # The journal comes first: it has the entries of a finished file as well, which may no longer match the overlays.
     entries = journal.read()
     if entries is None:
         entries = read_finished(out_dir / RESULTS_NAME, results.origin)
@@ -265,7 +265,7 @@ def _take_up(jobs: list[_Job], results: Results, journal: Journal, out_dir: Path
 
 
 def _is_done(job: _Job, image: dict, config: Config) -> bool:
-    """Return whether an earlier call has predicted this very image and rendered the wanted overlay."""
+    """Return whether an earlier run has predicted this image and rendered the wanted overlay."""
     try:
         made = _describe_made(job, hash_image(job.path, config.dataset.images), config)
     except Defect:
@@ -274,13 +274,13 @@ def _is_done(job: _Job, image: dict, config: Config) -> bool:
 
 
 def _describe_made(job: _Job, digest: str, config: Config) -> dict:
-    """Return what an image's entry holds to tell a later call what is done."""
+    """Return what an image's entry stores so that a later run can skip it."""
     return {"digest": digest, "overlay": job.overlay.name, "opacity": config.opacity}
 
 
 @dataclass
 class _Image:
-    """What an image's file holds."""
+    """The content of an image file."""
 
     pixels: np.ndarray  # H x W x 3, uint8, RGB
     digest: str
@@ -292,7 +292,7 @@ class _Image:
 
 
 def _predict_all(jobs: list[_Job], embedder: Embedder, config: Config, results: Results, journal: Journal) -> int:
-    """Predict image by image into `results`, skip what cannot be read, and return how many could be.
+    """Predict the images one by one into `results`, skip unreadable ones, and return how many were predicted.
 
     The next image is read, and the last overlay drawn and written, while the model works on this one.
     """
@@ -325,7 +325,7 @@ def _predict_all(jobs: list[_Job], embedder: Embedder, config: Config, results: 
 
 
 def _read_ahead(reader: Executor, jobs: list[_Job], config: Config) -> Iterator[Future]:
-    """Yield the images in order, with one more being read."""
+    """Yield the images in order, while a thread reads the next one."""
     following = reader.submit(_read, jobs[0].path, config)
     for job in jobs[1:]:
         current, following = following, reader.submit(_read, job.path, config)
@@ -345,14 +345,14 @@ def _find_masks(embedder: Embedder, image: _Image, path: Path, results: Results)
 
 
 def _draw(pixels: np.ndarray, masks: GeneratedMasks, results: Results, opacity: float) -> np.ndarray:
-    """Return the overlay: of a model that knows categories with their colours and names."""
+    """Return the overlay; a model with categories gives them their colours and a legend."""
     if masks.has_classes:
         return render_named_overlay(pixels, masks.rles, masks.classes, list(results.categories.values()), opacity)
     return render_overlay(pixels, masks.rles, opacity)
 
 
 def _write(path: Path, draw: Callable[[], np.ndarray], journal: Journal, entry: dict) -> None:
-    """Write an overlay, and that its image is done."""
+    """Write an overlay, and note in the journal that its image is finished."""
     with _writing(path):
         write_image(path, draw())
         journal.add(entry)
@@ -367,7 +367,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _warn_of_thresholds(config: Config, card: Card | None) -> None:
-    """Say so where nobody has chosen the generator's thresholds for these weights."""
+    """Print a hint where the generator's thresholds were not tuned for these weights."""
     is_given = None not in (config.generator.pred_iou_thresh, config.generator.stability_score_thresh)
     if is_given or (card and "pred_iou_thresh" in card.generator):
         return
@@ -380,7 +380,7 @@ def _warn_of_thresholds(config: Config, card: Card | None) -> None:
 
 
 def _find_score_map(config: Config, card: Card | None) -> list[list[float]]:
-    """Return what corrects the scores, as it is stored beside the weights; nothing where the settings do not ask.
+    """Return the score map that is stored beside the weights; empty where the settings do not ask for it.
 
     Raises:
         UserError: a correction is wanted and there is none.
@@ -394,7 +394,7 @@ def _find_score_map(config: Config, card: Card | None) -> list[list[float]]:
 
 
 def _number_categories(loaded: LoadedModel) -> dict[int, str]:
-    """Return the names by id of the categories that the model distinguishes, in the order of its classes, or one."""
+    """Return the model's categories, names by id, in the order of its classes; one if it has no classes."""
     card = loaded.card
     if loaded.model.class_head is not None:
         return dict(zip(card.category_ids, card.categories, strict=True))

@@ -1,7 +1,7 @@
 """Correct masks click by click, as an annotator does.
 
-Each click is in the middle of the largest error, an addition where the object was missed and a removal where it was
-overstepped, and brings the logits of the mask before it along (arXiv 2304.02643, section 3; the protocol of
+Each click is in the middle of the largest error: positive where the mask misses the object, negative where it exceeds
+it. With each click the logits of the last mask are the mask prompt (arXiv 2304.02643, section 3; the protocol of
 interactive segmentation, as in arXiv 2102.06583).
 """
 
@@ -20,10 +20,10 @@ from finestsam.model.resample import upscale_logits
 
 @dataclass
 class Shown:
-    """The masks of N prompts that an annotator sees and corrects."""
+    """The masks of N prompts that the next clicks correct."""
 
     masks: list[np.ndarray]  # N, each H x W, bool, original frame
-    logits: Tensor | None  # N x 1 x 4g x 4g, of the same masks; None: nothing was predicted yet
+    logits: Tensor | None  # N x 1 x 4g x 4g, of the same masks; None before the first prediction
 
 
 @torch.no_grad()
@@ -32,21 +32,21 @@ def show_preferred(predictions: Predictions, sample: Sample, image_size: int) ->
     rows = torch.arange(len(predictions.scores), device=predictions.scores.device)
     logits = predictions.logits.detach()[rows, predictions.scores.argmax(dim=1)][:, None]
     masks = []
-    for one in logits:  # one at a time: at the size of the image they are large
-        large = upscale_logits(one[None], image_size, sample.input_size, sample.original_size)
+    for mask_logits in logits:  # one at a time, because they are large at the size of the image
+        large = upscale_logits(mask_logits[None], image_size, sample.input_size, sample.original_size)
         masks.append((large[0, 0] > 0).cpu().numpy())
     return Shown(masks, logits)
 
 
 def add_clicks(prompts: Prompts, shown: Shown, truth: list[np.ndarray], sample: Sample) -> Prompts:
-    """Return the prompts with one more click each, and with the logits that it corrects in place of any mask before.
+    """Return the prompts with one more click each; the logits that it corrects replace the mask prompt.
 
     Args:
-        prompts: N, or none yet.
+        prompts: N, or none before the first click.
         truth: N masks, each H x W, bool, original frame.
     """
     clicks = [find_click(mask, predicted) for mask, predicted in zip(truth, shown.masks, strict=True)]
-    points = np.array([where for where, _ in clicks], dtype=float)  # N x 2
+    points = np.array([position for position, _ in clicks], dtype=float)  # N x 2
     inputs = scale_points(points, sample.original_size, sample.input_size)
     device = "cpu" if shown.logits is None else shown.logits.device
     points = torch.tensor(inputs, dtype=torch.float32, device=device)[:, None]
@@ -57,7 +57,7 @@ def add_clicks(prompts: Prompts, shown: Shown, truth: list[np.ndarray], sample: 
 
 
 def find_click(truth: np.ndarray, shown: np.ndarray) -> tuple[tuple[int, int], int]:
-    """Return where somebody would click next, XY, original frame, and the label of the click; none where all is right.
+    """Return the next click, XY, original frame, and its label; `MISSING` where the mask has no error.
 
     Args:
         truth, shown: H x W, bool.
@@ -68,9 +68,9 @@ def find_click(truth: np.ndarray, shown: np.ndarray) -> tuple[tuple[int, int], i
         return (0, 0), MISSING
     top, left = int(rows[0]), int(columns[0])
     part = np.s_[top : rows[-1] + 1, left : columns[-1] + 1]
-    missed, overstepped = (find_largest_component(mask[part] & errors[part]) for mask in (truth, shown))
-    is_addition = np.count_nonzero(missed[0]) >= np.count_nonzero(overstepped[0])
-    region, corner = missed if is_addition else overstepped
+    missed, excess = (find_largest_component(mask[part] & errors[part]) for mask in (truth, shown))
+    is_positive = np.count_nonzero(missed[0]) >= np.count_nonzero(excess[0])
+    region, corner = missed if is_positive else excess
     depth = distance_inside(region)
     y, x = np.unravel_index(depth.argmax(), depth.shape)
-    return (left + corner[0] + int(x), top + corner[1] + int(y)), POSITIVE if is_addition else NEGATIVE
+    return (left + corner[0] + int(x), top + corner[1] + int(y)), POSITIVE if is_positive else NEGATIVE

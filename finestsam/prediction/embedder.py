@@ -1,4 +1,4 @@
-"""Encode images once: read from the embedding store, and fill it."""
+"""Encode each image once: read its embedding from the store, or compute and store it."""
 
 import hashlib
 import sys
@@ -23,7 +23,7 @@ from finestsam.model.sam import FinestSam
 from finestsam.runtime.folders import cache_folder
 from finestsam.runtime.processes import use_one_thread
 
-# Raised whenever the same weights give another embedding of the same file: reading, resizing or normalising changed.
+# Increase it when the same weights give another embedding of the same file: reading, resizing or normalising changed.
 VERSION = 2
 
 
@@ -32,9 +32,9 @@ class Embedder:
     """An image encoder and the store of its embeddings.
 
     Args:
-        store: None: everything is encoded each time.
-        rounds: embeddings are rounded as a store rounds them, though there is none: what a training measures without
-            one is then what an evaluation measures with it.
+        store: None: every image is encoded each time.
+        rounds: round embeddings to float16 without a store as well, so that training without a store measures the same
+            as evaluation with one.
     """
 
     model: FinestSam
@@ -45,7 +45,7 @@ class Embedder:
     def encode(self, images: Sequence[Tensor]) -> Tensor:
         """Return the embeddings of images (each 3 x h x w, uint8), B x C x g x g, float32.
 
-        With a store they are rounded as it rounds, so that it never matters which of them came from it.
+        With a store they are rounded to float16, so that computed and stored embeddings are equal.
         """
         size = _batch_size(self.model.device)
         parts = [self.model.encode(list(images[start : start + size])) for start in range(0, len(images), size)]
@@ -53,19 +53,19 @@ class Embedder:
         return embeddings.half().float() if self.store or self.rounds else embeddings
 
     def embed(self, samples: Sequence[Sample]) -> Tensor:
-        """Return the embeddings of samples, B x C x g x g, float32: those that came with them, and the rest encoded."""
+        """Return the embeddings of samples, B x C x g x g, float32; those without one are encoded."""
         missing = [sample.image for sample in samples if sample.embedding is None]
         fresh = iter(self.encode(missing)) if missing else iter(())
         device = self.model.device
         return torch.stack([next(fresh) if s.embedding is None else s.embedding.to(device).float() for s in samples])
 
     def embed_image(self, key: str, image: np.ndarray) -> Tensor:
-        """Return the embedding of an image as it was read (H x W x 3, uint8), 1 x C x g x g, and keep it."""
+        """Return the embedding of an image as it was read (H x W x 3, uint8), 1 x C x g x g, and store it."""
         input_size = compute_input_size(image.shape[:2], self.model.image_size)
         return self.embed_by_key(key, lambda: torch.from_numpy(resize_image(image, input_size).copy()).permute(2, 0, 1))
 
     def embed_by_key(self, key: str, read_pixels: Callable[[], Tensor]) -> Tensor:
-        """Return the embedding of one image, 1 x C x g x g, and keep it.
+        """Return the embedding of one image, 1 x C x g x g, and store it.
 
         Args:
             key: of the store, from `image_key`.
@@ -115,7 +115,7 @@ def hash_weights(embedder: Embedder) -> str:
 
 
 def fill_store(embedder: Embedder, datasets: Sequence[SampleDataset], num_workers: int) -> tuple[int, int]:
-    """Encode the images that the store lacks; what is there already costs nothing.
+    """Encode the images that the store lacks.
 
     Returns:
         How many of the datasets' images are in the store now, and how many there are.
@@ -126,12 +126,12 @@ def fill_store(embedder: Embedder, datasets: Sequence[SampleDataset], num_worker
 
 
 def _list_wanted(datasets: Sequence[SampleDataset]) -> dict[str, tuple[SampleDataset, tuple[int, int]]]:
-    """Return where to read each image that can be kept, by its key."""
-    return {key: (dataset, place) for dataset in datasets for key, place in dataset.list_embedding_keys()}
+    """Return the dataset and the position in it of each image that can be stored, by key."""
+    return {key: (dataset, position) for dataset in datasets for key, position in dataset.list_embedding_keys()}
 
 
 def find_missing(store: EmbeddingStore, datasets: Sequence[SampleDataset]) -> list[str]:
-    """Return the keys of the images that the store lacks and has room for, which is made where that is allowed."""
+    """Make room in the store, and return the keys of the missing images that fit."""
     wanted = _list_wanted(datasets)
     room = store.make_room(wanted)
     missing = [key for key in wanted if not store.holds(key)]
@@ -144,7 +144,7 @@ def find_missing(store: EmbeddingStore, datasets: Sequence[SampleDataset]) -> li
 def encode_missing(
     embedder: Embedder, datasets: Sequence[SampleDataset], keys: Sequence[str], num_workers: int, is_quiet: bool = False
 ) -> None:
-    """Encode images of the datasets, known by their keys, and keep what comes out.
+    """Encode images of the datasets, given by their keys, and store their embeddings.
 
     Args:
         is_quiet: without a progress bar.
@@ -161,9 +161,9 @@ def _encode_all(embedder: Embedder, images: "_Images", num_workers: int, is_quie
     use_one_thread()
     loader = Loader(images, list, min(num_workers, len(images)), batch_size=_batch_size(device))
     with tqdm(desc="encoding images once", total=len(images), disable=is_quiet, leave=False) as progress:
-        for found in loader:
-            progress.update(len(found))
-            readable = [(key, pixels.to(device)) for key, pixels in found if pixels is not None]
+        for batch in loader:
+            progress.update(len(batch))
+            readable = [(key, pixels.to(device)) for key, pixels in batch if pixels is not None]
             if not readable:
                 continue
             embeddings = embedder.encode([pixels for _, pixels in readable]).cpu().numpy()
@@ -172,12 +172,12 @@ def _encode_all(embedder: Embedder, images: "_Images", num_workers: int, is_quie
 
 
 def _batch_size(device: torch.device) -> int:
-    """Return how many images are encoded together: a GPU wants several; a CPU is busy with one."""
+    """Return how many images are encoded together: a GPU is faster with several, a CPU is not."""
     return 8 if device.type == "cuda" else 1
 
 
 class _Images(Dataset):
-    """What is to be encoded: the key and the pixels, or None for an image that broke since it was checked."""
+    """The images to encode: key and pixels; None for an image that broke since it was checked."""
 
     def __init__(self, entries: list[tuple[str, SampleDataset, tuple[int, int]]]):
         self.entries = entries
@@ -185,9 +185,9 @@ class _Images(Dataset):
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getitem__(self, place: int) -> tuple[str, Tensor | None]:
-        key, dataset, where = self.entries[place]
+    def __getitem__(self, index: int) -> tuple[str, Tensor | None]:
+        key, dataset, position = self.entries[index]
         try:
-            return key, dataset.read_pixels(*where)
+            return key, dataset.read_pixels(*position)
         except Defect:
             return key, None

@@ -1,8 +1,8 @@
-"""The automatic mask generator: prompt SAM with every point of a grid; keep masks that are good, stable and new.
+"""The automatic mask generator: prompt SAM with every point of a grid; keep good and stable masks, without duplicates.
 
-The masks and scores are those of segment_anything's `SamAutomaticMaskGenerator`, found with less work and memory:
-scores are filtered before anything is upscaled, survivors are upscaled a few at a time, and only those that are no
-duplicate are compressed.
+Masks and scores are those of segment_anything's `SamAutomaticMaskGenerator`, with less work and memory: masks with low
+scores are dropped before upscaling, the rest are upscaled a few at a time, and only those that are no duplicates are
+compressed.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from finestsam.model.sam import FinestSam
 from finestsam.prediction.results import FilterReport, GeneratedMasks
 from finestsam.prediction.upscaling import Upscaler, measure_masks
 
-# Below this the stability of masks no longer ranks them: their scores alone do.
+# Stabilities below this count as this, so that only scores rank such masks.
 LEAST_STABILITY = 1e-3
 
 
@@ -45,13 +45,13 @@ class _Crop:
 
 @dataclass
 class _Candidates:
-    """K masks of one crop that are still in the running, in the order of the grid."""
+    """K masks of one crop that passed the filters so far, in the order of the grid."""
 
     logits: Tensor  # K x 4g x 4g
     scores: Tensor  # K
     point_indices: Tensor  # K, into the crop's points
     stability: Tensor  # K
-    priorities: Tensor  # K, what NMS goes by
+    priorities: Tensor  # K, the scores of NMS
     boxes: Tensor  # K x 4, XYXY, pixels of the crop; both corners lie inside the mask
     class_probabilities: Tensor  # K x (1 + C); K x 0 where the model has no class head
 
@@ -60,7 +60,7 @@ class _Candidates:
 
 
 def resolve_generator(settings: GeneratorConfig, card: Card | None) -> GeneratorConfig:
-    """Fill what the settings leave open, first from what is stored beside the weights, then with segment_anything's."""
+    """Return the settings with each None replaced: by the card's value, else by segment_anything's."""
     known = GENERATOR_DEFAULTS | (card.generator if card else {})
     open_names = [name for name in GENERATOR_DEFAULTS if getattr(settings, name) is None]
     return dataclasses.replace(settings, **{name: known[name] for name in open_names})
@@ -70,23 +70,22 @@ def resolve_generator(settings: GeneratorConfig, card: Card | None) -> Generator
 def generate_masks(
     model: FinestSam, image: np.ndarray, settings: GeneratorConfig, embedding: Tensor | None = None
 ) -> GeneratedMasks:
-    """Find every object of an image.
+    """Return the masks of all objects of an image.
 
     Args:
         image: H x W x 3, uint8, RGB.
         settings: without None, as `resolve_generator` returns them.
-        embedding: 1 x C x g x g, of the whole image, where it is known.
+        embedding: 1 x C x g x g, of the whole image; None: it is computed.
 
     Raises:
         Defect: the image is too thin for the model.
     """
     report = FilterReport()
-    found = [_search(model, crop, settings, report) for crop in _cut_crops(model, image, settings, embedding)]
+    found = [_find_masks(model, crop, settings, report) for crop in _cut_crops(model, image, settings, embedding)]
     masks = GeneratedMasks.join(found, report)
     if len(found) > 1:
-        masks = _drop_duplicates(
-            masks, 1 / torch.from_numpy(masks.crop_areas), settings.crop_nms_thresh
-        )  # the smaller crop saw more detail
+        priorities = 1 / torch.from_numpy(masks.crop_areas)  # smaller crops show more detail
+        masks = _drop_duplicates(masks, priorities, settings.crop_nms_thresh)
     if settings.min_mask_region_area > 0:
         masks = clean_regions(masks, settings)
     order = np.lexsort([*masks.boxes_xywh.T[::-1], -masks.areas])  # the last key counts first
@@ -107,13 +106,14 @@ def _cut_crops(
         input_size = compute_input_size(size, model.image_size)
         if layer > 0 or embedding is None:
             inputs = torch.tensor(resize_image(part, input_size), device=model.device)  # h x w x 3
-            seen = model.encode([inputs.permute(2, 0, 1)])
+            encoded = model.encode([inputs.permute(2, 0, 1)])
         else:
-            seen = embedding
+            encoded = embedding
         points_per_side = int(settings.points_per_side / settings.crop_n_points_downscale_factor**layer)
         points = build_point_grid(max(points_per_side, 1)) * size[::-1]
         upscaler = Upscaler(model.image_size // 4, model.image_size, input_size, size)
-        yield _Crop(box, original_size, size, input_size, seen, model.compute_image_features(seen), points, upscaler)
+        features = model.compute_image_features(encoded)
+        yield _Crop(box, original_size, size, input_size, encoded, features, points, upscaler)
 
 
 def _find_layer(number: int) -> int:
@@ -124,8 +124,8 @@ def _find_layer(number: int) -> int:
     return layer
 
 
-def _search(model: FinestSam, crop: _Crop, settings: GeneratorConfig, report: FilterReport) -> GeneratedMasks:
-    """Return the masks of one crop, best score first, without those whose boxes repeat a better one's."""
+def _find_masks(model: FinestSam, crop: _Crop, settings: GeneratorConfig, report: FilterReport) -> GeneratedMasks:
+    """Return the masks of one crop, by falling priority, without duplicates."""
     batches = [
         _predict_points(
             model, crop, range(start, min(start + settings.points_per_batch, len(crop.points))), settings, report
@@ -149,7 +149,7 @@ def make_point_prompts(
 def _predict_points(
     model: FinestSam, crop: _Crop, indices: range, settings: GeneratorConfig, report: FilterReport
 ) -> _Candidates:
-    """Decode the masks of some points of a crop, and return those that are good, stable and whole."""
+    """Predict the masks of some points of a crop, and return those that are good, stable and not cut by the crop."""
     points = crop.points[indices.start : indices.stop]
     prompts = make_point_prompts(points, crop.size, crop.input_size, model.device)
     # A threshold of 0 lets every number pass, as in segment_anything: the score head may return less than 0.
@@ -190,9 +190,9 @@ def _filter_measured(
 
 
 def _compress(candidates: _Candidates, crop: _Crop) -> GeneratedMasks:
-    """Bring masks to the original frame, as run lengths."""
+    """Return the masks in the original frame, as run lengths."""
     x0, y0, x1, y1 = crop.box
-    mask = np.zeros(crop.original_size, dtype=bool, order="F")  # as pycocotools wants it, for all masks
+    mask = np.zeros(crop.original_size, dtype=bool, order="F")  # pycocotools needs F; reused for each mask
     rles = []
     for logits in candidates.logits:
         mask[y0:y1, x0:x1] = crop.upscaler.render(logits).cpu().numpy()
@@ -211,16 +211,16 @@ def _compress(candidates: _Candidates, crop: _Crop) -> GeneratedMasks:
 
 
 def _drop_duplicates(masks: GeneratedMasks, priorities: Tensor, max_overlap: float) -> GeneratedMasks:
-    """Return masks by falling priority, K, without those whose box overlaps an earlier one's too much."""
+    """Return masks by falling priority, K, without those whose box overlaps that of an earlier mask too much."""
     kept = nms(torch.from_numpy(masks.corners).float(), priorities.float(), max_overlap)
     masks.report.duplicates += len(masks) - len(kept)
     return masks[kept.numpy()]
 
 
 def clean_regions(masks: GeneratedMasks, settings: GeneratorConfig) -> GeneratedMasks:
-    """Fill small holes, drop small islands, then drop what has become a duplicate, rather of the changed masks.
+    """Fill small holes, remove small islands, then drop duplicates, preferring masks that did not change.
 
-    The masks that come in are changed.
+    Changes `masks` in place.
     """
     min_area = settings.min_mask_region_area
     was_clean = torch.zeros(len(masks))

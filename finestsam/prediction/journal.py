@@ -1,6 +1,6 @@
-"""What is done of a folder of images: a line for each, so that a prediction that was ended can go on.
+"""The finished images of a prediction, one line each, so that an interrupted prediction can go on.
 
-The folder is locked meanwhile. Where a disk has no locks each line still names the weights and settings that it is of.
+The folder is locked meanwhile. Each line also marks its weights and settings, because some disks have no locks.
 """
 
 import hashlib
@@ -15,11 +15,11 @@ JOURNAL_NAME = ".predictions.jsonl"
 
 
 class Journal:
-    """Entries of images, as `Results` makes them, in a file beside the results that goes when these are written.
+    """Entries of images, as `Results` makes them, in a file that is removed when the results are written.
 
     Args:
         folder: of the results.
-        origin: what the entries depend on beside their images: weights and settings.
+        origin: the weights and settings that the entries depend on.
     """
 
     def __init__(self, folder: Path, origin: dict[str, Any]):
@@ -28,7 +28,7 @@ class Journal:
         self._mark = hashlib.blake2b(self._first_line.encode(), digest_size=8).hexdigest()
 
     def begin(self, entries: list[dict]) -> None:
-        """Write the file anew, with what is kept of an earlier one."""
+        """Start a new file, with the entries that are kept from an earlier one."""
         write_text(self.path, "\n".join([self._first_line, *map(self._to_line, entries), ""]))
 
     def add(self, entry: dict) -> None:
@@ -39,7 +39,7 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
     def read(self) -> list[dict] | None:
-        """Return the entries that were written before this process, None where there is no journal.
+        """Return the entries of an earlier process; None where there is no journal.
 
         Raises:
             UserError: they are of other weights or settings.
@@ -67,14 +67,14 @@ def _is_entry(content: dict) -> bool:
     image, annotations = content.get("image"), content.get("annotations")
     if not isinstance(image, dict) or not isinstance(annotations, list):
         return False
-    return isinstance(image.get("file_name"), str) and all(isinstance(one, dict) for one in annotations)
+    return isinstance(image.get("file_name"), str) and all(isinstance(entry, dict) for entry in annotations)
 
 
 def read_finished(path: Path, origin: dict[str, Any]) -> list[dict]:
     """Return the entries of a finished predictions.json; none where there is no such file.
 
     Raises:
-        UserError: it is of other weights or settings, or none of ours.
+        UserError: it is of other weights or settings, or not written by finestsam.
     """
     if not path.is_file():
         return []

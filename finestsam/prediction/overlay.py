@@ -1,4 +1,4 @@
-"""Lay masks over an image, each in a colour of its own or of its category."""
+"""Render masks over an image, each in a colour of its own or of its category."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -19,26 +19,26 @@ PALETTE = np.frombuffer(
     ),
     dtype=np.uint8,
 ).reshape(-1, 3)
-# How classes beyond the palette differ from the first ones of the same hue: darker, paler, darkest. Factor and addend.
+# Factor and addend of each round through the palette: the colours themselves, darker, paler, darkest.
 CLASS_SHADES = np.array([(1, 0), (0.65, 0), (0.5, 127), (0.4, 0)])
-OUTLINE_SHADE = 0.35  # of the mask's own colour, so that neighbours part even where their colours are close
+OUTLINE_SHADE = 0.35  # of the mask's own colour; separates neighbours of similar colours
 OUTLINE_WIDTH = 1 / 900  # of the image's longest side
 
 
 def render_overlay(
     image: np.ndarray, rles: list[dict], opacity: float, colours: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return the image in its own size with masks and their outlines over it, the small above the large.
+    """Return the image in its own size with masks and their outlines over it, small masks above large ones.
 
     Args:
         image: H x W x 3, uint8, RGB.
         rles: K masks of the same H x W.
         opacity: 0 leaves the image as it is, 1 hides it under the masks.
-        colours: of the masks, K x 3, uint8, RGB; None: such that neighbours differ.
+        colours: of the masks, K x 3, uint8, RGB; None: chosen so that neighbours differ.
     """
     rles, boxes, colours = _sort_masks(rles, colours)
     filled = image.copy()
-    outlines = []  # drawn after every mask is filled, so that a mask does not hide the outline of the one below
+    outlines = []  # rendered after all masks are filled, so that no mask hides the outline of the one below
     for rle, (x, y, width, height), colour in zip(rles, boxes.tolist(), colours, strict=True):
         mask = decode_rle(rle)[y : y + height, x : x + width]
         filled[y : y + height, x : x + width][mask] = colour
@@ -48,13 +48,13 @@ def render_overlay(
     for contours, colour in zip(outlines, colours, strict=True):
         shade = (colour * OUTLINE_SHADE).tolist()
         cv2.polylines(outlined, contours, True, shade, _choose_thickness(image), cv2.LINE_AA)
-    return _blend(blended, outlined, opacity**0.5)  # thin lines need more to be seen through the same veil
+    return _blend(blended, outlined, opacity**0.5)  # thin lines need more opacity to be seen
 
 
 def render_named_overlay(
     image: np.ndarray, rles: list[dict], classes: np.ndarray, names: Sequence[str], opacity: float
 ) -> np.ndarray:
-    """Return `render_overlay` with a colour for each category, and below it the names of those that are in the image.
+    """Return `render_overlay` with a colour for each category, and a legend of the categories in the image below it.
 
     Args:
         classes: of the masks, K, counted from 1.
@@ -68,7 +68,7 @@ def render_named_overlay(
 
 
 def _sort_masks(rles: list[dict], colours: np.ndarray | None) -> tuple[list[dict], np.ndarray, np.ndarray]:
-    """Return masks, the largest first, their boxes (XYWH) and colours."""
+    """Return the masks, largest first, with their boxes (XYWH) and colours."""
     order = sorted(range(len(rles)), key=lambda index: rle_area(rles[index]), reverse=True)
     rles = [rles[index] for index in order]
     boxes = np.array([rle_box(rle) for rle in rles], dtype=np.int64).reshape(-1, 4)
@@ -76,7 +76,7 @@ def _sort_masks(rles: list[dict], colours: np.ndarray | None) -> tuple[list[dict
 
 
 def render_classes(image: np.ndarray, classes: np.ndarray, opacity: float) -> np.ndarray:
-    """Return the image with a colour and outlines for each class over it; none for class 0, the background.
+    """Return the image with each class but 0, the background, as a colour with outlines over it.
 
     Args:
         image: H x W x 3, uint8, RGB.
@@ -93,7 +93,7 @@ def render_classes(image: np.ndarray, classes: np.ndarray, opacity: float) -> np
 
 
 def colour_classes(count: int) -> np.ndarray:
-    """Return the colours of classes 0, 1, ..., count x 3, uint8, RGB; from class 85 on some share one."""
+    """Return the colours of classes 0, 1, ..., count x 3, uint8, RGB; they repeat from class 85 on."""
     turns, indices = np.divmod(np.arange(count) - 1, len(PALETTE))
     factors, addends = CLASS_SHADES[turns % len(CLASS_SHADES)].T[..., None]
     return (PALETTE[indices] * factors + addends).astype(np.uint8)
@@ -102,7 +102,7 @@ def colour_classes(count: int) -> np.ndarray:
 def render_layer(
     size: tuple[int, int], rles: list[dict], opacity: float, colours: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return masks and their outlines on nothing, H x W x 4, uint8, RGBA, to be laid over an image.
+    """Return masks and their outlines on a transparent layer, H x W x 4, uint8, RGBA.
 
     Args:
         size: (height, width) of the image.
@@ -125,8 +125,8 @@ def render_layer(
 def choose_colours(boxes_xywh: np.ndarray) -> np.ndarray:
     """Return an index into PALETTE for each mask, the same from run to run.
 
-    Where a mask lies decides its colour, so that it keeps it when others come and go. Only where an earlier mask of the
-    list has that colour and a box that touches, the next colour is taken.
+    The position of a mask decides its colour, so that the colour stays when other masks appear or disappear. Where an
+    earlier mask with a touching box has that colour, the next colour is taken.
     """
     first, behind = boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]
     # Two large primes scatter indices that are near each other over the whole palette.
@@ -154,13 +154,13 @@ def _blend(below: np.ndarray, above: np.ndarray, opacity: float) -> np.ndarray:
     return cv2.addWeighted(below, 1 - opacity, above, opacity, 0)
 
 
-# Of the letters: a share of the image's longest side, and not below what can be read.
+# Font size: a share of the image's longest side, and the smallest that can be read.
 FONT_SHARE, MIN_FONT_PIXELS = 1 / 50, 11
-# Lines of the strip at most, and the share of its width for one name; what has no room is counted.
+# Most lines of the legend, and the largest share of its width for one name; names that do not fit are counted.
 MOST_LINES, MOST_WIDTH = 4, 0.5
-# Of the strip, so that the names below a narrow image can be read.
+# Smallest width of the legend, in letters, so that names fit below a narrow image.
 LEAST_WIDTH_LETTERS = 16
-# Comes with matplotlib; Pillow's own font knows ASCII alone.
+# matplotlib's font; Pillow's own has only ASCII.
 FONT = Path("mpl-data/fonts/ttf/DejaVuSans.ttf")
 PAPER, INK = (250, 250, 250), (30, 30, 30)
 
@@ -168,7 +168,7 @@ Entry = tuple[str, np.ndarray]  # a name, and its colour, 3, uint8, RGB
 
 
 def add_legend(image: np.ndarray, entries: list[Entry]) -> np.ndarray:
-    """Return an image (H x W x 3, uint8, RGB) with a name beside each colour below it; it is higher, and not narrower.
+    """Return an image (H x W x 3, uint8, RGB) with a legend below it: higher, and at least as wide.
 
     Without entries it is returned as it is.
     """
@@ -184,7 +184,7 @@ def add_legend(image: np.ndarray, entries: list[Entry]) -> np.ndarray:
 
 
 def _render_strip(entries: list[Entry], size: int, width: int) -> np.ndarray:
-    """Return colours and names on paper, in lines from left to right; a name that is too long is cut."""
+    """Return the legend: colours and names, in lines from left to right; long names are shortened."""
     font, line_height, margin = _load_font(size), round(1.5 * size), size // 2
     cut = [(_shorten(printable(name), font, int(MOST_WIDTH * width) - 2 * size), colour) for name, colour in entries]
     lines = _break_lines(cut, font, width, size)
@@ -201,11 +201,11 @@ def _render_strip(entries: list[Entry], size: int, width: int) -> np.ndarray:
 
 
 def _break_lines(entries: list[Entry], font: ImageFont.FreeTypeFont, width: int, size: int) -> list[list[Entry]]:
-    """Return entries in lines; those that have no room in the last line are counted there."""
+    """Return entries in lines; the last line ends with the count of those that do not fit."""
     lines: list[list[Entry]] = [[]]
     margin = size // 2
-    for place, entry in enumerate(entries):
-        left = len(entries) - place
+    for index, entry in enumerate(entries):
+        left = len(entries) - index
         counted = (f"and {left} more", np.array(PAPER, dtype=np.uint8))
         # The last line keeps room for the count of what comes after this entry.
         needed = [*lines[-1], entry]

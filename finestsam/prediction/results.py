@@ -1,4 +1,4 @@
-"""What the generator found in an image, and the COCO json that it is written to."""
+"""The masks that the generator finds in an image, and the COCO json of them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from finestsam.runtime.whole_files import write_json
 
 @dataclass
 class FilterReport:
-    """What became of the candidates of an image, or of several, to tell which threshold leaves nothing over."""
+    """How many candidates each filter removed, in one image or several; it explains why no mask is left."""
 
     candidates: int = 0
     low_score: int = 0  # removed by pred_iou_thresh
@@ -24,8 +24,8 @@ class FilterReport:
     duplicates: int = 0  # removed by box_nms_thresh and crop_nms_thresh
     no_object: int = 0  # removed by no_object_thresh
     best_score: float = -np.inf  # of all candidates; -inf: no score was a number
-    best_stability: float = -np.inf  # of those whose score is good enough; -inf: there are none
-    least_no_object: float = np.inf  # chance to be no object, of those that are stable; inf: there are none
+    best_stability: float = -np.inf  # of candidates above pred_iou_thresh; -inf: there are none
+    least_no_object: float = np.inf  # smallest probability of no object among stable candidates; inf: there are none
 
     def count_scores(self, scores: Tensor, is_kept: Tensor) -> None:
         self.candidates += len(scores)
@@ -48,7 +48,7 @@ class FilterReport:
         return FilterReport(**joined)
 
     def explain_no_masks(self, settings: GeneratorConfig) -> str:
-        """Say which threshold left nothing over, with the best figures seen."""
+        """Return which filters removed all candidates, with the best value for each."""
         if self.best_score == -np.inf:
             return f"none of the {self.candidates} predicted IoUs is a number, so the weights are broken"
         reasons = []
@@ -64,7 +64,7 @@ class FilterReport:
             )
         if self.no_object:
             reasons.append(
-                f"{self.no_object} have a chance to be no object above generator.no_object_thresh "
+                f"{self.no_object} have a probability of no object above generator.no_object_thresh "
                 f"{settings.no_object_thresh:g} (least {self.least_no_object:.3f})"
             )
         if self.cut_by_crop:
@@ -78,15 +78,14 @@ class GeneratedMasks:
 
     rles: list[dict]  # K, compressed
     boxes_xywh: np.ndarray  # K x 4, int, around the pixels inside
-    scores: np.ndarray  # K, the IoU that the model expects
-    stability: np.ndarray  # K, the IoU of the mask cut at a higher and at a lower logit
-    priorities: np.ndarray  # K, what masks are ranked by: the score, times the stability where the settings say so
+    scores: np.ndarray  # K, the predicted IoU
+    stability: np.ndarray  # K, the IoU of the mask at a higher and at a lower threshold of its logits
+    priorities: np.ndarray  # K, for ranking: the score, times the stability where the settings say so
     areas: np.ndarray  # K, int, pixels
     points: np.ndarray  # K x 2, XY: the prompt that found the mask
-    crop_boxes_xywh: np.ndarray  # K x 4, int: the part of the image that the model saw
-    class_probabilities: (
-        np.ndarray
-    )  # K x (1 + C), of no object and of each category, adding up to 1; K x 0 without a head
+    crop_boxes_xywh: np.ndarray  # K x 4, int: the crop that the model saw
+    # K x (1 + C), of no object and of each category, adding up to 1; K x 0 without a class head.
+    class_probabilities: np.ndarray
     report: FilterReport = field(default_factory=FilterReport)
 
     def __len__(self) -> int:
@@ -98,17 +97,17 @@ class GeneratedMasks:
 
     @property
     def classes(self) -> np.ndarray:
-        """Return the class of each mask's likeliest category, K, counted from 1."""
+        """Return the class of each mask's most probable category, K, counted from 1."""
         return self.class_probabilities[:, 1:].argmax(axis=1) + 1
 
     @property
     def class_scores(self) -> np.ndarray:
-        """Return the chance of that category, K; 1 without a head."""
+        """Return the probability of that category, K; 1 without a class head."""
         return self.class_probabilities[:, 1:].max(axis=1) if self.has_classes else np.ones_like(self.scores)
 
     @property
     def no_object_probabilities(self) -> np.ndarray:
-        """Return the chance to be no object, K; 0 without a head."""
+        """Return the probability of no object, K; 0 without a class head."""
         return self.class_probabilities[:, 0] if self.has_classes else np.zeros_like(self.scores)
 
     @property
@@ -119,7 +118,7 @@ class GeneratedMasks:
 
     @property
     def crop_areas(self) -> np.ndarray:
-        """Return K, pixels of the part of the image that the model saw."""
+        """Return the areas of the masks' crops, K, pixels."""
         return self.crop_boxes_xywh[:, 2:].prod(axis=1)
 
     def __getitem__(self, index: np.ndarray) -> "GeneratedMasks":
@@ -136,14 +135,14 @@ ARRAY_NAMES = [entry.name for entry in fields(GeneratedMasks) if entry.name not 
 
 
 class Results:
-    """A COCO dataset of predictions that grows image by image; `loadRes` takes its annotations as they are.
+    """A COCO dataset of predictions that grows image by image; pycocotools' `loadRes` reads its annotations.
 
     Args:
-        categories: names by id, in the order of the model's classes from 1 on; of a model without classes just one.
-        score_map: what corrects the scores; None or empty: they are the predicted IoUs.
-        weights: a hash of the model's.
-        polygons: describe masks by their outlines instead of run lengths.
-        deep_range: how deep pixels are brought to 8 bits.
+        categories: names by id, in the order of the model's classes from 1 on; one if the model has no classes.
+        score_map: knots for `correct_scores`; None or empty: no correction.
+        weights: a hash of the model's weights.
+        polygons: write masks as polygons instead of run lengths.
+        deep_range: how images of more than 8 bits are reduced to 8.
     """
 
     def __init__(
@@ -165,7 +164,7 @@ class Results:
 
     @property
     def origin(self) -> dict:
-        """What the masks depend on beside the images."""
+        """What the masks depend on besides the images."""
         return {
             "weights": self.weights,
             "polygons": self.polygons,
@@ -179,10 +178,10 @@ class Results:
         return sum(len(entry["annotations"]) for entry in self.entries.values())
 
     def add(self, file_name: str, size: tuple[int, int], masks: GeneratedMasks, made: dict | None = None) -> dict:
-        """Add an image and return its entry, which is numbered when it is written.
+        """Add an image and return its entry, which gets its ids in `write`.
 
         Args:
-            made: what was predicted and drawn, by which a later call knows what is done.
+            made: hash and settings of the image's outputs; a later run compares them to skip finished images.
         """
         image = {"file_name": file_name, "width": size[1], "height": size[0]} | (made or {})
         scores = correct_scores(masks.scores, self.score_map) if self.score_map else masks.priorities
@@ -233,20 +232,21 @@ class Results:
             "score": _round_score(float(bound_scores(score))),
             "predicted_iou": round(min(float(masks.scores[index]), 1.0), 6),
             "stability_score": round(float(masks.stability[index]), 6),
-            "point": [round(float(place), 3) for place in masks.points[index]],
+            "point": [round(float(coordinate), 3) for coordinate in masks.points[index]],
         }
 
 
 def _round_score(score: float) -> float:
-    """Return six digits, as more would be noise of float32; those drawn together need more to keep their order."""
+    """Round to six digits, the precision of float32; compressed scores need nine to keep their order."""
     return round(score, 6 if score <= HIGH_SCORE else 9)
 
 
 def correct_scores(scores: np.ndarray, knots: Sequence[Sequence[float]]) -> np.ndarray:
-    """Return scores on the map that `evaluation.thresholds.calibrate` fits: straight between knots, level beyond.
+    """Return scores corrected by the map that `evaluation.thresholds.calibrate` fits.
 
     Args:
-        knots: pairs of predicted and measured IoU, both rising; none: the scores stay.
+        knots: pairs of predicted and measured IoU, both rising; the map is linear between and constant outside of them.
+            Empty: the scores stay.
     """
     if len(knots) == 0:
         return scores
@@ -254,17 +254,17 @@ def correct_scores(scores: np.ndarray, knots: Sequence[Sequence[float]]) -> np.n
     return np.interp(scores, predicted, measured)
 
 
-# From here on scores are drawn together, so that none is above 1.
+# Scores above this are compressed, so that none exceeds 1.
 HIGH_SCORE = 0.999
-# How far above that a score loses 63 % of its distance to 1: the score head predicts IoUs of up to about 1.05.
+# A score so far above HIGH_SCORE is 63 % of the way from HIGH_SCORE to 1. The score head predicts up to about 1.05.
 HIGH_SPREAD = 0.05
 
 
 def bound_scores(scores: np.ndarray) -> np.ndarray:
-    """Return scores of which none is above 1, in the same order: those up to 0.999 as they are, changes below 0.001.
+    """Return scores of at most 1 in the same order; those up to 0.999 are unchanged.
 
-    The score head is not bounded. To cut its predictions off at 1 would make equals of the best masks, and whoever
-    ranks by the scores that are written would get other figures than `--mode evaluate`.
+    The score head is not bounded. Clipping its predictions at 1 would make the best masks equal, and ranking by the
+    written scores would give other figures than `--mode evaluate`.
     """
     scores = np.asarray(scores, dtype=float)
     excess = np.maximum(scores - HIGH_SCORE, 0)

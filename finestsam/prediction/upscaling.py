@@ -1,9 +1,8 @@
 """Masks at the size of their image, computed only where their logits can matter.
 
-The decoder's 4g x 4g logits reach the image by two bilinear steps, each of which is a product with a banded matrix
-from the left and one from the right. Their products are built once per frame. A bilinear step never leaves the range of
-the values around it: where no logit of the neighbourhood is above a cutoff, no pixel is, so that of a mask that covers
-a hundredth of the image a hundredth is computed.
+Two bilinear steps resize the decoder's 4g x 4g logits to the image; `resample.py` makes them one matrix for each axis,
+built once per frame. A bilinear step stays within the range of the values around it: where no logit nearby is above a
+cutoff, no pixel is. So for a mask that covers 1 % of the image, only about 1 % is computed.
 """
 
 from collections.abc import Iterator
@@ -24,8 +23,8 @@ class _Reach:
         self.matrix = axis.matrix
         self._sources = axis.sources
         firsts, ends = find_ranges((axis.matrix != 0).T)
-        # Of each logit: the first pixel that it or a later one reaches, and the one behind the last that it or an
-        # earlier one reaches; logits in the padding reach none, and in small images many do not.
+        # For each logit: the first pixel that it or a later logit reaches, and the last + 1 that it or an earlier
+        # logit reaches. Logits in the padding reach no pixel, and in small images many others reach none.
         self._pixels = pair(firsts.flip(0).cummin(0).values.flip(0), ends.cummax(0).values)
 
     def find(self, first: int, end: int) -> tuple[slice, slice]:
@@ -46,7 +45,7 @@ class Region:
 
 
 class Upscaler:
-    """Brings logits to one frame.
+    """Resizes logits to one frame.
 
     The same pixels as segment_anything's `Sam.postprocess_masks`, up to the rounding of sums.
 
@@ -68,8 +67,8 @@ class Upscaler:
         """Yield for each of K x 4g x 4g logits the region outside which nothing is above the cutoff."""
         boxes = find_boxes(logits > cutoff).tolist()
         rows, columns = (axis.matrix.to(logits.device) for axis in (self._rows, self._columns))
-        for one, box in zip(logits, boxes, strict=True):
-            yield self._upscale_box(one, box, rows, columns)
+        for mask_logits, box in zip(logits, boxes, strict=True):
+            yield self._upscale_box(mask_logits, box, rows, columns)
 
     def _upscale_box(self, logits: Tensor, box: list[int], rows: Tensor, columns: Tensor) -> Region:
         x0, y0, x1, y1 = box
@@ -118,7 +117,7 @@ def find_boxes(masks: Tensor) -> Tensor:
 
 
 def _count(mask: Tensor) -> Tensor | int:
-    # numpy counts five times faster than torch on the CPU; a GPU would have to wait for a number.
+    # On the CPU numpy counts five times faster than torch. On a GPU a Python number would force a synchronisation.
     return np.count_nonzero(mask.numpy()) if mask.device.type == "cpu" else torch.count_nonzero(mask)
 
 

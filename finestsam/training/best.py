@@ -1,4 +1,4 @@
-"""Keep the best weights of a run, and say what they are."""
+"""Keep the best weights of a run, with their card."""
 
 import math
 import shutil
@@ -23,7 +23,7 @@ OF_THE_GENERATOR = ("val_generator_", "val_classes_")
 
 
 def choose_metric(run: Run) -> str:
-    """Return the name of what weights are judged by."""
+    """Return the name of the metric that weights are ranked by."""
     name = run.config.best_metric
     name = run.stepper.default_metrics[run.config.dataset.labels] if name == "auto" else name
     is_measured = run.config.evaluate.generator or not name.startswith(OF_THE_GENERATOR)
@@ -31,24 +31,22 @@ def choose_metric(run: Run) -> str:
 
 
 def rank(run: Run, metrics: dict[str, float]) -> list[float]:
-    """Return what weights are compared by: the metric that was chosen, and of equals the task's own.
+    """Return the values that weights are compared by: the chosen metric, then the task's own for equal ones.
 
-    What could not be measured, as the weights give no finite numbers, is worse than everything.
+    Weights without a measured value, because their outputs are not finite, rank last.
     """
     return [metrics.get(name, -math.inf) for name in (choose_metric(run), run.stepper.metric)]
 
 
 def keep_if_best(run: Run, kept_original: float = 0.0) -> bool:
-    """Save the weights as best.pth where they are better than all before, and tell whether they are.
-
-    The baseline is the first to beat.
+    """Save the weights as best.pth if they are better than all before, the baseline included; return whether they are.
 
     Args:
-        kept_original: the share of its weights in these, for the card.
+        kept_original: share of the starting weights blended into these, for the card.
     """
     progress = run.progress
     ranked = None if run.val_loader is None else rank(run, progress.metrics)
-    # Both by the metric of now: a run may be continued with another one.
+    # Both by the current metric, because a run may continue with another one.
     is_better = ranked is None or progress.best is None or ranked > rank(run, progress.best)
     progress.evaluations_without_better = 0 if is_better else progress.evaluations_without_better + 1
     if is_better:
@@ -62,7 +60,7 @@ def keep_if_best(run: Run, kept_original: float = 0.0) -> bool:
 
 
 def refuse_lost_best(run: Run) -> None:
-    """Raise a UserError if best.pth could not be written when its weights were there, or is there no more."""
+    """Raise a UserError if best.pth is missing, or could not be written when the weights were best."""
     if run.is_first_rank and run.progress.lost_best:
         raise UserError(f"best.pth does not hold the best weights of the run: {run.progress.lost_best}")
     if run.is_first_rank and not (run.folder / "best.pth").is_file():
@@ -70,7 +68,7 @@ def refuse_lost_best(run: Run) -> None:
 
 
 def _name_kept(run: Run) -> str:
-    """Return where other weights of the run are."""
+    """Return where to find other weights of the run."""
     kept = [run.folder / name for name in run.top.state_dict() if (run.folder / name).is_file()]
     last = f"the newest ones are in {run.folder / 'last.ckpt'}, for --resume"
     return f"; others are {', '.join(map(str, kept))}; {last}" if kept else f"; {last}"
@@ -87,14 +85,14 @@ def _save_best(run: Run, is_better: bool, kept_original: float) -> None:
         _save_beside(run, run.folder / "best.pth", card)
         if kept_original == 0:
             _save_adapter(run, card)
-        else:  # the additions are in the weights of the blend
+        else:  # the blended weights contain the LoRA weights
             shutil.rmtree(run.folder / ADAPTER_FOLDER, ignore_errors=True)
 
 
 def _save_adapter(run: Run, card: Card) -> None:
-    """Save low-rank additions by themselves, too, where there is a file of weights that they go with.
+    """Save the LoRA weights as an adapter as well, if there is a file with their base weights.
 
-    Attention that was replaced in this run and distilled is in no file but the best weights.
+    There is none if FFT attention was mounted in this run: only the best weights hold it.
     """
     sam, started_from = run.loaded.model.sam, run.progress.started_from
     if not any(list_lora(sam)) or started_from == RANDOM_WEIGHTS or run.has_new_attention:
@@ -138,7 +136,7 @@ def _make_card(run: Run, kept_original: float) -> Card:
 
 
 def warn_if_not_saved(save: Callable[[], None]) -> str:
-    """Save, and return what went wrong; where the disk is full the old files are whole, and training goes on."""
+    """Save, and return the problem; if the disk is full, the old files stay complete, and training goes on."""
     try:
         save()
     except OSError as error:

@@ -1,6 +1,6 @@
-"""What a run keeps on disk: its checkpoints and its best weights.
+"""The files of a run: its checkpoints and its best weights.
 
-Whatever happens while a file is written (a kill, a full disk), a whole one is there before and after.
+A kill or a full disk never leaves half a file: the old file stays until the new one is complete.
 """
 
 import math
@@ -20,8 +20,8 @@ from finestsam.model.saving import is_damaged, save_file, save_weights
 from finestsam.model.weights import refuse_inflated
 
 LAST = "last.ckpt"  # everything needed to continue
-PREVIOUS = "last.prev.ckpt"  # the one before, for the day on which the last one is damaged
-BESIDE_WEIGHTS = (".json", SemanticHead.SUFFIX, ClassHead.SUFFIX)  # what lies beside a file of weights, under its name
+PREVIOUS = "last.prev.ckpt"  # the one before, in case the last one is damaged
+BESIDE_WEIGHTS = (".json", SemanticHead.SUFFIX, ClassHead.SUFFIX)  # suffixes of files that belong to a file of weights
 
 
 def save_last(path: Path, state: dict) -> None:
@@ -30,10 +30,10 @@ def save_last(path: Path, state: dict) -> None:
 
 
 def load_state(folder: Path, find_problem: Callable[[dict[str, Any]], str | None] | None = None) -> dict[str, Any]:
-    """Return what last.ckpt holds, on the CPU; where it is damaged, what last.prev.ckpt holds, with a warning.
+    """Return the content of last.ckpt, on the CPU; if it is damaged, that of last.prev.ckpt, with a warning.
 
     Args:
-        find_problem: returns why a state cannot be continued from, if it cannot.
+        find_problem: returns why a run cannot continue from a state; None: it can.
 
     Raises:
         UserError: neither can be read.
@@ -55,7 +55,7 @@ def load_state(folder: Path, find_problem: Callable[[dict[str, Any]], str | None
 
 def _read_state(path: Path, find_problem: Callable[[dict[str, Any]], str | None] | None) -> dict[str, Any]:
     try:
-        if not path.is_file():  # False for pipes too, which would be waited for
+        if not path.is_file():  # also False for pipes, which would hang
             raise UserError(f"{path} is {'not a regular file' if path.exists() else 'missing'}")
         if is_damaged(path):
             raise UserError(f"{path} is damaged")
@@ -96,21 +96,21 @@ class TopWeights:
     def __init__(self, folder: Path, count: int):
         self.folder = folder
         self.count = count
-        self._metrics: dict[str, dict[str, float]] = {}  # by file name, all that was measured
+        self._metrics: dict[str, dict[str, float]] = {}  # all metrics, by file name
 
     def save(
         self, state_dict: Mapping[str, Tensor], step: int, metrics: Mapping[str, float], best_metric: str
     ) -> Path | None:
-        """Write the weights if they are among the best, drop what no longer is, and return the path or None.
+        """Write the weights if they are among the best, remove those that no longer are, and return the path or None.
 
-        A run may be continued with another metric: what there is already gets its rank and its name by this one.
+        A run may continue with another metric: existing files are ranked and renamed by the new one.
         """
         self._metrics = {self._rename(name, found, best_metric): found for name, found in self._metrics.items()}
         if not math.isfinite(metrics.get(best_metric, math.nan)):
             return None
         name = _name_weights(step, metrics[best_metric])
         others = {other: found for other, found in self._metrics.items() if _step_of(other) != step}
-        # Of equals the earlier one: it was good first.
+        # Of equal weights the earlier ones are kept.
         ranked = sorted(
             (others | {name: dict(metrics)}).items(),
             key=lambda item: (-_read_metric(*item, best_metric), _step_of(item[0])),
@@ -129,12 +129,12 @@ class TopWeights:
         return dict(self._metrics)
 
     def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
-        """Take up the files that are there; a file that was written after the state is known by its name alone."""
+        """Take over the existing files; of a file written after the state only the metric in its name is known."""
         names = {path.name for path in self.folder.glob("*.pth") if re.fullmatch(r"\d+-\d+\.\d\d\.pth", path.name)}
         self._metrics = {name: state.get(name, {}) for name in sorted(names)}
 
     def _rename(self, name: str, metrics: Mapping[str, float], best_metric: str) -> str:
-        """Name weights by a metric, if it was measured of them, and return the name of their file."""
+        """Rename weights by a metric, if it was measured for them, and return the name of their file."""
         new = _name_weights(_step_of(name), metrics[best_metric]) if best_metric in metrics else name
         if new != name:
             for path, renamed in zip(self._list_files(name), self._list_files(new), strict=True):
@@ -143,12 +143,12 @@ class TopWeights:
         return new
 
     def _list_files(self, name: str) -> list[Path]:
-        """Return the file of weights, and after it what may lie beside it."""
+        """Return the file of weights, and after it the files that may belong to it."""
         return [self.folder / name, *((self.folder / name).with_suffix(suffix) for suffix in BESIDE_WEIGHTS)]
 
 
 def _read_metric(name: str, metrics: Mapping[str, float], best_metric: str) -> float:
-    """Return what weights are ranked by."""
+    """Return the metric that weights are ranked by."""
     return metrics.get(best_metric, -math.inf) if metrics else float(Path(name).stem.split("-")[1])
 
 

@@ -1,4 +1,4 @@
-"""What a step costs, said before the first one, and which settings would suit the memory found."""
+"""The memory and time of a step, printed before the first one, and settings that would use the memory better."""
 
 from itertools import accumulate
 
@@ -12,18 +12,18 @@ from finestsam.training.trainable import decodes_masks, trains_encoder
 
 # Floats that a block of SAM's encoder keeps for its gradient, for each channel of a token: 18 to 23 were counted.
 KEPT_FLOATS = 23
-# A batch is worth a word that is so many times as large.
+# A larger batch is suggested if it is at least so many times as large.
 MIN_GROWTH = 2
 MOST_IMAGES = 64
 
 
 def describe_cost(stepper: Stepper, need: MemoryNeed | None, chunk_objects: int, free_bytes: int | None) -> list[str]:
-    """Return the lines for the screen: memory and time of a step, and what would suit the memory better.
+    """Return the lines to print: memory and time of a step, and settings that would use the memory better.
 
     Args:
-        need: of the heaviest image; None where it could not be tried.
-        chunk_objects: decoded at a time.
-        free_bytes: None: the system does not say.
+        need: of the image that needs most memory; None where it could not be measured.
+        chunk_objects: objects decoded at a time.
+        free_bytes: None: not known.
     """
     weight_bytes = sum(weight.nbytes for weight in stepper.model.parameters())
     if need is None:
@@ -45,7 +45,7 @@ def describe_cost(stepper: Stepper, need: MemoryNeed | None, chunk_objects: int,
 
 
 def advise(stepper: Stepper, need: MemoryNeed, total: int, free_bytes: int) -> str:
-    """Return which settings would suit the memory found better; empty where none would.
+    """Return the settings that would use the free memory better; empty where there are none.
 
     Args:
         total: bytes that a step takes.
@@ -62,7 +62,7 @@ def advise(stepper: Stepper, need: MemoryNeed, total: int, free_bytes: int) -> s
 
 
 def _advise_more_images(stepper: Stepper, need: MemoryNeed, spare: float) -> str:
-    """Say what else fits where the image encoder trains."""
+    """Return what else fits where the image encoder trains."""
     config, encoder = stepper.config, stepper.model.sam.image_encoder
     if config.model_layer.recompute_encoder:
         kept = _count_kept_bytes(encoder) * len(encoder.blocks) * config.batch_size
@@ -74,7 +74,7 @@ def _advise_more_images(stepper: Stepper, need: MemoryNeed, spare: float) -> str
 
 
 def _advise_more_blocks(stepper: Stepper, spare: float) -> str:
-    """Say how much of a frozen image encoder could train."""
+    """Return how much of a frozen image encoder could train."""
     encoder = stepper.model.sam.image_encoder
     kept, depth = _count_kept_bytes(encoder) * stepper.config.batch_size, len(encoder.blocks)
     needs = [kept + TRAINING_BYTES * sum(weight.numel() for weight in block.parameters()) for block in encoder.blocks]
@@ -89,7 +89,7 @@ def _advise_more_blocks(stepper: Stepper, spare: float) -> str:
 
 
 def _count_kept_bytes(encoder: nn.Module) -> int:
-    """Return what a block keeps for its gradient, one image; 0 where that is not known."""
+    """Return the bytes that a block keeps for its gradient, one image; 0 where that is not known."""
     if not isinstance(encoder, ChunkedImageEncoder):
         return 0
     tokens, channels = encoder.pos_embed.shape[1:3].numel(), encoder.pos_embed.shape[-1]

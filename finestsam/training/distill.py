@@ -1,7 +1,7 @@
 """Teach replaced attention to give the outputs of the original, before fine-tuning begins.
 
-Each block learns by itself: what the original encoder has before and behind its own attention are input and target, so
-that one pass through the original serves all blocks, and none has to make up for another's mistakes.
+Each block learns by itself: the input and the output of the original attention are its input and target. So one pass
+through the original encoder serves all blocks, and no block has to correct the errors of another.
 """
 
 import sys
@@ -23,17 +23,17 @@ from finestsam.model.sam import FinestSam
 
 LEARNING_RATE = 1e-3
 WARMUP_STEPS = 10
-# Of the seed: the order of the images.
+# Part of the seed, for the order of the images.
 DISTILLATION = 100
 
 
 def distill_(fabric: Fabric, loaded: LoadedModel, dataset: SampleDataset, steps: int) -> None:
-    """Let replaced attention learn from what it replaced, in place, and let go of that.
+    """Train the new attention to imitate the attention that it replaced, in place, then drop the replaced one.
 
-    Every rank learns the same from the same images.
+    Every rank trains alike on the same images.
 
     Args:
-        dataset: of the training images, whose plain variants are seen, one in each step.
+        dataset: of the training images, used without augmentation, one in each step.
     """
     replaced, loaded.replaced = loaded.replaced, {}
     if not replaced or steps == 0 or loaded.path is None:
@@ -42,7 +42,7 @@ def distill_(fabric: Fabric, loaded: LoadedModel, dataset: SampleDataset, steps:
     teachers = {number: attention.to(model.device) for number, attention in replaced.items()}
     blocks = model.sam.image_encoder.blocks
     named = [pair for number in teachers for pair in blocks[number].attn.named_parameters()]
-    weights = [weight.requires_grad_() for name, weight in named if not is_lora(name)]  # additions stay nothing
+    weights = [weight.requires_grad_() for name, weight in named if not is_lora(name)]  # LoRA stays zero
     optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / WARMUP_STEPS, 1) * (1 - step / steps)
@@ -60,7 +60,7 @@ def distill_(fabric: Fabric, loaded: LoadedModel, dataset: SampleDataset, steps:
 
 
 def _sample_images(dataset: SampleDataset, count: int) -> Iterator[Tensor]:
-    """Yield images, 3 x h x w, uint8, round by round in another order, and name those that cannot be read."""
+    """Yield images, 3 x h x w, uint8, in a new order each round, and print which cannot be read."""
     generator = np.random.default_rng([dataset.settings.seed, DISTILLATION])
     positions: list[int] = []
     for _ in range(count):

@@ -1,4 +1,4 @@
-"""What a user should know before the first step."""
+"""Hints and warnings for the user before the first step and after a validation."""
 
 from collections.abc import Mapping
 
@@ -8,12 +8,12 @@ from finestsam.model.lora import list_lora
 from finestsam.model.sam import FinestSam
 
 LARGE_IMAGE_SIZE = 1024
-# Masks for each annotated object, above and below which a validation has a hint.
+# A validation prints a hint if the number of masks per annotated object is outside this range.
 MANY_MASKS, FEW_MASKS = 2.0, 0.5
 
 
 def describe_training(model: FinestSam, model_type: str) -> str:
-    """Return one line: what trains, how many weights of how many, and what it computes in unless that is float32."""
+    """Return one line: what trains, how many of the weights, and the precision unless it is float32."""
     parts = []
     for name, part in model.sam.named_children():
         count = sum(weight.numel() for weight in part.parameters() if weight.requires_grad)
@@ -32,7 +32,7 @@ def describe_training(model: FinestSam, model_type: str) -> str:
 
 
 def list_mismatches(config: Config, starts_from_nothing: bool) -> list[str]:
-    """Return warnings about settings that train what prediction will not read."""
+    """Return warnings about settings that train outputs which prediction does not use."""
     warnings = [] if config.task == "semantic" else _list_prompt_mismatches(config)
     freeze = config.model_layer.freeze
     fft_attention = config.model_layer.fft_attention
@@ -76,10 +76,10 @@ def warn_of_counts(metrics: Mapping[str, float], labels: str) -> list[str]:
 
 
 def warn_of_cpu(config: Config, device: str, model: FinestSam, model_type: str) -> list[str]:
-    """Return a warning where nobody chose the CPU and a large model will take its time there.
+    """Return a warning where a large model trains on the CPU and the user did not choose the CPU.
 
     Args:
-        device: the type of the one that was found.
+        device: the type of the device that was found.
     """
     if config.device != "auto" or device != "cpu" or model.image_size < LARGE_IMAGE_SIZE:
         return []
@@ -90,7 +90,7 @@ def warn_of_cpu(config: Config, device: str, model: FinestSam, model_type: str) 
 
 
 def warn_of_schedule(config: Config, last_step: int) -> list[str]:
-    """Return warnings about a learning rate that never comes to where the settings send it.
+    """Return warnings about warm-up or decay steps that the run does not reach.
 
     Args:
         last_step: of the run.

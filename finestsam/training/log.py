@@ -1,4 +1,4 @@
-"""What a run says about itself: a row and a line for every epoch, and TensorBoard where it is installed."""
+"""The log of a run: a row of metrics.csv and a printed line for each epoch, and TensorBoard where it is installed."""
 
 import csv
 import io
@@ -43,15 +43,15 @@ Row = dict[str, float | None]
 class RunLog:
     """`metrics.csv` and `tensorboard/` in the folder of a run; only the first rank has one.
 
-    A full disk never ends a run: it is reported once, and the rows wait in memory until the next one.
+    A full disk never ends a run: it is reported once, and the rows stay in memory until the next epoch.
 
     Args:
-        resumed_epoch: complete epochs of the checkpoint that the run continues from, whose rows stay; None: a new run.
-        num_epochs: for the line on the screen.
-        columns: of metrics.csv, which depend on what is trained.
+        resumed_epoch: complete epochs of the checkpoint to continue from; their rows stay. None: a new run.
+        num_epochs: for the printed line.
+        columns: of metrics.csv; they depend on what is trained.
 
     Raises:
-        UserError: the metrics.csv of a run that is continued is not as it was written.
+        UserError: the metrics.csv of a continued run is damaged.
     """
 
     def __init__(
@@ -77,11 +77,11 @@ class RunLog:
         return self.folder / "metrics.csv"
 
     def log_step(self, step: int, values: Mapping[str, float]) -> None:
-        """Hand the losses of an optimizer step to TensorBoard."""
+        """Write the losses of an optimizer step to TensorBoard."""
         self._send({f"train/{name}": value for name, value in values.items()}, step)
 
     def log_epoch(self, row: Mapping[str, float | None], baseline: Mapping[str, float] | None = None) -> None:
-        """Write the row of an epoch in place of those from it on, and say it in one line.
+        """Write the row of an epoch, drop older rows of it and of later epochs, and print it.
 
         Args:
             row: by column; what is missing, None or not finite is an empty field. Epoch 0 is the baseline.
@@ -101,13 +101,13 @@ class RunLog:
         return [dict(row) for row in self._rows]
 
     def close(self) -> None:
-        """Bring to the disk what TensorBoard holds back of an epoch that did not end."""
+        """Write what TensorBoard has buffered of an unfinished epoch."""
         if self._tensorboard is not None:
             self._tensorboard.finalize("success")
             self._tensorboard = None
 
     def _write_rows(self) -> None:
-        """Replace the file by a whole one: a run that is killed leaves no half row, and a resumed one none twice."""
+        """Replace the whole file, so that a killed run leaves no half row and a resumed one no double row."""
         text = io.StringIO()
         writer = csv.DictWriter(text, self.columns, lineterminator="\n")
         writer.writeheader()
@@ -127,13 +127,13 @@ class RunLog:
             self._tensorboard.log_metrics(known, step)
             if flush:
                 self._tensorboard.save()
-        except ImportError:  # not installed: it is for those who want it
+        except ImportError:  # TensorBoard is optional
             self._warned.add("tensorboard")
-        except (OSError, ValueError) as error:  # Fabric's logger makes a ValueError of whatever goes wrong
+        except (OSError, ValueError) as error:  # Fabric's logger raises ValueError for any problem
             self._warn_once("tensorboard", error.__cause__ or error)
 
     def _open_tensorboard(self, step: int) -> TensorBoardLogger:
-        # What the run had logged from this step on before it was cut off is hidden, as it comes again.
+        # Hide what an interrupted run logged from this step on, because these steps are logged again.
         purge_step = step if self._is_resumed else None
         return TensorBoardLogger(self.folder, name="", version="tensorboard", purge_step=purge_step)
 
@@ -163,7 +163,7 @@ def _parse_line(line: dict[str, str | None], columns: tuple[str, ...]) -> Row:
     return row | {"epoch": int(line["epoch"] or ""), "step": int(line["step"] or "")}
 
 
-# What the screen shows of an epoch: of its training, and of its validation.
+# The printed values of an epoch: of its training, and of its validation.
 TRAINING_FORMS = {
     "total_loss": "loss {:.3f}",
     "iou": "iou {:.2f}",
@@ -185,14 +185,14 @@ VALIDATION_FORMS = {
 
 
 def describe_epoch(row: Row, num_epochs: int | None = None, baseline: Mapping[str, float] | None = None) -> str:
-    """Return the lines for the screen, without what the row lacks.
+    """Return the lines to print, without values that the row lacks.
 
         epoch 3/30 step 108 loss 0.412 iou 0.61 lr 4.0e-05 12.3 s
           validation (baseline): point IoU 0.58 (0.21), AP 0.412 (0.150), F1 0.530 (0.310), AR@100 0.44 (0.31),
           7.3 masks an image (20.1), which has 6.9 objects; 6.0 s
 
     Args:
-        baseline: the validation of the baseline, which epoch 0 is.
+        baseline: the validation of the baseline (epoch 0).
     """
     is_baseline = row["epoch"] == 0
     title = f"epoch {row['epoch']}" + (f"/{num_epochs}" if num_epochs else "")
@@ -215,7 +215,7 @@ def describe_epoch(row: Row, num_epochs: int | None = None, baseline: Mapping[st
 
 
 def _bare(form: str) -> str:
-    """Return the number's part of a form."""
+    """Return the part of a format that holds the number."""
     return form[form.index("{") : form.index("}") + 1]
 
 
@@ -230,6 +230,6 @@ def _format_number(value: float | None) -> str:
 
 
 def show_progress(items: Iterable, title: str, total: int, is_first_rank: bool) -> Iterable:
-    """Return the items with a bar that moves on the first rank's screen, if somebody looks at it."""
+    """Return the items with a progress bar on the first rank, if it prints to a terminal."""
     is_quiet = not (is_first_rank and sys.stderr.isatty())
     return tqdm(items, desc=title, total=total, disable=is_quiet, leave=False)

@@ -1,7 +1,6 @@
-"""Focal, Dice and score losses per object, in float32, and the memory-bounded way to take them.
+"""Focal, Dice and score losses per object, in float32, computed in bounded memory.
 
-Every function returns one value per object or mask; sums and averages are taken by the training step, over the objects
-of the whole step.
+Every function returns one value per object or mask. The training step averages them over the objects of the whole step.
 """
 
 import math
@@ -22,9 +21,9 @@ from finestsam.model.sam import FinestSam
 DICE_SMOOTH = 1.0
 # exp(-MAX_LOG) is still a normal float32.
 MAX_LOG = 80.0
-# Of float32 logits in one piece of the loss: larger pieces fall out of the processor's cache and are slower.
+# Logits in one chunk of the loss; larger chunks do not fit the CPU's cache and are slower.
 PIECE_PIXELS = 4_000_000
-LARGE_TENSORS = 12  # of that size that a piece holds at the same time
+LARGE_TENSORS = 12  # tensors of that size that a chunk holds at the same time
 
 
 def focal_loss(logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> Tensor:
@@ -38,7 +37,7 @@ def focal_loss(logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> T
     # 1 - p_t, from the logits, so that a confident pixel does not lose its last digits in 1 - p.
     wrongness = logits * (1 - 2 * targets)
     missed = torch.sigmoid(wrongness)
-    # -log p_t. Its usual form log(1 + exp) takes six times as long as a log; beyond the limit it is a straight line.
+    # -log p_t. The usual form log(1 + exp) takes six times as long as a log; beyond the limit it is linear.
     cross_entropy = (wrongness - MAX_LOG).clamp(min=0) - torch.log(torch.sigmoid(-wrongness.clamp(max=MAX_LOG)))
     loss = cross_entropy * missed**gamma
     if alpha >= 0:
@@ -74,7 +73,7 @@ def measure_overlap(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class ObjectLosses:
-    """One value per object, N; the parts are unweighted and carry no gradient, `total` carries it."""
+    """One value per object, N; only `total` has a gradient, and the parts are not weighted."""
 
     total: Tensor
     focal: Tensor
@@ -82,7 +81,7 @@ class ObjectLosses:
     iou_error: Tensor  # mean squared error of the scores of all M masks
     iou: Tensor  # measured, of the mask that is trained
     score: Tensor  # predicted, of the same mask
-    best: Tensor  # which of the M masks that is
+    best: Tensor  # index of the same mask among the M masks
     ious: Tensor  # measured, of all masks, N x M
 
 
@@ -91,11 +90,11 @@ def object_losses(
 ) -> ObjectLosses:
     """Return the losses of the objects `first`, `first` + 1, ... of a sample.
 
-    Each object trains its best mask, the one with the lowest loss (SAM paper, section 3); the scores of all its masks
-    are taught the IoU that was measured.
+    Each object trains only its best mask, the one with the lowest loss (SAM paper, section 3). The scores of all its
+    masks learn the measured IoU.
 
-    The loss is taken piece by piece in the frame that the settings name, keeping only its derivative by the decoder's
-    small logits: memory depends on the piece, not on the number of objects, and the gradient is that of the whole.
+    The loss is computed in chunks, in the frame that the settings name, and only its derivative by the decoder's small
+    logits is kept: memory depends on the chunk, not on the number of objects, and the gradient is the same.
     """
     count, mask_count = predictions.scores.shape
     piece = _choose_piece_size(sample, settings.resolution, image_size, mask_count)
@@ -118,7 +117,7 @@ def object_losses(
 def _best_mask_loss(
     logits: Tensor, targets: Tensor, sample: Sample, settings: LossesConfig, image_size: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the weighted mask loss of each object's best mask, its parts, which mask that is, and the IoU of all M."""
+    """Return the weighted mask loss of each object's best mask, its parts, the mask's index, and the IoU of all M."""
     with torch.no_grad():
         large = _to_frame(logits, sample, settings.resolution, image_size)
         focal, dice = _mask_losses(large, targets, settings)
@@ -131,7 +130,7 @@ def _best_mask_loss(
 
 
 class _SmallGradient(torch.autograd.Function):
-    """Take a loss of large masks made from small logits, and keep its derivative by the small ones alone."""
+    """Compute a loss of upscaled masks, and keep only its derivative by the small logits."""
 
     @staticmethod
     def forward(ctx, small: Tensor, loss_of: object) -> Tensor:
@@ -192,7 +191,8 @@ def _render_targets(rles: list[dict], sample: Sample, resolution: str) -> Tensor
 def _resize_target(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Return the pixels that a mask (H x W, bool) covers by more than half, bool, at (height, width) `size`.
 
-    Where a small or thin object covers none so far, those that it covers most: it must not teach that nothing is there.
+    A small or thin object may cover none by more than half. Then these are the pixels that it covers most, because an
+    empty target would teach that nothing is there.
     """
     cover = shrink_mask(mask, size)
     inside = cover > 0.5
@@ -204,20 +204,20 @@ def _choose_piece_size(sample: Sample, resolution: str, image_size: int, mask_co
 
 
 def _count_pixels(sample: Sample, resolution: str, image_size: int, mask_count: int) -> int:
-    """Return the pixels of one object's masks where they are largest."""
+    """Return the pixels of one object's masks at their largest size."""
     return count_frame_pixels(sample.original_size, sample.input_size, resolution, image_size) * mask_count
 
 
 def count_frame_pixels(
     original_size: tuple[int, int], input_size: tuple[int, int], resolution: str, image_size: int
 ) -> int:
-    """Return the pixels of one mask where it is largest on its way to the frame of the loss."""
+    """Return the pixels of one mask at its largest size on the way to the frame of the loss."""
     height, width = _find_target_size(original_size, input_size, resolution)
     return max(height * width, image_size**2 if resolution != "low" else 0)
 
 
 def measure_piece_bytes(sample: Sample, settings: LossesConfig, model: FinestSam) -> int:
-    """Return about how much memory one piece of the loss takes while it is made."""
+    """Return about how many bytes one chunk of the loss takes while it is computed."""
     mask_count = 3 if model.multimask_output else 1
     pixels = _count_pixels(sample, settings.resolution, model.image_size, mask_count)
     return max(pixels, PIECE_PIXELS) * 4 * LARGE_TENSORS

@@ -1,4 +1,4 @@
-"""A step that the memory does not suffice for: what it was, and what needs less."""
+"""The error for a step that does not fit into memory, with its samples and the settings that need less."""
 
 from collections.abc import Iterable
 
@@ -24,7 +24,7 @@ def describe_samples(samples: Iterable[Sample]) -> str:
 
 
 def list_savings(config: Config, model: FinestSam) -> list[str]:
-    """Return the settings with which a step needs less memory, beside decoding fewer objects at a time."""
+    """Return the settings with which a step needs less memory, besides decoding fewer objects at a time."""
     savings = []
     if trains_encoder(model):
         if not any(list_lora(model.sam.image_encoder)):

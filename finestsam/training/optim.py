@@ -1,4 +1,4 @@
-"""What the optimizer updates, and how its learning rate goes."""
+"""The optimizer's parameter groups, and the schedule of the learning rate."""
 
 import bisect
 import math
@@ -14,20 +14,20 @@ from finestsam.config import LambdaLRConfig, OptConfig, SchedConfig
 
 # The image encoder's position embeddings, which are bare parameters of its modules.
 POSITIONS = ("pos_embed", "rel_pos_h", "rel_pos_w")
-# A row for each of the decoder's masks, of which training uses one or three: decay would wear the others down.
+# One row for each of the decoder's masks; training uses one or three of them, and decay would shrink the others.
 SCORES = "mask_decoder.iou_prediction_head.layers.2.weight"
 
 ENCODER = "sam.image_encoder."
-# At the start of the name of a weight: its block, in TinyViT within a stage.
+# The start of a weight's name: its block, in TinyViT within a stage.
 BLOCK = re.compile(r"(.*\bblocks\.\d+)\.")
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
 
 def build_optimizer(model: nn.Module, opt: OptConfig, fused: bool = False) -> torch.optim.AdamW:
-    """Return AdamW on what trains: for each learning rate one group with weight decay and one without.
+    """Return AdamW on the weights that train: for each learning rate one group with weight decay and one without.
 
-    Each group keeps its share of `opt.learning_rate` as `share`.
+    The learning rate of a group is `opt.learning_rate` times its `share`.
     """
     distances = _find_distances(name for name, _ in model.named_parameters() if name.startswith(ENCODER))
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -43,7 +43,7 @@ def build_optimizer(model: nn.Module, opt: OptConfig, fused: bool = False) -> to
 
 
 def learning_rate_of(optimizer: torch.optim.Optimizer) -> float:
-    """Return the rate that every group learns with its share of."""
+    """Return the learning rate before it is multiplied by the groups' shares."""
     group = optimizer.param_groups[0]
     return group["lr"] / group["share"]
 
@@ -51,13 +51,13 @@ def learning_rate_of(optimizer: torch.optim.Optimizer) -> float:
 def _find_distances(names: Iterable[str]) -> dict[str, int]:
     """Return for each weight of the image encoder the distance of its block from the neck, 1 for the last block.
 
-    What lies between two blocks counts to the first of them, and what lies before all of them is one further away.
+    Weights between two blocks count as the first of them. Weights before all blocks have the largest distance plus 1.
 
     Args:
         names: in the order in which an image goes through.
     """
     blocks: list[str] = []
-    begun = {}  # blocks so far
+    begun = {}  # for each weight the number of blocks that have begun
     for name in names:
         found = BLOCK.match(name)
         if found and found[1] not in blocks:
@@ -69,8 +69,8 @@ def _find_distances(names: Iterable[str]) -> dict[str, int]:
 def _find_share(name: str, distances: dict[str, int], opt: OptConfig) -> float:
     """Return a weight's share of the learning rate.
 
-    With layer decay as in Bao et al., BEiT (arXiv 2106.08254): the neck learns at full rate, the last block with
-    layer_decay, the one before with its square, and what makes tokens of pixels with one power more than the first.
+    With layer decay as in Bao et al., BEiT (arXiv 2106.08254): the share of the neck is 1, of the last block
+    layer_decay, of the block before its square, and of the patch embedding one power more than of the first block.
     """
     if not name.startswith("sam."):
         return opt.rates.heads
@@ -105,7 +105,7 @@ def build_scheduler(
 
     Args:
         eval_interval: epochs between validations; 0: none in between.
-        total_steps: optimizer steps of the whole run, which decay steps below 1 are shares of.
+        total_steps: optimizer steps of the whole run; decay steps below 1 are shares of it.
     """
     if sched.type == "LambdaLR":
         schedule = replace(sched.LambdaLR, steps=[_count_steps(step, total_steps) for step in sched.LambdaLR.steps])
@@ -127,7 +127,7 @@ def _count_steps(step: float, total_steps: int) -> int:
 
 
 def lr_factor(step: int, schedule: LambdaLRConfig) -> float:
-    """Return what the learning rate is multiplied by, in (0, 1].
+    """Return the factor of the learning rate, in (0, 1].
 
     Args:
         step: optimizer steps already taken; the first one trains with the factor of step 0.

@@ -1,6 +1,6 @@
-"""Draw a run's curves from the rows of its metrics.csv.
+"""Plot a run's curves from the rows of its metrics.csv.
 
-Figures are made without pyplot, which would take over the settings of a notebook that calls this.
+Without pyplot, because it would change the settings of a notebook that calls this.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +15,7 @@ from finestsam.runtime.whole_files import replacing
 
 Rows = Sequence[Mapping[str, float | None]]
 
-# Title and colour (Okabe and Ito's, which the colour-blind can distinguish too) of what is drawn against epochs.
+# Title and colour of each curve; the colours are Okabe and Ito's, which colour-blind people can distinguish.
 TITLES = {
     "total_loss": "Total loss",
     "focal_loss": "Focal loss",
@@ -25,9 +25,9 @@ TITLES = {
     "predicted_iou": "Predicted IoU",
     "learning_rate": "Learning rate",
 }
-# In a run that learns a category for each mask as well.
+# Further curves of --task classes.
 CLASS_TITLES = TITLES | {"class_loss": "Class loss", "class_accuracy": "Class accuracy"}
-# The same of a run that learns a class for each pixel.
+# The curves of --task semantic.
 SEMANTIC_TITLES = {
     "total_loss": "Total loss",
     "cross_entropy_loss": "Cross-entropy",
@@ -48,7 +48,7 @@ COLORS = {
     "predicted_iou": "#56B4E9",
     "learning_rate": "#666666",
 }
-# Measured in validation: how a line is called, and its colour.
+# The curves of the validation: label and colour.
 VALIDATION = {
     "val_per_mask_iou": ("Validation IoU", "#E69F00"),
     "val_generator_ap": ("Generator AP", "#D55E00"),
@@ -57,12 +57,12 @@ VALIDATION = {
     "val_classes_ar_100": ("Generator AR@100\nby category", "#44AA99"),
     "val_miou": ("Validation mIoU", "#E69F00"),
 }
-# Training curves that stand beside the validation of the same.
+# Training curves that are plotted in the validation's panel.
 VALIDATED = {"iou": ("val_per_mask_iou",), "pixel_accuracy": ("val_miou",)}
-# What is no loss has its place beside the validation.
+# Curves that are no losses are plotted in the validation's panel.
 MEASURED = ("iou", "predicted_iou", "pixel_accuracy", "class_accuracy")
-MARKED_POINTS = 30  # lines of more points are drawn without a marker on each
-# Inches; the legend stands to the right of the axes.
+MARKED_POINTS = 30  # lines with more points have no markers
+# Inches; the legend is to the right of the axes.
 PANEL_HEIGHT, MARGIN, LEGEND_WIDTH = 3.6, 0.8, 2.4
 
 
@@ -100,7 +100,7 @@ def _plot_one(rows: Rows, name: str, title: str) -> Figure:
 
 
 def _plot_all(rows: Rows, titles: Mapping[str, str]) -> Figure:
-    """Draw three panels, one below the other: losses; measures and validation beside the baseline; learning rate."""
+    """Plot three panels, one below the other: losses; other curves and validation with baseline; learning rate."""
     figure, (losses, measures, rate) = _make_figure(panels=3)
     for name, title in titles.items():
         if name != "learning_rate":
@@ -119,11 +119,11 @@ def _make_figure(panels: int) -> tuple[Figure, Sequence[Axes]]:
     width, height = 6.2 + LEGEND_WIDTH, panels * PANEL_HEIGHT
     figure = Figure(figsize=(width, height), dpi=110)
     FigureCanvasAgg(figure)
-    # Fixed margins: to have them fitted would take as long as to draw.
+    # Fixed margins, because fitting them takes as long as plotting.
     figure.subplots_adjust(
         left=MARGIN / width, right=1 - LEGEND_WIDTH / width, bottom=0.5 / height, top=1 - 0.5 / height, hspace=0.42
     )
-    return figure, [figure.add_subplot(panels, 1, place + 1) for place in range(panels)]
+    return figure, [figure.add_subplot(panels, 1, panel + 1) for panel in range(panels)]
 
 
 def _plot_line(axes: Axes, rows: Rows, name: str, label: str) -> None:
@@ -134,7 +134,7 @@ def _plot_line(axes: Axes, rows: Rows, name: str, label: str) -> None:
 
 
 def _plot_validation(axes: Axes, rows: Rows, names: Iterable[str]) -> None:
-    """Draw what validation measured, each beside the baseline's, a dotted line."""
+    """Plot the validation's curves, each with the baseline's value as a dotted line."""
     for name in names:
         label, color = VALIDATION[name]
         epochs, values = _list_points(rows, name)
@@ -147,7 +147,7 @@ def _plot_validation(axes: Axes, rows: Rows, names: Iterable[str]) -> None:
 
 
 def _list_points(rows: Rows, name: str) -> tuple[list[float], list[float]]:
-    """Return the epochs in which something was measured, and what was."""
+    """Return the epochs in which a value was measured, and these values."""
     points = [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
     return [epoch for epoch, _ in points], [value for _, value in points]
 

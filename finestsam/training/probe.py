@@ -1,4 +1,4 @@
-"""What a step takes, tried before training starts, and how many objects are decoded together: as many as fit."""
+"""Measure the memory of a step before training starts, and choose how many objects to decode together."""
 
 import time
 from collections.abc import Callable
@@ -22,13 +22,13 @@ from finestsam.training.trainable import decodes_masks
 
 # More at a time is no faster.
 MOST_OBJECTS = {"cpu": CHUNK_OBJECTS, "cuda": 64}
-# Of the free memory: the rest is for what allocators waste, and for what runs beside.
+# Share of the free memory to use; the rest is for allocators' waste and for other programs.
 USABLE_SHARE = 0.7
-# Decoded to tell what each one needs: a first one shares what several cannot.
+# Objects decoded to measure the memory of each; a single one may need less than each of several.
 TRIED_OBJECTS = 3
-# For a weight that trains: its gradient and AdamW's two means, float32.
+# Bytes for each weight that trains: its gradient and AdamW's two means, float32.
 TRAINING_BYTES = 3 * 4
-# Times that a pass forward takes, forward and backward.
+# Time of a forward and backward pass, relative to a forward pass.
 BACKWARD = 3
 GIGABYTE = 1e9
 CGROUP = Path("/sys/fs/cgroup")  # of version 2, the limits of a container
@@ -36,19 +36,19 @@ CGROUP = Path("/sys/fs/cgroup")  # of version 2, the limits of a container
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """What a step on the heaviest image keeps at the same time."""
+    """The memory and time of a step on the image that needs most memory."""
 
     sample: Sample
-    largest: Sample  # that, or one whose masks are larger, for whose loss there has to be room as well
+    largest: Sample  # the sample with the largest masks, whose loss must fit as well; may be the same one
     training_bytes: int  # gradients and the optimizer's means
-    encoder_bytes: int  # what the image encoder keeps for its gradient, all images of a batch
+    encoder_bytes: int  # kept by the image encoder for its gradient, all images of a batch
     decoder_bytes: int  # for any number of objects; in the semantic task all that the head keeps
-    object_bytes: int  # for each object that is decoded with the others
-    seconds: float  # of all of the step, about
+    object_bytes: int  # for each object that is decoded together with others
+    seconds: float  # of the whole step, about
 
     @property
     def fixed_bytes(self) -> int:
-        """For any number of objects."""
+        """Bytes that do not depend on the number of objects."""
         return self.training_bytes + self.encoder_bytes + self.decoder_bytes
 
 
@@ -59,7 +59,7 @@ def choose_chunk_objects(stepper: Stepper, need: MemoryNeed | None) -> int:
         need: of `measure_need`.
 
     Raises:
-        UserError: not even one fits; with the settings that need less.
+        UserError: not even one object fits; the message names settings that need less.
     """
     device = stepper.model.device
     most = MOST_OBJECTS.get(device.type, MOST_OBJECTS["cpu"])
@@ -73,20 +73,20 @@ def choose_chunk_objects(stepper: Stepper, need: MemoryNeed | None) -> int:
 
 
 def measure_need(stepper: Stepper, dataset: SampleDataset) -> MemoryNeed | None:
-    """Encode the heaviest image, decode one of its objects and then several, and count what autograd keeps.
+    """Encode the image that needs most memory, decode one of its objects, then several, and count autograd's bytes.
 
     Returns:
         None where no image can be read.
 
     Raises:
-        UserError: not even one object of it fits; with the settings that need less.
+        UserError: not even one object fits; the message names settings that need less.
     """
     resolution = stepper.config.losses.resolution
-    largest = sample = _find_first(dataset, lambda place: _count_pixels(dataset, place, resolution))
+    largest = sample = _find_first(dataset, lambda index: _count_pixels(dataset, index, resolution))
     if sample is None:
         return None
     if decodes_masks(stepper.model, stepper.config):
-        sample = _find_first(dataset, lambda place: _weigh(dataset, place, resolution))
+        sample = _find_first(dataset, lambda index: _weigh(dataset, index, resolution))
     sample = sample.to(stepper.model.device)
     with reporting_out_of_memory(describe_samples([sample]), ", ".join(list_savings(stepper.config, stepper.model))):
         return _measure(stepper, sample, largest)
@@ -97,7 +97,7 @@ def _measure(stepper: Stepper, sample: Sample, largest: Sample) -> MemoryNeed:
     known = {weight.untyped_storage().data_ptr() for weight in stepper.model.parameters()}
     encoder_bytes, encoder_seconds, embedding = _try(lambda: stepper.encode([sample]), known)
     if not embedding.requires_grad and stepper.embedder.store:
-        encoder_seconds = 0.0  # it is there
+        encoder_seconds = 0.0  # the embedding is stored
     embedding = embedding.detach().requires_grad_(embedding.requires_grad)
     trained = sum(weight.numel() for weight in stepper.model.parameters() if weight.requires_grad)
     training_bytes, encoder_bytes = TRAINING_BYTES * trained, encoder_bytes * batch_size
@@ -107,7 +107,7 @@ def _measure(stepper: Stepper, sample: Sample, largest: Sample) -> MemoryNeed:
         seconds = batch_size * (encoder_seconds + BACKWARD * seconds)
         return MemoryNeed(sample, sample, training_bytes, encoder_bytes, head_bytes * batch_size, 0, seconds)
     one, seconds, _ = _try(lambda: _decode(stepper, embedding, sample, 1), known)
-    object_bytes = one  # all of it, unless several tell
+    object_bytes = one  # an upper limit, unless several objects can be compared
     count = min(len(sample), TRIED_OBJECTS)
     try:
         if count > 1:
@@ -124,7 +124,7 @@ def _measure(stepper: Stepper, sample: Sample, largest: Sample) -> MemoryNeed:
 
 
 def find_free_bytes(device: torch.device) -> int | None:
-    """Return how much memory is left for this process; None: the system does not say."""
+    """Return the bytes of memory that are free for this process; None: not known."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -135,20 +135,20 @@ def find_free_bytes(device: torch.device) -> int | None:
 
 
 def _find_first(dataset: SampleDataset, weigh: Callable[[int], tuple | int]) -> Sample | None:
-    """Return the sample of the largest weight among those that can be read."""
-    samples = (dataset[(0, place)] for place in sorted(range(len(dataset)), key=weigh, reverse=True))
+    """Return the sample with the largest `weigh` among those that can be read."""
+    samples = (dataset[(0, index)] for index in sorted(range(len(dataset)), key=weigh, reverse=True))
     return next((sample for sample in samples if not isinstance(sample, Defect)), None)
 
 
-def _weigh(dataset: SampleDataset, place: int, resolution: str) -> tuple[bool, int]:
-    """Return the pixels of all masks of an image, after whether it has several, which tell what each one needs."""
-    count, most = len(dataset.records[place].annotations), dataset.settings.max_objects
-    return count > 1, _count_pixels(dataset, place, resolution) * min(count, most or count)
+def _weigh(dataset: SampleDataset, index: int, resolution: str) -> tuple[bool, int]:
+    """Return whether an image has several objects, which show the memory of each, and the pixels of all its masks."""
+    count, most = len(dataset.records[index].annotations), dataset.settings.max_objects
+    return count > 1, _count_pixels(dataset, index, resolution) * min(count, most or count)
 
 
-def _count_pixels(dataset: SampleDataset, place: int, resolution: str) -> int:
-    """Return the pixels of one of an image's masks in the frame of the loss, 0 where it is no sample."""
-    size, image_size = dataset.records[place].size, dataset.settings.image_size
+def _count_pixels(dataset: SampleDataset, index: int, resolution: str) -> int:
+    """Return the pixels of one of an image's masks in the frame of the loss; 0 where the image gives no sample."""
+    size, image_size = dataset.records[index].size, dataset.settings.image_size
     try:
         return count_frame_pixels(size, compute_input_size(size, image_size), resolution, image_size)
     except Defect:
@@ -157,7 +157,7 @@ def _count_pixels(dataset: SampleDataset, place: int, resolution: str) -> int:
 
 def _decode(stepper: Stepper, embedding: Tensor, sample: Sample, count: int) -> Tensor:
     prompts = sample.prompts[:count]
-    with torch.no_grad():  # the last correction takes the most memory: it brings a mask along, and the most clicks
+    with torch.no_grad():  # the last correction takes most memory: it has a mask prompt and the most clicks
         for _ in range(stepper.config.prompts.correction_clicks):
             prompts = stepper.correct(prompts, stepper.model(embedding, prompts), sample, 0)
     predictions = stepper.model(embedding, prompts)
@@ -165,16 +165,19 @@ def _decode(stepper: Stepper, embedding: Tensor, sample: Sample, count: int) -> 
 
 
 class _Saved:
-    """A tensor that autograd saves, as long as it does."""
+    """A tensor that autograd has saved; the object lives as long as autograd keeps it."""
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
 
 
 def _try(work: Callable[[], Tensor], known: set[int]) -> tuple[int, float, Tensor]:
-    """Return the bytes that a computation keeps for its gradient beside what is known, its seconds and its result.
+    """Return the bytes that a computation keeps for its gradient, its seconds and its result.
 
-    What is saved and freed again on the way, as a piece of the loss is, does not count.
+    Tensors that are freed again during the computation, such as a chunk of the loss, do not count.
+
+    Args:
+        known: addresses of storages that do not count, such as the weights'.
     """
     saved: WeakSet[_Saved] = WeakSet()
 
@@ -191,7 +194,7 @@ def _try(work: Callable[[], Tensor], known: set[int]) -> tuple[int, float, Tenso
     seconds = time.perf_counter() - start
     storages = (entry.tensor.untyped_storage() for entry in saved)
     kept = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    return sum(size for place, size in kept.items() if place not in known), seconds, result
+    return sum(size for address, size in kept.items() if address not in known), seconds, result
 
 
 def _explain(stepper: Stepper, need: MemoryNeed, free_bytes: int) -> str:
@@ -217,7 +220,7 @@ def _read_container_limit() -> int | None:
     try:
         limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
         rows = (line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-        # Files that the kernel keeps in memory count as used, and are given up where memory is needed.
+        # Cached files count as used, but the kernel drops them where memory is needed.
         kept_files = sum(int(value) for name, value in rows if name in ("active_file", "inactive_file"))
         return limit - used + kept_files
     except (OSError, ValueError):  # no such files, or `max`: no limit

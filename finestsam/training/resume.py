@@ -1,4 +1,4 @@
-"""What a run that is continued may change, and what its checkpoint decides."""
+"""Check a checkpoint before a run continues: is it valid, and which settings may change."""
 
 import json
 import sys
@@ -17,15 +17,16 @@ from finestsam.runtime.value_types import find_misfit, fits
 from finestsam.training import checkpoint
 from finestsam.training.random_state import check_random_state
 
-# Without these the weights, the optimizer or the schedule of the checkpoint fit no more.
+# If these change, the weights, the optimizer or the schedule of the checkpoint no longer fit.
 FIXED = (
     "model.", "model_layer.freeze.", "model_layer.thaw.", "model_layer.lora.",
     "model_layer.fft_attention.blocks", "task", "opt.layer_decay", "opt.rates.",
     "sched.type",
 )  # fmt: skip
-# The optimizer's own, which its checkpoint brings along.
+# Settings of the optimizer, which the checkpoint restores.
 KEPT = ("opt.learning_rate", "opt.weight_decay", "semantic.head_learning_rate", "classes.head_learning_rate")
-# Of the dataset's settings those that a step depends on; the others make the dataset, which is compared by itself.
+# The dataset's settings that a step depends on. The others decide which data there are; `refuse_other_dataset` compares
+# the data.
 SAMPLING = tuple(
     f"dataset.{name}"
     for name in (
@@ -33,7 +34,7 @@ SAMPLING = tuple(
         "min_area_pixels", "max_objects", "labels",
     )
 )  # fmt: skip
-# How long, where and with what a run computes changes nothing that it learns.
+# Settings that do not change what is learned: duration, place and hardware of a run.
 FREE = (
     "num_epochs", "max_steps", "early_stop_evaluations", "num_workers", "device", "num_devices", "num_nodes", "sav_dir",
     "run_name", "out_dir", "resume", "input", "strict", "keep_memory", "flush_denormals", "compile", "dataset.",
@@ -41,7 +42,7 @@ FREE = (
 )  # fmt: skip
 
 
-# What a checkpoint holds, and of which types.
+# The entries of a checkpoint and their types.
 STATE = {
     "model_type": str, "image_size": int, "model": dict[str, Tensor], "optimizer": dict, "scheduler": dict,
     "scaler": dict, "progress": dict, "random": dict, "config": str, "dataset": str,
@@ -50,7 +51,7 @@ MAY_BE_MISSING = {
     "semantic_head": dict[str, Tensor] | None, "class_head": dict[str, Tensor] | None,
     "affinity_head": dict[str, Tensor] | None, "categories": list[str] | None, "images_per_batch": int,
 }  # fmt: skip
-# Settings of the run that `check_settings` looks at, whatever they are.
+# Settings that `check_settings` compares, whatever their values.
 COMPARED = ("losses.affinity_ratio", "losses.focal_ratio", "losses.dice_ratio", "losses.iou_ratio")
 
 
@@ -69,7 +70,7 @@ def load_state(folder: Path, progress_kind: type) -> dict[str, Any] | None:
 
 
 def find_problem(state: dict[str, Any], progress_kind: type) -> str | None:
-    """Return what in a checkpoint is not what `save_last` writes there; None: nothing is."""
+    """Return what is wrong with a checkpoint, in words; None: nothing."""
     for name, kind in (STATE | MAY_BE_MISSING).items():
         if name not in state and name in STATE:
             return f"{name} is missing"
@@ -116,7 +117,7 @@ def _check_optimizer(state: dict[str, Any]) -> None:
 
 
 def _check_scheduler(state: dict[str, Any]) -> None:
-    """Raise unless a schedule has been at work for a whole number of steps."""
+    """Raise unless a schedule's number of steps is a whole number."""
     if not fits(state["last_epoch"], int) or not fits(state.get("_last_lr", []), list[float]):
         raise ValueError("scheduler is of another kind")
 
@@ -139,7 +140,7 @@ def _check_shapes(state: dict[str, Any]) -> None:
 
 
 def check_settings(config: Config, state: dict[str, Any], images_per_batch: int) -> None:
-    """Compare the settings with those of the checkpoint, and say which win where they differ.
+    """Compare the settings with those of the checkpoint, and warn which ones apply where they differ.
 
     Args:
         images_per_batch: of all ranks together.
@@ -156,7 +157,7 @@ def check_settings(config: Config, state: dict[str, Any], images_per_batch: int)
     if any(now[name] for name in parts) != any(before[name] for name in parts):
         refused += [name for name in parts if name in changed]
     if now["opt.keep_original"] != 0 and before.get("opt.keep_original") == 0:
-        refused.append("opt.keep_original")  # a run keeps what it started from only where this is set from the first on
+        refused.append("opt.keep_original")  # the starting weights are only kept if this is set from the first step on
     if refused:
         found = "\n".join(f"--resume: {name} is {now[name]}, the run has {before[name]}" for name in refused)
         raise UserError(f"{found}; start a new run with it, from best.pth if its weights are wanted")
@@ -177,7 +178,7 @@ def check_settings(config: Config, state: dict[str, Any], images_per_batch: int)
 
 
 def refuse_other_dataset(folder: Path, state: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise unless the data are what the run was trained on, with what has changed.
+    """Raise unless the data are those that the run was trained on; the message says what has changed.
 
     Args:
         now: their fingerprint.
@@ -195,7 +196,7 @@ def refuse_other_dataset(folder: Path, state: dict[str, Any], now: dict[str, Any
 
 
 def convert_batches(batches: int, before: int, now: int) -> int:
-    """Return how many batches of `now` images lie within what batches of `before` images have seen of an epoch."""
+    """Return how many whole batches of `now` images fit into `batches` batches of `before` images."""
     return batches if before == now else batches * before // now
 
 

@@ -10,9 +10,9 @@ from finestsam.model.sam import FinestSam
 
 
 def freeze_(model: FinestSam, config: Config) -> None:
-    """Turn gradients off, in place, for the parts that the settings freeze and for weights that no prompt can reach.
+    """Turn gradients off, in place, for the parts that the settings freeze and for weights that no prompt uses.
 
-    A weight out of reach would get a gradient of zero, and AdamW's decay would still wear it down.
+    An unused weight would get a gradient of zero, and AdamW's weight decay would still shrink it.
     """
     sam, freeze = model.sam, config.model_layer.freeze
     sam.image_encoder.requires_grad_(not freeze.image_encoder)
@@ -30,7 +30,7 @@ def freeze_(model: FinestSam, config: Config) -> None:
 
 
 def decodes_masks(model: FinestSam, config: Config) -> bool:
-    """Whether a step asks for masks: neither for classes of pixels nor for affinities alone."""
+    """Whether a step predicts masks, and not only classes of pixels or affinities."""
     return model.semantic_head is None and (config.losses.prompts_with_masks or model.class_head is not None)
 
 
@@ -56,7 +56,7 @@ def _freeze_unused_mask_tokens_(sam: Sam, multimask_output: bool) -> None:
 def _freeze_unused_prompts_(sam: Sam, config: Config) -> None:
     prompts, encoder = config.prompts, sam.prompt_encoder
     points, boxes = prompts.use_points, prompts.use_boxes
-    clicks = prompts.correction_clicks > 0  # of both kinds, with the logits of the answer before
+    clicks = prompts.correction_clicks > 0  # positive and negative, with the logits of the last mask
     masks = prompts.use_masks or prompts.use_logits or clicks
     # point_embeddings: outside, inside, upper left corner, lower right corner.
     is_used = [
@@ -72,10 +72,10 @@ def _freeze_unused_prompts_(sam: Sam, config: Config) -> None:
         encoder.not_a_point_embed.requires_grad_(False)
     if not masks:
         encoder.mask_downscaling.requires_grad_(False)
-    if prompts.use_masks and not prompts.mix:  # every object has one
+    if prompts.use_masks and not prompts.mix:  # every object has a mask prompt
         encoder.no_mask_embed.requires_grad_(False)
 
 
 def trains_encoder(model: FinestSam) -> bool:
-    """Whether any weight of the image encoder changes, so that its embeddings do."""
+    """Whether any weight of the image encoder trains, so that embeddings change."""
     return any(weight.requires_grad for weight in model.sam.image_encoder.parameters())

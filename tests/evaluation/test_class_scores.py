@@ -226,7 +226,7 @@ def test_masks_that_are_no_object_are_dropped_and_said(shapes, weights, tmp_path
     assert counts == sorted(counts, reverse=True)
     assert counts[-1] == 0 and any(0 < count < counts[0] for count in counts)
     said = capsys.readouterr()
-    assert "have a chance to be no object above generator.no_object_thresh 0 (least 0." in said.out + said.err
+    assert "have a probability of no object above generator.no_object_thresh 0 (least 0." in said.out + said.err
 
 
 def test_a_file_of_predictions_scores_what_the_model_does(shapes, weights, tmp_path):

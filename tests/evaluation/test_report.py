@@ -99,8 +99,8 @@ def test_the_page_needs_the_network_for_nothing(page):
 def test_every_figure_stands_beside_its_difference(page):
     text = page.read_text(encoding="utf-8")
 
-    assert "One point: IoU of the mask that the model prefers" in text and "+0.100" in text
-    assert "Where it does worst" in text and "Where it does best" in text
+    assert "One point: IoU of the mask with the highest score" in text and "+0.100" in text
+    assert "Worst images of the generator" in text and "Best images of the generator" in text
     assert "missed" in text and "<h3>baseline</h3>" in text and "compared with" not in text
     assert text.count("<div class='image'>") == 6  # every image once
 
@@ -108,7 +108,7 @@ def test_every_figure_stands_beside_its_difference(page):
 def test_a_higher_score_where_no_object_is_is_worse(page):
     text = page.read_text(encoding="utf-8")
 
-    row = re.search("<td>A point on no object: predicted IoU</td>(.*?)</tr>", text).group(1)
+    row = re.search("<td>Background point: predicted IoU</td>(.*?)</tr>", text).group(1)
     assert "<span class='worse'>+0.100</span>" in row
     assert "<span class='better'>+0.100</span>" in text
 

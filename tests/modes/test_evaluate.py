@@ -309,7 +309,7 @@ def test_another_dataset_that_shares_images_is_reported_and_marked(scenes, finis
     marked = {row["file_name"]: row["trained_on"] for row in read_rows(tmp_path / "out")}
     assert len(marked) == 5 and marked.pop(changed) == "false" and set(marked.values()) == {"true"}
     error = capsys.readouterr().err
-    assert "4 of the 5 images were trained on, so other images will have lower figures: " in error
+    assert "4 of the 5 images were trained on; expect lower figures on other images: " in error
     assert "4 of the 5 images were trained on" in (tmp_path / "out" / "report.html").read_text()
 
 
