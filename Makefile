@@ -19,9 +19,9 @@ $(VENV)/ready: requirements.txt pyproject.toml
 # seen at 384, not at the model's 768, a step takes a fraction of the time, which leaves time for more of them.
 demo: setup
 	rm -rf $(DEMO)
-	$(RUN) -c "from pathlib import Path; from finestsam.data.scenes import write_scenes as write; \
-		write(Path('$(DEMO)/dataset'), 64, seed=0, kinds=['facades']); \
-		write(Path('$(DEMO)/unseen'), 6, seed=1, kinds=['facades'])"
+	$(RUN) -c "from pathlib import Path; from finestsam.data.synthetic import FACADES, write_scenes as write; \
+		write(Path('$(DEMO)/dataset'), 64, seed=0, kinds=[FACADES]); \
+		write(Path('$(DEMO)/unseen'), 6, seed=1, kinds=[FACADES])"
 	$(RUN) -m finestsam --mode train --dataset $(DEMO)/dataset --sav_dir $(DEMO) --run_name run --model.type vit_tiny \
 		--model.image_size 384 --num_epochs 7 --eval_interval 0
 	$(RUN) -m finestsam --mode predict --input $(DEMO)/unseen/data/images --model.checkpoint $(DEMO)/run/best.pth \
@@ -38,7 +38,7 @@ demo: setup
 
 # The built-in weights again, from nothing: some hours on two cores, goes on where it was stopped.
 weights: setup
-	$(RUN) -m finestsam.builtin.make --out_dir weights
+	$(RUN) -m recipes.builtin_weights.make --out_dir weights
 
 test: setup
 	$(RUN) -m pytest -q

@@ -31,7 +31,7 @@ from benchmarks.broken_files import BrokenFiles
 from benchmarks.lying_servers import try_servers
 from benchmarks.mutations import mutate_annotations, mutate_bytes
 from finestsam.cli import main
-from finestsam.data.scenes import write_scenes
+from finestsam.data.synthetic import write_scenes
 from finestsam.model.architectures import build_sam
 from finestsam.training.checkpoint import load_state
 from finestsam.training.train import train

@@ -17,7 +17,7 @@ from benchmarks.generator import list_points
 from benchmarks.measure import describe_machine, print_table
 from benchmarks.synthetic import FoldedWithObjects, SyntheticObjects
 from finestsam.config import GENERATOR_DEFAULTS, Config, GeneratorConfig, build_config
-from finestsam.data.scenes import render_scene
+from finestsam.data.synthetic import render_scene
 from finestsam.images.files import write_image
 from finestsam.model.load import LoadedModel, load_model
 from finestsam.model.sam import FinestSam

@@ -23,7 +23,7 @@ from segment_anything import SamAutomaticMaskGenerator
 from benchmarks.measure import describe_machine, print_table, run_process
 from benchmarks.synthetic import FoldedWithObjects, StockWithObjects, SyntheticObjects, stir_
 from finestsam.config import GENERATOR_DEFAULTS, GeneratorConfig
-from finestsam.data.scenes import render_scene
+from finestsam.data.synthetic import render_scene
 from finestsam.images.frames import build_crop_boxes, build_point_grid, compute_input_size, scale_points
 from finestsam.masks import decode_rle
 from finestsam.model.architectures import build_sam

@@ -25,7 +25,7 @@ from benchmarks.generator import compare_masks, list_points
 from benchmarks.measure import describe_machine, print_table
 from benchmarks.synthetic import FoldedWithObjects, StockWithObjects, SyntheticObjects, stir_
 from finestsam.config import GENERATOR_DEFAULTS, GeneratorConfig
-from finestsam.data.scenes import render_scene
+from finestsam.data.synthetic import render_scene
 from finestsam.model import attention
 from finestsam.model.architectures import ARCHITECTURES, build_sam
 from finestsam.model.sam import FinestSam

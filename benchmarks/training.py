@@ -28,9 +28,8 @@ from finestsam.batch import Sample
 from finestsam.config import GENERATOR_DEFAULTS, Config, LossesConfig, build_config, flatten_config
 from finestsam.data.dataset import SampleDataset, SampleSettings, StepSampler
 from finestsam.data.read import read_training_set
-from finestsam.data.scenes import describe_mask
 from finestsam.images.files import write_image
-from finestsam.masks import decode_rle
+from finestsam.masks import decode_rle, describe_mask
 from finestsam.model.architectures import build_sam
 from finestsam.model.sam import FinestSam
 from finestsam.training.optim import build_optimizer, build_scheduler

@@ -94,12 +94,6 @@ class RatesConfig:
     image_encoder: float = setting(1.0, "learning rate of the image encoder, as a share of learning_rate", "(0, 1000]")
     prompt_encoder: float = setting(1.0, "the same of the prompt encoder", "(0, 1000]")
     mask_decoder: float = setting(1.0, "the same of the mask decoder", "(0, 1000]")
-    heads: float = setting(
-        1.0,
-        "the same of heads for training alone: losses.affinity_ratio's; with --task semantic and classes their head's "
-        "own rate instead",
-        "(0, 1000]",
-    )
 
 
 @dataclass(frozen=True)
@@ -170,23 +164,11 @@ class LossesConfig:
         0.8, "share of the focal loss given to pixels inside; below 0: no balancing", "[-1, 1]"
     )
     focal_gamma: float = setting(2.0, "how much easy pixels are played down", "[0, inf)")
-    affinity_ratio: float = setting(
-        0.0,
-        "weight of an auxiliary loss on the embedding, which places belong to the same object; without effect on a "
-        "frozen image encoder. Where focal_ratio, dice_ratio and iou_ratio are 0 the encoder learns this alone, and no "
-        "mask is decoded: the way to begin from nothing. Beside the losses of masks, 3 is what the built-in weights "
-        "were then made with",
-        "[0, inf)",
-    )
     resolution: Literal["original", "input", "low"] = setting(
         "original",
         "frame of the loss: the file's pixels, the resized image's, or the decoder's own (a quarter of the input's "
         "side: cheapest, but another gradient). vit_tiny: low",
     )
-
-    @property
-    def prompts_with_masks(self) -> bool:
-        return self.focal_ratio > 0 or self.dice_ratio > 0 or self.iou_ratio > 0
 
 
 @dataclass(frozen=True)
@@ -804,14 +786,8 @@ def _find_training_problems(config: Config) -> list[str]:
     has_head = config.task == "classes"
     if has_head and losses.class_ratio == 0:
         problems.append("no classes are learnt: losses.class_ratio is 0; --task masks trains masks alone")
-    if not (losses.prompts_with_masks or has_head):
-        if losses.affinity_ratio == 0:
-            problems.append("nothing is learnt: losses.focal_ratio, dice_ratio, iou_ratio and affinity_ratio are all 0")
-        elif not config.model_layer.trains_encoder:
-            problems.append(
-                "nothing is learnt: the losses of masks are all 0, and losses.affinity_ratio has no effect on a frozen "
-                "image encoder (model_layer.freeze.image_encoder)"
-            )
+    if not has_head and losses.focal_ratio == losses.dice_ratio == losses.iou_ratio == 0:
+        problems.append("nothing is learnt: losses.focal_ratio, dice_ratio and iou_ratio are all 0")
     problems += _find_adapter_problems(config.model_layer, has_head)
     return problems + _find_schedule_problems(config)
 

@@ -243,6 +243,12 @@ def rle_to_json(rle: dict) -> dict:
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
+def describe_mask(mask: np.ndarray) -> dict:
+    """Return the fields of a COCO annotation that follow from its mask (H x W, bool)."""
+    rle = encode_mask(mask)
+    return {"segmentation": rle_to_json(rle), "bbox": rle_box(rle), "area": rle_area(rle), "iscrowd": 0}
+
+
 def rle_from_json(rle: dict) -> dict:
     """Return the run lengths that `rle_to_json` wrote."""
     return {"size": list(rle["size"]), "counts": rle["counts"].encode("ascii")}

@@ -19,7 +19,7 @@ from segment_anything.modeling import Sam
 from finestsam.cli import main
 from finestsam.config import DatasetConfig
 from finestsam.data.read import read_training_set
-from finestsam.data.scenes import write_scenes
+from finestsam.data.synthetic import write_scenes
 from finestsam.images.files import write_image
 from finestsam.model.architectures import build_sam
 from finestsam.model.sam import FinestSam

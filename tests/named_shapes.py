@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from finestsam.data.scenes import describe_mask
 from finestsam.images.files import write_image
+from finestsam.masks import describe_mask
 
 SIDE, CELL = 96, 48
 # Names that a careless page would take for HTML, and ids that are neither 1, 2 nor in the order of the list.

@@ -201,13 +201,6 @@ def test_a_file_that_is_no_settings_file_is_refused(tmp_path, content, message):
             ["--mode=train", "--dataset=d", "--losses.focal_ratio=0", "--losses.dice_ratio=0", "--losses.iou_ratio=0"],
             "nothing is learnt",
         ),
-        (
-            [
-                *("--mode=train", "--dataset=d", "--losses.focal_ratio=0", "--losses.dice_ratio=0"),
-                *("--losses.iou_ratio=0", "--losses.affinity_ratio=1", "--model_layer.freeze.image_encoder=true"),
-            ],
-            "no effect on a frozen image encoder",
-        ),
         (["--mode=train", "--resume=nowhere"], "--resume nowhere: no such folder"),
     ],
 )
@@ -331,7 +324,7 @@ def test_every_wrong_setting_of_a_whole_file_is_reported_and_no_other(tmp_path):
     settings = flatten_config(Config()) | {
         "input": None,
         "batch_size": "many",
-        "opt.rates.heads": "x",
+        "opt.layer_decay": "x",
         "strict": "maybe",
     }
     path.write_text(json.dumps(settings))
@@ -341,7 +334,7 @@ def test_every_wrong_setting_of_a_whole_file_is_reported_and_no_other(tmp_path):
 
     lines = str(caught.value).splitlines()
     assert len(lines) == 3
-    for line, name in zip(lines, ("strict", "batch_size", "opt.rates.heads"), strict=True):
+    for line, name in zip(lines, ("strict", "batch_size", "opt.layer_decay"), strict=True):
         assert f"c.yaml: {name} must be" in line
 
 

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "finestsam"
 LEVELS = {
     "__init__": 0, "errors": 0, "config": 0, "batch": 0, "runtime": 1, "masks": 1, "records": 2, "images": 2,
     "formats": 3, "model": 3, "data": 4, "prediction": 5, "evaluation": 6, "tasks": 7, "export": 7, "training": 8,
-    "modes": 9, "cli": 10, "__main__": 11, "builtin": 11,
+    "modes": 9, "cli": 10, "__main__": 11,
 }  # fmt: skip
 # Where each library may be touched.
 LIBRARIES = {
@@ -64,6 +64,7 @@ def test_imports_run_one_way(path):
             if other == "__version__":
                 continue
             assert LEVELS[other] < LEVELS[room] or other == room, f"{room} imports {name}"
+        assert name.split(".")[0] not in {"recipes", "benchmarks"}, f"{room} imports {name}, which no wheel has"
         for library, modules in LIBRARIES.items():
             if name.split(".")[0] == library:
                 assert path.stem in modules, f"{path.stem} imports {library}"

@@ -1,4 +1,4 @@
-"""Which object each cell of the decoder's grid belongs to: what affinities and classes of masks are taught from."""
+"""Which object each cell of the decoder's grid belongs to: what classes of masks are taught from."""
 
 import numpy as np
 import torch

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from finestsam.batch import Prompts
-from finestsam.data.scenes import render_scene
+from finestsam.data.synthetic import render_scene
 from finestsam.errors import UserError
 from finestsam.export.onnx import DECODER, DECODER_INPUTS, ENCODER
 from finestsam.images.frames import compute_input_size, resize_image

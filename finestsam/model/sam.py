@@ -27,7 +27,7 @@ class FinestSam(nn.Module):
         self.sam = sam
         self.multimask_output = multimask_output
         self.encoder_dtype = encoder_dtype
-        self.affinity_head: nn.Module | None = None  # only in training; it is here to be wrapped with the rest
+        self.training_head: nn.Module | None = None  # only in training; it is here to be wrapped with the rest
         self.semantic_head: nn.Module | None = None  # of models that classify pixels
         self.class_head: nn.Module | None = None  # of models that classify masks
 

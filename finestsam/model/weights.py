@@ -61,7 +61,7 @@ PUBLISHED_WEIGHTS = {
         40_728_226,
     ),
 }
-# Come with the package, with their card beside them; finestsam/builtin/make.py makes them.
+# Come with the package, with their card beside them; recipes/builtin_weights/make.py makes them.
 BUILTIN_WEIGHTS = {"vit_tiny": Path(__file__).parents[1] / "builtin" / "vit_tiny.pth"}
 WITHOUT_DOWNLOAD = "--model.type vit_tiny takes the small weights that come with finestsam instead"
 

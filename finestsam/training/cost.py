@@ -33,7 +33,7 @@ def describe_cost(stepper: Stepper, need: MemoryNeed | None, chunk_objects: int,
     decoder_bytes = need.decoder_bytes + min(chunk_objects, len(need.sample)) * need.object_bytes
     total = need.training_bytes + need.encoder_bytes + decoder_bytes
     parts = {"gradients and optimizer": need.training_bytes, "image encoder": need.encoder_bytes}
-    parts["decoder and losses" if decodes_masks(stepper.model, stepper.config) else "head"] = decoder_bytes
+    parts["decoder and losses" if decodes_masks(stepper.model) else "head"] = decoder_bytes
     listed = ", ".join(f"{name} {_format(value)}" for name, value in parts.items() if value)
     free = "" if free_bytes is None else f"; {_format(free_bytes)} are free"
     lines = [

@@ -1,14 +1,11 @@
 """A step that learns from whole images and decodes no masks; its loss is the mean over images."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from finestsam.batch import Batch, Sample
-from finestsam.training.affinity import affinity_loss
-from finestsam.training.log import AFFINITY_COLUMNS, AFFINITY_TRAINING_COLUMNS
 from finestsam.training.step import Stepper
 
 
@@ -34,15 +31,3 @@ class ImageStepper(Stepper):
             embeddings: B x C x g x g.
         """
         raise NotImplementedError
-
-
-@dataclass
-class AffinityStepper(ImageStepper):
-    """A step of an image encoder that learns by itself which places belong to the same object."""
-
-    measures: ClassVar[tuple[str, ...]] = AFFINITY_TRAINING_COLUMNS
-    columns: ClassVar[tuple[str, ...]] = AFFINITY_COLUMNS
-
-    def compute_image_losses(self, embeddings: Tensor, samples: list[Sample]) -> Tensor:
-        labels = torch.stack([sample.cells for sample in samples])
-        return self.config.losses.affinity_ratio * affinity_loss(self.model.affinity_head(embeddings), labels)[:, None]

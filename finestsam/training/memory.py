@@ -33,6 +33,6 @@ def list_savings(config: Config, model: FinestSam) -> list[str]:
             savings.append("--model_layer.recompute_encoder")
     if config.batch_size > 1:
         savings.append(f"--batch_size below {config.batch_size}")
-    if config.losses.resolution != "low" and decodes_masks(model, config):
+    if config.losses.resolution != "low" and decodes_masks(model):
         savings.append("--losses.resolution low")
     return [*savings, "a smaller --model.type"]

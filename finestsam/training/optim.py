@@ -24,16 +24,21 @@ BLOCK = re.compile(r"(.*\bblocks\.\d+)\.")
 NamedParameters = list[tuple[str, nn.Parameter]]
 
 
-def build_optimizer(model: nn.Module, opt: OptConfig, fused: bool = False) -> torch.optim.AdamW:
+def build_optimizer(
+    model: nn.Module, opt: OptConfig, head_share: float = 1.0, fused: bool = False
+) -> torch.optim.AdamW:
     """Return AdamW on the weights that train: for each learning rate one group with weight decay and one without.
 
     The learning rate of a group is `opt.learning_rate` times its `share`.
+
+    Args:
+        head_share: the share of heads beside SAM.
     """
     distances = _find_distances(name for name, _ in model.named_parameters() if name.startswith(ENCODER))
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for weight_decay, parameters in zip((opt.weight_decay, 0.0), split_parameters(model), strict=True):
         for name, parameter in parameters:
-            share = _find_share(name, distances, opt)
+            share = _find_share(name, distances, opt) if name.startswith("sam.") else head_share
             groups.setdefault((share, weight_decay), []).append(parameter)
     listed = [
         {"params": parameters, "weight_decay": weight_decay, "lr": share * opt.learning_rate, "share": share}
@@ -67,13 +72,11 @@ def _find_distances(names: Iterable[str]) -> dict[str, int]:
 
 
 def _find_share(name: str, distances: dict[str, int], opt: OptConfig) -> float:
-    """Return a weight's share of the learning rate.
+    """Return the share of the learning rate of a weight of SAM.
 
     With layer decay as in Bao et al., BEiT (arXiv 2106.08254): the share of the neck is 1, of the last block
     layer_decay, of the block before its square, and of the patch embedding one power more than of the first block.
     """
-    if not name.startswith("sam."):
-        return opt.rates.heads
     part = name.split(".")[1]
     share = getattr(opt.rates, part)
     return share * opt.layer_decay ** distances[name] if part == "image_encoder" else share

@@ -85,7 +85,7 @@ def measure_need(stepper: Stepper, dataset: SampleDataset) -> MemoryNeed | None:
     largest = sample = _find_first(dataset, lambda index: _count_pixels(dataset, index, resolution))
     if sample is None:
         return None
-    if decodes_masks(stepper.model, stepper.config):
+    if decodes_masks(stepper.model):
         sample = _find_first(dataset, lambda index: _weigh(dataset, index, resolution))
     sample = sample.to(stepper.model.device)
     with reporting_out_of_memory(describe_samples([sample]), ", ".join(list_savings(stepper.config, stepper.model))):
@@ -102,7 +102,7 @@ def _measure(stepper: Stepper, sample: Sample, largest: Sample) -> MemoryNeed:
     trained = sum(weight.numel() for weight in stepper.model.parameters() if weight.requires_grad)
     training_bytes, encoder_bytes = TRAINING_BYTES * trained, encoder_bytes * batch_size
     encoder_seconds *= BACKWARD if embedding.requires_grad else 1
-    if not decodes_masks(stepper.model, stepper.config):
+    if not decodes_masks(stepper.model):
         head_bytes, seconds, _ = _try(lambda: stepper.compute_image_losses(embedding, [sample]), known)
         seconds = batch_size * (encoder_seconds + BACKWARD * seconds)
         return MemoryNeed(sample, sample, training_bytes, encoder_bytes, head_bytes * batch_size, 0, seconds)

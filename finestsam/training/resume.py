@@ -49,10 +49,8 @@ STATE = {
 }  # fmt: skip
 MAY_BE_MISSING = {
     "semantic_head": dict[str, Tensor] | None, "class_head": dict[str, Tensor] | None,
-    "affinity_head": dict[str, Tensor] | None, "categories": list[str] | None, "images_per_batch": int,
+    "training_head": dict[str, Tensor] | None, "categories": list[str] | None, "images_per_batch": int,
 }  # fmt: skip
-# Settings that `check_settings` compares, whatever their values.
-COMPARED = ("losses.affinity_ratio", "losses.focal_ratio", "losses.dice_ratio", "losses.iou_ratio")
 
 
 def load_state(folder: Path, progress_kind: type) -> dict[str, Any] | None:
@@ -85,8 +83,8 @@ def find_problem(state: dict[str, Any], progress_kind: type) -> str | None:
         return f"progress: {problem}"
     try:
         before = json.loads(state["config"])
-        if not fits({name: before[name] for name in COMPARED}, dict[str, float]):
-            return "config has settings that are no numbers"
+        if not before or not fits(before, dict[str, Any]):
+            return "config holds no settings by their names"
         check_random_state(state["random"])
         _check_optimizer(state["optimizer"])
         _check_scheduler(state["scheduler"])
@@ -151,11 +149,6 @@ def check_settings(config: Config, state: dict[str, Any], images_per_batch: int)
     before, now = json.loads(state["config"]), json.loads(json.dumps(flatten_config(config), allow_nan=False))
     changed = [name for name in now if name in before and now[name] != before[name]]
     refused = [name for name in changed if name.startswith(FIXED)]
-    if (now["losses.affinity_ratio"] > 0) != (before["losses.affinity_ratio"] > 0):
-        refused.append("losses.affinity_ratio")
-    parts = ("losses.focal_ratio", "losses.dice_ratio", "losses.iou_ratio")
-    if any(now[name] for name in parts) != any(before[name] for name in parts):
-        refused += [name for name in parts if name in changed]
     if now["opt.keep_original"] != 0 and before.get("opt.keep_original") == 0:
         refused.append("opt.keep_original")  # the starting weights are only kept if this is set from the first step on
     if refused:

@@ -18,7 +18,6 @@ from finestsam.config import (
     AugmentConfig,
     Config,
     ModelConfig,
-    OptConfig,
     PromptsConfig,
     flatten_config,
 )
@@ -41,11 +40,9 @@ from finestsam.runtime.ranks import Ranks
 from finestsam.runtime.value_types import fits
 from finestsam.runtime.whole_files import remove_unfinished, write_json, write_text
 from finestsam.training import checkpoint
-from finestsam.training.affinity import AffinityHead
 from finestsam.training.classes import ClassStepper, choose_categories, weigh_classes
 from finestsam.training.cost import describe_cost
 from finestsam.training.distill import distill_
-from finestsam.training.image_step import AffinityStepper
 from finestsam.training.optim import build_optimizer, build_scheduler
 from finestsam.training.probe import choose_chunk_objects, find_free_bytes, measure_need
 from finestsam.training.random_state import random_state, restore_random_state
@@ -135,8 +132,11 @@ class Run:
             self.lock.release()
 
 
-def build_run(fabric: Fabric, ranks: Ranks, config: Config) -> Run:
+def build_run(fabric: Fabric, ranks: Ranks, config: Config, stepper_kind: type[Stepper] | None = None) -> Run:
     """Read the data, build the model, restore a run that is continued.
+
+    Args:
+        stepper_kind: takes the steps; None: that of the task.
 
     Raises:
         Interrupted: a signal came; there is nothing to save yet.
@@ -158,7 +158,10 @@ def build_run(fabric: Fabric, ranks: Ranks, config: Config) -> Run:
     originals = SampleDataset(data.train, _choose_sample_settings(config, loaded.model))
     ranks.join(lambda: distill_(fabric, loaded, originals, config.model_layer.fft_attention.distill_steps))
     classes = _choose_classes(config, loaded, data, state)
-    stepper, scheduler = _build_stepper(fabric, config, loaded, data, folder, classes)
+    stepper_kind = stepper_kind or _choose_stepper(loaded.model, classes)
+    stepper, scheduler = _build_stepper(fabric, config, loaded, data, folder, stepper_kind)
+    if isinstance(stepper, ClassStepper):
+        stepper.class_weights = weigh_classes(data.train, classes, config.classes)
     progress.sums = progress.sums or dict.fromkeys(stepper.measures, 0.0)
     kind = {"semantic": "classes", "classes": "categories"}.get(config.task)
     settings = _choose_sample_settings(config, loaded.model)
@@ -268,15 +271,16 @@ def _fill_store(ranks: Ranks, embedder: Embedder, datasets: list[SampleDataset],
 
 
 def _build_stepper(
-    fabric: Fabric, config: Config, loaded: LoadedModel, data: LabelledSet, folder: Path, classes: ClassTable | None
+    fabric: Fabric, config: Config, loaded: LoadedModel, data: LabelledSet, folder: Path, stepper_kind: type[Stepper]
 ) -> tuple[Stepper, torch.optim.lr_scheduler.LRScheduler]:
     model = loaded.model.train()
     model.sam.image_encoder.recomputes = config.model_layer.recompute_encoder
     freeze_(model, config)
-    if config.losses.affinity_ratio > 0 and model.semantic_head is None and trains_encoder(model):
-        model.affinity_head = AffinityHead(model.sam.prompt_encoder.embed_dim).to(model.device)
+    if head := stepper_kind.build_training_head(model):
+        model.training_head = head.to(model.device)
     # One pass over the weights in place of ten.
-    optimizer = build_optimizer(model, _choose_rates(config), fused=fabric.device.type in ("cpu", "cuda"))
+    is_fused = fabric.device.type in ("cpu", "cuda")
+    optimizer = build_optimizer(model, config.opt, _choose_head_share(config), is_fused)
     total_steps = count_steps(config, len(data.train), fabric.world_size)
     scheduler = build_scheduler(optimizer, config.sched, config.eval_interval, total_steps)
     # It brings the first rank's weights to the others. What it returns would also add up gradients while they are
@@ -285,7 +289,7 @@ def _build_stepper(
     # float16 alone overflows; bfloat16 has float32's range.
     scaler = torch.amp.GradScaler(fabric.device.type, enabled=model.encoder_dtype == torch.float16)
     previous = None
-    if config.prompts.use_logits and decodes_masks(model, config):
+    if config.prompts.use_logits and decodes_masks(model):
         count = sum(len(record.annotations) for record in data.train)
         previous = PreviousLogits(folder / "previous_logits", count, model.image_size // 4)
         if fabric.global_rank == 0:
@@ -293,25 +297,19 @@ def _build_stepper(
         fabric.barrier()
     # What a training encoder answered is out of date with the next step.
     embedder = Embedder(model, None if trains_encoder(model) else open_store(config.store, model), rounds=True)
-    stepper = _choose_stepper(model, config, classes)(fabric, config, model, optimizer, scaler, embedder, previous)
-    if isinstance(stepper, ClassStepper):
-        stepper.class_weights = weigh_classes(data.train, classes, config.classes)
-    return stepper, scheduler
+    return stepper_kind(fabric, config, model, optimizer, scaler, embedder, previous), scheduler
 
 
-def _choose_stepper(model: FinestSam, config: Config, classes: ClassTable | None) -> type[Stepper]:
-    if not decodes_masks(model, config):
-        return SemanticStepper if model.semantic_head is not None else AffinityStepper
+def _choose_stepper(model: FinestSam, classes: ClassTable | None) -> type[Stepper]:
+    if not decodes_masks(model):
+        return SemanticStepper
     return ClassStepper if classes else Stepper
 
 
-def _choose_rates(config: Config) -> OptConfig:
-    """Return the optimizer's settings, where the head of a task has its own rate: it starts from nothing."""
+def _choose_head_share(config: Config) -> float:
+    """Return the share of the learning rate that a head learns with; that of a task, from nothing, has its own rate."""
     task = {"semantic": config.semantic, "classes": config.classes}.get(config.task)
-    if task is None:
-        return config.opt
-    share = task.head_learning_rate / config.opt.learning_rate
-    return replace(config.opt, rates=replace(config.opt.rates, heads=share))
+    return task.head_learning_rate / config.opt.learning_rate if task else 1.0
 
 
 def count_steps(config: Config, images: int, world_size: int) -> int:
@@ -334,7 +332,7 @@ def _probe(
         return config.chunk_objects or progress.chunk_objects, []
     need = measure_need(stepper, train_set)
     chunk_objects = config.chunk_objects
-    if not decodes_masks(stepper.model, config):
+    if not decodes_masks(stepper.model):
         chunk_objects = 1
     elif chunk_objects is None:
         chunk_objects = choose_chunk_objects(stepper, need)
@@ -352,7 +350,7 @@ def _choose_sample_settings(config: Config, model: FinestSam) -> SampleSettings:
         config.dataset,
         config.dataset.max_objects,
         config.augment,
-        wants_cells=model.affinity_head is not None,
+        wants_cells=model.training_head is not None,
     )
 
 
@@ -393,7 +391,7 @@ def save_last(run: Run) -> None:
         "semantic_head": model.semantic_head.state_dict() if model.semantic_head else None,
         "class_head": model.class_head.state_dict() if model.class_head else None,
         "categories": run.classes.names[1:] if run.classes else None,  # in the order of their head
-        "affinity_head": model.affinity_head.state_dict() if model.affinity_head else None,
+        "training_head": model.training_head.state_dict() if model.training_head else None,
         "optimizer": run.stepper.optimizer.state_dict(),
         "scheduler": run.scheduler.state_dict(),
         "scaler": run.stepper.scaler.state_dict(),
@@ -409,7 +407,7 @@ def save_last(run: Run) -> None:
 
 def _restore(run: Run, state: dict) -> None:
     try:
-        for name in ("semantic_head", "class_head", "affinity_head"):
+        for name in ("semantic_head", "class_head", "training_head"):
             if head := getattr(run.loaded.model, name):
                 head.load_state_dict(state[name])
         run.stepper.optimizer.load_state_dict(state["optimizer"])

@@ -17,7 +17,6 @@ from finestsam.model.sam import FinestSam
 from finestsam.prediction.clicks import add_clicks, show_preferred
 from finestsam.prediction.embedder import Embedder
 from finestsam.runtime.memory import is_out_of_memory
-from finestsam.training.affinity import affinity_loss
 from finestsam.training.log import COLUMNS, TRAINING_COLUMNS
 from finestsam.training.losses import ObjectLosses, object_losses
 from finestsam.training.memory import OutOfMemory, describe_samples
@@ -59,6 +58,11 @@ class Stepper:
     previous_logits: PreviousLogits | None = None
     chunk_objects: int = CHUNK_OBJECTS
     nonfinite_images: list[str] = field(default_factory=list)
+
+    @classmethod
+    def build_training_head(cls, model: FinestSam) -> nn.Module | None:
+        """Return a head that only training has; the samples then carry `cells`. None, as here: training has none."""
+        return None
 
     def step(self, batches: list[Batch], epoch: int, wants_stop: bool) -> tuple[dict[str, float], int, bool, bool]:
         """Learn from the batches as one.
@@ -148,7 +152,7 @@ class Stepper:
                 loss = (losses.total * shares).sum() * weight
                 if is_final:
                     loss = loss + self._carry(embeddings, copies.grad)
-                    loss = loss + self._affinity_loss(embeddings, samples) * weight
+                    loss = loss + self.take_auxiliary_loss(embeddings, samples) * weight
                     loss = loss + self._background_loss(embeddings, samples) * weight
                 self.fabric.backward(self.scaler.scale(loss))
                 if corrections == 0:
@@ -191,14 +195,9 @@ class Stepper:
         # The gradient on the copies is scaled already, and the sum below will be scaled once more.
         return (embeddings * (gradient / self.scaler.get_scale())).sum()
 
-    def _affinity_loss(self, embeddings: Tensor, samples: list[Sample]) -> Tensor | float:
-        """Return the sum over objects, each with the loss of its image."""
-        if self.model.affinity_head is None:
-            return 0.0
-        labels = torch.stack([sample.cells for sample in samples])
-        counts = torch.tensor([sample.object_count for sample in samples], device=labels.device)
-        losses = affinity_loss(self.model.affinity_head(embeddings), labels)
-        return self.config.losses.affinity_ratio * (losses * counts).sum()
+    def take_auxiliary_loss(self, embeddings: Tensor, samples: list[Sample]) -> Tensor | float:
+        """Return what `build_training_head` teaches beside the masks: its loss, summed over objects; here nothing."""
+        return 0.0
 
     def _background_loss(self, embeddings: Tensor, samples: list[Sample]) -> Tensor | float:
         """Return the losses of masks where no object is, an image's mean counted once for each of its objects.

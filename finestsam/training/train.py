@@ -32,6 +32,7 @@ from finestsam.training.numbers import explain_end, has_finite_weights, skips_fo
 from finestsam.training.optim import learning_rate_of
 from finestsam.training.plots import plot_curves
 from finestsam.training.run import Run, build_run, count_steps, save_last
+from finestsam.training.step import Stepper
 from finestsam.training.validation import validate
 
 EXIT_NUMERICAL = 3
@@ -39,8 +40,12 @@ EXIT_NUMERICAL = 3
 CHEAP_SECONDS = 10
 
 
-def train(config: Config) -> int:
-    """Fine-tune as the settings say, and return the exit code."""
+def train(config: Config, stepper_kind: type[Stepper] | None = None) -> int:
+    """Fine-tune as the settings say, and return the exit code.
+
+    Args:
+        stepper_kind: takes the steps; None: that of the task.
+    """
     if config.device != "tpu":
         choose_device(config.device)  # so that a device that is not there is told in our words
     try:
@@ -53,17 +58,17 @@ def train(config: Config) -> int:
     except (MisconfigurationException, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--num_devices {config.num_devices} of device {config.device}: {reason}") from None
-    return fabric.launch(_train, config)
+    return fabric.launch(_train, config, stepper_kind)
 
 
-def _train(fabric: Fabric, config: Config) -> int:
+def _train(fabric: Fabric, config: Config, stepper_kind: type[Stepper] | None) -> int:
     set_processor(config)
     seed = fabric.broadcast(random.getrandbits(31) if config.seed_device is None else config.seed_device)
     fabric.seed_everything(seed, verbose=False)
     with watch_signals() as interruption, interruption.held():
         ranks = Ranks(fabric, interruption)
         try:
-            with build_run(fabric, ranks, replace(config, seed_device=seed)) as run, note_crash(run):
+            with build_run(fabric, ranks, replace(config, seed_device=seed), stepper_kind) as run, note_crash(run):
                 code = _train_run(run)
         except Interrupted as error:
             if fabric.global_rank == 0:

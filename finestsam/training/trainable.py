@@ -24,14 +24,14 @@ def freeze_(model: FinestSam, config: Config) -> None:
         layer.lora_B.requires_grad_(True)
     _freeze_unused_mask_tokens_(sam, config.multimask_output)
     _freeze_unused_prompts_(sam, config)
-    if not decodes_masks(model, config):
+    if not decodes_masks(model):
         sam.prompt_encoder.requires_grad_(False)
         sam.mask_decoder.requires_grad_(False)
 
 
-def decodes_masks(model: FinestSam, config: Config) -> bool:
-    """Whether a step predicts masks, and not only classes of pixels or affinities."""
-    return model.semantic_head is None and (config.losses.prompts_with_masks or model.class_head is not None)
+def decodes_masks(model: FinestSam) -> bool:
+    """Whether a step predicts masks, and not classes of pixels."""
+    return model.semantic_head is None
 
 
 def _thaw_encoder_(sam: Sam, thaw: ThawConfig) -> None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from finestsam.data.scenes import render_scene
+from finestsam.data.synthetic import render_scene
 from finestsam.model.architectures import build_sam, make_waves
 
 

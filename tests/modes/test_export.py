@@ -19,7 +19,7 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 from finestsam.batch import Prompts
 from finestsam.cli import main
 from finestsam.config import build_config
-from finestsam.data.scenes import render_scene
+from finestsam.data.synthetic import render_scene
 from finestsam.errors import UserError
 from finestsam.export import onnx as onnx_files
 from finestsam.export import onnx_check

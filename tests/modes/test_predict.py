@@ -16,7 +16,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from finestsam.cli import main
-from finestsam.data.scenes import render_scene
+from finestsam.data.synthetic import render_scene
 from finestsam.errors import UserError
 from finestsam.images.files import read_image, write_image
 from finestsam.masks import decode_rle, distance_inside, rle_area, rle_box, rle_from_json

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from finestsam.config import GENERATOR_DEFAULTS, GeneratorConfig
-from finestsam.data.scenes import render_scene
+from finestsam.data.synthetic import render_scene
 from finestsam.errors import Defect
 from finestsam.images.frames import compute_input_size, resize_image
 from finestsam.masks import decode_rle, rle_to_json

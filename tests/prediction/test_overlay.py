@@ -1,14 +1,14 @@
 import numpy as np
 import pytest
 
-from finestsam.data.scenes import render_scene
+from finestsam.data.synthetic import render_scene
 from finestsam.masks import encode_mask, rle_box
 from finestsam.prediction.overlay import PALETTE, choose_colours, colour_classes, render_classes, render_overlay
 
 
 @pytest.fixture
 def scene():
-    return render_scene(3, 1, (96, 128), "parcels")
+    return render_scene(3, 1, (96, 128))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from conftest import build_vivid_sam, list_shown
 from PIL import Image
 
 from finestsam.cli import main
-from finestsam.data.scenes import render_scene
+from finestsam.data.synthetic import render_scene
 from finestsam.images.files import write_image
 from finestsam.model.card import Card, write_card
 from finestsam.model.heads import SemanticHead, head_path

@@ -181,13 +181,11 @@ def test_thawing_trains_what_it_says():
 
 def test_rates_fall_from_block_to_block_and_differ_by_part():
     model = FinestSam(build_sam("vit_tiny_test"))
-    model.affinity_head = torch.nn.Linear(2, 2)
+    model.training_head = torch.nn.Linear(2, 2)
     names = {id(weight): name for name, weight in model.named_parameters()}
-    opt = build_config({
-        "opt.learning_rate": 0.1, "opt.layer_decay": 0.5, "opt.rates.image_encoder": 0.2, "opt.rates.heads": 3.0,
-    }).opt  # fmt: skip
+    opt = build_config({"opt.learning_rate": 0.1, "opt.layer_decay": 0.5, "opt.rates.image_encoder": 0.2}).opt
 
-    groups = build_optimizer(model, opt).param_groups
+    groups = build_optimizer(model, opt, head_share=3.0).param_groups
 
     rates = {names[id(weight)]: group["lr"] for group in groups for weight in group["params"]}
     assert len(rates) == len(names)
@@ -199,7 +197,7 @@ def test_rates_fall_from_block_to_block_and_differ_by_part():
         "sam.image_encoder.neck.0.weight": 0.1 * 0.2,
         "sam.mask_decoder.iou_token.weight": 0.1,
         "sam.prompt_encoder.no_mask_embed.weight": 0.1,
-        "affinity_head.bias": 0.3,
+        "training_head.bias": 0.3,
     }.items():
         assert rates[name] == pytest.approx(expected), name
 

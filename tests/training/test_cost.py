@@ -18,9 +18,7 @@ from finestsam.model.architectures import build_sam
 from finestsam.model.heads import SemanticHead
 from finestsam.model.sam import FinestSam
 from finestsam.prediction.embedder import Embedder
-from finestsam.training.affinity import AffinityHead
 from finestsam.training.cost import describe_cost
-from finestsam.training.image_step import AffinityStepper
 from finestsam.training.memory import list_savings
 from finestsam.training.optim import build_optimizer
 from finestsam.training.probe import USABLE_SHARE, MemoryNeed, measure_need
@@ -30,9 +28,6 @@ from finestsam.training.trainable import freeze_
 
 ROOT = Path(__file__).parents[2]
 TRAINS_ENCODER = {"model_layer.freeze.image_encoder": False}
-AFFINITIES_ALONE = {
-    "losses.affinity_ratio": 1.0, "losses.focal_ratio": 0.0, "losses.dice_ratio": 0.0, "losses.iou_ratio": 0.0,
-}  # fmt: skip
 STEP = """
 import sys
 sys.path[:0] = {paths!r}
@@ -160,16 +155,4 @@ def test_the_semantic_task_counts_its_head(scenes):
 
     assert need.object_bytes == 0 and need.decoder_bytes > 16 * 16 * 4
     assert "head" in describe_cost(stepper, need, 16, None)[0]
-
-
-def test_an_encoder_that_learns_affinities_alone_counts_their_head_and_no_decoder(scenes):
-    stepper = build_stepper("vit_tiny_test", TRAINS_ENCODER | AFFINITIES_ALONE, kind=AffinityStepper)
-    stepper.model.affinity_head = AffinityHead(32)
-    dataset = read_dataset(scenes, 64)
-    dataset.settings = dataclasses.replace(dataset.settings, wants_cells=True)
-
-    need = measure_need(stepper, dataset)
-
-    assert need.object_bytes == 0 and 0 < need.decoder_bytes < need.encoder_bytes
-    assert "head" in describe_cost(stepper, need, 1, None)[0]
     assert not any("losses.resolution" in name for name in list_savings(stepper.config, stepper.model))

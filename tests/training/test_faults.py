@@ -484,21 +484,12 @@ def test_the_lock_of_a_killed_process_is_taken_over(stopped):
         ("--model.image_size=128", "model.image_size is 128, the run has None"),
         ("--model_layer.freeze.image_encoder=true", "model_layer.freeze.image_encoder is True, the run has False"),
         ("--sched.type=ReduceLROnPlateau", "sched.type is ReduceLROnPlateau, the run has LambdaLR"),
-        ("--losses.affinity_ratio=5", "losses.affinity_ratio is 5.0, the run has 0.0"),
         ("--opt.keep_original=auto", "opt.keep_original is auto, the run has 0.0"),
     ],
 )
 def test_a_setting_with_which_the_checkpoint_fits_no_more_is_refused_by_its_name(stopped, capsys, flag, message):
     assert resume(stopped, "--max_steps=2", flag) == 2
     assert message in capsys.readouterr().err
-
-
-def test_a_run_that_learns_masks_does_not_go_on_with_affinities_alone(stopped, capsys):
-    flags = ["--losses.focal_ratio=0", "--losses.dice_ratio=0", "--losses.iou_ratio=0", "--losses.affinity_ratio=1"]
-
-    assert resume(stopped, "--max_steps=2", *flags) == 2
-
-    assert "losses.focal_ratio is 0.0, the run has 20.0" in capsys.readouterr().err
 
 
 def test_a_changed_rate_or_batch_size_is_reported_with_the_one_that_wins(stopped, capsys):
@@ -561,20 +552,6 @@ def test_a_checkpoint_with_another_division_of_the_weights_is_refused_in_one_lin
     torch.save(state, path)
 
     assert resume(stopped, "--max_steps=2") == 2
-
-    assert "begun by a version of finestsam that divides the weights otherwise" in capsys.readouterr().err
-
-
-def test_a_checkpoint_whose_affinities_ask_other_distances_is_refused_in_one_line(scenes, tmp_path, capsys):
-    arguments = ("--losses.affinity_ratio=1", "--model_layer.freeze.image_encoder=false")
-    assert start(scenes, tmp_path, "--max_steps=1", *arguments) == 0
-    path = tmp_path / "run" / "last.ckpt"
-    state = torch.load(path, weights_only=True)
-    state["affinity_head"] = {name: value[:-16] for name, value in state["affinity_head"].items()}
-    torch.save(state, path)
-    capsys.readouterr()
-
-    assert resume(tmp_path, "--max_steps=2", *arguments) == 2
 
     assert "begun by a version of finestsam that divides the weights otherwise" in capsys.readouterr().err
 

@@ -8,7 +8,7 @@ from lightning.fabric import Fabric
 from finestsam.config import DatasetConfig, build_config
 from finestsam.data.dataset import SampleDataset, SampleSettings
 from finestsam.data.read import read_training_set
-from finestsam.data.scenes import write_scenes
+from finestsam.data.synthetic import write_scenes
 from finestsam.errors import UserError
 from finestsam.prediction.embedder import Embedder
 from finestsam.records import Record

@@ -23,9 +23,6 @@ from finestsam.model.sam import FinestSam
 from finestsam.training.hints import list_mismatches, warn_of_cpu, warn_of_schedule
 
 ROOT = Path(__file__).parents[2]
-AFFINITIES_ALONE = [
-    "--losses.affinity_ratio=1", "--losses.focal_ratio=0", "--losses.dice_ratio=0", "--losses.iou_ratio=0",
-]  # fmt: skip
 
 
 def read_csv(run: Path) -> list[dict[str, str]]:
@@ -112,8 +109,6 @@ def test_the_settings_of_a_run_repeat_it(finished, tmp_path):
         (2, []),
         (5, ["--prompts.use_logits=true"]),
         (3, ["--sched.type=ReduceLROnPlateau"]),
-        (2, ["--losses.affinity_ratio=5", "--prompts.mix=true", "--prompts.use_boxes=true"]),
-        (2, AFFINITIES_ALONE),
         (2, ["--dataset.prompts_per_object=2", "--prompts.correction_clicks=2"]),
         (2, ["--precision=16-mixed"]),
     ],
@@ -121,8 +116,6 @@ def test_the_settings_of_a_run_repeat_it(finished, tmp_path):
         "in the first epoch",
         "in a later epoch",
         "between two epochs",
-        "with an auxiliary loss",
-        "with that loss alone",
         "with corrections",
         "in half precision",
     ],
@@ -267,16 +260,9 @@ def test_a_signal_saves_and_stops_and_the_run_can_be_continued(scenes, tmp_path,
     [
         [],
         ["--task=semantic"],
-        AFFINITIES_ALONE,
         ["--model_layer.freeze.image_encoder=true", "--prompts.use_boxes=true"],
         ["--model_layer.freeze.image_encoder=true", "--model_layer.lora.rank=2", "--model_layer.thaw.norms=true"],
-        [
-            "--losses.affinity_ratio=5",
-            "--prompts.use_boxes=true",
-            "--prompts.mix=true",
-            "--dataset.background_points=6",
-            "--evaluate.all_prompts",
-        ],
+        ["--prompts.use_boxes=true", "--prompts.mix=true", "--dataset.background_points=6", "--evaluate.all_prompts"],
         [
             "--prompts.use_points=false",
             "--prompts.use_boxes=true",
@@ -336,33 +322,6 @@ def test_a_schedule_that_the_run_is_too_short_for_is_reported(scenes, tmp_path, 
 
     run_training(scenes, tmp_path, "--num_epochs=1", "--dataset.val_size=0.4", "--opt.accumulate_batches=2")
     assert "warning: the run ends at step 2, within the 50 steps" in capsys.readouterr().out
-
-
-def test_weights_that_an_auxiliary_loss_helped_to_learn_load_anywhere(scenes, tmp_path):
-    plain = run_training(scenes, tmp_path / "plain", "--num_epochs=1")
-    helped = run_training(scenes, tmp_path / "helped", "--num_epochs=1", "--losses.affinity_ratio=10")
-
-    first, second = torch.load(plain / "best.pth"), torch.load(helped / "best.pth")
-    assert first.keys() == second.keys()
-    name = "image_encoder.patch_embed.proj.weight"
-    assert not torch.equal(load_last(plain)["model"][name], load_last(helped)["model"][name])
-
-
-def test_an_encoder_learns_affinities_alone_and_the_decoder_stays(scenes, tmp_path):
-    start = tmp_path / "start.pth"
-    torch.save(build_sam("vit_tiny_test").state_dict(), start)
-
-    folder = run_training(
-        scenes, tmp_path, "--num_epochs=30", "--eval_interval=0", f"--model.checkpoint={start}",
-        "--opt.learning_rate=1e-2", *AFFINITIES_ALONE,
-    )  # fmt: skip
-
-    before, after = torch.load(start), load_last(folder)["model"]
-    changed = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {"image_encoder"}
-    losses = [float(row["total_loss"]) for row in read_csv(folder)[1:]]
-    assert losses[-1] < 0.8 * losses[0] < 0.8 * 0.75  # of a coin: 0.69
-    assert "iou" not in read_csv(folder)[0]
 
 
 def test_a_run_with_the_store_learns_what_a_run_without_room_in_it_learns(scenes, tmp_path, monkeypatch):

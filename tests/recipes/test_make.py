@@ -3,23 +3,24 @@
 import pytest
 import torch
 
-from finestsam.builtin import make as module
-from finestsam.builtin.make import SOURCE, STAGES, make
 from finestsam.model.card import read_card
 from finestsam.model.weights import identify, load_state_dict
+from finestsam.training.step import Stepper
+from recipes.builtin_weights import make as module
+from recipes.builtin_weights.make import SOURCE, STAGES, make
 
 SHARE = 0.001
 
 
 @pytest.mark.slow
 def test_weights_are_made_from_nothing_and_a_stopped_making_goes_on(tmp_path, monkeypatch):
-    run_command, commands = module.run_command, []
+    train_stage, commands = module.train_stage, []
 
-    def run(command: list[str]) -> int:
+    def run(stepper_kind: type[Stepper], command: list[str]) -> int:
         commands.append(command)
-        return 143 if len(commands) == 2 else run_command(command)
+        return 143 if len(commands) == 2 else train_stage(stepper_kind, command)
 
-    monkeypatch.setattr(module, "run_command", run)
+    monkeypatch.setattr(module, "train_stage", run)
     with pytest.raises(SystemExit, match="details: stopped; the same command goes on with it"):
         make(tmp_path, SHARE)
 

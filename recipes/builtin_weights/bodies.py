@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from finestsam.data.drawing import SQUARE, point_at, turn, widen
-from finestsam.data.surfaces import Surface, sample_colour, sample_surface
+from finestsam.data.synthetic import SQUARE, point_at, turn, widen
+from recipes.builtin_weights.surfaces import Surface, sample_colour, sample_surface
 
 FACES = (1.1, 0.7, 0.9)  # how bright the faces of a box are: top, flank, front
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from finestsam.data.drawing import render_lines, turn_grid
+from finestsam.data.synthetic import render_lines, turn_grid
 from finestsam.images.frames import enlarge
 
 PATTERNS = ("plain", "grown", "spotted", "streaked", "striped")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from finestsam.data.drawing import (
+from finestsam.data.synthetic import (
     SQUARE,
     Drawn,
     fill,

@@ -1,6 +1,6 @@
 """Make the built-in weights of vit_tiny again, from nothing: draw scenes, train on them in stages, pack the result.
 
-`make weights`, or `python -m finestsam.builtin.make --out_dir weights`; a run that was stopped goes on where it was.
+`make weights`, or `python -m recipes.builtin_weights.make --out_dir weights`; what was stopped goes on where it was.
 """
 
 import argparse
@@ -10,12 +10,14 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finestsam.cli import main as run_command
-from finestsam.data.scenes import write_scenes
+from finestsam.data.synthetic import write_scenes
 from finestsam.model.card import read_card, write_card
 from finestsam.model.saving import save_file
 from finestsam.model.weights import load_state_dict
 from finestsam.training.checkpoint import LAST
+from finestsam.training.step import Stepper
+from recipes.builtin_weights.scenes import KINDS
+from recipes.builtin_weights.train import AffinityStepper, MaskStepper, train_stage
 
 NAME = "vit_tiny"
 SOURCE = "drawn scenes"  # what the card says that the weights were made from
@@ -29,16 +31,13 @@ COMMON = (
 )  # fmt: skip
 # Crops of large images, seen small.
 SMALL = ("--model.image_size", "256", "--augment.crop_min", "0.2")
-# The image encoder alone learns which places belong together.
+# The image encoder alone learns which cells belong together.
 AFFINITIES = (
-    "--losses.affinity_ratio", "1", "--losses.focal_ratio", "0", "--losses.dice_ratio", "0", "--losses.iou_ratio", "0",
+    "--model_layer.freeze.prompt_encoder", "true", "--model_layer.freeze.mask_decoder", "true",
     *SMALL, "--opt.learning_rate", "1e-3", "--batch_size", "8", "--dataset.max_objects", "1",
 )  # fmt: skip
 # All of it, from points of the grid or boxes, and it is not to forget what belongs together.
-MASKS = (
-    "--losses.affinity_ratio", "3", "--opt.rates.image_encoder", "0.4",
-    "--prompts.use_boxes", "true", "--prompts.mix", "true",
-)  # fmt: skip
+MASKS = ("--opt.rates.image_encoder", "0.4", "--prompts.use_boxes", "true", "--prompts.mix", "true")
 # Such crops, and again at a lower rate; and at the size that the model is for, larger ones, then small ones too.
 CROPS = (*MASKS, *SMALL, "--batch_size", "4", "--dataset.max_objects", "16", "--dataset.background_points", "4")
 DETAILS = (*CROPS, "--opt.learning_rate", "1.5e-3")
@@ -69,7 +68,7 @@ class Drawings:
     count: int
     side: int  # in pixels
     seed: int
-    kinds: tuple[str, ...] | None = None  # drawn in turn; None: as the seed chooses
+    kinds: tuple[str, ...]  # of KINDS, drawn in turn
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,7 @@ class Stage:
     steps: int
     decays: tuple[int, ...]  # steps after which the learning rate falls to a third
     flags: tuple[str, ...]
+    stepper_kind: type[Stepper] = MaskStepper
 
 
 SCENES = Drawings(3600, 512, 4, ("plans", "shapes", "blobs", "plans", "things", "parcels"))
@@ -108,7 +108,7 @@ NATURAL_SCENES = Drawings(
     ),
 )  # fmt: skip
 STAGES = (
-    Stage("affinities", SCENES, 100, 1600, (1000, 1300, 1500), AFFINITIES),
+    Stage("affinities", SCENES, 100, 1600, (1000, 1300, 1500), AFFINITIES, AffinityStepper),
     Stage("details", SCENES, 100, 1950, (1500, 1750, 1880), DETAILS),
     Stage("practice", SCENES, 100, 3600, (2700, 3200, 3450), PRACTICE),
     Stage("large", SCENES, 50, 900, (450, 650, 800), LARGE),
@@ -141,10 +141,10 @@ def _train(folder: Path, stage: Stage, start: str, share: float) -> Path:
     scenes = folder / f"scenes_{drawn.side}_{drawn.seed}"
     if not (scenes / "data" / "annotations.json").is_file():
         count = max(1, round(share * drawn.count))
-        write_scenes(scenes, count, drawn.seed, (drawn.side, drawn.side), drawn.kinds)
+        write_scenes(scenes, count, drawn.seed, (drawn.side, drawn.side), [KINDS[name] for name in drawn.kinds])
     steps, warmup, *decays = (max(1, round(share * step)) for step in (stage.steps, stage.warmup_steps, *stage.decays))
     run = folder / stage.name
-    command = ["--mode", "train", "--max_steps", str(steps)]
+    command = ["--max_steps", str(steps)]
     command += ["--sched.LambdaLR.warmup_steps", str(warmup)]
     command += ["--sched.LambdaLR.steps", str(sorted({step for step in decays if step > warmup}))]
     if (run / LAST).is_file():
@@ -152,7 +152,7 @@ def _train(folder: Path, stage: Stage, start: str, share: float) -> Path:
     else:
         command += ["--dataset", str(scenes), "--sav_dir", str(folder), "--run_name", stage.name]
         command += ["--model.checkpoint", start, "--sched.LambdaLR.decay_factor", "3", *COMMON, *stage.flags]
-    if run_command(command) != 0:
+    if train_stage(stage.stepper_kind, command) != 0:
         raise SystemExit(f"{run}: stopped; the same command goes on with it")
     return run
 

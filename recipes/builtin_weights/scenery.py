@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from finestsam.data.bodies import Polygon, Species, sample_lump, sample_species
-from finestsam.data.drawing import Box, Drawn, fill, point_at, turn, turn_grid
-from finestsam.data.surfaces import render_fractal, sample_surface, sharpen
+from finestsam.data.synthetic import Box, Drawn, fill, point_at, turn, turn_grid
 from finestsam.images.frames import blur
 from finestsam.masks import distance_inside, rasterize
+from recipes.builtin_weights.bodies import Polygon, Species, sample_lump, sample_species
+from recipes.builtin_weights.surfaces import render_fractal, sample_surface, sharpen
 
 
 @dataclass

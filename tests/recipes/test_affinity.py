@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from finestsam.data.cells import CROWD, PADDING
-from finestsam.training.affinity import CELLS_PER_TOKEN, DISTANCES, AffinityHead, affinity_loss
+from recipes.builtin_weights.affinity import CELLS_PER_TOKEN, DISTANCES, AffinityHead, compute_affinity_loss
 
 SIDE = 32
 QUESTIONS = 1 + 2 * len(DISTANCES)
@@ -35,17 +35,17 @@ def make_true_logits(labels: torch.Tensor, confidence: float) -> torch.Tensor:
 
 
 def test_who_knows_has_no_loss_and_who_knows_nothing_has_that_of_a_coin():
-    assert affinity_loss(make_true_logits(LABELS, 30.0), LABELS).item() < 1e-6
+    assert compute_affinity_loss(make_true_logits(LABELS, 30.0), LABELS).item() < 1e-6
     nothing = torch.zeros(1, QUESTIONS, SIDE, SIDE)
-    torch.testing.assert_close(affinity_loss(nothing, LABELS), torch.tensor([math.log(2)]))
-    assert affinity_loss(make_true_logits(LABELS, -5.0), LABELS).item() > 4.9
+    torch.testing.assert_close(compute_affinity_loss(nothing, LABELS), torch.tensor([math.log(2)]))
+    assert compute_affinity_loss(make_true_logits(LABELS, -5.0), LABELS).item() > 4.9
 
 
 def test_borders_weigh_as_much_as_all_that_lies_within():
     logits = make_true_logits(LABELS, 30.0)
     logits[:, 2] = 30.0  # right neighbours are alike everywhere: wrong along the borders alone
 
-    wrong = affinity_loss(logits, LABELS).item()
+    wrong = compute_affinity_loss(logits, LABELS).item()
 
     assert math.isclose(wrong, (30 / 2) / QUESTIONS, rel_tol=1e-5)
 
@@ -57,13 +57,13 @@ def test_pairs_of_which_neither_is_in_an_object_do_not_count():
     changed[:, 2, :, :-1] = torch.where(is_nothing, 100.0, logits[:, 2, :, :-1])
 
     assert is_nothing.any()
-    torch.testing.assert_close(affinity_loss(changed, LABELS), affinity_loss(logits, LABELS))
+    torch.testing.assert_close(compute_affinity_loss(changed, LABELS), compute_affinity_loss(logits, LABELS))
 
 
 def test_a_new_head_moves_no_embedding():
     embeddings = torch.randn(1, 32, 8, 8, requires_grad=True)
 
-    affinity_loss(AffinityHead(32)(embeddings), LABELS).sum().backward()
+    compute_affinity_loss(AffinityHead(32)(embeddings), LABELS).sum().backward()
 
     assert embeddings.grad.abs().max() == 0
 
@@ -74,11 +74,13 @@ def test_what_is_predicted_in_the_padding_or_in_a_crowd_does_not_count(mark):
     logits = make_true_logits(labels, 3.0)
     changed = torch.where(labels[:, None] == mark, 100.0, logits)
 
-    torch.testing.assert_close(affinity_loss(changed, labels), affinity_loss(logits, labels))
+    torch.testing.assert_close(compute_affinity_loss(changed, labels), compute_affinity_loss(logits, labels))
 
 
 def test_an_image_that_is_all_padding_has_no_loss():
-    assert affinity_loss(torch.zeros(1, QUESTIONS, SIDE, SIDE), torch.full((1, SIDE, SIDE), PADDING)).item() == 0
+    assert (
+        compute_affinity_loss(torch.zeros(1, QUESTIONS, SIDE, SIDE), torch.full((1, SIDE, SIDE), PADDING)).item() == 0
+    )
 
 
 def test_each_token_predicts_its_own_cells():
@@ -102,7 +104,7 @@ def test_the_loss_can_be_learnt():
     head, embeddings = AffinityHead(32), torch.randn(1, 32, 8, 8)
     optimizer = torch.optim.Adam(head.parameters(), lr=0.1)
     for _ in range(60):
-        loss = affinity_loss(head(embeddings), LABELS).sum()
+        loss = compute_affinity_loss(head(embeddings), LABELS).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

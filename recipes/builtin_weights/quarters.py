@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from finestsam.data.drawing import (
+from finestsam.data.synthetic import (
     SQUARE,
     Drawn,
     fill,
@@ -17,7 +17,8 @@ from finestsam.data.drawing import (
     turn_grid,
     widen,
 )
-from finestsam.data.town_plans import (
+from finestsam.masks import find_components
+from recipes.builtin_weights.town_plans import (
     INWARDS,
     PAPER,
     RED,
@@ -30,7 +31,6 @@ from finestsam.data.town_plans import (
     to_quad,
     write_names,
 )
-from finestsam.masks import find_components
 
 BARE, HATCHED, DOTTED, WATER = range(4)  # how an engraver fills an area
 

@@ -1,25 +1,22 @@
-import json
+"""What the built-in weights were trained on."""
 
 import numpy as np
 import pytest
-from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
 
-from finestsam.data.scenes import (
-    CATEGORIES,
-    DRAWINGS,
-    KINDS,
-    MIN_AREA_FRACTION,
-    MIN_AREA_PIXELS,
-    render_scene,
-    write_scenes,
-)
-from finestsam.images.files import read_image
+from finestsam.data.synthetic import MIN_AREA_FRACTION, MIN_AREA_PIXELS, Scene
+from finestsam.data.synthetic import render_scene as draw_scene_of_kind
 from finestsam.masks import find_components
+from recipes.builtin_weights.make import STAGES
+from recipes.builtin_weights.scenes import KINDS
 
-EVERY_KIND = pytest.mark.parametrize("kind", DRAWINGS)
+OWN_KINDS = [kind for kind in KINDS if kind not in ("shapes", "facades")]  # the others are tested with the package
+EVERY_KIND = pytest.mark.parametrize("kind", OWN_KINDS)
 SMALL_KINDS = ("pebbles", "grains")
 KINDS_WITH_PARTS = ("things", "scenery")
+
+
+def render_scene(seed: int, index: int, size: tuple[int, int] = (256, 256), kind: str = "") -> Scene:
+    return draw_scene_of_kind(seed, index, size, KINDS[kind])
 
 
 @EVERY_KIND
@@ -45,22 +42,18 @@ def test_masks_are_bool_large_enough_to_see_and_disjoint_within_their_level(kind
         assert np.sum(scene.masks, axis=0).max() <= (2 if kind in KINDS_WITH_PARTS else 1)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in DRAWINGS if kind not in (*SMALL_KINDS, "scenery")])
+@pytest.mark.parametrize("kind", [kind for kind in OWN_KINDS if kind not in (*SMALL_KINDS, "scenery")])
 def test_every_kind_draws_objects_of_many_sizes(kind):
     scenes = [render_scene(1, index, (128, 128), kind) for index in range(20)]
 
     assert all(5 <= len(scene.masks) <= 60 for scene in scenes)
-    assert all(scene.categories == [CATEGORIES[kind]] * len(scene.masks) for scene in scenes)
     fractions = [mask.mean() for scene in scenes for mask in scene.masks]
     assert max(fractions) < 0.25
     assert max(fractions) > 20 * min(fractions)
 
 
-def test_without_a_kind_the_seed_draws_all_but_those_that_are_requested_by_name():
-    drawn = {render_scene(0, index, (64, 64)).categories[0] for index in range(20)}
-
-    asked_for = {"window", "body", "quarter", "pebble", "grain"}
-    assert drawn == {CATEGORIES[kind] for kind in KINDS} == set(CATEGORIES.values()) - asked_for
+def test_every_kind_but_what_the_demo_teaches_is_in_a_stage():
+    assert {kind for stage in STAGES for kind in stage.scenes.kinds} == set(KINDS) - {"facades"}
 
 
 @pytest.mark.parametrize(("kind", "larger"), [("pebbles", "shapes"), ("grains", "blobs")])
@@ -159,54 +152,3 @@ def test_objects_differ_from_what_surrounds_them(kind):
         elsewhere.append(steps[~is_edge].mean())
 
     assert np.mean(on_edges) > 1.5 * np.mean(elsewhere)
-
-
-def test_written_scenes_read_back_as_they_were_drawn(tmp_path):
-    root = write_scenes(tmp_path, count=4, seed=5, size=(96, 96))
-
-    coco = COCO(root / "data" / "annotations.json")
-    assert {category["name"] for category in coco.loadCats(coco.getCatIds())} == {CATEGORIES[kind] for kind in KINDS}
-    sizes = set()
-    for index, image in enumerate(coco.loadImgs(coco.getImgIds())):
-        size = (image["height"], image["width"])
-        scene = render_scene(5, index, size)
-        annotations = coco.loadAnns(coco.getAnnIds(imgIds=image["id"]))
-        np.testing.assert_array_equal(read_image(root / "data" / "images" / image["file_name"]), scene.image)
-        np.testing.assert_array_equal([coco.annToMask(annotation) for annotation in annotations], scene.masks)
-        names = [coco.cats[annotation["category_id"]]["name"] for annotation in annotations]
-        assert names == scene.categories
-        sizes.add(size)
-    assert sizes == {(96, 96), (84, 108), (108, 84)}
-
-
-def test_kinds_are_drawn_in_turn(tmp_path):
-    root = write_scenes(tmp_path, count=4, size=(96, 96), kinds=("plans", "facades"))
-
-    coco = COCO(root / "data" / "annotations.json")
-    names = [
-        {coco.cats[annotation["category_id"]]["name"] for annotation in coco.imgToAnns[image]}
-        for image in sorted(coco.imgs)
-    ]
-    assert names == [{"block"}, {"window"}, {"block"}, {"window"}]
-
-
-def test_areas_and_boxes_are_those_of_pycocotools(tmp_path):
-    write_scenes(tmp_path, count=3, size=(96, 96))
-
-    annotations = json.loads((tmp_path / "data" / "annotations.json").read_text())["annotations"]
-    assert [annotation["id"] for annotation in annotations] == list(range(1, len(annotations) + 1))
-    for annotation in annotations:
-        assert annotation["area"] == coco_mask.area(annotation["segmentation"])
-        assert annotation["bbox"] == coco_mask.toBbox(annotation["segmentation"]).tolist()
-        assert annotation["iscrowd"] == 0
-
-
-def test_the_same_seed_writes_the_same_bytes(tmp_path):
-    first, again, other = (
-        {path.name: path.read_bytes() for path in write_scenes(tmp_path / name, 3, seed, (64, 64)).rglob("*.*")}
-        for name, seed in (("first", 1), ("again", 1), ("other", 2))
-    )
-
-    assert sorted(first) == ["annotations.json", "scene_0000.png", "scene_0001.png", "scene_0002.png"]
-    assert first == again
-    assert all(first[name] != other[name] for name in first)

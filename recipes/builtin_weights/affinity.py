@@ -1,10 +1,10 @@
 """An auxiliary task for an encoder that learns from nothing: which neighbouring places belong to the same object.
 
-A mask decoder that knows nothing yet teaches the encoder mainly to answer the same to every image, which lowers its
-loss at once. Affinities are there to be seen in the image from the first step on, and keep the encoder looking.
+Trained from scratch together, encoder and decoder collapse to near-constant embeddings, which lower the loss at once.
+Affinities can be read off the image from the first step on, so they keep the embeddings apart.
 
-Most neighbours are alike, and an encoder that answers so everywhere is nearly always right. So those that differ, the
-borders, weigh as much together as those that are alike.
+Most neighbours are alike, and an encoder that predicts so everywhere is nearly always right. So the pairs that differ,
+the borders, weigh as much together as those that are alike.
 """
 
 from torch import Tensor, nn
@@ -21,9 +21,9 @@ DISTANCES = (1, 3, 8, 20)
 class AffinityHead(nn.Conv2d):
     """A linear read-out of the embedding, which is thrown away after training.
 
-    For each cell it answers whether it lies in an object, and then for each of `DISTANCES` whether the cell so far
+    For each cell it predicts whether it lies in an object, and then for each of `DISTANCES` whether the cell so far
     below, and so far to the right, lies in the same one: logits, B x 9 x 4g x 4g.
-    It begins with no opinion, so that a new one does not unsettle an encoder that has learnt already.
+    Its weights start at zero, so that a new head does not disturb an encoder that is trained already.
     """
 
     def __init__(self, channels: int):
@@ -35,17 +35,17 @@ class AffinityHead(nn.Conv2d):
         return F.pixel_shuffle(super().forward(embeddings), CELLS_PER_TOKEN)
 
 
-def affinity_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy of each image, B: the mean over the questions.
+def compute_affinity_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy of each image, B: the mean over the channels.
 
-    Whether a cell lies in an object is asked of all cells; whether two lie in the same one, where one of them lies in
-    any, and there the pairs that do and the pairs that do not weigh as much, however many they are. Cells in the
-    padding or in a crowd are asked nothing.
+    Whether a cell lies in an object counts for all cells; whether two lie in the same one, where one of them lies in
+    any, and there the pairs that do and the pairs that do not weigh the same, however many they are. Cells in the
+    padding or in a crowd do not count.
 
     Long-range affinities as a task beside segmentation: arXiv 1706.00120.
 
     Args:
-        logits: B x 9 x 4g x 4g, as `AffinityHead` answers.
+        logits: B x 9 x 4g x 4g, as `AffinityHead` predicts.
         labels: B x 4g x 4g, as `label_cells` numbers objects.
     """
     losses = [_mean_where(_cross_entropy(logits[:, 0], labels > BACKGROUND), labels >= BACKGROUND)]
@@ -70,5 +70,5 @@ def _cross_entropy(logits: Tensor, truth: Tensor) -> Tensor:
 
 
 def _mean_where(losses: Tensor, counts: Tensor) -> Tensor:
-    """Return each image's mean over the places that count, B; 0 where there are none."""
+    """Return each image's mean over the cells that count, B; 0 where there are none."""
     return (losses * counts).sum(dim=(1, 2)) / counts.sum(dim=(1, 2)).clamp(min=1)
