@@ -40,11 +40,15 @@ demo: setup
 weights: setup
 	$(RUN) -m recipes.builtin_weights.make --out_dir weights
 
-test: setup
-	$(RUN) -m pytest -q
+# A process a core; one that is done takes half of what another still has to do.
+PYTEST := $(RUN) -m pytest -q -n auto --maxprocesses 4 --dist worksteal --durations 10
 
+test: setup
+	$(PYTEST)
+
+# About twenty minutes on two cores.
 test-slow: setup
-	$(RUN) -m pytest -q -m slow
+	$(PYTEST) -m slow
 
 # Kills, signals, full disks, broken files: about twenty minutes of one core, and longer beside other work.
 faults: setup

@@ -114,7 +114,7 @@ class Zoo:
         assert "Traceback" not in captured.err
         return Outcome(code, captured.out, captured.err, self._read_report())
 
-    def check_apart(self, *flags: str, text: str | bytes | None = None, seconds: float = 60) -> Outcome:
+    def check_apart(self, *flags: str, text: str | bytes | None = None, seconds: float = 300) -> Outcome:
         """The same in a process of its own that may not take much memory or time."""
         self.write(text)
         done = subprocess.run(

@@ -2,20 +2,24 @@
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import resource
+import subprocess
 from pathlib import Path
 
 # Threads of several processes on two cores wait for each other: tests of 1 s took 40 s. Read when torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import jsonargparse
 import numpy as np
 import pytest
 import torch
 from conformance_zoo import Zoo
 from segment_anything.modeling import Sam
 
+from finestsam import cli
 from finestsam.cli import main
 from finestsam.config import DatasetConfig
 from finestsam.data.read import read_training_set
@@ -31,6 +35,7 @@ FROM_SCRATCH = [
     "--model_layer.freeze.prompt_encoder=false",
     "--opt.learning_rate=1e-3",
     "--precision=32-true",  # what should be the same is, on every processor, but for rounding
+    "--generator.points_per_side=4",  # 16 points for each validation image in place of 1280
 ]
 
 
@@ -83,10 +88,52 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("FINESTSAM_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_parser():
+    """Build the parser of the command line once for all commands, each of which finds it as it was built.
+
+    Of a command that reads a few annotations, parsing takes nine tenths of the time, half of that to look for the
+    action of each setting among all others: what was found is remembered.
+    """
+    parser = cli._build_parser()
+    parser.parse_args([])  # which adds an action of its own, once
+    built, defaults = dict(vars(parser)), [action.default for action in parser._actions]
+    find = jsonargparse._subcommands.find_action_and_subcommand
+    remember = functools.cache(lambda dest, exclude: find(parser, dest, exclude))
+
+    def restore():
+        vars(parser).clear()
+        vars(parser).update(built)
+        for action, default in zip(parser._actions, defaults, strict=True):
+            action.default = default
+        return parser
+
+    def find_action(asked, dest, exclude=None):
+        return remember(dest, exclude) if asked is parser else find(asked, dest, exclude)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(cli, "_build_parser", restore)
+        for module in (jsonargparse._core, jsonargparse._subcommands):
+            patched.setattr(module, find.__name__, find_action, raising=False)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_curves(request, monkeypatch):
+    """Plot no curves in tests that train, half of whose time they take; runs of module fixtures have them."""
+    if request.path.parent.name in ("training", "evaluation"):
+        monkeypatch.setattr("finestsam.training.train.plot_curves", lambda *_: [])
+
+
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory) -> Path:
-    """A dataset of six drawn scenes in finestSAM's auto-split layout."""
-    return write_scenes(tmp_path_factory.mktemp("scenes"), count=6, seed=1, size=(96, 96))
+    """A dataset of six drawn scenes in finestSAM's auto-split layout; of 15 to 31 objects every third is annotated."""
+    root = write_scenes(tmp_path_factory.mktemp("scenes"), count=6, seed=1, size=(96, 96))
+    path = root / "data" / "annotations.json"
+    content = json.loads(path.read_text())
+    content["annotations"] = content["annotations"][::3]
+    path.write_text(json.dumps(content))
+    return root
 
 
 @pytest.fixture(scope="session")
@@ -154,3 +201,8 @@ def run_evaluation(scenes: Path, folder: Path, *flags: str) -> dict:
     arguments += ["--model.checkpoint=none", "--device=cpu", "--num_workers=0", "--generator.points_per_side=4"]
     assert main([*arguments, "--seed_device=0", *flags]) == 0
     return json.loads((folder / "evaluation.json").read_text())
+
+
+def wait_for_epoch(process: subprocess.Popen) -> None:
+    """Return when a run in another process has printed its first epoch."""
+    assert any(line.startswith("epoch 1/") for line in iter(process.stdout.readline, "")), process.stderr.read()

@@ -210,7 +210,7 @@ class Numbers(list):
     def __getitem__(self, key): return None
 print(len(list(build_validation_loader(Numbers([1, 2, 3]), num_workers=2))))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
 
     assert done.stdout.split() == ["5050", "3"], done.stderr
 

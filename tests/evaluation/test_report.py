@@ -193,7 +193,7 @@ def test_masks_can_be_hidden_and_images_zoomed_in_a_browser(page, tmp_path):
         [*command, "--virtual-time-budget=3000", "--dump-dom", trial.as_uri()],
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=300,
     )
 
     title = re.search("<title>(.*?)</title>", found.stdout).group(1)

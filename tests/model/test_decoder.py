@@ -68,7 +68,7 @@ def measure_error(found, exact):
 
 @pytest.mark.parametrize("chunk", [1, 2, COUNT])
 @pytest.mark.parametrize("multimask_output", [True, False])
-@pytest.mark.parametrize("kinds", [{"points"}, {"boxes"}, {"points", "boxes", "masks"}, {"masks"}], ids=str)
+@pytest.mark.parametrize("kinds", [["points"], ["boxes"], ["points", "boxes", "masks"], ["masks"]], ids=" ".join)
 def test_outputs_are_those_of_segment_anything(sam, monkeypatch, kinds, multimask_output, chunk):
     embedding, prompts = torch.randn(1, 32, 4, 4), make_prompts(kinds)
 

@@ -155,7 +155,7 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next(mixed, tmp_path):
         main(["--mode=convert", "--dataset={mixed}", "--out_dir={tmp_path / "out"}"])
     """
     (tmp_path / ".out.4194303.part").mkdir()  # somebody else's
-    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], timeout=60, capture_output=True)
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], timeout=300, capture_output=True)
     assert killed.returncode == -signal.SIGKILL
     assert len(list(tmp_path.iterdir())) == 4
 

@@ -1,5 +1,4 @@
 import os
-import time
 
 import pytest
 
@@ -60,7 +59,6 @@ def test_only_regular_files_of_a_bounded_size_are_opened(tmp_path):
     (tmp_path / "long.yaml").write_bytes(b" " * (MAX_FILE_BYTES + 1))
     (tmp_path / "latin.yaml").write_bytes(b"a: \xe9")
     (tmp_path / "marked.yaml").write_bytes(b"\xef\xbb\xbfa: 1")
-    start = time.monotonic()
 
     for name, message in (
         ("pipe", "not a regular file"), ("zero", "not a regular file"), ("long", "1,000,001 bytes, expected at most"),
@@ -70,4 +68,3 @@ def test_only_regular_files_of_a_bounded_size_are_opened(tmp_path):
             read_yaml(tmp_path / f"{name}.yaml")
 
     assert read_yaml(tmp_path / "marked.yaml") == {"a": 1}
-    assert time.monotonic() - start < 60

@@ -20,7 +20,7 @@ def run(command: str, scenes: Path, folder: Path, **environment: str) -> subproc
     )
     variables = os.environ | {"CHECK": check, "PYTHONPATH": str(ROOT)} | environment
     return subprocess.run(
-        ["bash", "-o", "pipefail", "-c", command], env=variables, capture_output=True, timeout=120, cwd=folder
+        ["bash", "-o", "pipefail", "-c", command], env=variables, capture_output=True, timeout=300, cwd=folder
     )
 
 

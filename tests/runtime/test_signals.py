@@ -165,7 +165,7 @@ def test_the_second_signal_ends_a_command_even_within_its_cleaning_up():
     assert process.stdout.readline() == "cleaning\n"
     process.send_signal(signal.SIGINT)
 
-    _, error = process.communicate(timeout=10)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == -signal.SIGINT
     assert error == ""
 
@@ -197,7 +197,7 @@ CLOSES_ITS_TERMINAL = """
 def test_a_closed_terminal_lets_the_work_be_saved(tmp_path):
     process = run_script(CLOSES_ITS_TERMINAL, tmp_path / "saved")
 
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=300)
 
     assert (process.returncode, error) == (129, "")
     assert (tmp_path / "saved").read_text() == "saved"
@@ -226,7 +226,7 @@ def list_processes(session: int) -> list[int]:
     return found
 
 
-def wait_for_end(session: int, seconds: float = 10) -> list[int]:
+def wait_for_end(session: int, seconds: float = 60) -> list[int]:
     deadline = time.monotonic() + seconds
     while list_processes(session) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -264,7 +264,7 @@ def test_no_process_outlives_the_one_that_started_it(number, to_group):
     assert len(list_processes(process.pid)) >= 2
 
     (os.killpg if to_group else os.kill)(process.pid, number)
-    _, error = process.communicate(timeout=30)
+    _, error = process.communicate(timeout=300)
 
     assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
     assert error == ""

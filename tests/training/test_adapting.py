@@ -84,8 +84,14 @@ def base(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("multimask_output", "image_size"), [(True, 64), (False, 96)])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("way", "multimask_output", "image_size"),
+    [(way, True, 64) for way in WAYS]
+    + [
+        pytest.param(way, False, 96, marks=[] if way in ("decoder", "classes, lora alone") else pytest.mark.slow)
+        for way in WAYS
+    ],
+)
 def test_the_files_give_the_outputs_of_the_trained_model(scenes, tmp_path, base, way, multimask_output, image_size):
     values = WAYS[way] | {"multimask_output": multimask_output, "model.image_size": image_size}
     flags = [f"--model.checkpoint={base}", *as_flags(values), *BRIEF]
@@ -112,7 +118,11 @@ def test_the_files_give_the_outputs_of_the_trained_model(scenes, tmp_path, base,
         torch.testing.assert_close(output(loaded.model), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", ["lora", "lora below a whole block", "biases", "slower below", "classes"])
+@pytest.mark.parametrize(
+    "way",
+    ["lora", "slower below"]
+    + [pytest.param(way, marks=pytest.mark.slow) for way in ("lora below a whole block", "biases", "classes")],
+)
 def test_a_run_goes_on_exactly(scenes, tmp_path, base, way):
     flags = [f"--model.checkpoint={base}", *as_flags(WAYS[way]), *BRIEF]
     whole = run_training(scenes, tmp_path / "whole", *flags, "--max_steps=4")

@@ -66,6 +66,7 @@ def read_bytes(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+@pytest.mark.slow  # at the size of the built-in weights: in the smallest model the memory of a step is nothing
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures as Linux does")
 def test_the_estimate_is_within_a_factor_of_two_of_what_a_step_takes(scenes):
     script = STEP.format(paths=[str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)], scenes=str(scenes))

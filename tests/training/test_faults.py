@@ -88,11 +88,11 @@ TRAIN, VALIDATION = "finestsam.training.train.", "finestsam.training.validation.
 @pytest.mark.parametrize(
     ("place", "call", "number"),
     [
-        (VALIDATION + "score_batches", 1, signal.SIGINT),
+        pytest.param(VALIDATION + "score_batches", 1, signal.SIGINT, marks=pytest.mark.slow),
         (VALIDATION + "find_candidates", 1, signal.SIGTERM),
         (TRAIN + "_count_step", 2, signal.SIGUSR1),
-        (VALIDATION + "score_batches", 2, signal.SIGTERM),
-        (VALIDATION + "find_candidates", 2, signal.SIGINT),
+        pytest.param(VALIDATION + "score_batches", 2, signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(VALIDATION + "find_candidates", 2, signal.SIGINT, marks=pytest.mark.slow),
         (VALIDATION + "tune", 3, signal.SIGTERM),
         (TRAIN + "save_last", 2, signal.SIGINT),
     ],
@@ -395,10 +395,15 @@ def test_a_validation_that_does_not_fit_into_the_memory_loses_no_epoch(scenes, w
     assert_same_run(whole, tmp_path / "run")
 
 
+@pytest.fixture(scope="module")
+def first_step(scenes, tmp_path_factory) -> Path:
+    return run_training(scenes, tmp_path_factory.mktemp("sav"), "--run_name=run", *FLAGS, "--max_steps=1")
+
+
 @pytest.fixture
-def stopped(scenes, tmp_path) -> Path:
+def stopped(first_step, tmp_path) -> Path:
     """The folder of runs with one that was stopped after its first step."""
-    assert start(scenes, tmp_path, "--max_steps=1") == 0
+    shutil.copytree(first_step, tmp_path / "run")
     return tmp_path
 
 

@@ -126,7 +126,7 @@ def test_drawing_leaves_pyplot_and_the_settings_of_a_notebook_alone(tmp_path):
         "from finestsam.training.plots import plot_curves; plot_curves([], Path(sys.argv[1]));"
         "assert 'matplotlib.pyplot' not in sys.modules; assert [*dict.items(matplotlib.rcParams)] == before"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
 
 

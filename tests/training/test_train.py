@@ -7,13 +7,12 @@ import multiprocessing
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import FROM_SCRATCH, run_training
+from conftest import FROM_SCRATCH, run_training, wait_for_epoch
 
 from finestsam.cli import main
 from finestsam.config import GENERATOR_DEFAULTS, build_config
@@ -109,7 +108,7 @@ def test_the_settings_of_a_run_repeat_it(finished, tmp_path):
         (2, []),
         (5, ["--prompts.use_logits=true"]),
         (3, ["--sched.type=ReduceLROnPlateau"]),
-        (2, ["--dataset.prompts_per_object=2", "--prompts.correction_clicks=2"]),
+        pytest.param(2, ["--dataset.prompts_per_object=2", "--prompts.correction_clicks=2"], marks=pytest.mark.slow),
         (2, ["--precision=16-mixed"]),
     ],
     ids=[
@@ -223,9 +222,8 @@ def test_evaluation_gives_the_figures_of_validation(scenes, finished, tmp_path, 
     pairs = {"point/iou": "per_mask_iou", "point/boundary_iou": "boundary_iou", "box/iou": "box_iou"}
     pairs |= {"box/boundary_iou": "box_boundary_iou", "clicks/iou_1": "clicks_iou_1", "clicks/iou_8": "clicks_iou_8"}
     for name, validated in pairs.items():
-        # Other chunks round otherwise, and a click more or less at a border moves the next one.
-        tolerance = 1e-4 if "clicks" in name else 1e-5
-        assert figures[name] == pytest.approx(card["metrics"][f"val_{validated}"], abs=tolerance), name
+        # Other chunks round otherwise: a pixel more or less at a border, which can move the next click.
+        assert figures[name] == pytest.approx(card["metrics"][f"val_{validated}"], abs=1e-4), name
     assert 0 <= figures["box/iou"] <= figures["box/best_iou"] <= 1
 
 
@@ -236,15 +234,13 @@ def start_command(scenes: Path, folder: Path, *flags: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_stops_and_the_run_can_be_continued(scenes, tmp_path, number):
     process = start_command(scenes, tmp_path, "--num_epochs=100000", "--eval_interval=0", "--run_name=run")
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "last.ckpt").is_file() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_for_epoch(process)
 
     process.send_signal(number)
-    out, error = process.communicate(timeout=60)
+    out, error = process.communicate(timeout=300)
 
     assert process.returncode == 128 + number
     assert "to go on: --mode train --resume" in out
@@ -255,26 +251,34 @@ def test_a_signal_saves_and_stops_and_the_run_can_be_continued(scenes, tmp_path,
     assert main([*flags, "--num_workers=0"]) == 0
 
 
+def slow(*flags: str) -> object:
+    return pytest.param(list(flags), marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     "flags",
     [
         [],
-        ["--task=semantic"],
-        ["--model_layer.freeze.image_encoder=true", "--prompts.use_boxes=true"],
-        ["--model_layer.freeze.image_encoder=true", "--model_layer.lora.rank=2", "--model_layer.thaw.norms=true"],
-        ["--prompts.use_boxes=true", "--prompts.mix=true", "--dataset.background_points=6", "--evaluate.all_prompts"],
-        [
+        slow("--task=semantic"),
+        slow("--model_layer.freeze.image_encoder=true", "--prompts.use_boxes=true"),
+        slow("--model_layer.freeze.image_encoder=true", "--model_layer.lora.rank=2", "--model_layer.thaw.norms=true"),
+        slow(
+            "--prompts.use_boxes=true",
+            "--prompts.mix=true",
+            "--dataset.background_points=6",
+            "--evaluate.all_prompts",
+        ),
+        slow(
             "--prompts.use_points=false",
             "--prompts.use_boxes=true",
             "--prompts.correction_clicks=1",
             "--prompts.correction_share=0.3",
-        ],
+        ),
     ],
 )
 def test_two_processes_learn_what_one_learns_at_the_same_global_batch(scenes, tmp_path, flags):
     flags = ["--num_epochs=2", "--dataset.val_size=0.5", *flags]  # 3 images a side: shares are never equal
-    one = start_command(scenes, tmp_path, "--run_name=one", "--batch_size=2", *flags)
-    assert one.wait(timeout=300) == 0, one.stderr.read()
+    run_training(scenes, tmp_path, "--run_name=one", "--batch_size=2", *flags)
     two = start_command(scenes, tmp_path, "--run_name=two", "--batch_size=1", "--num_devices=2", *flags)
     assert two.wait(timeout=300) == 0, two.stderr.read()
 

@@ -342,7 +342,7 @@ def test_case_68_what_is_no_regular_file_is_skipped_and_never_waited_for(zoo, ki
     make[kind]()
     zoo.content["images"].append({"id": 3, "file_name": "c.jpg", "width": WIDTH, "height": HEIGHT})
 
-    outcome = zoo.check_apart(seconds=30)
+    outcome = zoo.check_apart()
 
     assert outcome.skipped_images["c.jpg"] in ("missing_file", "outside_dataset")
     assert outcome.usable == SOUND
