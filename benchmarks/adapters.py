@@ -22,7 +22,6 @@ ADAPTERS = {
     "LoRA alone, in the attention of encoder and decoder": [
         *LORA, "--model_layer.freeze.mask_decoder=true", "--model_layer.lora.decoder=attention",
     ],
-    "mask decoder, the encoder's norms": [FROZEN, "--model_layer.thaw.norms=true"],
     "mask decoder, the encoder's last 2 blocks": [FROZEN, "--model_layer.thaw.blocks=2"],
     "mask decoder and image encoder": ["--model_layer.freeze.image_encoder=false"],
 }  # fmt: skip

@@ -30,7 +30,7 @@ CHOICES = {
     "loss at the input's size": ["--losses.resolution", "input"],
     "frozen image encoder": ["--model_layer.freeze.image_encoder", "true"],
     "LoRA of rank 8": ["--model_layer.freeze.image_encoder", "true", "--model_layer.lora.rank", "8"],
-    "flips": ["--augment.flip_horizontal", "0.5", "--augment.flip_vertical", "0.5"],
+    "flips": ["--augment.orientations", "all"],
 }
 FIGURES = {
     "AP": "val_generator_ap",
@@ -107,7 +107,7 @@ def compare_searches(given: argparse.Namespace, folder: Path) -> None:
         run_process(
             ["-m", "finestsam", "--mode", "evaluate", "--dataset", str(given.dataset.resolve()),
              "--model.checkpoint", str(folder / f"{BASE}-0" / "best.pth"), "--out_dir", str(out),
-             "--evaluate.against", "none", "--evaluate.clicks", "0", "--evaluate.background_points", "0",
+             "--evaluate.against", "none", "--evaluate.clicks", "0",
              "--evaluate.search", str(bool(searched)).lower(), *fixed]
         )  # fmt: skip
         figures = json.loads((out / "evaluation.json").read_text())

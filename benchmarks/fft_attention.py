@@ -4,8 +4,8 @@
 
 First, one global attention layer of vit_b's width, with projections, at 1 024, 4 096 and 16 384 tokens. Then vit_b's
 encoder with one image of 1024 pixels. Every measurement is its own process, the variants take turns, and all keep
-freed memory, as finestsam does (`keep_memory`). Seconds are CPU seconds, so that other work on the machine counts less.
-Memory is the peak minus the memory before the measurement. A variant that needs more memory than is free is skipped.
+freed memory, as finestsam does. Seconds are CPU seconds, so that other work on the machine counts less. Memory is the
+peak minus the memory before the measurement. A variant that needs more memory than is free is skipped.
 """
 
 import argparse

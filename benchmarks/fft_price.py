@@ -24,7 +24,7 @@ FIGURES = {
 WARMUP_STEPS = 20
 FLAGS = (
     "--model.type=vit_tiny", "--model_layer.freeze.image_encoder=false", "--opt.learning_rate=2e-4",
-    "--losses.resolution=low", "--dataset.max_objects=16", "--dataset.val_size=0.25", "--augment.flip_horizontal=0.5",
+    "--losses.resolution=low", "--dataset.max_objects=16", "--dataset.val_size=0.25", "--augment.orientations=mirrored",
     "--sched.LambdaLR.steps=[]",
     "--evaluate.generator=false", "--eval_interval=0", "--num_epochs=100000", "--num_workers=0", "--device=cpu",
 )  # fmt: skip

@@ -71,7 +71,7 @@ def time_prediction(dataset: Path, flags: list[str], folder: Path) -> str:
     """Return the seconds that `--mode predict` takes for an image, with reading and overlay, without the start."""
     records = read_evaluation_set(build_config({"dataset.path": str(dataset)}).dataset, "auto").val
     paths = [str(record.path) for record in records[:TIMED_IMAGES]]
-    command = ["-m", "finestsam", "--mode", "predict", "--store.enabled", "false", *flags]
+    command = ["-m", "finestsam", "--mode", "predict", "--store.max_gigabytes", "0", *flags]
     output = run_process([*command, "--input", *paths, "--out_dir", str(folder / "predicted")]).output
     return re.search(r"([0-9.]+) s an image", output)[1]
 

@@ -33,6 +33,7 @@ from finestsam.masks import decode_rle, describe_mask
 from finestsam.model.architectures import build_sam
 from finestsam.model.sam import FinestSam
 from finestsam.training.optim import build_optimizer, build_scheduler
+from finestsam.training.step import Stepper
 from finestsam.training.trainable import freeze_
 
 HEIGHT, WIDTH, OBJECTS = 480, 640, 10
@@ -149,7 +150,7 @@ def _train_plainly(config: Config, result: Path) -> None:
             loss = compute_losses(sam, embed(sam, sample), sample, config.losses, multimask_output=True)
             optimizer.zero_grad()
             loss.mean().backward()
-            torch.nn.utils.clip_grad_norm_(trained, config.opt.clip_norm)
+            torch.nn.utils.clip_grad_norm_(trained, Stepper.clip_norm)
             optimizer.step()
             scheduler.step()
             total += float(loss.detach().sum())

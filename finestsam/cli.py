@@ -15,6 +15,7 @@ from finestsam.config import (
     MODES,
     Config,
     build_config,
+    find_misfits,
     find_problems,
     flatten_config,
     list_choices,
@@ -23,6 +24,9 @@ from finestsam.config import (
 )
 from finestsam.errors import VALUE_ERRORS, Defect, UserError, printable
 from finestsam.model.card import read_card
+from finestsam.presets import choose_preset, list_preset_defaults, list_presets
+from finestsam.removed_settings import drop_removed, explain_removed
+from finestsam.runtime.hardware import Hardware, find_hardware
 from finestsam.runtime.plain_yaml import parse_yaml, read_yaml
 from finestsam.runtime.screen import prepare_screen
 from finestsam.runtime.signals import Interrupted, end_with_parent, watch_signals
@@ -32,6 +36,7 @@ SHORT_NAMES = {
     "--download": "--dataset.download",
     "--against": "--evaluate.against",
 }
+STATES = ("last.ckpt", "last.prev.ckpt")  # of a run, to continue it
 MAX_SHOWN_LETTERS = 200  # of a wrong value, in a message
 DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 DESCRIPTION = "Fine-tune Segment Anything on your labelled images, and find their objects in new ones."
@@ -46,7 +51,9 @@ USAGE = """
 
 
 def parse_command_line(arguments: list[str]) -> tuple[str, Config]:
-    """Return the mode and its settings. Later ones win: defaults, the file of --config or of the resumed run, flags.
+    """Return the mode and its settings.
+
+    Later ones win: defaults, those of the preset, the file of --config or of the resumed run, flags.
 
     Raises:
         UserError: with one line per problem.
@@ -71,12 +78,33 @@ def parse_command_line(arguments: list[str]) -> tuple[str, Config]:
 
 
 def _parse(parser: ArgumentParser, words: list[str]) -> Namespace:
-    """Parse the words. Some defaults depend on the model type and on the kind of labels."""
+    """Parse the words. Some defaults depend on the preset, on the kind of labels and on the prompts."""
     _refuse_endless(words)
     known = parser.parse_args([word for word in words if word.partition("=")[0] not in ("--print_config", "--help")])
     values = _flatten_namespace(known)
-    parser.set_defaults(list_derived_defaults(values | {"model.type": _find_type(values)}))
-    return parser.parse_args(words)
+    preset = _find_preset(values.pop("mode", None), values, wants_help="--help" in words)
+    parser.set_defaults({"preset": preset} | list_derived_defaults(values) | list_preset_defaults(preset, values))
+    parsed = parser.parse_args(words)
+    parsed["preset"] = preset
+    return parsed
+
+
+def _find_preset(mode: str | None, values: dict[str, Any], wants_help: bool) -> str:
+    """Return the name of the preset that training takes its defaults from; `auto` chooses by model and device.
+
+    Only torch knows the devices, and importing it takes seconds: help and wrong settings do not wait for it.
+    """
+    if mode != "train" or wants_help or find_misfits(mode, values):
+        return "none"
+    if values["preset"] != "auto":
+        return values["preset"]
+    return choose_preset(_find_type(values), lambda: _find_hardware(values))
+
+
+def _find_hardware(values: dict[str, Any]) -> Hardware:
+    if values["device"] not in ("auto", "gpu", "cuda"):
+        return Hardware(values["device"])
+    return find_hardware(values["num_devices"], values["num_nodes"])
 
 
 def _refuse_endless(words: list[str]) -> None:
@@ -185,6 +213,8 @@ def _describe(name: str, entry: dataclasses.Field) -> str:
     text += entry.metadata["help"]
     if entry.metadata["valid"]:
         text += f"; in {entry.metadata['valid']}"
+    if name == "preset":
+        text += "".join(f". {preset.name}: {preset.about}; {preset.list_settings()}" for preset in list_presets())
     return text.replace("%", "%%")
 
 
@@ -209,7 +239,8 @@ def _with_config_of_resumed_run(words: list[str]) -> list[str]:
     if resumed is None or _find_value(words, "--config") is not None or _find_value(words, "--mode") == "predict":
         return words
     folder = find_run(resumed, Path(_find_value(words, "--sav_dir") or Config.sav_dir))
-    return ["--config", str(folder / "config.yaml"), *words, "--resume", str(folder)]
+    # A run goes on with what its own file says, and one from before there were presets without any.
+    return ["--preset=none", "--config", str(folder / "config.yaml"), *words, "--resume", str(folder)]
 
 
 def _with_files_as_flags(words: list[str]) -> list[str]:
@@ -238,7 +269,17 @@ def _read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"--config {path}: expected names and values, got {type(content).__name__}")
     settings = flatten_config({str(name): value for name, value in content.items()})
+    if _is_of_run(path):
+        settings, problems = drop_removed(settings)
+        if problems:
+            raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
     return {_lengthen(f"--{name}").removeprefix("--"): value for name, value in settings.items()}
+
+
+def _is_of_run(path: Path) -> bool:
+    """Whether a file of settings is what a run has written of its own."""
+    beside = (path.parent / name for name in ("split.json", *STATES))
+    return path.name == "config.yaml" and any(other.exists() for other in beside)
 
 
 def find_run(name: str, sav_dir: Path) -> Path:
@@ -261,7 +302,7 @@ def find_run(name: str, sav_dir: Path) -> Path:
 
 def _find_newest_time(run: Path) -> float:
     """Return the time when a run was last saved, or when it began if it was never saved."""
-    paths = [run / name for name in ("last.ckpt", "last.prev.ckpt", "config.yaml")]
+    paths = [run / name for name in (*STATES, "config.yaml")]
     return max(path.stat().st_mtime for path in paths if path.exists())
 
 
@@ -312,7 +353,9 @@ def _diagnose_file(parser: ArgumentParser, path: Path) -> tuple[list[str], list[
     except ValueError as error:
         return [str(error)], []
     known = {name for name, _ in list_settings()} | {"mode"}
-    problems = [_unknown(f"{path}: unknown setting {name}", name) for name in settings if name not in known]
+    problems = [
+        _unknown(f"{path}: unknown setting {name}", name, place=f"{path}: ") for name in settings if name not in known
+    ]
     flags = [words for name, value in settings.items() if name in known and (words := _as_flag(name, value))]
     refused = _find_refused(parser, flags)
     problems += [f"{path}: {problem}" for problem in refused.values()]
@@ -382,7 +425,16 @@ def _group_words(words: list[str]) -> list[tuple[str, list[str]]]:
     return groups
 
 
-def _unknown(text: str, name: str, prefix: str = "") -> str:
+def _unknown(text: str, name: str, prefix: str = "", place: str = "") -> str:
+    """Return what to print of a name that is no setting's.
+
+    Args:
+        text: that it is unknown, with the name.
+        prefix: of names on the command line.
+        place: the beginning of a line about a file.
+    """
+    if removed := explain_removed(name):
+        return f"{place}{prefix}{removed}"
     known = [known_name for known_name, _ in list_settings()] + ["mode", "config", *(s[2:] for s in SHORT_NAMES)]
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not nearest:  # as for `--learning_rate`: a correct name without its section

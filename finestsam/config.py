@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 MODES = ("train", "predict", "evaluate", "check", "convert", "export")
+PRESETS = ("laptop", "colab", "gpu_24gb", "gpu_80gb", "multi_gpu")  # files of presets/
 
 
 def setting(default: Any, help: str, valid: str | None = None) -> Any:
@@ -75,34 +76,25 @@ class PromptsConfig:
     )
     correction_clicks: int = setting(
         0,
-        "clicks that correct the first masks in training, one after the other: each in the middle of the largest "
-        "error, together with the logits of the mask before, as annotators work and --mode evaluate measures. All "
-        "masks of an object share its weight; each click takes at least as long as the first prompt",
+        "clicks that correct the first masks on half of the training images, one after the other: each in the middle "
+        "of the largest error, together with the logits of the mask before, as annotators work and --mode evaluate "
+        "measures. All masks of an object share its weight; each click takes at least as long as the first prompt",
         "[0, 20]",
     )
-    correction_share: float = setting(
-        0.5,
-        "share of the training images that are corrected, sampled anew in every epoch; the others are prompted once",
-        "(0, 1]",
-    )
-    box_jitter_ratio: float = setting(0.1, "standard deviation of the noise on a box, as a share of its side", "[0, 1]")
-    box_jitter_max_pixels: float = setting(20.0, "largest noise on a side of a box, input pixels", "[0, inf)")
 
 
 @dataclass(frozen=True)
 class RatesConfig:
     image_encoder: float = setting(1.0, "learning rate of the image encoder, as a share of learning_rate", "(0, 1000]")
-    prompt_encoder: float = setting(1.0, "the same of the prompt encoder", "(0, 1000]")
-    mask_decoder: float = setting(1.0, "the same of the mask decoder", "(0, 1000]")
 
 
 @dataclass(frozen=True)
 class OptConfig:
-    learning_rate: float = setting(
-        4e-5, "peak learning rate of AdamW; vit_tiny: 2e-4; from scratch 1e-3 is a good start", "(0, 1]"
+    learning_rate: float = setting(4e-5, "peak learning rate of AdamW; from scratch 1e-3 is a good start", "(0, 1]")
+    head_learning_rate: float = setting(
+        1e-3, "peak learning rate of the head of --task classes and semantic, which starts from nothing", "(0, 1]"
     )
     weight_decay: float = setting(1e-4, "AdamW's weight decay; norms, biases and embeddings have none", "[0, 1]")
-    clip_norm: float = setting(1.0, "largest norm of the gradient, 0: no clipping", "[0, inf)")
     keep_original: float | Literal["auto"] = setting(
         0.0,
         "share of the weights that training started from in those that it ends with, so that the model forgets less of "
@@ -110,29 +102,20 @@ class OptConfig:
         "[0, 1]",
     )
     accumulate_batches: int = setting(1, "batches per optimizer step", "[1, inf)")
-    layer_decay: float = setting(
-        1.0,
-        "each block of the image encoder learns with this share of the rate of the block after it; 0.8 is usual where "
-        "all of a pretrained encoder trains",
-        "(0, 1]",
-    )
     rates: RatesConfig = section(RatesConfig)
 
 
 @dataclass(frozen=True)
 class LambdaLRConfig:
     decay_factor: float = setting(
-        10.0, "after the k-th entry of steps the rate is divided by this to the power k; vit_tiny: 4", "[1, inf)"
+        10.0, "after the k-th entry of steps the rate is divided by this to the power k", "[1, inf)"
     )
     steps: list[float] = setting(
         [],
-        "optimizer steps after which the rate decays, rising; those below 1 are shares of all steps: [0.6, 0.85]. "
-        "vit_tiny: [0.6, 0.85]",
+        "optimizer steps after which the rate decays, rising; those below 1 are shares of all steps: [0.6, 0.85]",
         "(0, inf)",
     )
-    warmup_steps: int = setting(
-        50, "optimizer steps of linear warm-up, whose first is above zero; vit_tiny: 20", "[0, inf)"
-    )
+    warmup_steps: int = setting(50, "optimizer steps of linear warm-up, whose first is above zero", "[0, inf)")
 
 
 @dataclass(frozen=True)
@@ -159,7 +142,6 @@ class LossesConfig:
     focal_ratio: float = setting(20.0, "weight of the focal loss", "[0, inf)")
     dice_ratio: float = setting(1.0, "weight of the Dice loss", "[0, inf)")
     iou_ratio: float = setting(1.0, "weight of the score head's squared error", "[0, inf)")
-    class_ratio: float = setting(1.0, "weight of the cross-entropy of classes, in --task classes", "[0, inf)")
     focal_alpha: float = setting(
         0.8, "share of the focal loss given to pixels inside; below 0: no balancing", "[-1, 1]"
     )
@@ -167,15 +149,13 @@ class LossesConfig:
     resolution: Literal["original", "input", "low"] = setting(
         "original",
         "frame of the loss: the file's pixels, the resized image's, or the decoder's own (a quarter of the input's "
-        "side: cheapest, but another gradient). vit_tiny: low",
+        "side: cheapest, but another gradient)",
     )
 
 
 @dataclass(frozen=True)
 class FreezeConfig:
-    image_encoder: bool = setting(
-        True, "keep the image encoder as it is; vit_tiny: false, unless parts of it are thawed or have additions"
-    )
+    image_encoder: bool = setting(True, "keep the image encoder as it is")
     prompt_encoder: bool = setting(True, "keep the prompt encoder as it is")
     mask_decoder: bool = setting(False, "keep the mask decoder as it is")
 
@@ -183,12 +163,6 @@ class FreezeConfig:
 @dataclass(frozen=True)
 class ThawConfig:
     blocks: int = setting(0, "train the last blocks of the frozen image encoder, and its neck", "[0, 64]")
-    norms: bool = setting(False, "train the norms of the frozen image encoder")
-    biases: bool = setting(False, "train the biases of the frozen image encoder")
-
-    @property
-    def thaws(self) -> bool:
-        return self.blocks > 0 or self.norms or self.biases
 
 
 @dataclass(frozen=True)
@@ -201,9 +175,6 @@ class LoraConfig:
     encoder: Literal["none", "attention", "all"] = setting(
         "attention",
         "layers of the image encoder's blocks that get one: qkv and projection of attention; all: the MLP's as well",
-    )
-    blocks: list[int] = setting(
-        [], "blocks of the image encoder that get them, counted from 0; default: all", "[0, 63]"
     )
     decoder: Literal["none", "attention", "all"] = setting(
         "none", "layers of the mask decoder's transformer that get one; with model_layer.freeze.mask_decoder true"
@@ -248,7 +219,7 @@ class ModelLayerConfig:
 
     @property
     def trains_encoder(self) -> bool:
-        return not self.freeze.image_encoder or self.thaw.thaws or self.lora.adapts_encoder
+        return not self.freeze.image_encoder or self.thaw.blocks > 0 or self.lora.adapts_encoder
 
 
 @dataclass(frozen=True)
@@ -268,8 +239,8 @@ class DatasetConfig:
         "complete",
         "complete: every object of an image is annotated, so a mask that fits no annotation is wrong: training teaches "
         "the score 0 where no object is, and thresholds and best weights are chosen by F1. partial: some objects are "
-        "not annotated: no background_points, thresholds and best weights are chosen by recall, semantic.unlabelled is "
-        "ignore",
+        "not annotated: no background_points, thresholds and best weights are chosen by recall, and in --task semantic "
+        "pixels of no object are neither trained on nor scored, where else they are background",
     )
     auto_split: bool | None = setting(
         None, "true: split data/; false: read train/ and val/; default: whichever of the two is there"
@@ -316,10 +287,9 @@ class DatasetConfig:
     snap_to_grid: bool = setting(
         True, "positive points lie on the generator's grid wherever the object covers any of it"
     )
-    min_area_pixels: float = setting(1.0, "objects of a smaller area in the input frame are left out", "[0, inf)")
     max_objects: int = setting(
         64,
-        "objects of an image in a training step, a random choice where there are more; 0: all; vit_tiny: 16",
+        "objects of an image in a training step, a random choice where there are more; 0: all",
         "[0, inf)",
     )
 
@@ -328,34 +298,31 @@ class DatasetConfig:
 class AugmentConfig:
     """How training images vary; each setting's default leaves them alone. Validation never varies them."""
 
-    flip_horizontal: float = setting(0.0, "probability that an image is mirrored, left to right", "[0, 1]")
-    flip_vertical: float = setting(0.0, "probability that an image is mirrored, top to bottom", "[0, 1]")
-    turn: float = setting(0.0, "probability that an image is turned, by 90, 180 or 270 degrees", "[0, 1]")
-    scale_min: float = setting(
-        1.0, "smallest size that an image is shown at: 0.5 fills half the side that the model sees", "[0.1, 1]"
-    )
-    scale_max: float = setting(
-        1.0, "largest size that an image is shown at: 2 shows a part of half its sides, twice as large", "[1, 10]"
+    orientations: Literal["upright", "mirrored", "all"] = setting(
+        "upright",
+        "mirrored: half of the images are mirrored, left to right; all: every one of the eight orientations is as "
+        "likely, for images without an upper side, such as maps and cells",
     )
     crop_min: float = setting(
         1.0, "smallest share of the image's area that a crop keeps, a little narrower or wider; 1: no crop", "(0, 1]"
     )
-    brightness: float = setting(0.0, "largest change of brightness: 0.2 multiplies it by 0.8 to 1.2", "[0, 1)")
-    contrast: float = setting(0.0, "largest change of contrast: 0.2 multiplies it by 0.8 to 1.2", "[0, 1)")
-    saturation: float = setting(0.0, "largest change of saturation: 0.2 multiplies it by 0.8 to 1.2", "[0, 1)")
-    hue: float = setting(0.0, "largest shift of hue, in turns of the colour circle", "[0, 0.5]")
+    light: float = setting(
+        0.0, "largest change of brightness and contrast: 0.2 multiplies each by 0.8 to 1.2", "[0, 1)"
+    )
+    colour: float = setting(
+        0.0, "largest change of saturation, as with light, and of hue: 0.5 turns the colour circle by a tenth", "[0, 1)"
+    )
     variants: int = setting(
         0, "variants of each image, which the epochs see in turn; 0: another one in each epoch", "[0, inf)"
     )
 
     @property
     def moves_pixels(self) -> bool:
-        resizes = (self.scale_min, self.scale_max, self.crop_min) != (1, 1, 1)
-        return resizes or max(self.flip_horizontal, self.flip_vertical, self.turn) > 0
+        return self.orientations != "upright" or self.crop_min < 1
 
     @property
     def is_active(self) -> bool:
-        return self.moves_pixels or max(self.brightness, self.contrast, self.saturation, self.hue) > 0
+        return self.moves_pixels or max(self.light, self.colour) > 0
 
 
 @dataclass(frozen=True)
@@ -411,10 +378,13 @@ GENERATOR_DEFAULTS = {
 
 @dataclass(frozen=True)
 class StoreConfig:
-    enabled: bool = setting(True, "keep a frozen image encoder's embedding of each image, so that it runs once")
+    """The store of the embeddings that a frozen image encoder computes, so that it runs once for each image."""
+
     folder: str | None = setting(None, "where; default: in the user's cache folder")
     max_gigabytes: float = setting(
-        20.0, "of the disk at most (2 MB an image at 1024 pixels); the least recently used go first", "[0, inf)"
+        20.0,
+        "of the disk at most (2 MB an image at 1024 pixels); the least recently used go first; 0: none is kept",
+        "[0, inf)",
     )
 
 
@@ -441,12 +411,6 @@ class EvaluateConfig:
         "in each validation of a training as well, ask for every object with a box, and correct the model on it with "
         "so many clicks: one more prediction for each object and click",
     )
-    background_points: int = setting(
-        32,
-        "points of the grid in each image where no object is, prompted with in --mode evaluate: where every object is "
-        "labelled the predicted IoU should be low there; 0: none",
-        "[0, 1024]",
-    )
     predictions: str | None = setting(
         None, "score this COCO results file, of any program, instead of the generator's masks of a model"
     )
@@ -471,43 +435,10 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
-class SemanticConfig:
-    """The semantic task: a class for each pixel. Classes are the dataset's categories and the background."""
-
-    unlabelled: Literal["background", "ignore"] = setting(
-        "background",
-        "what pixels of no object are; ignore: not trained on and not scored, for images that are partly labelled",
-    )
-    head_learning_rate: float = setting(
-        1e-3, "peak learning rate of the head, which starts from nothing; opt.learning_rate is the rest's", "(0, 1]"
-    )
-    cross_entropy_ratio: float = setting(1.0, "weight of the cross-entropy", "[0, inf)")
-    dice_ratio: float = setting(1.0, "weight of the Dice loss, the mean over an image's classes", "[0, inf)")
-
-
-@dataclass(frozen=True)
-class ClassesConfig:
-    """The task classes: masks with a category each, those of the dataset, or none, as no object."""
-
-    head_learning_rate: float = setting(
-        1e-3, "peak learning rate of the head, which starts from nothing; opt.learning_rate is the rest's", "(0, 1]"
-    )
-    balance: float = setting(
-        0.5,
-        "how much more rare categories count: the objects of one weigh as the number of them in training to the power "
-        "of minus this, all objects together as without. 0: all alike, 1: every category the same",
-        "[0, 1]",
-    )
-
-
-@dataclass(frozen=True)
 class CheckConfig:
-    samples: int = setting(12, "images drawn with masks and prompts on the contact sheet; 0: no sheet", "[0, 1000]")
-    points: Literal["grid", "center", "random", "box"] = setting(
-        "grid",
-        "the prompts on it: points of the generator's grid inside the object, its centre, any pixel inside, or its box",
+    samples: int = setting(
+        12, "images on the contact sheet, with masks and the points that training prompts with; 0: none", "[0, 1000]"
     )
-    point_count: int = setting(1, "points drawn for an object", "[1, 100]")
 
 
 @dataclass(frozen=True)
@@ -538,6 +469,11 @@ class Config:
         "what is trained: masks of objects; classes, masks with a category for each; or semantic, a class for each "
         "pixel; auto: masks, in predict and evaluate what the weights were trained for",
     )
+    preset: Literal["auto", "none", "laptop", "colab", "gpu_24gb", "gpu_80gb", "multi_gpu"] = setting(
+        "auto",
+        "defaults of training for a machine or a model, which every setting that is given overrides; auto: by the "
+        "model and the device; none: none",
+    )
     device: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"] = setting("auto", "hardware; tpu is passed on, untried")
     num_devices: int | list[int] | Literal["auto"] = setting("auto", "how many devices, or which ones: [0, 2]")
     num_nodes: int = setting(1, "machines that train together", "[1, inf)")
@@ -549,21 +485,6 @@ class Config:
     )
     seed_device: int | None = setting(
         1337, "seed of everything drawn by chance; null: another one each time", "[0, 4294967295]"
-    )
-    compile: bool = setting(
-        False,
-        "compile the image encoder with torch.compile: a minute or more at the start, and for every new batch size; on "
-        "a CPU it needs a C++ compiler",
-    )
-    keep_memory: bool = setting(
-        True,
-        "on a CPU with glibc, keep freed memory for the next tensor instead of handing it back to the system and "
-        "having it cleared again: faster, and the process holds its peak until it ends",
-    )
-    flush_denormals: bool = setting(
-        True,
-        "on a CPU, take numbers below 1.2e-38 for zero: the attention of trained weights is full of them, and Intel's "
-        "processors are slow with each",
     )
     sav_dir: str = setting("sav", "folder of the runs")
     run_name: str | None = setting(None, "folder of this run below sav_dir; default: the time it started")
@@ -583,15 +504,15 @@ class Config:
     correct_scores: bool = setting(
         False, "report scores as corrected by the map stored beside the weights, the IoU to be expected of them"
     )
-    opacity: float = setting(0.6, "of the masks laid over the image, 0 invisible, 1 solid", "[0, 1]")
+    opacity: float = setting(0.9, "of the masks laid over the image, 0 invisible, 1 solid", "[0, 1]")
 
     model: ModelConfig = section(ModelConfig)
     seed_dataloader: int | None = setting(None, "seed of order and prompts; default: seed_device", "[0, inf)")
     batch_size: int = setting(1, "images per step and device", "[1, inf)")
     num_workers: int = setting(2, "processes that read images ahead; 0: none", "[0, inf)")
-    num_epochs: int = setting(30, "times that every image is seen; vit_tiny: 12", "[1, inf)")
+    num_epochs: int = setting(30, "times that every image is seen", "[1, inf)")
     max_steps: int = setting(0, "stop after this many optimizer steps even so; 0: never", "[0, inf)")
-    eval_interval: int = setting(1, "epochs between validations, vit_tiny: 12; 0: only before and after", "[0, inf)")
+    eval_interval: int = setting(1, "epochs between validations; 0: only before and after", "[0, inf)")
     early_stop_evaluations: int = setting(
         0, "stop after this many validations without a better one; 0: never", "[0, inf)"
     )
@@ -633,32 +554,15 @@ class Config:
     generator: GeneratorConfig = section(GeneratorConfig)
     store: StoreConfig = section(StoreConfig)
     evaluate: EvaluateConfig = section(EvaluateConfig)
-    semantic: SemanticConfig = section(SemanticConfig)
-    classes: ClassesConfig = section(ClassesConfig)
     check: CheckConfig = section(CheckConfig)
     convert: ConvertConfig = section(ConvertConfig)
     export: ExportConfig = section(ExportConfig)
-
-
-# Where the small model's defaults differ. Its weights are no foundation that training should not touch.
-TINY_DEFAULTS = {
-    "model_layer.freeze.image_encoder": False,
-    "opt.learning_rate": 2e-4,
-    "num_epochs": 12,
-    "eval_interval": 12,
-    "dataset.max_objects": 16,
-    "sched.LambdaLR.warmup_steps": 20,
-    "sched.LambdaLR.steps": [0.6, 0.85],
-    "sched.LambdaLR.decay_factor": 4.0,
-    "losses.resolution": "low",
-}
 
 
 # Where some objects are not annotated, a mask that fits no annotation is not known to be wrong.
 PARTIAL_LABELS_DEFAULTS = {
     "dataset.background_points": 0,
     "evaluate.goal": "recall",
-    "semantic.unlabelled": "ignore",
 }
 
 # Of models whose masks or pixels have classes.
@@ -666,21 +570,11 @@ HEADS_STAY = "no export format has a place for its head; --task masks exports th
 
 
 def list_derived_defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """Return {dotted name: value} of the defaults that follow from the model type, labels and prompts given here."""
+    """Return {dotted name: value} of the defaults that follow from the labels and prompts given here."""
     derived = dict(PARTIAL_LABELS_DEFAULTS) if values["dataset.labels"] == "partial" else {}
     if values["prompts.use_logits"]:  # the logits of the epoch before go with the prompts that gave them
         derived |= {"prompts.use_boxes": False, "prompts.mix": False}
-    return derived | _list_type_defaults(values)
-
-
-def _list_type_defaults(values: dict[str, Any]) -> dict[str, Any]:
-    if values["model.type"] != "vit_tiny":
-        return {}
-    keeps_encoder = values["model_layer.lora.rank"] > 0 or any(
-        values[f"model_layer.thaw.{part}"] for part in ("blocks", "norms", "biases")
-    )
-    kept = {"model_layer.freeze.image_encoder"} if keeps_encoder else set()
-    return {name: value for name, value in TINY_DEFAULTS.items() if name not in kept}
+    return derived
 
 
 def list_settings(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
@@ -724,14 +618,22 @@ def flatten_config(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def find_problems(mode: str, values: dict[str, Any]) -> list[str]:
     """Return every reason why these settings cannot work, one line each."""
+    problems = find_misfits(mode, values)
+    if mode == "train":
+        problems += _find_training_problems(build_config(values))
+    if mode == "evaluate":
+        problems += _find_storing_problems(build_config(values).evaluate)
+    return problems
+
+
+def find_misfits(mode: str, values: dict[str, Any]) -> list[str]:
+    """Return what is wrong with single settings, whatever the defaults of the others are, one line each."""
     problems = [
         f"{name} must lie in {entry.metadata['valid']}, got {value}"
         for name, entry in list_settings()
         for value in _list_numbers(values[name])
         if entry.metadata["valid"] and not lies_in(value, entry.metadata["valid"])
     ]
-    if mode == "train":
-        problems += _find_training_problems(build_config(values))
     if (
         mode in ("train", "evaluate", "check", "convert")
         and not values["dataset.path"]
@@ -747,8 +649,6 @@ def find_problems(mode: str, values: dict[str, Any]) -> list[str]:
         problems.append(f"--mode predict goes on in its --out_dir: --resume takes no value, got {values['resume']}")
     if mode == "predict" and not values["input"]:
         problems.append("--mode predict needs --input IMAGE, a folder or a pattern")
-    if mode == "evaluate":
-        problems += _find_storing_problems(build_config(values).evaluate)
     if mode == "export" and values["task"] in ("classes", "semantic"):
         problems.append(f"task {values['task']}: {HEADS_STAY}")
     return problems
@@ -778,14 +678,12 @@ def _find_training_problems(config: Config) -> list[str]:
         problems.append("dataset.prompts_per_object above 1 needs prompts.use_points: they differ in their points")
     if prompts.use_logits and config.augment.moves_pixels:
         problems.append(
-            "prompts.use_logits needs images that stay in place: leave augment.flip_horizontal, flip_vertical, "
-            "turn, scale_min, scale_max and crop_min as they are by default"
+            "prompts.use_logits needs images that stay in place: leave augment.orientations and crop_min as they are "
+            "by default"
         )
     if prompts.mix and prompts.use_logits:
         problems.append("prompts.mix changes an object's prompts, prompts.use_logits needs the logits of the last")
     has_head = config.task == "classes"
-    if has_head and losses.class_ratio == 0:
-        problems.append("no classes are learnt: losses.class_ratio is 0; --task masks trains masks alone")
     if not has_head and losses.focal_ratio == losses.dice_ratio == losses.iou_ratio == 0:
         problems.append("nothing is learnt: losses.focal_ratio, dice_ratio and iou_ratio are all 0")
     problems += _find_adapter_problems(config.model_layer, has_head)
@@ -794,8 +692,6 @@ def _find_training_problems(config: Config) -> list[str]:
 
 def _find_semantic_problems(config: Config) -> list[str]:
     problems = []
-    if config.semantic.cross_entropy_ratio == config.semantic.dice_ratio == 0:
-        problems.append("nothing is learnt: semantic.cross_entropy_ratio and semantic.dice_ratio are both 0")
     if config.opt.keep_original != 0:
         problems.append("opt.keep_original has no part in --task semantic, whose head starts from nothing; leave it 0")
     problems += _find_adapter_problems(config.model_layer, has_head=True)
@@ -820,7 +716,7 @@ def _find_adapter_problems(layers: ModelLayerConfig, has_head: bool) -> list[str
     trains = layers.trains_encoder or lora.adapts_decoder or has_head
     if freeze.prompt_encoder and freeze.mask_decoder and not trains:
         problems.append("nothing trains: model_layer.freeze holds image_encoder, prompt_encoder and mask_decoder")
-    if thaw.thaws and not freeze.image_encoder:
+    if thaw.blocks > 0 and not freeze.image_encoder:
         problems.append(
             "model_layer.thaw is for a frozen image encoder: it needs model_layer.freeze.image_encoder true"
         )

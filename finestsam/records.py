@@ -162,6 +162,7 @@ def _list_skipped(counts: Counter) -> str:
 
 
 UNNAMED_CATEGORY = "object"
+MIN_AREA_PIXELS = 1.0  # of the input frame: of a smaller object the model sees nothing
 
 
 @dataclass(slots=True)

@@ -10,9 +10,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "finestsam"
 # Lowest first. A room may import rooms of lower levels and its own.
 LEVELS = {
-    "__init__": 0, "errors": 0, "config": 0, "batch": 0, "runtime": 1, "masks": 1, "records": 2, "images": 2,
-    "formats": 3, "model": 3, "data": 4, "prediction": 5, "evaluation": 6, "tasks": 7, "export": 7, "training": 8,
-    "modes": 9, "cli": 10, "__main__": 11,
+    "__init__": 0, "errors": 0, "config": 0, "batch": 0, "removed_settings": 0, "runtime": 1, "masks": 1, "presets": 2,
+    "records": 2, "images": 2, "formats": 3, "model": 3, "data": 4, "prediction": 5, "evaluation": 6, "tasks": 7,
+    "export": 7, "training": 8, "modes": 9, "cli": 10, "__main__": 11,
 }  # fmt: skip
 # Where each library may be touched.
 LIBRARIES = {

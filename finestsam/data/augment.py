@@ -1,4 +1,4 @@
-"""Augmented variants of a training image: cropped, rotated, flipped, scaled down, recoloured.
+"""Augmented variants of a training image: cropped, rotated, mirrored, recoloured.
 
 A `View` describes one variant. It is sampled from a random generator and applied to the image and to its masks.
 Nothing is interpolated: every pixel of a variant, and of its masks, is a pixel of the plain image. The scale applies
@@ -15,23 +15,26 @@ from torchvision.transforms.v2 import functional as F
 
 from finestsam.config import AugmentConfig
 from finestsam.masks import box_to_rle, decode_rle, encode_mask, rle_box, shared_area
-from finestsam.records import Annotation, Record
+from finestsam.records import MIN_AREA_PIXELS, Annotation, Record
 
 # A crop's aspect ratio differs from the image's by at most this factor.
 MAX_ASPECT_CHANGE = 4 / 3
+# Share of the images that are rotated where any orientation is right. With mirroring, all eight orientations are
+# equally likely.
+TURNED_SHARE = 0.75
+# Largest shift of the hue, in turns of the colour circle, as a share of the largest change of saturation.
+HUE_SHARE = 0.2
 # An object with a smaller share of its pixels in the crop is left out: the rest is too little to recognise it.
 MIN_REMAINING_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class View:
-    """One variant: a window of the plain image, rotated, then flipped, then recoloured."""
+    """One variant: a window of the plain image, rotated, then mirrored, then recoloured."""
 
     window: tuple[int, int, int, int]  # x, y, width, height, pixels of the plain image
     quarter_turns: int = 0  # counter-clockwise
-    flip_horizontal: bool = False
-    flip_vertical: bool = False
-    scale: float = 1.0  # share of the model's side that the longest side fills, at most 1
+    is_mirrored: bool = False  # left to right
     brightness: float = 1.0  # factor
     contrast: float = 1.0  # factor
     saturation: float = 1.0  # factor
@@ -45,17 +48,13 @@ class View:
     def leaves_pixels(self, original_size: tuple[int, int]) -> bool:
         """Return whether every pixel of an image of (height, width) `original_size` stays at its position."""
         window = (0, 0, original_size[1], original_size[0])
-        return self.window == window and not (self.quarter_turns or self.flip_horizontal or self.flip_vertical)
+        return self.window == window and not (self.quarter_turns or self.is_mirrored)
 
     def meets(self, box: list[int]) -> bool:
         """Return whether the window overlaps a box, XYWH, of the plain image."""
         x, y, width, height = self.window
         left, top, box_width, box_height = box
         return left < x + width and x < left + box_width and top < y + height and y < top + box_height
-
-    def compute_input_side(self, image_size: int) -> int:
-        """Return the longest side in the input frame, in pixels, for a model of `image_size` pixels."""
-        return round(image_size * self.scale)
 
 
 @dataclass
@@ -81,52 +80,44 @@ def show_all(record: Record) -> tuple[View, np.ndarray]:
 
 
 def choose_view(
-    record: Record, augment: AugmentConfig, image_size: int, min_area_pixels: float, generator: np.random.Generator
+    record: Record, augment: AugmentConfig, image_size: int, generator: np.random.Generator
 ) -> tuple[View, np.ndarray]:
     """Sample the view of a variant. If it would show no object, the view shows the whole image instead.
-
-    Args:
-        min_area_pixels: an object with a smaller area in the input frame does not count as shown.
 
     Returns:
         The view, and the indices in `record.annotations` of the shown objects, ascending.
     """
     view = sample_view(augment, record.size, generator)
-    indices = find_shown(record, view, image_size, min_area_pixels)
+    indices = find_shown(record, view, image_size)
     if len(indices) == 0:
         whole, indices = show_all(record)
-        view = replace(view, window=whole.window, scale=whole.scale)
+        view = replace(view, window=whole.window)
     return view, indices
 
 
 def sample_view(augment: AugmentConfig, size: tuple[int, int], generator: np.random.Generator) -> View:
     """Sample a view of an image of (height, width) `size`."""
-    # Always 13 numbers: turning one augmentation on does not change the others.
-    mirror, upend, turn, angle, zoom, share, aspect, left, top, *colours = generator.random(13).tolist()
-    # Log-uniform: half the size is as likely as twice the size.
-    scale = augment.scale_min * (augment.scale_max / augment.scale_min) ** zoom
+    # Always 11 numbers: turning one augmentation on does not change the others.
+    mirror, turn, angle, share, aspect, left, top, *colours = generator.random(11).tolist()
     brightness, contrast, saturation, hue = (2 * number - 1 for number in colours)
     return View(
-        window=_choose_window(size, scale, augment.crop_min + (1 - augment.crop_min) * share, (aspect, left, top)),
-        quarter_turns=1 + int(3 * angle) if turn < augment.turn else 0,
-        flip_horizontal=mirror < augment.flip_horizontal,
-        flip_vertical=upend < augment.flip_vertical,
-        scale=min(scale, 1.0),
-        brightness=1 + augment.brightness * brightness,
-        contrast=1 + augment.contrast * contrast,
-        saturation=1 + augment.saturation * saturation,
-        hue=augment.hue * hue,
+        window=_choose_window(size, augment.crop_min + (1 - augment.crop_min) * share, (aspect, left, top)),
+        quarter_turns=1 + int(3 * angle) if augment.orientations == "all" and turn < TURNED_SHARE else 0,
+        is_mirrored=augment.orientations != "upright" and mirror < 0.5,
+        brightness=1 + augment.light * brightness,
+        contrast=1 + augment.light * contrast,
+        saturation=1 + augment.colour * saturation,
+        hue=HUE_SHARE * augment.colour * hue,
     )
 
 
 def _choose_window(
-    size: tuple[int, int], scale: float, share: float, numbers: tuple[float, float, float]
+    size: tuple[int, int], share: float, numbers: tuple[float, float, float]
 ) -> tuple[int, int, int, int]:
     """Return x, y, width, height of a window.
 
     Args:
-        scale: above 1, the window's sides are divided by it.
-        share: of the image's area, before this division.
+        share: of the image's area.
         numbers: random numbers in [0, 1) for the aspect ratio, the left and the top side.
     """
     aspect_number, left, top = numbers
@@ -134,21 +125,21 @@ def _choose_window(
     # A crop of nearly the whole image has little room for another aspect ratio.
     limit = min(MAX_ASPECT_CHANGE, 1 / share)
     aspect = limit ** (2 * aspect_number - 1)
-    window_width = max(1, round(width * math.sqrt(share * aspect) / max(scale, 1.0)))
-    window_height = max(1, round(height * math.sqrt(share / aspect) / max(scale, 1.0)))
+    window_width = max(1, round(width * math.sqrt(share * aspect)))
+    window_height = max(1, round(height * math.sqrt(share / aspect)))
     x, y = int(left * (width - window_width + 1)), int(top * (height - window_height + 1))
     return x, y, window_width, window_height
 
 
-def find_shown(record: Record, view: View, image_size: int, min_area_pixels: float) -> np.ndarray:
+def find_shown(record: Record, view: View, image_size: int) -> np.ndarray:
     """Return the indices in `record.annotations` of the objects that a view shows large enough, ascending."""
-    pixel_scale = view.compute_input_side(image_size) / max(view.size)
+    pixel_scale = image_size / max(view.size)
     if min(view.size) * pixel_scale < 0.5:  # too thin: the shorter side would round to 0
         return np.arange(0)
     shown, window = [], box_to_rle(list(view.window), record.size)
     for index, annotation in enumerate(record.annotations):
         area = shared_area(record.rle(annotation), window) if view.meets(annotation.box) else 0
-        if area >= MIN_REMAINING_SHARE * annotation.area and area * pixel_scale**2 >= min_area_pixels:
+        if area >= MIN_REMAINING_SHARE * annotation.area and area * pixel_scale**2 >= MIN_AREA_PIXELS:
             shown.append(index)
     return np.array(shown, dtype=np.int64)
 
@@ -173,11 +164,10 @@ def show_object(record: Record, annotation: Annotation, view: View) -> ShownObje
 
 
 def show(pixels: Tensor, view: View) -> Tensor:
-    """Return the view's window of ... x H x W pixels, rotated and flipped."""
+    """Return the view's window of ... x H x W pixels, rotated and mirrored."""
     x, y, width, height = view.window
     shown = torch.rot90(F.crop(pixels, y, x, height, width), view.quarter_turns, dims=(-2, -1))
-    shown = F.horizontal_flip(shown) if view.flip_horizontal else shown
-    return F.vertical_flip(shown) if view.flip_vertical else shown
+    return F.horizontal_flip(shown) if view.is_mirrored else shown
 
 
 def recolour(image: Tensor, view: View) -> Tensor:

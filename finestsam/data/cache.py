@@ -30,7 +30,7 @@ SECRET_NAME, SECRET_BYTES = "cache.key", 32
 # Settings that do not change how an image and its labels are read.
 UNREAD_SETTINGS = {
     "path", "auto_split", "seed", "val_size", "use_cache", "sav", "positive_points", "negative_points", "use_center",
-    "snap_to_grid", "min_area_pixels", "max_objects", "download", "download_images", "background_points", "labels",
+    "snap_to_grid", "max_objects", "download", "download_images", "background_points", "labels",
     "prompts_per_object",
 }  # fmt: skip
 

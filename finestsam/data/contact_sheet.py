@@ -6,13 +6,12 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from finestsam.config import CheckConfig, DatasetConfig
+from finestsam.config import DatasetConfig
 from finestsam.data.prompts import (
     POSITIVE,
     PointCounts,
     build_image_grid,
     cut_out,
-    find_center,
     find_grid_points_inside,
     sample_points,
 )
@@ -36,23 +35,22 @@ MOST_TINTED_SHARE = 0.25
 GOLDEN_TURN = 0.618034
 
 
-def render_contact_sheet(
-    records: list[Record], settings: CheckConfig, dataset: DatasetConfig, points_per_side: int
-) -> np.ndarray:
+def render_contact_sheet(records: list[Record], count: int, dataset: DatasetConfig, points_per_side: int) -> np.ndarray:
     """Return a sheet of randomly chosen images with masks and prompts, H x W x 3, uint8, RGB.
 
     Args:
+        count: of images, at most.
         points_per_side: of the generator's grid.
     """
-    shown = sorted(records, key=_rank)[: settings.samples]
+    shown = sorted(records, key=_rank)[:count]
     columns = max(1, round(math.sqrt(len(shown) * 1.5)))
     rows = math.ceil(len(shown) / columns)
     side = min(TILE_PIXELS, int(math.sqrt(MAX_SHEET_PIXELS / (rows * columns))) - CAPTION_PIXELS - MARGIN_PIXELS)
-    tiles = [_render_tile(record, settings, dataset, points_per_side, side) for record in shown]
+    tiles = [_render_tile(record, dataset, points_per_side, side) for record in shown]
     heights = [max(tile.height for tile in tiles[row * columns : (row + 1) * columns]) for row in range(rows)]
     width = max(columns * (side + MARGIN_PIXELS) + MARGIN_PIXELS, 560)
     sheet = Image.new("RGB", (width, LEGEND_PIXELS + sum(heights) + MARGIN_PIXELS * (rows + 1)), PAPER)
-    _render_legend(sheet, settings, dataset)
+    _render_legend(sheet, dataset)
     top = LEGEND_PIXELS + MARGIN_PIXELS
     for row in range(rows):
         for column, tile in enumerate(tiles[row * columns : (row + 1) * columns]):
@@ -62,19 +60,17 @@ def render_contact_sheet(
 
 
 def sample_prompts(
-    record: Record, annotation: Annotation, settings: CheckConfig, dataset: DatasetConfig, points_per_side: int
+    record: Record, annotation: Annotation, dataset: DatasetConfig, points_per_side: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the points that prompt for an object, P x 2, XY, pixels of the image, and their labels."""
     cutout = cut_out(decode_rle(record.rle(annotation)), annotation.box)
     generator = np.random.default_rng([dataset.seed, annotation.id & 0xFFFFFFFF])
     inside = None
-    if settings.points == "center":
-        return find_center(cutout)[None], np.array([POSITIVE])
-    if settings.points == "grid":
+    if dataset.snap_to_grid:
         # With scale 1 points are less than a pixel away from those of the model's input size.
         inside = find_grid_points_inside(cutout, build_image_grid(points_per_side, record.size), scale=1.0)
-    count = 0 if settings.points == "box" else settings.point_count
-    points, labels = sample_points(cutout, PointCounts(count, dataset.negative_points, False, inside), generator)
+    counts = PointCounts(dataset.positive_points, dataset.negative_points, dataset.use_center, inside)
+    points, labels = sample_points(cutout, counts, generator)
     return points[labels >= 0], labels[labels >= 0]
 
 
@@ -83,9 +79,7 @@ def _rank(record: Record) -> str:
     return hashlib.blake2b(record.file_name.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _render_tile(
-    record: Record, settings: CheckConfig, dataset: DatasetConfig, points_per_side: int, side: int
-) -> Image.Image:
+def _render_tile(record: Record, dataset: DatasetConfig, points_per_side: int, side: int) -> Image.Image:
     try:
         image = read_image(record.path, record.size, dataset.images)
         size = compute_input_size(record.size, side)
@@ -108,7 +102,7 @@ def _render_tile(
     pen = ImageDraw.Draw(tile)
     scale = size[1] / record.size[1]
     for annotation in annotations:
-        _render_object(pen, record, annotation, settings, dataset, points_per_side, scale)
+        _render_object(pen, record, annotation, dataset, points_per_side, scale)
     _render_caption(tile, record, size[0], len(annotations))
     return tile
 
@@ -133,15 +127,11 @@ def _render_object(
     pen: ImageDraw.ImageDraw,
     record: Record,
     annotation: Annotation,
-    settings: CheckConfig,
     dataset: DatasetConfig,
     points_per_side: int,
     scale: float,
 ) -> None:
-    if settings.points == "box":
-        x, y, width, height = (length * scale for length in annotation.box)
-        pen.rectangle((x, y, x + width, y + height), outline=INSIDE, width=2)
-    points, labels = sample_prompts(record, annotation, settings, dataset, points_per_side)
+    points, labels = sample_prompts(record, annotation, dataset, points_per_side)
     for (x, y), label in zip((points + 0.5) * scale, labels, strict=True):
         if label == POSITIVE:
             pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=INSIDE, outline=INK)
@@ -160,13 +150,13 @@ def _render_caption(tile: Image.Image, record: Record, top: int, rendered: int) 
     pen.text((2, top + 20), facts, GREY if top else INK, _load_font(13))
 
 
-def _render_legend(sheet: Image.Image, settings: CheckConfig, dataset: DatasetConfig) -> None:
-    prompts = {
-        "grid": "points of the generator's grid inside the object (its centre where none is)",
-        "center": "the centre, the pixel deepest inside",
-        "random": "any pixels inside",
-        "box": "the box",
-    }[settings.points]
+def _render_legend(sheet: Image.Image, dataset: DatasetConfig) -> None:
+    if dataset.snap_to_grid:
+        prompts = "points of the generator's grid inside the object (its centre where none is)"
+    else:
+        prompts = "pixels inside the object"
+    if dataset.use_center:
+        prompts += ", the first the one nearest to its centre" if dataset.snap_to_grid else ", the first its centre"
     negative = "; red: points outside" if dataset.negative_points else ""
     sheet_pen = ImageDraw.Draw(sheet)
     text = f"green: {prompts}{negative}; hatched: crowd regions, left out"

@@ -48,6 +48,8 @@ from finestsam.records import Annotation, Record
 # Purposes of the random streams. The purpose is the last number of a stream's seed, so the streams are independent.
 # No purpose is 0, because numpy ignores zeros at the end of a seed.
 CHOICE, VARIANT, POINTS, BOX, MASK, KIND, BACKGROUND, CORRECTION = range(1, 9)
+# Of the training images, chosen anew in each epoch; on the others one prompt is all, as the generator gives it.
+CORRECTED_SHARE = 0.5
 PROMPT_KINDS = ("use_points", "use_boxes", "use_masks")
 
 
@@ -64,6 +66,7 @@ class SampleSettings:
     augment: AugmentConfig = AugmentConfig()
     wants_cells: bool = False  # whether a sample gives the object of each cell of the decoder's grid
     classes: ClassTable | None = None  # for samples with a class for each cell and without prompts; None: with prompts
+    jitters_boxes: bool = True
     categories: ClassTable | None = None  # classes of the objects; None: samples have no classes
 
 
@@ -176,7 +179,7 @@ class SampleDataset(Dataset):
         return None if stored is None else torch.from_numpy(np.array(stored))
 
     def _compute_input_size(self, view: View) -> tuple[int, int]:
-        return compute_input_size(view.size, view.compute_input_side(self.settings.image_size))
+        return compute_input_size(view.size, self.settings.image_size)
 
     def _choose_view(self, record: Record, variant: int) -> tuple[View, np.ndarray]:
         """Return the view of a variant and the indices of the visible objects; the same in each epoch."""
@@ -184,7 +187,7 @@ class SampleDataset(Dataset):
             return show_all(record)
         settings = self.settings
         generator = self._open_stream(variant, record.image_id, VARIANT)
-        return choose_view(record, settings.augment, settings.image_size, settings.dataset.min_area_pixels, generator)
+        return choose_view(record, settings.augment, settings.image_size, generator)
 
     def _choose_objects(self, record: Record, indices: np.ndarray, epoch: int) -> np.ndarray:
         limit = self.settings.max_objects
@@ -228,7 +231,7 @@ class SampleDataset(Dataset):
         settings = self.settings.prompts
         if settings.correction_clicks == 0:
             return 0
-        is_corrected = self._open_stream(epoch, record.image_id, CORRECTION).random() < settings.correction_share
+        is_corrected = self._open_stream(epoch, record.image_id, CORRECTION).random() < CORRECTED_SHARE
         return settings.correction_clicks if is_corrected else 0
 
     def _sample_prompts(self, kinds: PromptsConfig, shown: ShownObject, frames: "_Frames", epoch: int) -> Prompts:
@@ -262,12 +265,11 @@ class SampleDataset(Dataset):
         return scale_points(points, frames.original_size, frames.input_size).astype(np.float32), labels
 
     def _sample_box(self, shown: ShownObject, frames: "_Frames", generator: np.random.Generator) -> np.ndarray:
-        """Return the box with noise, XYXY, input frame."""
-        settings = self.settings.prompts
+        """Return the box, XYXY, input frame; with noise where `jitters_boxes`."""
         x, y, width, height = shown.box
         corners = np.array([[x, y, x + width, y + height]], dtype=float)
         box = scale_boxes(corners, frames.original_size, frames.input_size)[0]
-        box = jitter_box(box, frames.input_size, settings.box_jitter_ratio, settings.box_jitter_max_pixels, generator)
+        box = jitter_box(box, frames.input_size, generator) if self.settings.jitters_boxes else box
         return box.astype(np.float32)
 
     def _sample_mask(self, shown: ShownObject, frames: "_Frames", generator: np.random.Generator) -> np.ndarray:

@@ -14,6 +14,9 @@ from finestsam.masks import distance_inside
 POSITIVE, NEGATIVE, MISSING = 1, 0, -1
 # Typical magnitude of SAM's logits inside an object. The decoder was trained with mask prompts of this magnitude.
 MASK_LOGIT = 6.0
+# The noise on a box, as in the SAM paper (arXiv 2304.02643, appendix A): its standard deviation as a share of the box's
+# side, and the largest, in pixels of the input frame.
+BOX_JITTER_RATIO, BOX_JITTER_MAX_PIXELS = 0.1, 20.0
 
 
 @dataclass(frozen=True)
@@ -171,20 +174,15 @@ def _sample_around(cutout: ObjectMask, count: int, generator: np.random.Generato
     return generator.integers(chosen[:, :2], chosen[:, 2:]).astype(np.float32)
 
 
-def jitter_box(
-    box: np.ndarray, size: tuple[int, int], ratio: float, max_pixels: float, generator: np.random.Generator
-) -> np.ndarray:
+def jitter_box(box: np.ndarray, size: tuple[int, int], generator: np.random.Generator) -> np.ndarray:
     """Add noise to each side of a box (XYXY). The box stays in the image and at least one pixel wide.
-
-    Source: the SAM paper (arXiv 2304.02643, appendix A): standard deviation 10 % of the side, at most 20 pixels.
 
     Args:
         size: (height, width) of the box's frame.
-        ratio: standard deviation of the noise, share of the box's width and height.
-        max_pixels: largest noise.
     """
     sides = np.array([box[2] - box[0], box[3] - box[1]] * 2)
-    noise = np.clip(generator.normal(size=4) * ratio * sides, -max_pixels, max_pixels)
+    noise = generator.normal(size=4) * BOX_JITTER_RATIO * sides
+    noise = np.clip(noise, -BOX_JITTER_MAX_PIXELS, BOX_JITTER_MAX_PIXELS)
     limits = np.array([size[1], size[0]] * 2)
     x0, y0, x1, y1 = np.clip(box + noise, 0, limits)
     if x1 - x0 < 1 or y1 - y0 < 1:

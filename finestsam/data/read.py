@@ -14,7 +14,7 @@ from finestsam.formats import coco, labelme, yolo
 from finestsam.formats import mask_images as mask_pairs
 from finestsam.formats.checked_image import CheckedImage, ImageJob
 from finestsam.formats.layouts import Layout, Part, find_layout
-from finestsam.records import Annotation, DatasetReport, Index, Record, merge_reports
+from finestsam.records import MIN_AREA_PIXELS, Annotation, DatasetReport, Index, Record, merge_reports
 from finestsam.runtime.processes import map_in_processes
 
 READERS = {"coco": coco, "labelme": labelme, "masks": mask_pairs, "yolo": yolo}
@@ -36,13 +36,13 @@ class LabelledSet:
         if self.report.defect_count:
             raise UserError("\n".join([f"--strict: {self.report.summarize()}", *self.report.list_examples()]))
 
-    def drop_vanishing(self, image_size: int, min_area_pixels: float) -> None:
+    def drop_vanishing(self, image_size: int) -> None:
         """Remove training objects that are too small if the longest side of an image is `image_size` pixels.
 
         Raises:
             UserError: nothing is left to train on.
         """
-        vanished = report_vanishing(self.train, image_size, min_area_pixels, self.report)
+        vanished = report_vanishing(self.train, image_size, self.report)
         gone = {id(annotation) for _, annotation in vanished}
         kept = [
             replace(record, annotations=[found for found in record.annotations if id(found) not in gone])
@@ -130,10 +130,8 @@ def refuse_unread(settings: DatasetConfig, count: int) -> None:
         raise UserError(f"dataset {settings.path}: none of its images can be read")
 
 
-def report_vanishing(
-    records: list[Record], image_size: int, min_area_pixels: float, report: DatasetReport
-) -> list[tuple[Record, Annotation]]:
-    """Return the annotations, each with its image, whose area in the input frame is below `min_area_pixels`.
+def report_vanishing(records: list[Record], image_size: int, report: DatasetReport) -> list[tuple[Record, Annotation]]:
+    """Return the annotations, each with its image, whose area in the input frame is below a pixel.
 
     The report counts them as skipped. The caller removes them from the records.
     """
@@ -141,7 +139,7 @@ def report_vanishing(
         (record, annotation)
         for record in records
         for annotation in record.annotations
-        if annotation.area * (image_size / max(record.size)) ** 2 < min_area_pixels
+        if annotation.area * (image_size / max(record.size)) ** 2 < MIN_AREA_PIXELS
     ]
     for record, annotation in vanished:
         message = f"vanishes at {image_size} pixels: {annotation.area} of {record.size[1]} x {record.size[0]}"

@@ -111,9 +111,10 @@ def summarize_background(found: list[BackgroundScores]) -> dict[str, float]:
     }
 
 
+BACKGROUND_POINTS = 32  # in each image, of the generator's grid
 PROMPT_KINDS = {
     "point": PromptsConfig(use_points=True, use_boxes=False),
-    "box": PromptsConfig(use_points=False, use_boxes=True, box_jitter_ratio=0.0),
+    "box": PromptsConfig(use_points=False, use_boxes=True),
 }
 
 
@@ -147,11 +148,8 @@ class PromptScorer:
         return measure_clicks(self.embedder, batches, self._chunk_objects, clicks)
 
     def measure_background(self, pred_iou_thresh: float) -> list[BackgroundScores]:
-        """Score points on no object; empty where the settings want none."""
-        count = self.config.evaluate.background_points
-        if count == 0:
-            return []
-        batches = self._load("background", PROMPT_KINDS["point"], count)
+        """Score points on no object."""
+        batches = self._load("background", PROMPT_KINDS["point"], BACKGROUND_POINTS)
         return measure_background(self.embedder, batches, self._chunk_objects, pred_iou_thresh)
 
     @property
@@ -169,6 +167,7 @@ class PromptScorer:
             config.seed_device or 0,
             prompts,
             replace(config.dataset, **points, background_points=background_points),
+            jitters_boxes=False,
         )
         dataset = SampleDataset(self.records, settings, store=self.embedder.store)
         if self.embedder.store:

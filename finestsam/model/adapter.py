@@ -168,15 +168,11 @@ def adapt_(sam: Sam, layers: ModelLayerConfig) -> dict[int, nn.Module]:
         The attention modules that were replaced, by block: the teachers of their replacements.
 
     Raises:
-        UserError: the settings name blocks that this SAM does not have.
+        UserError: the settings are for more blocks, or another encoder, than this SAM has.
     """
     depth = len(sam.image_encoder.blocks)
-    for name, last in (
-        ("model_layer.thaw.blocks", layers.thaw.blocks - 1),
-        ("model_layer.lora.blocks", max(layers.lora.blocks, default=0)),
-    ):
-        if last >= depth:
-            raise UserError(f"{name}: this image encoder has {depth} blocks, 0 to {depth - 1}")
+    if layers.thaw.blocks > depth:
+        raise UserError(f"model_layer.thaw.blocks: this image encoder has {depth} blocks, got {layers.thaw.blocks}")
     if layers.fft_attention.blocks != "none" and not isinstance(sam.image_encoder, ImageEncoderViT):
         raise UserError(
             "model_layer.fft_attention: MobileSAM's image encoder has no attention of SAM's to replace; it looks at "

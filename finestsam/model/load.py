@@ -62,8 +62,6 @@ def load_model(config: Config, prefer_runs: bool = False, device: torch.device |
     model = FinestSam(sam, multimask_output, choose_encoder_dtype(config.precision, device))
     if prefer_runs and config.task != "masks":
         _load_head_(model, config, path, card)
-    if config.compile:
-        model.sam.image_encoder.compile()  # in place: the names of its weights stay
     return LoadedModel(model.to(device).eval(), model_type, card, str(path or RANDOM_WEIGHTS), path)
 
 

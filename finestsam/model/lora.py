@@ -74,10 +74,9 @@ def mount_lora_(sam: Sam, lora: LoraConfig, whole_blocks: int = 0) -> None:
     """
     if lora.rank == 0:
         return
-    end = len(sam.image_encoder.blocks) - whole_blocks
-    numbers = [number for number in lora.blocks or range(end) if number < end]
-    for number in numbers:
-        _replace_layers_(sam.image_encoder.blocks[number], ENCODER_LAYERS[lora.encoder], lora)
+    blocks = sam.image_encoder.blocks
+    for block in blocks[: len(blocks) - whole_blocks]:
+        _replace_layers_(block, ENCODER_LAYERS[lora.encoder], lora)
     _replace_layers_(sam.mask_decoder.transformer, DECODER_LAYERS[lora.decoder], lora)
 
 

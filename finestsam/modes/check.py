@@ -71,7 +71,7 @@ def describe_records(indexes: dict[str, Index]) -> dict:
 def _drop_vanishing(config: Config, records: list[Record], report: DatasetReport) -> None:
     """Report the objects that training leaves out at the model's image size, and remove them from `records`."""
     image_size = config.model.image_size or IMAGE_SIZES.get(config.model.type, IMAGE_SIZES["vit_b"])
-    for record, annotation in report_vanishing(records, image_size, config.dataset.min_area_pixels, report):
+    for record, annotation in report_vanishing(records, image_size, report):
         record.annotations.remove(annotation)
 
 
@@ -111,7 +111,7 @@ def _write_sheet(config: Config, path: Path, records: list[Record]) -> None:
     if not config.check.samples or not shown:
         return
     points_per_side = config.generator.points_per_side or GENERATOR_DEFAULTS["points_per_side"]
-    write_image(path, render_contact_sheet(shown, config.check, config.dataset, points_per_side))
+    write_image(path, render_contact_sheet(shown, config.check.samples, config.dataset, points_per_side))
     print(f"images with masks and prompts: {path}")
 
 

@@ -42,7 +42,7 @@ def evaluate(config: Config) -> int:
     Writes `evaluation.json` (`generator/ap`, `point/iou`, ..., the same of the baseline under `baseline/`, and the
     differences with their intervals), `per_image.csv` and `report.html` into out_dir.
     """
-    set_processor(config)
+    set_processor()
     folder = claim_output_folder(Path(config.out_dir), config.dataset.path, OUTPUT_NAMES)
     run = find_own_run(config)
     data = _read_images(config, run, folder)

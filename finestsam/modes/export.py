@@ -50,7 +50,7 @@ def export(config: Config) -> int:
     form.require()
     out_dir = claim_output_folder(Path(config.out_dir), config.dataset.path)
     # Exported files are float32, so the model is checked in float32 on the CPU.
-    plain = dataclasses.replace(config, device="cpu", precision="32-true", compile=False)
+    plain = dataclasses.replace(config, device="cpu", precision="32-true")
     loaded = load_model(plain, prefer_runs=True)
     print(f"model: {loaded.model_type}, {printable(loaded.source)}")
     _refuse(loaded, form, config, out_dir)

@@ -46,7 +46,7 @@ def predict(config: Config) -> int:
     Raises:
         UserError: there is nothing to predict, or nowhere to write it.
     """
-    set_processor(config)
+    set_processor()
     paths = find_images(config.input, Path(config.out_dir))
     out_dir = claim_output_folder(Path(config.out_dir), config.dataset.path)
     loaded = load_model(config, prefer_runs=True)

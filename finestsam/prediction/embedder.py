@@ -82,7 +82,7 @@ class Embedder:
 
 def open_store(settings: StoreConfig, model: FinestSam) -> EmbeddingStore | None:
     """Return the store of this model's encoder, or None where the settings want none."""
-    if not settings.enabled:
+    if settings.max_gigabytes == 0:
         return None
     folder = Path(settings.folder) if settings.folder else cache_folder() / "embeddings"
     side = model.image_size // 16

@@ -6,8 +6,6 @@ from functools import cache
 
 import torch
 
-from finestsam.config import Config
-
 # From malloc.h. By default, every tensor above 128 KB is a memory mapping of its own. The system clears its pages at
 # the first write and takes them back when the tensor is freed: half the time of a layer that allocates 50 MB.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
@@ -17,12 +15,10 @@ TOP_PAD_BYTES = 64 << 20
 FENV_BYTES = 64  # at least the size of fenv_t (fenv.h): 32 on x86-64, 8 on ARM
 
 
-def set_processor(config: Config) -> None:
-    """Apply the settings `keep_memory` and `flush_denormals`."""
-    if config.keep_memory:
-        keep_freed_memory()
-    if config.flush_denormals:
-        flush_denormals()
+def set_processor() -> None:
+    """Keep freed memory, and flush denormals to zero."""
+    keep_freed_memory()
+    flush_denormals()
 
 
 def keep_freed_memory() -> bool:

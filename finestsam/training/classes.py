@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finestsam.batch import Predictions, Sample
-from finestsam.config import ClassesConfig
 from finestsam.data.categories import number_categories
 from finestsam.data.cells import CROWD
 from finestsam.data.semantic import IGNORED, ClassTable
@@ -27,13 +26,16 @@ from finestsam.training.step import Stepper
 OBJECT_IOU, NO_OBJECT_IOU = 0.5, 0.3
 # Of a mask, in a crowd region, from which on it may be one of the objects there.
 CROWD_SHARE = 0.5
+# The objects of a category weigh as their number in training to the power of minus this: 0 weighs all alike, and with 1
+# every category counts the same.
+BALANCE = 0.5
 
 
 @dataclass
 class ClassLosses(ObjectLosses):
     """With what the classes add to `total`: one value per object, N, without a gradient."""
 
-    class_error: Tensor  # cross-entropy, without its weight in the loss
+    class_error: Tensor  # cross-entropy
     is_right: Tensor  # 1 where the mask that is trained got the object's category, else 0
 
 
@@ -61,7 +63,7 @@ class ClassStepper(Stepper):
         targets[rows, losses.best] = own  # however bad: it is what the object has
         errors = self.measure_classes(predictions.class_logits, targets)
         class_error = _mean_best_and_others(errors, targets, losses.best)
-        total = losses.total + self.config.losses.class_ratio * class_error
+        total = losses.total + class_error
         is_right = predictions.class_logits[rows, losses.best].argmax(dim=1) == own
         parts = {entry.name: getattr(losses, entry.name) for entry in fields(losses)} | {"total": total}
         return ClassLosses(**parts, class_error=class_error.detach(), is_right=is_right.float())
@@ -76,11 +78,10 @@ class ClassStepper(Stepper):
         targets = fit_classes(predictions.logits, sample)
         errors = self.measure_classes(predictions.class_logits, targets)
         class_error = errors.sum() / (targets != IGNORED).sum().clamp(min=1)
-        weights = self.config.losses
-        return weights.iou_ratio * predictions.scores.square().mean() + weights.class_ratio * class_error
+        return self.config.losses.iou_ratio * predictions.scores.square().mean() + class_error
 
     def list_measures(self, losses: ClassLosses) -> tuple[Tensor, ...]:
-        return *super().list_measures(losses), self.config.losses.class_ratio * losses.class_error, losses.is_right
+        return *super().list_measures(losses), losses.class_error, losses.is_right
 
 
 @torch.no_grad()
@@ -121,14 +122,14 @@ def _mean_best_and_others(errors: Tensor, targets: Tensor, best: Tensor) -> Tens
     return torch.where(counts > 0, (own + others) / 2, own)
 
 
-def weigh_classes(records: Sequence[Record], table: ClassTable, settings: ClassesConfig) -> Tensor:
+def weigh_classes(records: Sequence[Record], table: ClassTable) -> Tensor:
     """Return what each class weighs in the cross-entropy, 1 + K: rare categories more, their objects' mean being 1.
 
     They are those of the whole training set, so that neither the batch nor the number of processes enters.
     """
     found = Counter(table.by_category[one.category_id] for record in records for one in record.annotations)
     counts = torch.tensor([found[number] for number in range(len(table.names))], dtype=torch.float64)
-    weights = counts.clamp(min=1) ** -settings.balance
+    weights = counts.clamp(min=1) ** -BALANCE
     weights = weights * counts.sum() / (weights * counts).sum()
     weights[NO_OBJECT] = 1.0
     return weights.float()

@@ -2,8 +2,6 @@
 
 import bisect
 import math
-import re
-from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -18,27 +16,20 @@ POSITIONS = ("pos_embed", "rel_pos_h", "rel_pos_w")
 SCORES = "mask_decoder.iou_prediction_head.layers.2.weight"
 
 ENCODER = "sam.image_encoder."
-# The start of a weight's name: its block, in TinyViT within a stage.
-BLOCK = re.compile(r"(.*\bblocks\.\d+)\.")
+HEADS = ("semantic_head.", "class_head.")  # of tasks, which start from random weights
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
 
-def build_optimizer(
-    model: nn.Module, opt: OptConfig, head_share: float = 1.0, fused: bool = False
-) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, opt: OptConfig, fused: bool = False) -> torch.optim.AdamW:
     """Return AdamW on the weights that train: for each learning rate one group with weight decay and one without.
 
     The learning rate of a group is `opt.learning_rate` times its `share`.
-
-    Args:
-        head_share: the share of heads beside SAM.
     """
-    distances = _find_distances(name for name, _ in model.named_parameters() if name.startswith(ENCODER))
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for weight_decay, parameters in zip((opt.weight_decay, 0.0), split_parameters(model), strict=True):
         for name, parameter in parameters:
-            share = _find_share(name, distances, opt) if name.startswith("sam.") else head_share
+            share = _find_share(name, opt)
             groups.setdefault((share, weight_decay), []).append(parameter)
     listed = [
         {"params": parameters, "weight_decay": weight_decay, "lr": share * opt.learning_rate, "share": share}
@@ -53,33 +44,11 @@ def learning_rate_of(optimizer: torch.optim.Optimizer) -> float:
     return group["lr"] / group["share"]
 
 
-def _find_distances(names: Iterable[str]) -> dict[str, int]:
-    """Return for each weight of the image encoder the distance of its block from the neck, 1 for the last block.
-
-    Weights between two blocks count as the first of them. Weights before all blocks have the largest distance plus 1.
-
-    Args:
-        names: in the order in which an image goes through.
-    """
-    blocks: list[str] = []
-    begun = {}  # for each weight the number of blocks that have begun
-    for name in names:
-        found = BLOCK.match(name)
-        if found and found[1] not in blocks:
-            blocks.append(found[1])
-        begun[name] = len(blocks)
-    return {name: 0 if name.startswith(f"{ENCODER}neck.") else len(blocks) + 1 - count for name, count in begun.items()}
-
-
-def _find_share(name: str, distances: dict[str, int], opt: OptConfig) -> float:
-    """Return the share of the learning rate of a weight of SAM.
-
-    With layer decay as in Bao et al., BEiT (arXiv 2106.08254): the share of the neck is 1, of the last block
-    layer_decay, of the block before its square, and of the patch embedding one power more than of the first block.
-    """
-    part = name.split(".")[1]
-    share = getattr(opt.rates, part)
-    return share * opt.layer_decay ** distances[name] if part == "image_encoder" else share
+def _find_share(name: str, opt: OptConfig) -> float:
+    """Return the share of the learning rate of a weight."""
+    if name.startswith(HEADS):
+        return opt.head_learning_rate / opt.learning_rate
+    return opt.rates.image_encoder if name.startswith(ENCODER) else 1.0
 
 
 def split_parameters(model: nn.Module) -> tuple[NamedParameters, NamedParameters]:

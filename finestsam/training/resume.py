@@ -20,25 +20,25 @@ from finestsam.training.random_state import check_random_state
 # If these change, the weights, the optimizer or the schedule of the checkpoint no longer fit.
 FIXED = (
     "model.", "model_layer.freeze.", "model_layer.thaw.", "model_layer.lora.",
-    "model_layer.fft_attention.blocks", "task", "opt.layer_decay", "opt.rates.",
+    "model_layer.fft_attention.blocks", "task", "opt.rates.",
     "sched.type",
 )  # fmt: skip
 # Settings of the optimizer, which the checkpoint restores.
-KEPT = ("opt.learning_rate", "opt.weight_decay", "semantic.head_learning_rate", "classes.head_learning_rate")
+KEPT = ("opt.learning_rate", "opt.weight_decay", "opt.head_learning_rate")
 # The dataset's settings that a step depends on. The others decide which data there are; `refuse_other_dataset` compares
 # the data.
 SAMPLING = tuple(
     f"dataset.{name}"
     for name in (
         "positive_points", "negative_points", "prompts_per_object", "background_points", "use_center", "snap_to_grid",
-        "min_area_pixels", "max_objects", "labels",
+        "max_objects", "labels",
     )
 )  # fmt: skip
 # Settings that do not change what is learned: duration, place and hardware of a run.
 FREE = (
-    "num_epochs", "max_steps", "early_stop_evaluations", "num_workers", "device", "num_devices", "num_nodes", "sav_dir",
-    "run_name", "out_dir", "resume", "input", "strict", "keep_memory", "flush_denormals", "compile", "dataset.",
-    "store.", "check.", "convert.", "opacity", "model_layer.recompute_encoder",
+    "preset", "num_epochs", "max_steps", "early_stop_evaluations", "num_workers", "device", "num_devices", "num_nodes",
+    "sav_dir", "run_name", "out_dir", "resume", "input", "strict", "dataset.", "store.",
+    "check.", "convert.", "opacity", "model_layer.recompute_encoder",
 )  # fmt: skip
 
 

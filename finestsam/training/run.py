@@ -161,7 +161,7 @@ def build_run(fabric: Fabric, ranks: Ranks, config: Config, stepper_kind: type[S
     stepper_kind = stepper_kind or _choose_stepper(loaded.model, classes)
     stepper, scheduler = _build_stepper(fabric, config, loaded, data, folder, stepper_kind)
     if isinstance(stepper, ClassStepper):
-        stepper.class_weights = weigh_classes(data.train, classes, config.classes)
+        stepper.class_weights = weigh_classes(data.train, classes)
     progress.sums = progress.sums or dict.fromkeys(stepper.measures, 0.0)
     kind = {"semantic": "classes", "classes": "categories"}.get(config.task)
     settings = _choose_sample_settings(config, loaded.model)
@@ -212,7 +212,7 @@ def _load_state(config: Config, ranks: Ranks) -> dict | None:
 def _load_data_and_weights(fabric: Fabric, config: Config, state: dict | None) -> tuple[LabelledSet, LoadedModel]:
     data = read_training_set(config.dataset)
     loaded = _load_weights(fabric, config, state)
-    data.drop_vanishing(loaded.model.image_size, config.dataset.min_area_pixels)
+    data.drop_vanishing(loaded.model.image_size)
     if config.strict:
         data.refuse_defects()
     return data, loaded
@@ -279,8 +279,7 @@ def _build_stepper(
     if head := stepper_kind.build_training_head(model):
         model.training_head = head.to(model.device)
     # One pass over the weights in place of ten.
-    is_fused = fabric.device.type in ("cpu", "cuda")
-    optimizer = build_optimizer(model, config.opt, _choose_head_share(config), is_fused)
+    optimizer = build_optimizer(model, config.opt, fused=fabric.device.type in ("cpu", "cuda"))
     total_steps = count_steps(config, len(data.train), fabric.world_size)
     scheduler = build_scheduler(optimizer, config.sched, config.eval_interval, total_steps)
     # It brings the first rank's weights to the others. What it returns would also add up gradients while they are
@@ -304,12 +303,6 @@ def _choose_stepper(model: FinestSam, classes: ClassTable | None) -> type[Steppe
     if not decodes_masks(model):
         return SemanticStepper
     return ClassStepper if classes else Stepper
-
-
-def _choose_head_share(config: Config) -> float:
-    """Return the share of the learning rate that a head learns with; that of a task, from nothing, has its own rate."""
-    task = {"semantic": config.semantic, "classes": config.classes}.get(config.task)
-    return task.head_learning_rate / config.opt.learning_rate if task else 1.0
 
 
 def count_steps(config: Config, images: int, world_size: int) -> int:
@@ -363,7 +356,8 @@ def _build_validation_set(
         settings,
         max_objects=0,
         dataset=replace(config.dataset, background_points=0, prompts_per_object=1),
-        prompts=replace(_choose_validated(config.prompts), box_jitter_ratio=0.0),
+        prompts=_choose_validated(config.prompts),
+        jitters_boxes=False,
         augment=AugmentConfig(),
         wants_cells=False,
         categories=None,

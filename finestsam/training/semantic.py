@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finestsam.batch import Sample
-from finestsam.config import Config, SemanticConfig
+from finestsam.config import Config
 from finestsam.data.semantic import BACKGROUND_NAME, IGNORED, ClassTable, match_classes, number_classes
 from finestsam.evaluation.semantic_scores import summarize_pixels
 from finestsam.model.heads import SemanticHead, load_semantic_head
@@ -30,11 +30,11 @@ class SemanticStepper(ImageStepper):
 
     def compute_image_losses(self, embeddings: Tensor, samples: list[Sample]) -> Tensor:
         labels = torch.stack([sample.classes for sample in samples])
-        return measure_classes(self.model(embeddings, None), labels, self.config.semantic)
+        return measure_classes(self.model(embeddings, None), labels)
 
 
-def measure_classes(logits: Tensor, labels: Tensor, settings: SemanticConfig) -> Tensor:
-    """Return of each image the loss, its weighted parts cross-entropy and Dice, and the pixel accuracy, B x 4.
+def measure_classes(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return of each image the loss, its parts cross-entropy and Dice, and the pixel accuracy, B x 4.
 
     Args:
         logits: B x K x H x W.
@@ -43,7 +43,7 @@ def measure_classes(logits: Tensor, labels: Tensor, settings: SemanticConfig) ->
     counted = labels != IGNORED
     counts = counted.sum(dim=(1, 2)).clamp(min=1)
     cross_entropy = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none").sum(dim=(1, 2)) / counts
-    parts = (settings.cross_entropy_ratio * cross_entropy, settings.dice_ratio * class_dice_loss(logits, labels))
+    parts = (cross_entropy, class_dice_loss(logits, labels))
     accuracy = ((logits.argmax(dim=1) == labels) & counted).sum(dim=(1, 2)) / counts
     return torch.stack([sum(parts), *parts, accuracy], dim=1)
 
@@ -71,7 +71,7 @@ def choose_classes(
         categories: of the dataset, names by id.
         names: of the head's categories in a run that is continued; None: it begins.
     """
-    ignores = config.semantic.unlabelled == "ignore"
+    ignores = config.dataset.labels == "partial"
     table = number_classes(categories, ignores)
     if names is not None:
         table = match_classes(categories, [BACKGROUND_NAME, *names], ignores)

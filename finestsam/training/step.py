@@ -48,6 +48,7 @@ class Stepper:
     columns: ClassVar[tuple[str, ...]] = COLUMNS
     default_metrics: ClassVar[dict[str, str]] = {"complete": "val_generator_f1", "partial": "val_generator_ar_100"}
     metric: ClassVar[str] = "val_per_mask_iou"
+    clip_norm: ClassVar[float] = 1.0  # largest norm of the gradient
 
     fabric: Fabric
     config: Config
@@ -250,7 +251,7 @@ class Stepper:
     def _change_weights(self, is_loss_finite: bool) -> bool:
         """Clip and step; leave the weights alone where loss or gradient is not finite, on every rank together."""
         self.scaler.unscale_(self._bare_optimizer)
-        norm = nn.utils.clip_grad_norm_(self._trained, self.config.opt.clip_norm or float("inf"))
+        norm = nn.utils.clip_grad_norm_(self._trained, self.clip_norm)
         is_finite = is_loss_finite and bool(torch.isfinite(norm))
         if is_finite:
             self.scaler.step(self._bare_optimizer)

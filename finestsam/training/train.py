@@ -13,11 +13,12 @@ from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from finestsam.batch import Batch
-from finestsam.config import Config
+from finestsam.config import Config, flatten_config
 from finestsam.data.labels import describe_labels
 from finestsam.errors import UserError, printable
 from finestsam.model.load import RANDOM_WEIGHTS, choose_device
 from finestsam.model.saving import CheckpointNotSaved
+from finestsam.presets import describe_preset
 from finestsam.runtime.cpu import set_processor
 from finestsam.runtime.ranks import Ranks
 from finestsam.runtime.signals import Interrupted, watch_signals
@@ -62,7 +63,7 @@ def train(config: Config, stepper_kind: type[Stepper] | None = None) -> int:
 
 
 def _train(fabric: Fabric, config: Config, stepper_kind: type[Stepper] | None) -> int:
-    set_processor(config)
+    set_processor()
     seed = fabric.broadcast(random.getrandbits(31) if config.seed_device is None else config.seed_device)
     fabric.seed_everything(seed, verbose=False)
     with watch_signals() as interruption, interruption.held():
@@ -353,6 +354,9 @@ def _print_start(run: Run) -> None:
     say("\n".join(run.data.report.list_lines()))
     say(f"training on {len(run.data.train)} images, validating on {len(run.data.val)}")
     say("\n".join(describe_labels(run.data.train, run.config.dataset.labels)))
+    if not run.config.resume:
+        for line in describe_preset(run.config.preset, flatten_config(run.config)):
+            say(line)
     say(f"{run.progress.started_from}: {describe_training(run.loaded.model, run.loaded.model_type)}")
     if run.is_semantic:
         say(f"classes: {', '.join(run.classes.names)}")

@@ -1,10 +1,8 @@
 """Decide which weights train."""
 
 from segment_anything.modeling import Sam
-from segment_anything.modeling.common import LayerNorm2d
-from torch import nn
 
-from finestsam.config import Config, ThawConfig
+from finestsam.config import Config
 from finestsam.model.lora import list_lora
 from finestsam.model.sam import FinestSam
 
@@ -18,7 +16,9 @@ def freeze_(model: FinestSam, config: Config) -> None:
     sam.image_encoder.requires_grad_(not freeze.image_encoder)
     sam.prompt_encoder.requires_grad_(not freeze.prompt_encoder)
     sam.mask_decoder.requires_grad_(not freeze.mask_decoder)
-    _thaw_encoder_(sam, config.model_layer.thaw)
+    if blocks := config.model_layer.thaw.blocks:
+        sam.image_encoder.blocks[-blocks:].requires_grad_(True)
+        sam.image_encoder.neck.requires_grad_(True)
     for _, layer in list_lora(sam):
         layer.lora_A.requires_grad_(True)
         layer.lora_B.requires_grad_(True)
@@ -32,19 +32,6 @@ def freeze_(model: FinestSam, config: Config) -> None:
 def decodes_masks(model: FinestSam) -> bool:
     """Whether a step predicts masks, and not classes of pixels."""
     return model.semantic_head is None
-
-
-def _thaw_encoder_(sam: Sam, thaw: ThawConfig) -> None:
-    """Turn gradients on for parts of the image encoder."""
-    encoder = sam.image_encoder
-    if thaw.blocks:
-        encoder.blocks[-thaw.blocks :].requires_grad_(True)
-        encoder.neck.requires_grad_(True)
-    for module in encoder.modules():
-        if thaw.norms and isinstance(module, nn.LayerNorm | nn.BatchNorm2d | LayerNorm2d):
-            module.requires_grad_(True)
-        if thaw.biases and getattr(module, "bias", None) is not None:
-            module.bias.requires_grad_(True)
 
 
 def _freeze_unused_mask_tokens_(sam: Sam, multimask_output: bool) -> None:

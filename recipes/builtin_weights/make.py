@@ -27,7 +27,7 @@ COMMON = (
     "--model_layer.freeze.image_encoder", "false", "--model_layer.freeze.prompt_encoder", "false",
     "--opt.weight_decay", "0.05", "--losses.resolution", "low", "--precision", "bf16-mixed",
     "--dataset.val_size", "0.01", "--evaluate.max_images", "2", "--dataset.labels", "partial",
-    "--augment.flip_horizontal", "0.5", "--augment.turn", "0.75", "--augment.hue", "0.1", "--augment.saturation", "0.5",
+    "--augment.orientations", "all", "--augment.colour", "0.5",
 )  # fmt: skip
 # Crops of large images, seen small.
 SMALL = ("--model.image_size", "256", "--augment.crop_min", "0.2")

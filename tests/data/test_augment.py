@@ -1,5 +1,6 @@
 import csv
 import random
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,8 @@ from finestsam.records import Annotation, Record
 
 SIZE = (80, 120)
 BACKGROUND = (20, 20, 20)
-EVERYTHING = {
-    "flip_horizontal": 0.5, "flip_vertical": 0.5, "turn": 0.5, "scale_min": 0.5, "scale_max": 2.0, "crop_min": 0.4,
-}  # fmt: skip
-COLOURS = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.2}
+EVERYTHING = {"orientations": "all", "crop_min": 0.2}
+COLOURS = {"light": 0.4, "colour": 0.4}
 
 
 def render_labels() -> np.ndarray:
@@ -58,15 +57,12 @@ def record(tmp_path_factory) -> Record:
 
 
 def make_settings(augment: dict, image_size: int = 120, max_objects: int = 0, **values: object) -> SampleSettings:
-    wanted = {
-        "prompts.use_boxes": True,
-        "prompts.use_masks": True,
-        "prompts.mix": False,
-        "prompts.box_jitter_ratio": 0.0,
-    }
+    wanted = {"prompts.use_boxes": True, "prompts.use_masks": True, "prompts.mix": False}
     wanted |= {"dataset.positive_points": 3, "dataset.negative_points": 3}
     config = build_config(wanted | values)
-    return SampleSettings(image_size, 32, 0, config.prompts, config.dataset, max_objects, AugmentConfig(**augment))
+    return SampleSettings(
+        image_size, 32, 0, config.prompts, config.dataset, max_objects, AugmentConfig(**augment), jitters_boxes=False
+    )
 
 
 def assert_same(one: Sample, other: Sample) -> None:
@@ -93,7 +89,7 @@ def test_every_pixel_of_a_mask_stays_on_its_object(record, seed):
     assert 0 <= y < y + height <= SIZE[0]
     assert len(set(zip(shown_xs.ravel(), shown_ys.ravel(), strict=True))) == width * height
     assert (shown_xs.min(), shown_ys.min()) == (x, y)
-    positions = find_shown(record, view, 120, 1.0)
+    positions = find_shown(record, view, 120)
     shares = [(shown_labels == each.id).sum() / each.area for each in record.annotations]
     assert positions.tolist() == [place for place, share in enumerate(shares) if share >= 0.1]
     for place in positions:
@@ -104,27 +100,29 @@ def test_every_pixel_of_a_mask_stays_on_its_object(record, seed):
         assert shown.box == [columns[0], rows[0], np.ptp(columns) + 1, np.ptp(rows) + 1]
 
 
-def test_turns_and_flips_are_those_of_their_names():
+def test_turns_and_mirrors_are_those_of_their_names():
     pixels = torch.tensor([[1, 2, 3], [4, 5, 6]])
     shown = {}
-    for seed in range(50):
-        augment = AugmentConfig(flip_horizontal=0.3, flip_vertical=0.3, turn=0.7)
-        view = sample_view(augment, (2, 3), np.random.default_rng(seed))
-        shown[view.quarter_turns, view.flip_horizontal, view.flip_vertical] = show(pixels, view).tolist()
+    for seed in range(100):
+        view = sample_view(AugmentConfig(orientations="all"), (2, 3), np.random.default_rng(seed))
+        shown[view.quarter_turns, view.is_mirrored] = show(pixels, view).tolist()
 
-    assert shown[0, False, False] == [[1, 2, 3], [4, 5, 6]]
-    assert shown[0, True, False] == [[3, 2, 1], [6, 5, 4]]
-    assert shown[0, False, True] == [[4, 5, 6], [1, 2, 3]]
-    assert shown[1, False, False] == [[3, 6], [2, 5], [1, 4]]
-    assert shown[2, False, False] == [[6, 5, 4], [3, 2, 1]]
-    assert shown[3, False, False] == [[4, 1], [5, 2], [6, 3]]
+    assert shown == {
+        (0, False): [[1, 2, 3], [4, 5, 6]],
+        (0, True): [[3, 2, 1], [6, 5, 4]],
+        (1, False): [[3, 6], [2, 5], [1, 4]],
+        (1, True): [[6, 3], [5, 2], [4, 1]],
+        (2, False): [[6, 5, 4], [3, 2, 1]],
+        (2, True): [[4, 5, 6], [1, 2, 3]],  # top to bottom
+        (3, False): [[4, 1], [5, 2], [6, 3]],
+        (3, True): [[1, 4], [2, 5], [3, 6]],
+    }
 
 
 @pytest.mark.parametrize("epoch", range(12))
 @pytest.mark.parametrize("snap_to_grid", [True, False])
 def test_flipped_and_turned_samples_keep_points_boxes_and_masks_on_the_objects_exactly(record, epoch, snap_to_grid):
-    augment = {"flip_horizontal": 0.5, "flip_vertical": 0.5, "turn": 0.5}
-    settings = make_settings(augment, **{"dataset.snap_to_grid": snap_to_grid})
+    settings = make_settings({"orientations": "all"}, **{"dataset.snap_to_grid": snap_to_grid})
     sample = SampleDataset([record], settings)[(epoch, 0)]
 
     image = sample.image.permute(1, 2, 0).numpy()
@@ -186,19 +184,6 @@ def test_snapped_points_of_scaled_and_cropped_samples_mean_pixels_of_the_objects
             assert mask[min(y, mask.shape[0] - 1), min(x, mask.shape[1] - 1)]
 
 
-def test_an_image_is_shown_at_every_size_between_the_smallest_and_the_largest(record):
-    augment = {"scale_min": 0.5, "scale_max": 2.0}
-    dataset = SampleDataset([record], make_settings(augment))
-    samples = [dataset[(epoch, 0)] for epoch in range(60)]
-
-    magnified = [max(sample.input_size) / max(sample.original_size) for sample in samples]
-    assert 0.5 <= min(magnified) < 0.6
-    assert 1.8 < max(magnified) <= 2.04  # the window's sides are whole pixels
-    assert 0.3 < np.mean(np.array(magnified) > 1) < 0.7
-    for sample, factor in zip(samples, magnified, strict=True):
-        assert max(sample.input_size) == (120 if factor > 1 else round(120 * factor))
-
-
 def test_a_crop_keeps_at_least_its_share_of_the_image_and_nearly_its_shape():
     augment = AugmentConfig(crop_min=0.25)
     views = [sample_view(augment, (300, 400), np.random.default_rng(seed)) for seed in range(400)]
@@ -209,31 +194,36 @@ def test_a_crop_keeps_at_least_its_share_of_the_image_and_nearly_its_shape():
     assert 0.95 < max(shares) <= 1
     assert 3 / 4 - 0.02 < min(aspects) < 0.8
     assert 1.25 < max(aspects) < 4 / 3 + 0.02
-    assert {view.scale for view in views} == {1.0}
 
 
-@pytest.mark.parametrize("name", ["flip_horizontal", "flip_vertical", "turn"])
-@pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
-def test_each_change_happens_with_its_probability_and_alone(name, probability):
-    augment = AugmentConfig(**{name: probability})
-    views = [sample_view(augment, SIZE, np.random.default_rng(seed)) for seed in range(2000)]
+@pytest.mark.parametrize(("orientations", "count"), [("upright", 1), ("mirrored", 2), ("all", 8)])
+def test_every_orientation_is_as_likely(orientations, count):
+    augment = AugmentConfig(orientations=orientations)
+    views = [sample_view(augment, SIZE, np.random.default_rng(seed)) for seed in range(4000)]
 
-    changes = [(view.flip_horizontal, view.flip_vertical, view.quarter_turns) for view in views]
-    place = ("flip_horizontal", "flip_vertical", "turn").index(name)
-    assert np.mean([change[place] != 0 for change in changes]) == pytest.approx(probability, abs=0.04)
-    assert not any(change[other] for change in changes for other in range(3) if other != place)
+    found = Counter((view.quarter_turns, view.is_mirrored) for view in views)
+    assert len(found) == count and (0, False) in found
+    assert all(times == pytest.approx(4000 / count, rel=0.15) for times in found.values())
     assert all(view.window == (0, 0, 120, 80) for view in views)
-    if name == "turn" and probability == 1:
-        counts = np.bincount([view.quarter_turns for view in views], minlength=4)
-        assert counts[0] == 0
-        assert counts[1:].min() > 600
+    if orientations == "mirrored":
+        assert set(found) == {(0, False), (0, True)}
 
 
 def test_one_setting_does_not_change_what_another_one_draws():
-    alone = sample_view(AugmentConfig(flip_horizontal=0.5, hue=0.1), SIZE, np.random.default_rng(3))
-    together = sample_view(AugmentConfig(**EVERYTHING | COLOURS | {"hue": 0.1}), SIZE, np.random.default_rng(3))
+    alone = sample_view(AugmentConfig(orientations="mirrored", colour=0.1), SIZE, np.random.default_rng(3))
+    together = sample_view(AugmentConfig(**EVERYTHING | COLOURS | {"colour": 0.1}), SIZE, np.random.default_rng(3))
 
-    assert (alone.flip_horizontal, alone.hue) == (together.flip_horizontal, together.hue)
+    assert (alone.is_mirrored, alone.hue) == (together.is_mirrored, together.hue)
+
+
+def test_light_and_colour_change_by_as_much_as_they_say():
+    views = [
+        sample_view(AugmentConfig(light=0.2, colour=0.5), SIZE, np.random.default_rng(seed)) for seed in range(500)
+    ]
+
+    for name, middle, most in (("brightness", 1, 0.2), ("contrast", 1, 0.2), ("saturation", 1, 0.5), ("hue", 0, 0.1)):
+        changes = np.array([getattr(view, name) for view in views]) - middle
+        assert 0.95 * most < changes.max() <= most and -most <= changes.min() < -0.95 * most, name
 
 
 @pytest.mark.parametrize("augment", [{}, {"variants": 3}])
@@ -333,35 +323,32 @@ def test_what_a_crop_leaves_out_is_dropped_and_an_image_never_loses_all(tmp_path
 
 def test_an_object_that_is_shown_too_small_is_dropped(tmp_path):
     labels = np.zeros(SIZE, dtype=np.uint8)
-    labels[4:8, 4:8], labels[40:70, 40:80] = 1, 2
+    labels[40, 60:62], labels[30:38, 50:80] = 1, 2
     record = write_record(tmp_path / "sizes.png", labels)
-    settings = make_settings({"scale_min": 0.5}, **{"dataset.min_area_pixels": 9.0})
-    samples = [SampleDataset([record], settings)[(epoch, 0)] for epoch in range(30)]
+    dataset = SampleDataset([record], make_settings({"crop_min": 0.2}, image_size=64))
+    samples = [dataset[(epoch, 0)] for epoch in range(60)]
 
-    counts = set()
-    for sample in samples:
-        scale = max(sample.input_size) / 120
-        assert sample.annotation_ids == ([1, 2] if 16 * scale**2 >= 9 else [2])
-        counts.add(len(sample))
-    assert counts == {1, 2}
+    whole = [sample for sample in samples if len(sample.annotation_ids) == 2]
+    assert 0 < len(whole) < len(samples)
+    for sample in whole:
+        assert 2 * (max(sample.input_size) / max(sample.original_size)) ** 2 >= 1
 
 
 def test_an_image_too_thin_to_shrink_is_shown_whole(tmp_path):
-    labels = np.ones((1, 120), dtype=np.uint8)
-    record = write_record(tmp_path / "thin.png", labels)
-    settings = make_settings({"scale_min": 0.1}, image_size=64)
+    record = write_record(tmp_path / "thin.png", np.ones((2, 250), dtype=np.uint8))
+    settings = make_settings({"crop_min": 0.3}, image_size=64)
 
-    sizes = {SampleDataset([record], settings)[(epoch, 0)].input_size for epoch in range(10)}
+    sizes = {SampleDataset([record], settings)[(epoch, 0)].input_size for epoch in range(20)}
 
     assert sizes == {(1, 64)}
 
 
 def test_logits_of_the_epoch_before_are_refused_where_images_move(capsys):
-    assert main(["--mode=train", "--dataset=anywhere", "--prompts.use_logits=true", "--augment.turn=0.5"]) == 2
-    assert "prompts.use_logits needs images that stay in place: leave augment.flip_" in capsys.readouterr().err
+    assert main(["--mode=train", "--dataset=anywhere", "--prompts.use_logits=true", "--augment.orientations=all"]) == 2
+    assert "prompts.use_logits needs images that stay in place: leave augment.orientations" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("flag", "interval"), [("scale_max=0.5", r"\[1, 10\]"), ("crop_min=0", r"\(0, 1\]")])
+@pytest.mark.parametrize(("flag", "interval"), [("light=1", r"\[0, 1\)"), ("crop_min=0", r"\(0, 1\]")])
 def test_a_setting_outside_its_range_is_named(capsys, flag, interval):
     assert main(["--mode=train", "--dataset=anywhere", f"--augment.{flag}"]) == 2
     assert f"augment.{flag.split('=')[0]} must lie in {interval}".replace("\\", "") in capsys.readouterr().err

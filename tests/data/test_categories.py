@@ -29,7 +29,7 @@ def test_categories_of_another_dataset_are_found_by_name():
     assert list_category_ids(table) == [2, 1]  # the ball has none in this dataset and gets a free one
 
 
-@pytest.mark.parametrize("augment", [AugmentConfig(), AugmentConfig(flip_horizontal=1.0, crop_min=0.5, variants=1)])
+@pytest.mark.parametrize("augment", [AugmentConfig(), AugmentConfig(orientations="mirrored", crop_min=0.5, variants=1)])
 def test_objects_come_with_their_classes_and_cells_with_those_of_all(records, augment):
     config = build_config({})
     table = number_categories({number: f"category {number}" for number in range(1, 6)})

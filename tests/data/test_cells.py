@@ -39,8 +39,9 @@ def test_cells_are_turned_and_flipped_with_the_image_and_hold_objects_that_are_n
     position = next(place for place, record in enumerate(records) if record.size[0] == record.size[1])
 
     plain = SampleDataset(records, settings)[(0, position)]
-    flips = AugmentConfig(flip_horizontal=1.0)
-    flipped = SampleDataset(records, replace(settings, augment=flips))[(0, position)]
+    flips = SampleDataset(records, replace(settings, augment=AugmentConfig(orientations="mirrored")))
+    epoch = next(epoch for epoch in range(20) if flips._choose_view(records[position], 1 + epoch)[0].is_mirrored)
+    flipped = flips[(epoch, position)]
 
     assert len(plain) == 1
     assert plain.cells.max() > 1
@@ -52,12 +53,13 @@ def test_cells_are_turned_and_flipped_with_the_image_and_hold_objects_that_are_n
 @pytest.mark.parametrize("seed", range(12))
 def test_cells_of_a_part_of_the_image_are_read_off_that_part(records, seed):
     record = records[seed % len(records)]
-    view = sample_view(AugmentConfig(crop_min=0.1, turn=0.5), record.size, np.random.default_rng(seed))
+    view = sample_view(AugmentConfig(crop_min=0.1, orientations="all"), record.size, np.random.default_rng(seed))
     labels = np.zeros(record.size, dtype=np.int32)
     for number, annotation in enumerate(sorted(record.annotations, key=lambda one: -one.area), start=1):
         labels[decode_rle(record.rle(annotation))] = number
     x, y, width, height = view.window
     shown = np.rot90(labels[y : y + height, x : x + width], view.quarter_turns)
+    shown = shown[:, ::-1] if view.is_mirrored else shown
     # As many pixels in the input frame as there are: the middle of a cell is a pixel.
     side = -(-max(view.size) // 4)
 

@@ -4,33 +4,40 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finestsam.config import CheckConfig, DatasetConfig
+from finestsam.config import DatasetConfig
 from finestsam.data import contact_sheet
 from finestsam.data.contact_sheet import render_contact_sheet, sample_prompts
 from finestsam.masks import decode_rle, encode_mask
 from finestsam.records import Annotation
 
+PROMPTS = {
+    "grid": {},
+    "center": {"use_center": True, "snap_to_grid": False},
+    "grid center": {"use_center": True},
+    "random": {"snap_to_grid": False},
+}
 
-def draw(records, **settings) -> np.ndarray:
-    return render_contact_sheet(records, CheckConfig(**settings), DatasetConfig(), points_per_side=32)
+
+def draw(records, samples: int, **settings) -> np.ndarray:
+    return render_contact_sheet(records, samples, DatasetConfig(**settings), points_per_side=32)
 
 
-@pytest.mark.parametrize("points", ["grid", "center", "random", "box"])
-def test_every_kind_of_prompt_is_drawn_the_same_in_any_order(records, points):
-    sheet = draw(records, samples=4, points=points, point_count=2)
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_the_points_of_training_are_drawn_the_same_in_any_order(records, kind):
+    sheet = draw(records, 4, positive_points=2, **PROMPTS[kind])
 
     assert sheet.dtype == np.uint8
-    assert (sheet == draw(records[::-1], samples=4, points=points, point_count=2)).all()
-    assert not (sheet == draw(records, samples=4, points="grid", point_count=9)).all()
+    assert (sheet == draw(records[::-1], 4, positive_points=2, **PROMPTS[kind])).all()
+    assert not (sheet == draw(records, 4, positive_points=9)).all()
 
 
-@pytest.mark.parametrize("points", ["grid", "center", "random"])
-def test_points_lie_inside_their_object_and_negative_ones_outside(records, points):
-    settings, dataset = CheckConfig(points=points, point_count=3), DatasetConfig(negative_points=2)
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_points_lie_inside_their_object_and_negative_ones_outside(records, kind):
+    dataset = DatasetConfig(positive_points=3, negative_points=2, **PROMPTS[kind])
     for record in records:
         for annotation in record.annotations:
             mask = decode_rle(record.rle(annotation))
-            found, labels = sample_prompts(record, annotation, settings, dataset, points_per_side=32)
+            found, labels = sample_prompts(record, annotation, dataset, points_per_side=32)
             x, y = np.floor(found + 0.5).astype(int).T
             is_inside = mask[y.clip(0, mask.shape[0] - 1), x.clip(0, mask.shape[1] - 1)]
             assert (is_inside == (labels == 1)).all()

@@ -82,7 +82,7 @@ def test_what_is_not_labelled_and_what_is_unknown_can_be_ignored(tmp_path):
 def test_cells_hold_the_class_in_their_middle_and_nothing_in_the_padding(tmp_path):
     record = make_record(tmp_path, [(3, slice(0, 4), slice(0, 6))])
     table = number_classes(CATEGORIES, False)
-    plain, flipped = (View((0, 0, 12, 8), flip_horizontal=flag) for flag in (False, True))
+    plain, flipped = (View((0, 0, 12, 8), is_mirrored=flag) for flag in (False, True))
 
     # 12 x 8 pixels become 24 x 16, 6 x 4 cells of 4 input pixels, in a square of 8 x 8.
     cells, mirrored = (render_label_cells(record, table, view, (16, 24), 8) for view in (plain, flipped))

@@ -59,11 +59,9 @@ def test_figures_are_means_over_points_and_differ_with_an_interval(records):
     assert summarize_background([]) == {}
 
 
-def test_the_command_needs_the_background_and_can_leave_it_out(scenes, tmp_path):
+def test_the_command_prompts_the_background(scenes, tmp_path):
     quick = ["--evaluate.clicks=0", "--evaluate.generator=false"]
-    figures = run_evaluation(scenes, tmp_path / "wanted", *quick, "--generator.points_per_side=16")
-    without = run_evaluation(scenes, tmp_path / "not", *quick, "--evaluate.background_points=0")
+    figures = run_evaluation(scenes, tmp_path / "out", *quick, "--generator.points_per_side=16")
 
     assert figures["background/points"] == 32  # of one image, a tenth of six
     assert 0 <= figures["background/taken_share"] <= 1
-    assert without.keys() == {name for name in figures if not name.startswith("background/")}

@@ -163,7 +163,7 @@ def weights(tmp_path_factory) -> Path:
 
 
 def test_evaluation_shows_every_category_with_its_name_escaped(shapes, weights, tmp_path, capsys):
-    flags = [f"--model.checkpoint={weights}", "--evaluate.clicks=0", "--evaluate.background_points=0"]
+    flags = [f"--model.checkpoint={weights}", "--evaluate.clicks=0"]
 
     figures = run_evaluation(shapes, tmp_path, *flags)
 
@@ -186,7 +186,7 @@ def test_masks_alone_are_evaluated_where_they_are_requested(shapes, weights, tmp
 
 
 def test_categories_are_matched_by_name_or_refused(weights, tmp_path, capsys):
-    flags = [f"--model.checkpoint={weights}", "--evaluate.clicks=0", "--evaluate.background_points=0"]
+    flags = [f"--model.checkpoint={weights}", "--evaluate.clicks=0"]
     partly = write_named_shapes(tmp_path / "partly", 3, categories={3: "crate", 7: "wheel"})
     figures = run_evaluation(partly, tmp_path / "out", *flags)
     assert [name for name in figures if name.startswith("classes/ap/")] == ["classes/ap/crate"]
@@ -231,7 +231,7 @@ def test_masks_that_are_no_object_are_dropped_and_said(shapes, weights, tmp_path
 
 def test_a_file_of_predictions_scores_what_the_model_does(shapes, weights, tmp_path):
     content = predict(weights, shapes, tmp_path / "predicted")
-    flags = [f"--model.checkpoint={weights}", "--evaluate.clicks=0", "--evaluate.background_points=0"]
+    flags = [f"--model.checkpoint={weights}", "--evaluate.clicks=0"]
 
     by_model = run_evaluation(shapes, tmp_path / "model", *flags)
     file = f"--evaluate.predictions={tmp_path / 'predicted' / 'predictions.json'}"

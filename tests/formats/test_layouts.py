@@ -128,9 +128,9 @@ def test_objects_that_vanish_at_the_models_size_are_left_out_and_counted(scenes)
     config = build_config({"dataset.path": str(scenes)})
 
     data = read_training_set(config.dataset)
-    data.drop_vanishing(64, 50.0)
+    data.drop_vanishing(8)
 
     assert "vanishes" in data.report.summarize()
-    scales = {record.image_id: 64 / max(record.size) for record in data.train}
+    scales = {record.image_id: 8 / max(record.size) for record in data.train}
     areas = [a.area * scales[record.image_id] ** 2 for record in data.train for a in record.annotations]
-    assert min(areas) >= 50
+    assert min(areas) >= 1

@@ -5,12 +5,10 @@ import torch
 from segment_anything.modeling import ImageEncoderViT
 from torch import nn
 
-from finestsam.config import build_config
 from finestsam.model import attention
 from finestsam.model import encoder as encoder_module
 from finestsam.model.architectures import build_sam
 from finestsam.model.encoder import ChunkedImageEncoder
-from finestsam.model.load import load_model
 
 
 @pytest.fixture
@@ -166,12 +164,3 @@ def test_half_precision_is_as_close_as_segment_anythings(encoder, monkeypatch, h
             found, theirs = encoder(images), encode_like_meta(encoder, images)
 
     assert (found - exact).norm() < 1.5 * (theirs - exact).norm()
-
-
-def test_compiling_keeps_the_names_of_the_weights():
-    settings = {"model.type": "vit_tiny_test", "model.checkpoint": "none", "device": "cpu"}
-
-    plain, compiled = (load_model(build_config(settings | {"compile": flag})).model for flag in (False, True))
-
-    assert compiled.sam.image_encoder._compiled_call_impl is not None
-    assert plain.state_dict().keys() == compiled.state_dict().keys()

@@ -79,13 +79,21 @@ def test_the_decoder_sees_its_additions_by_every_way():
     ("lora", "expected"),
     [
         (LoraConfig(rank=2), {f"image_encoder.blocks.{n}.attn.{layer}" for n in (0, 1) for layer in ("qkv", "proj")}),
-        (LoraConfig(rank=2, blocks=[1]), {"image_encoder.blocks.1.attn.qkv", "image_encoder.blocks.1.attn.proj"}),
         (LoraConfig(rank=2, encoder="none"), set()),
         (LoraConfig(), set()),
     ],
 )
 def test_the_settings_choose_the_layers(lora, expected):
     assert {name for name, _ in list_lora(make_sam(lora))} == expected
+
+
+def test_blocks_that_train_whole_have_no_additions():
+    sam = build_sam("vit_tiny_test")
+    mount_lora_(sam, LoraConfig(rank=2), whole_blocks=1)
+
+    assert {name for name, _ in list_lora(sam)} == {
+        "image_encoder.blocks.0.attn.qkv", "image_encoder.blocks.0.attn.proj",
+    }  # fmt: skip
 
 
 def test_the_decoder_has_additions_in_every_attention():
@@ -104,10 +112,8 @@ def test_dropout_is_of_training_alone():
     assert torch.equal(layer.eval()(x), layer(x))
 
 
-def test_blocks_that_are_not_there_are_named():
-    with pytest.raises(UserError, match=r"model_layer.lora.blocks: this image encoder has 2 blocks, 0 to 1"):
-        adapt_(build_sam("vit_tiny_test"), ModelLayerConfig(lora=LoraConfig(rank=1, blocks=[2])))
-    with pytest.raises(UserError, match=r"model_layer.thaw.blocks: this image encoder has 2 blocks"):
+def test_more_blocks_than_there_are_is_refused():
+    with pytest.raises(UserError, match=r"model_layer.thaw.blocks: this image encoder has 2 blocks, got 3"):
         adapt_(build_sam("vit_tiny_test"), ModelLayerConfig(thaw=ThawConfig(blocks=3)))
 
 
@@ -129,9 +135,10 @@ def base(tmp_path):
 
 @pytest.fixture
 def adapted():
-    """A SAM whose decoder trains whole beside the encoder's additions."""
+    """A SAM whose decoder and a norm train whole beside the encoder's additions."""
     sam = make_sam(LoraConfig(rank=3, encoder="all"), learnt=True)
-    freeze_(FinestSam(sam), build_config({"model_layer.lora.rank": 3, "model_layer.thaw.norms": True}))
+    freeze_(FinestSam(sam), build_config({"model_layer.lora.rank": 3}))
+    sam.image_encoder.blocks[0].norm1.requires_grad_(True)
     nn.init.normal_(sam.mask_decoder.iou_token.weight)
     nn.init.normal_(sam.image_encoder.blocks[0].norm1.weight)
     return sam

@@ -30,7 +30,7 @@ SETTINGS = GeneratorConfig(
 )
 
 
-QUICK = ["--evaluate.clicks=0", "--evaluate.generator=false", "--evaluate.background_points=0"]
+QUICK = ["--evaluate.clicks=0", "--evaluate.generator=false"]
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ def test_without_stored_thresholds_of_the_baseline_they_are_chosen_here_for_the_
 def test_the_starting_weights_are_the_baseline_wherever_they_lie(scenes, finished, tmp_path, capsys):
     moved = tmp_path / "moved.pth"
     moved.write_bytes((finished.parents[1] / "origin.pth").read_bytes())
-    quick = ["--evaluate.clicks=0", "--evaluate.background_points=0"]
+    quick = ["--evaluate.clicks=0"]
 
     run_evaluation(scenes, tmp_path, f"--model.checkpoint={finished}", f"--against={moved}", *quick)
 

@@ -303,7 +303,7 @@ def test_an_out_dir_that_is_a_file_is_an_error(predict, folder):
 
 def test_an_overlay_that_cannot_be_written_is_an_error(predict, folder):
     with files_limited_to(1000):
-        code, _, err = predict("images/scene_0.png", **{"store.enabled": "false"})
+        code, _, err = predict("images/scene_0.png", **{"store.max_gigabytes": "0"})
 
     assert code == 2
     assert err == "finestsam: out/scene_0.png: cannot be written: File too large\n"
@@ -667,7 +667,7 @@ def test_deep_images_are_encoded_and_predicted_anew_in_another_range(predict, fo
     values = render_scene(0, 0, (64, 96)).image[..., 0].astype(np.uint16) * 20
     Image.fromarray(values).save("deep.png")
     full = {"dataset.images.deep_range": "full", "precision": "32-true"}
-    predict("deep.png", **full, **{"store.enabled": "false"}, out_dir="expected")
+    predict("deep.png", **full, **{"store.max_gigabytes": "0"}, out_dir="expected")
     predict("deep.png", precision="32-true")
 
     code, _, err = predict("deep.png", **full, resume="auto")

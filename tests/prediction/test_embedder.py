@@ -53,8 +53,8 @@ def test_ranks_share_the_work_and_fill_everything(records, embedder):
 
 
 def test_fixed_variants_are_kept_and_changing_ones_are_not(records, embedder):
-    fixed = make_dataset(records, embedder, flip_horizontal=0.5, turn=0.5, variants=2)
-    changing = make_dataset(records, embedder, flip_horizontal=0.5, turn=0.5)
+    fixed = make_dataset(records, embedder, orientations="all", variants=2)
+    changing = make_dataset(records, embedder, orientations="all")
 
     fill_store(embedder, [fixed], num_workers=0)
 

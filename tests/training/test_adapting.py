@@ -25,8 +25,7 @@ WAYS = {
     "everything": {"model_layer.freeze.image_encoder": False, "model_layer.freeze.prompt_encoder": False},
     "recomputed": {"model_layer.freeze.image_encoder": False, "model_layer.recompute_encoder": True},
     "last block": FROZEN | {"model_layer.thaw.blocks": 1},
-    "norms": FROZEN | {"model_layer.thaw.norms": True},
-    "biases": FROZEN | {"model_layer.thaw.biases": True, "model_layer.freeze.mask_decoder": True},
+    "last block alone": FROZEN | {"model_layer.thaw.blocks": 1, "model_layer.freeze.mask_decoder": True},
     "lora": FROZEN | {"model_layer.lora.rank": 2, "model_layer.lora.dropout": 0.1},
     "lora, recomputed": FROZEN | {"model_layer.lora.rank": 2, "model_layer.recompute_encoder": True},
     "lora alone": FROZEN | {
@@ -37,9 +36,7 @@ WAYS = {
         "model_layer.lora.rank": 1, "model_layer.lora.encoder": "none", "model_layer.lora.decoder": "attention",
         "model_layer.freeze.mask_decoder": True,
     },
-    "lora below a whole block": FROZEN | {
-        "model_layer.lora.rank": 2, "model_layer.thaw.blocks": 1, "model_layer.thaw.norms": True,
-    },
+    "lora below a whole block": FROZEN | {"model_layer.lora.rank": 2, "model_layer.thaw.blocks": 1},
     "classes": FROZEN | {"task": "classes"},
     "classes, lora alone": FROZEN | {
         "task": "classes", "model_layer.lora.rank": 2, "model_layer.lora.decoder": "all",
@@ -53,9 +50,7 @@ WAYS = {
     "fft attention, classes, everything": {
         "task": "classes", "model_layer.fft_attention.blocks": "windowed", "model_layer.freeze.image_encoder": False,
     },
-    "slower below": {
-        "model_layer.freeze.image_encoder": False, "opt.layer_decay": 0.5, "opt.rates.image_encoder": 0.1,
-    },
+    "slower encoder": {"model_layer.freeze.image_encoder": False, "opt.rates.image_encoder": 0.1},
 }  # fmt: skip
 QKV = "image_encoder.blocks.0.attn.qkv.weight"
 BRIEF = ["--max_steps=2", "--dataset.val_size=0", "--opt.learning_rate=0.01", "--sched.LambdaLR.warmup_steps=0"]
@@ -120,8 +115,10 @@ def test_the_files_give_the_outputs_of_the_trained_model(scenes, tmp_path, base,
 
 @pytest.mark.parametrize(
     "way",
-    ["lora", "slower below"]
-    + [pytest.param(way, marks=pytest.mark.slow) for way in ("lora below a whole block", "biases", "classes")],
+    ["lora", "slower encoder"]
+    + [
+        pytest.param(way, marks=pytest.mark.slow) for way in ("lora below a whole block", "last block alone", "classes")
+    ],
 )
 def test_a_run_goes_on_exactly(scenes, tmp_path, base, way):
     flags = [f"--model.checkpoint={base}", *as_flags(WAYS[way]), *BRIEF]
@@ -180,34 +177,28 @@ def test_thawing_trains_what_it_says():
     last = train_names(model_layer__thaw__blocks=1) - decoder
     assert {name.split(".")[1] for name in last} == {"blocks", "neck"}
     assert {name.split(".")[2] for name in last if ".blocks." in name} == {"1"}
-    norms = train_names(model_layer__thaw__norms=True) - decoder
-    assert norms == {
-        *(f"image_encoder.blocks.{n}.norm{m}.{kind}" for n in (0, 1) for m in (1, 2) for kind in ("weight", "bias")),
-        *(f"image_encoder.neck.{n}.{kind}" for n in (1, 3) for kind in ("weight", "bias")),
-    }
-    biases = train_names(model_layer__thaw__biases=True) - decoder
-    assert biases and all(name.endswith("bias") for name in biases)
 
 
-def test_rates_fall_from_block_to_block_and_differ_by_part():
+def test_the_image_encoder_and_heads_have_rates_of_their_own():
     model = FinestSam(build_sam("vit_tiny_test"))
-    model.training_head = torch.nn.Linear(2, 2)
+    model.class_head, model.training_head = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     names = {id(weight): name for name, weight in model.named_parameters()}
-    opt = build_config({"opt.learning_rate": 0.1, "opt.layer_decay": 0.5, "opt.rates.image_encoder": 0.2}).opt
+    opt = build_config({"opt.learning_rate": 0.1, "opt.rates.image_encoder": 0.2, "opt.head_learning_rate": 0.3}).opt
 
-    groups = build_optimizer(model, opt, head_share=3.0).param_groups
+    groups = build_optimizer(model, opt).param_groups
 
     rates = {names[id(weight)]: group["lr"] for group in groups for weight in group["params"]}
     assert len(rates) == len(names)
     for name, expected in {
-        "sam.image_encoder.patch_embed.proj.weight": 0.1 * 0.2 / 8,
-        "sam.image_encoder.pos_embed": 0.1 * 0.2 / 8,
-        "sam.image_encoder.blocks.0.attn.qkv.bias": 0.1 * 0.2 / 4,
-        "sam.image_encoder.blocks.1.mlp.lin1.weight": 0.1 * 0.2 / 2,
+        "sam.image_encoder.patch_embed.proj.weight": 0.1 * 0.2,
+        "sam.image_encoder.pos_embed": 0.1 * 0.2,
+        "sam.image_encoder.blocks.0.attn.qkv.bias": 0.1 * 0.2,
+        "sam.image_encoder.blocks.1.mlp.lin1.weight": 0.1 * 0.2,
         "sam.image_encoder.neck.0.weight": 0.1 * 0.2,
         "sam.mask_decoder.iou_token.weight": 0.1,
         "sam.prompt_encoder.no_mask_embed.weight": 0.1,
-        "training_head.bias": 0.3,
+        "class_head.bias": 0.3,
+        "training_head.bias": 0.1,
     }.items():
         assert rates[name] == pytest.approx(expected), name
 
@@ -233,7 +224,7 @@ def test_blocks_before_everything_that_trains_keep_nothing_for_a_gradient():
         (["--model_layer.freeze.image_encoder=false", "--model_layer.lora.rank=2"], "lora.encoder trains beside"),
         (["--model_layer.freeze.image_encoder=true", "--model_layer.lora.rank=2", "--model_layer.lora.decoder=all"],
          "lora.decoder trains beside"),
-        (["--model_layer.freeze.image_encoder=false", "--model_layer.thaw.norms=true"], "thaw is for a frozen"),
+        (["--model_layer.freeze.image_encoder=false", "--model_layer.thaw.blocks=1"], "thaw is for a frozen"),
         (["--model_layer.lora.rank=2", "--model_layer.lora.encoder=none"], "no layer to adapt"),
         (["--model_layer.freeze.image_encoder=true", "--model_layer.freeze.prompt_encoder=true",
           "--model_layer.freeze.mask_decoder=true"], "nothing trains"),

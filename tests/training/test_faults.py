@@ -498,7 +498,7 @@ def test_a_setting_with_which_the_checkpoint_fits_no_more_is_refused_by_its_name
 
 
 def test_a_changed_rate_or_batch_size_is_reported_with_the_one_that_wins(stopped, capsys):
-    flags = ["--opt.learning_rate=1e-5", "--batch_size=2", "--opt.clip_norm=2", "--num_workers=0"]
+    flags = ["--opt.learning_rate=1e-5", "--batch_size=2", "--losses.focal_gamma=1", "--num_workers=0"]
 
     assert resume(stopped, "--max_steps=2", *flags) == 0
 
@@ -506,7 +506,7 @@ def test_a_changed_rate_or_batch_size_is_reported_with_the_one_that_wins(stopped
     assert lines == [
         "warning: --resume: batch_size: 2 from here on, 1 before",
         "warning: --resume: opt.learning_rate 1e-05: the run goes on with 0.001, which its optimizer holds",
-        "warning: --resume: opt.clip_norm: 2.0 from here on, 1.0 before",
+        "warning: --resume: losses.focal_gamma: 1.0 from here on, 2.0 before",
         "warning: --resume: 2 images a step from here on, 1 before: not what an unbroken run learns",
     ]
     state = torch.load(stopped / "run" / "last.ckpt", weights_only=True)

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from finestsam.cli import main
-from finestsam.config import SemanticConfig, build_config
+from finestsam.config import build_config
 from finestsam.data.semantic import IGNORED
 from finestsam.errors import UserError
 from finestsam.model.architectures import build_sam
@@ -106,7 +106,7 @@ def test_evaluation_repeats_what_validation_measured(finished, scenes, tmp_path)
 
 
 def test_training_goes_on_from_a_head_for_the_same_classes(finished, scenes, tmp_path):
-    flags = [TASK, f"--model.checkpoint={finished}", "--semantic.head_learning_rate=1e-9", "--opt.learning_rate=1e-9"]
+    flags = [TASK, f"--model.checkpoint={finished}", "--opt.head_learning_rate=1e-9", "--opt.learning_rate=1e-9"]
 
     run = run_training(scenes, tmp_path, *flags)
 
@@ -165,7 +165,7 @@ def test_other_encoders_learn_with_a_head_and_predict_from_their_file_as_in_vali
     start = build_sam("vit_tiny_test").state_dict()
     torch.save(start, tmp_path / "start.pth")
     flags = [TASK, f"--model.checkpoint={tmp_path / 'start.pth'}", "--dataset.val_size=0.4", *flags]
-    flags += ["--opt.learning_rate=1e-2", "--semantic.head_learning_rate=1e-2", "--sched.LambdaLR.warmup_steps=0"]
+    flags += ["--opt.learning_rate=1e-2", "--opt.head_learning_rate=1e-2", "--sched.LambdaLR.warmup_steps=0"]
     run = run_training(scenes, tmp_path / "sav", *flags)
 
     trained = torch.load(run / "best.pth", weights_only=True)
@@ -213,7 +213,7 @@ def test_a_head_learns_from_embeddings_that_are_nearly_the_same_everywhere():
 
     for _ in range(60):
         optimizer.zero_grad()
-        measures = measure_classes(head(embedding), labels, SemanticConfig())
+        measures = measure_classes(head(embedding), labels)
         measures[:, 0].sum().backward()
         optimizer.step()
 
@@ -238,7 +238,7 @@ def test_losses_are_those_of_the_definitions():
     logits = torch.randn(2, 3, 4, 5, generator=draw, dtype=torch.float64)
     labels = torch.randint(-1, 2, (2, 4, 5), generator=draw)  # class 2 is in no image
 
-    found = measure_classes(logits, labels, SemanticConfig(cross_entropy_ratio=2.0, dice_ratio=3.0))
+    found = measure_classes(logits, labels)
 
     for image in range(2):
         counted = labels[image] != IGNORED
@@ -250,7 +250,7 @@ def test_losses_are_those_of_the_definitions():
             inside = (truth == number).double()
             both = 2 * (probabilities[number] * inside).sum() + 1
             dices.append(1 - both / (probabilities[number].sum() + inside.sum() + 1))
-        expected = [2 * entropy, 3 * sum(dices) / 2, (probabilities.argmax(0) == truth).double().mean()]
+        expected = [entropy, sum(dices) / 2, (probabilities.argmax(0) == truth).double().mean()]
         torch.testing.assert_close(found[image, 1:], torch.stack(expected))
         torch.testing.assert_close(found[image, 0], expected[0] + expected[1])
 
@@ -259,7 +259,7 @@ def test_an_image_without_labels_teaches_nothing():
     logits = torch.randn(1, 3, 4, 4, requires_grad=True)
     labels = torch.full((1, 4, 4), IGNORED)
 
-    loss = measure_classes(logits, labels, SemanticConfig())[:, 0].sum()
+    loss = measure_classes(logits, labels)[:, 0].sum()
     loss.backward()
 
     assert loss == 0
@@ -267,11 +267,8 @@ def test_an_image_without_labels_teaches_nothing():
     assert (logits.grad == 0).all()
 
 
-def test_settings_that_learn_nothing_are_refused(scenes, capsys):
-    flags = ["--semantic.cross_entropy_ratio=0", "--semantic.dice_ratio=0", "--opt.keep_original=0.5"]
-
-    assert main(["--mode=train", f"--dataset={scenes}", TASK, *flags]) == 2
+def test_settings_without_a_part_in_it_are_refused(scenes, capsys):
+    assert main(["--mode=train", f"--dataset={scenes}", TASK, "--opt.keep_original=0.5"]) == 2
 
     error = capsys.readouterr().err
-    assert "semantic.cross_entropy_ratio and semantic.dice_ratio are both 0" in error
     assert "opt.keep_original has no part in --task semantic" in error

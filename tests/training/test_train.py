@@ -261,7 +261,7 @@ def slow(*flags: str) -> object:
         [],
         slow("--task=semantic"),
         slow("--model_layer.freeze.image_encoder=true", "--prompts.use_boxes=true"),
-        slow("--model_layer.freeze.image_encoder=true", "--model_layer.lora.rank=2", "--model_layer.thaw.norms=true"),
+        slow("--model_layer.freeze.image_encoder=true", "--model_layer.lora.rank=2", "--model_layer.thaw.blocks=1"),
         slow(
             "--prompts.use_boxes=true",
             "--prompts.mix=true",
@@ -272,7 +272,6 @@ def slow(*flags: str) -> object:
             "--prompts.use_points=false",
             "--prompts.use_boxes=true",
             "--prompts.correction_clicks=1",
-            "--prompts.correction_share=0.3",
         ),
     ],
 )

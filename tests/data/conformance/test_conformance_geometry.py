@@ -308,7 +308,7 @@ def test_case_46_an_image_without_objects_is_kept_for_validation_alone(zoo):
 
     assert "2 usable (1 without objects)" in zoo.check("--strict").out
     data = read_training_set(DatasetConfig(path=str(zoo.root), val_size=0.0, use_cache=False))
-    data.drop_vanishing(1024, 1.0)
+    data.drop_vanishing(1024)
     assert [record.file_name for record in data.train] == ["a.png"]
 
 

@@ -315,7 +315,7 @@ def test_case_66_a_name_that_differs_in_case_is_found_where_it_is_the_only_one(z
 def test_case_67_an_image_that_breaks_during_training_is_passed_over(zoo, tmp_path, capsys):
     add_image(zoo, "c.png", encode(render_quarters(), "PNG"))
     zoo.write()
-    arguments = ["--mode=train", f"--dataset={zoo.root}", f"--sav_dir={tmp_path / 'sav'}", "--store.enabled=false"]
+    arguments = ["--mode=train", f"--dataset={zoo.root}", f"--sav_dir={tmp_path / 'sav'}", "--store.max_gigabytes=0"]
     arguments += ["--model.type=vit_tiny_test", "--model.checkpoint=none", "--device=cpu", "--num_workers=0"]
     arguments += ["--dataset.val_size=0", "--num_epochs=1"]
     assert main(arguments) == 0  # what the check found is kept, with the time of change of every file
