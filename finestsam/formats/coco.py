@@ -145,7 +145,7 @@ def _describe_too_long(path: Path) -> str:
 def _check_structure(content: object, path: Path) -> None:
     if isinstance(content, list):
         is_results = content and isinstance(content[0], dict) and "image_id" in content[0]
-        hint = "; this looks like a file of COCO results, which lists no images" if is_results else ""
+        hint = "; this looks like a list of COCO results, without images" if is_results else ""
         raise UserError(f"{path}: expected an object with images, annotations and categories, got a list{hint}")
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected an object with images, annotations and categories, got {content!r:.40}")

@@ -358,4 +358,4 @@ def test_a_box_only_export_is_refused_with_what_would_help(zoo):
 def test_a_list_of_results_is_no_dataset(zoo):
     results = [{"image_id": 1, "category_id": 1, "segmentation": make_rle(), "score": 0.5}]
 
-    assert_refused(zoo.check(text=json.dumps(results)), "which lists no images")
+    assert_refused(zoo.check(text=json.dumps(results)), "COCO results, without images")
