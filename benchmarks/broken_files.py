@@ -51,7 +51,7 @@ from finestsam.model.card import Card, write_card
 from finestsam.model.load import load_model
 from finestsam.model.lora import mount_lora_
 from finestsam.training.resume import load_state
-from finestsam.training.run import Progress
+from finestsam.training.state import Progress
 
 EXTRA_BYTES = 2_000_000_000  # memory that reading may take, in addition to that of this process
 SECONDS_FOR_ONE = 60

@@ -22,6 +22,7 @@ from finestsam.images.files import write_image
 from finestsam.model.load import LoadedModel, load_model
 from finestsam.model.sam import FinestSam
 from finestsam.modes import predict as predict_module
+from finestsam.prediction import predict_masks as masks_module
 
 SIZES = ((800, 1200), (1200, 800), (768, 1024), (1000, 1000))
 
@@ -36,7 +37,7 @@ def main() -> None:
     _time(FinestSam, "encode", seconds, "encoder")
     _time(FinestSam, "compute_image_features", seconds, "decoder")
     _time(FinestSam, "predict_above", seconds, "decoder")
-    _time(predict_module, "_predict_all", seconds, "all")
+    _time(masks_module, "_predict_all", seconds, "all")
     predict_module.load_model = _load_with_objects
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:

@@ -32,6 +32,7 @@ from finestsam.masks import encode_mask
 from finestsam.model.architectures import build_sam
 from finestsam.model.sam import FinestSam
 from finestsam.runtime.cpu import keep_freed_memory
+from finestsam.tasks.masks import MasksTask
 from finestsam.training.optim import build_optimizer
 from finestsam.training.step import Stepper
 from finestsam.training.trainable import freeze_
@@ -93,7 +94,7 @@ def _run_one(side: str, count: int, result: Path) -> None:
         embedder = SimpleNamespace(embed=lambda samples: torch.stack([sample.embedding.float() for sample in samples]))
         fabric = Fabric(accelerator="cpu", devices=1)
         _, optimizer = fabric.setup(model, optimizer)
-        stepper = Stepper(fabric, config, model, optimizer, scaler, embedder)
+        stepper = Stepper(fabric, MasksTask(config, model), optimizer, scaler, embedder)
         stepper.clip_norm = float("inf")
         stepper.step([Batch([sample])], epoch=0, wants_stop=False)
     seconds = time.perf_counter() - start

@@ -51,8 +51,7 @@ class Sample:
     variant: int = 0  # number of the augmented variant; 0: the plain image
     embedding: Tensor | None = None  # C x g x g, float16, from the store
     background: Prompts = field(default_factory=Prompts)  # single points where no object is, with label 1
-    cells: Tensor | None = None  # 4g x 4g, int32: object numbers from 1, see `label_cells`. None: not needed
-    classes: Tensor | None = None  # 4g x 4g, int64: the class of each cell, -1: ignored. None: not needed
+    cells: Tensor | None = None  # 4g x 4g: object numbers from 1, see `label_cells`, or classes. None: not needed
     object_classes: list[int] = field(default_factory=list)  # N; empty: not needed
     cell_classes: list[int] = field(default_factory=list)  # classes of the objects in `cells`, by number
 
@@ -74,13 +73,11 @@ class Sample:
         image = None if self.image is None else self.image.to(target)
         embedding = None if self.embedding is None else self.embedding.to(target)
         cells = None if self.cells is None else self.cells.to(target)
-        classes = None if self.classes is None else self.classes.to(target)
         return replace(
             self,
             image=image,
             embedding=embedding,
             cells=cells,
-            classes=classes,
             prompts=self.prompts.to(target),
             background=self.background.to(target),
         )

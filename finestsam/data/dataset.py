@@ -4,7 +4,7 @@ A sample is a pure function of (seed, epoch, image). Worker processes and restar
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -25,7 +25,7 @@ from finestsam.data.augment import (
     show_image,
     show_object,
 )
-from finestsam.data.cells import CELL_PIXELS, label_cells, sort_by_area
+from finestsam.data.cells import CELL_PIXELS, sort_by_area
 from finestsam.data.previous_logits import PreviousLogits
 from finestsam.data.prompts import (
     MASK_LOGIT,
@@ -37,7 +37,7 @@ from finestsam.data.prompts import (
     jitter_box,
     sample_point_sets,
 )
-from finestsam.data.semantic import ClassTable, render_label_cells
+from finestsam.data.semantic import ClassTable
 from finestsam.errors import Defect
 from finestsam.images.files import read_image
 from finestsam.images.frames import compute_input_size, resize_image, scale_boxes, scale_points
@@ -48,8 +48,10 @@ from finestsam.records import Annotation, Record
 # Purposes of the random streams. The purpose is the last number of a stream's seed, so the streams are independent.
 # No purpose is 0, because numpy ignores zeros at the end of a seed.
 CHOICE, VARIANT, POINTS, BOX, MASK, KIND, BACKGROUND, CORRECTION = range(1, 9)
-# Of the training images, chosen anew in each epoch; on the others one prompt is all, as the generator gives it.
+# Share of the training images that are corrected, chosen anew in each epoch.
 CORRECTED_SHARE = 0.5
+# Takes a record and `view`, `input_size` and `side`, as `data.cells.label_cells` does; returns side x side.
+CellLabels = Callable[..., Tensor]
 PROMPT_KINDS = ("use_points", "use_boxes", "use_masks")
 
 
@@ -64,10 +66,10 @@ class SampleSettings:
     dataset: DatasetConfig
     max_objects: int = 0  # of an image with more objects, a random subset is used; 0: all
     augment: AugmentConfig = AugmentConfig()
-    wants_cells: bool = False  # whether a sample gives the object of each cell of the decoder's grid
-    classes: ClassTable | None = None  # for samples with a class for each cell and without prompts; None: with prompts
+    label_cells: CellLabels | None = None  # target of each cell of the decoder's grid; None: samples have none
     jitters_boxes: bool = True
     categories: ClassTable | None = None  # classes of the objects; None: samples have no classes
+    prompts_objects: bool = True  # False: a sample has cells, but neither prompts nor masks of objects
 
 
 class SampleDataset(Dataset):
@@ -108,16 +110,17 @@ class SampleDataset(Dataset):
             pixels = self.read_pixels(position, variant) if embedding is None else None
         except Defect as defect:
             return Defect(defect.code, f"{record.file_name}: {defect.message}")
-        side = self.settings.image_size // CELL_PIXELS
-        if self.settings.classes is not None:
-            classes = render_label_cells(record, self.settings.classes, view, input_size, side)
-            return Sample(
-                record.image_id, record.file_name, view.size, input_size, pixels, Prompts(),
-                variant=variant, embedding=embedding, classes=classes,
-            )  # fmt: skip
-        cells = None
-        if self.settings.wants_cells or self.settings.categories:
-            cells = label_cells(record, view, input_size, side)
+        label_cells, side = self.settings.label_cells, self.settings.image_size // CELL_PIXELS
+        cells = label_cells(record, view=view, input_size=input_size, side=side) if label_cells else None
+        sample = Sample(
+            record.image_id, record.file_name, view.size, input_size, pixels, Prompts(),
+            variant=variant, embedding=embedding, cells=cells,
+        )  # fmt: skip
+        return self._add_objects(sample, position, view, indices, epoch) if self.settings.prompts_objects else sample
+
+    def _add_objects(self, sample: Sample, position: int, view: View, indices: np.ndarray, epoch: int) -> Sample:
+        """Return the sample with prompts for the objects at `indices`, at most max_objects of them, and their masks."""
+        record, input_size = self.records[position], sample.input_size
         background = self._sample_background(record, view, input_size, epoch)
         indices = self._choose_objects(record, indices, epoch)
         kinds = self._choose_kinds(record, epoch)
@@ -130,21 +133,14 @@ class SampleDataset(Dataset):
             rles += [shown.rle] * counts[-1]
         indices = np.repeat(indices, counts)
         rows = (self.first_rows[position] + indices).tolist()
-        return Sample(
-            image_id=record.image_id,
-            file_name=record.file_name,
-            original_size=view.size,
-            input_size=input_size,
-            image=pixels,
+        return replace(
+            sample,
             prompts=self._insert_previous_logits(_stack_prompts(prompts), rows, epoch),
             rles=rles,
             annotation_ids=[record.annotations[index].id for index in indices],
             rows=rows,
             correction_clicks=self._count_corrections(record, epoch),
-            variant=variant,
-            embedding=embedding,
             background=background,
-            cells=cells,
             object_classes=self._list_classes([record.annotations[index] for index in indices]),
             cell_classes=self._list_classes(sort_by_area(record.annotations)),
         )

@@ -1,31 +1,8 @@
 """Score label maps: IoU and Dice of each class, their means, and pixel accuracy, from one table of counted pixels."""
 
-from collections.abc import Iterable, Iterator, Sequence
-
 import numpy as np
 
-from finestsam.batch import Batch, Sample
-from finestsam.data.semantic import BACKGROUND_NAME, IGNORED, ClassTable, render_label_map
-from finestsam.prediction.embedder import Embedder
-from finestsam.prediction.semantic import classify
-from finestsam.records import Record
-
-
-def count_images(
-    embedder: Embedder, batches: Iterable[tuple[Batch, list[str]]], records: Sequence[Record], table: ClassTable
-) -> Iterator[tuple[Sample, np.ndarray]]:
-    """Classify images, and yield each with its `count_pixels`.
-
-    Args:
-        batches: as `data.dataset.collate` makes them.
-        records: of the images.
-    """
-    by_id = {record.image_id: record for record in records}
-    for batch, _ in batches:
-        for sample in batch.to(embedder.model.device).samples:
-            embedding = embedder.embed([sample])
-            predicted = classify(embedder.model, embedding, sample.input_size, sample.original_size)
-            yield sample, count_pixels(render_label_map(by_id[sample.image_id], table), predicted, len(table.names))
+from finestsam.data.semantic import BACKGROUND_NAME, IGNORED
 
 
 def count_pixels(truth: np.ndarray, predicted: np.ndarray, class_count: int) -> np.ndarray:

@@ -6,12 +6,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from finestsam.config import IMAGE_SIZE_RANGE, PATCH_SIZE, EvaluateConfig, GeneratorConfig, lies_in, list_choices
+from finestsam.config import (
+    IMAGE_SIZE_RANGE,
+    PATCH_SIZE,
+    Config,
+    EvaluateConfig,
+    GeneratorConfig,
+    lies_in,
+    list_choices,
+)
 from finestsam.errors import UserError
 from finestsam.runtime.value_types import find_misfit, fits
 from finestsam.runtime.whole_files import write_json
 
-TASKS = ("masks", "classes", "semantic")
+TASKS = [name for name in list_choices(get_type_hints(Config)["task"]) if name != "auto"]
 GOALS = list_choices(get_type_hints(EvaluateConfig)["goal"])
 
 

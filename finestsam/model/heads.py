@@ -21,6 +21,11 @@ def head_path(weights: Path, kind: type[nn.Module]) -> Path:
     return weights.with_suffix(kind.SUFFIX)
 
 
+def is_kept(head: nn.Module) -> bool:
+    """Whether a head is kept beside the weights; others serve training alone."""
+    return hasattr(head, "SUFFIX")
+
+
 def load_head(
     weights: Path, kind: type[Head], build: Callable[[dict[str, Tensor]], Head], purpose: str, width: int
 ) -> Head:

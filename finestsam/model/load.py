@@ -1,5 +1,6 @@
 """Load the model that the settings name: its weights, image size and device."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +29,22 @@ from finestsam.model.weights import (
 from finestsam.runtime.cpu import has_feature
 
 RANDOM_WEIGHTS = "random weights"
+
+
+@dataclass(frozen=True)
+class HeadFile:
+    """How the head of a task is loaded from the file beside SAM's weights."""
+
+    name: str  # of its attribute of FinestSam
+    outputs: str  # the field of the card that names what it tells apart
+    load: Callable[[Path, Sequence[str], int], nn.Module]  # takes the weights, those names and the embedding's channels
+
+
+# By task; the others have no head.
+HEADS = {
+    "classes": HeadFile("class_head", "categories", load_class_head),
+    "semantic": HeadFile("semantic_head", "classes", load_semantic_head),
+}
 
 
 @dataclass
@@ -101,11 +118,9 @@ def _load_head_(model: FinestSam, config: Config, path: Path | None, card: Card 
         raise UserError(
             f"task {config.task}: {path or RANDOM_WEIGHTS} were not trained for it; --mode train --task {config.task}"
         )
-    width = model.sam.prompt_encoder.embed_dim
-    if trained == "semantic":
-        model.semantic_head = load_semantic_head(path, card.classes, width)
-    elif trained == "classes":
-        model.class_head = load_class_head(path, card.categories, width)
+    if head := HEADS.get(trained):
+        outputs = getattr(card, head.outputs)
+        setattr(model, head.name, head.load(path, outputs, model.sam.prompt_encoder.embed_dim))
 
 
 def _check_size(size: int | None) -> None:

@@ -27,9 +27,13 @@ class FinestSam(nn.Module):
         self.sam = sam
         self.multimask_output = multimask_output
         self.encoder_dtype = encoder_dtype
-        self.training_head: nn.Module | None = None  # only in training; it is here to be wrapped with the rest
         self.semantic_head: nn.Module | None = None  # of models that classify pixels
         self.class_head: nn.Module | None = None  # of models that classify masks
+
+    @property
+    def heads(self) -> dict[str, nn.Module]:
+        """The heads that there are, by the names of their attributes."""
+        return {name: part for name, part in self.named_children() if part is not self.sam}
 
     @property
     def image_size(self) -> int:

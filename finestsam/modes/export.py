@@ -71,7 +71,7 @@ def export(config: Config) -> int:
 
 def _refuse(loaded: LoadedModel, form: Format, config: Config, out_dir: Path) -> None:
     """Raise where this model cannot be exported, or not there."""
-    if loaded.model.semantic_head is not None or loaded.model.class_head is not None:
+    if loaded.model.heads:
         raise UserError(f"{printable(loaded.source)} were trained for --task {loaded.card.task}: {HEADS_STAY}")
     source, setting = printable(loaded.source), f"export.format {config.export.format}"
     if blocks := list_blocks(loaded.model.sam.state_dict()):

@@ -90,6 +90,11 @@ def open_store(settings: StoreConfig, model: FinestSam) -> EmbeddingStore | None
     return EmbeddingStore(folder, hash_encoder(model), shape, int(settings.max_gigabytes * GIGABYTE))
 
 
+def open_embedder(settings: StoreConfig, model: FinestSam) -> Embedder:
+    """Return the model's encoder with its store."""
+    return Embedder(model, open_store(settings, model))
+
+
 def hash_encoder(model: FinestSam) -> str:
     """Return a hash of everything that an embedding depends on besides the image."""
     digest = hashlib.blake2b(f"{VERSION} {model.image_size} {model.encoder_dtype}".encode(), digest_size=16)
@@ -106,8 +111,10 @@ def hash_weights(embedder: Embedder) -> str:
     model = embedder.model
     key = embedder.store.encoder_key if embedder.store else hash_encoder(model)
     digest = hashlib.blake2b(f"{key} {model.multimask_output}".encode(), digest_size=16)
-    heads = model.class_head.state_dict(prefix="class_head.") if model.class_head else {}
-    for name, values in sorted((model.sam.state_dict() | heads).items()):
+    weights = model.sam.state_dict()
+    for name, head in model.heads.items():
+        weights |= head.state_dict(prefix=f"{name}.")
+    for name, values in sorted(weights.items()):
         if not name.startswith("image_encoder."):
             digest.update(name.encode())
             digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

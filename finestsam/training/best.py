@@ -3,135 +3,139 @@
 import math
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from finestsam import __version__
-from finestsam.data.categories import list_category_ids
 from finestsam.errors import UserError
 from finestsam.model.adapter import write_adapter
 from finestsam.model.card import Card, write_card
 from finestsam.model.fft_attention import list_blocks
-from finestsam.model.heads import head_path
+from finestsam.model.heads import head_path, is_kept
 from finestsam.model.load import RANDOM_WEIGHTS
 from finestsam.model.lora import list_lora, plain_state_dict
+from finestsam.model.sam import FinestSam
 from finestsam.model.saving import save_weights
+from finestsam.tasks.base import Validation
 from finestsam.training.run import Run
+from finestsam.training.run_folder import RunFolder
+from finestsam.training.state import Progress, RunState
 
 ADAPTER_FOLDER = "adapter"
 OF_THE_GENERATOR = ("val_generator_", "val_classes_")
 
 
-def choose_metric(run: Run) -> str:
-    """Return the name of the metric that weights are ranked by."""
-    name = run.config.best_metric
-    name = run.stepper.default_metrics[run.config.dataset.labels] if name == "auto" else name
+def choose_metric(run: Run, progress: Progress) -> str:
+    """Return the name of the metric that chooses the best weights."""
+    name, task = run.config.best_metric, run.task
+    name = task.default_metrics.get(run.config.dataset.labels, task.metric) if name == "auto" else name
     is_measured = run.config.evaluate.generator or not name.startswith(OF_THE_GENERATOR)
-    return name if is_measured and name in run.progress.baseline else run.stepper.metric
+    return name if is_measured and name in progress.baseline else task.metric
 
 
-def rank(run: Run, metrics: dict[str, float]) -> list[float]:
-    """Return the values that weights are compared by: the chosen metric, then the task's own for equal ones.
+def rank(run: Run, progress: Progress, metrics: Mapping[str, float]) -> list[float]:
+    """Return what weights are compared by: the metric that was chosen, and of equals the task's own.
 
-    Weights without a measured value, because their outputs are not finite, rank last.
+    What could not be measured, as the weights predict no numbers, is worse than everything.
     """
-    return [metrics.get(name, -math.inf) for name in (choose_metric(run), run.stepper.metric)]
+    return [metrics.get(name, -math.inf) for name in (choose_metric(run, progress), run.task.metric)]
 
 
-def keep_if_best(run: Run, kept_original: float = 0.0) -> bool:
-    """Save the weights as best.pth if they are better than all before, the baseline included; return whether they are.
+def keep_if_best(
+    run: Run, state: RunState, folder: RunFolder, validation: Validation, kept_original: float = 0.0
+) -> bool:
+    """Save the weights as best.pth where they are better than all before, and return whether they are.
+
+    The baseline is the first to beat.
 
     Args:
-        kept_original: share of the starting weights blended into these, for the card.
+        validation: of these weights.
+        kept_original: the share of the baseline's weights in these, for the card.
     """
-    progress = run.progress
-    ranked = None if run.val_loader is None else rank(run, progress.metrics)
-    # Both by the current metric, because a run may continue with another one.
-    is_better = ranked is None or progress.best is None or ranked > rank(run, progress.best)
+    progress = state.progress
+    ranked = None if run.val_loader is None else rank(run, progress, validation.metrics)
+    # Both by the metric of now: a run may be continued with another one.
+    is_better = ranked is None or progress.best is None or ranked > rank(run, progress, progress.best)
     progress.evaluations_without_better = 0 if is_better else progress.evaluations_without_better + 1
     if is_better:
-        progress.best = None if ranked is None else dict(progress.metrics)
+        progress.best = None if ranked is None else dict(validation.metrics)
         progress.is_blended = kept_original > 0
     if run.is_first_rank:
-        problem = warn_if_not_saved(lambda: _save_best(run, is_better, kept_original))
+        card = _make_card(run, progress, validation, kept_original)
+        problem = warn_if_not_saved(lambda: _save_best(run, progress, folder, card, is_better))
         if is_better:
             progress.lost_best = problem
     return is_better
 
 
-def refuse_lost_best(run: Run) -> None:
-    """Raise a UserError if best.pth is missing, or could not be written when the weights were best."""
-    if run.is_first_rank and run.progress.lost_best:
-        raise UserError(f"best.pth does not hold the best weights of the run: {run.progress.lost_best}")
-    if run.is_first_rank and not (run.folder / "best.pth").is_file():
-        raise UserError(f"{run.folder / 'best.pth'} is gone, and with it the best weights of the run{_name_kept(run)}")
+def refuse_lost_best(progress: Progress, folder: RunFolder) -> None:
+    """Raise a UserError if best.pth could not be written when its weights were there, or is there no more."""
+    if folder.is_first_rank and progress.lost_best:
+        raise UserError(f"best.pth does not hold the best weights of the run: {progress.lost_best}")
+    if folder.is_first_rank and not folder.best.is_file():
+        raise UserError(f"{folder.best} is gone, and with it the best weights of the run{_name_kept(folder)}")
 
 
-def _name_kept(run: Run) -> str:
-    """Return where to find other weights of the run."""
-    kept = [run.folder / name for name in run.top.state_dict() if (run.folder / name).is_file()]
-    last = f"the newest ones are in {run.folder / 'last.ckpt'}, for --resume"
+def _name_kept(folder: RunFolder) -> str:
+    """Return where other weights of the run are."""
+    kept = [folder.path / name for name in folder.top.state_dict() if (folder.path / name).is_file()]
+    last = f"the newest ones are in {folder.path / 'last.ckpt'}, for --resume"
     return f"; others are {', '.join(map(str, kept))}; {last}" if kept else f"; {last}"
 
 
-def _save_best(run: Run, is_better: bool, kept_original: float) -> None:
-    weights, card = plain_state_dict(run.loaded.model.sam), _make_card(run, kept_original)
-    if run.progress.step > 0:
-        path = run.top.save(weights, run.progress.step, run.progress.metrics, choose_metric(run))
+def _save_best(run: Run, progress: Progress, folder: RunFolder, card: Card, is_better: bool) -> None:
+    model = run.loaded.model
+    weights = plain_state_dict(model.sam)
+    if progress.step > 0:
+        path = folder.top.save(weights, progress.step, card.metrics, choose_metric(run, progress))
         if path:
-            _save_beside(run, path, card)
+            _save_beside(model, path, card)
     if is_better:
-        save_weights(run.folder / "best.pth", weights)
-        _save_beside(run, run.folder / "best.pth", card)
-        if kept_original == 0:
-            _save_adapter(run, card)
-        else:  # the blended weights contain the LoRA weights
-            shutil.rmtree(run.folder / ADAPTER_FOLDER, ignore_errors=True)
+        save_weights(folder.best, weights)
+        _save_beside(model, folder.best, card)
+        if card.kept_original == 0:
+            _save_adapter(run, folder, card)
+        else:  # the additions are in the weights of the blend
+            shutil.rmtree(folder.path / ADAPTER_FOLDER, ignore_errors=True)
 
 
-def _save_adapter(run: Run, card: Card) -> None:
-    """Save the LoRA weights as an adapter as well, if there is a file with their base weights.
+def _save_adapter(run: Run, folder: RunFolder, card: Card) -> None:
+    """Save low-rank additions by themselves, too, where there is a file of weights that they go with.
 
     There is none if FFT attention was mounted in this run: only the best weights hold it.
     """
-    sam, started_from = run.loaded.model.sam, run.progress.started_from
-    if not any(list_lora(sam)) or started_from == RANDOM_WEIGHTS or run.has_new_attention:
-        return
-    _save_beside(run, write_adapter(run.folder / ADAPTER_FOLDER, sam, started_from), card)
-
-
-def _save_beside(run: Run, path: Path, card: Card) -> None:
     model = run.loaded.model
-    for head in (model.semantic_head, model.class_head):
-        if head is not None:
-            save_weights(head_path(path, type(head)), head.state_dict())
+    if not any(list_lora(model.sam)) or card.started_from == RANDOM_WEIGHTS or run.has_new_attention:
+        return
+    _save_beside(model, write_adapter(folder.path / ADAPTER_FOLDER, model.sam, card.started_from), card)
+
+
+def _save_beside(model: FinestSam, path: Path, card: Card) -> None:
+    for head in filter(is_kept, model.heads.values()):
+        save_weights(head_path(path, type(head)), head.state_dict())
     write_card(path, card)
 
 
-def _make_card(run: Run, kept_original: float) -> Card:
-    progress, model, table = run.progress, run.loaded.model, run.classes
-    has_masks, has_categories = model.semantic_head is None, model.class_head is not None
+def _make_card(run: Run, progress: Progress, validation: Validation, kept_original: float) -> Card:
+    model = run.loaded.model
     return Card(
         model_type=run.loaded.model_type,
         image_size=model.image_size,
         multimask_output=model.multimask_output,
-        categories=table.names[1:] if has_categories else run.data.categories,
-        category_ids=list_category_ids(table) if has_categories else [],
-        generator=progress.generator,
-        goal=run.config.evaluate.goal if progress.tuned_on else "",
-        tuned_on=progress.tuned_on,
+        task=run.task.name,
+        generator=validation.generator,
+        goal=run.config.evaluate.goal if validation.tuned_on else "",
+        tuned_on=validation.tuned_on,
         baseline_generator=progress.baseline_generator,
-        metrics=progress.metrics,
-        baseline=progress.baseline or progress.metrics,
+        metrics=validation.metrics,
+        baseline=progress.baseline or validation.metrics,
         step=progress.step,
         started_from=progress.started_from,
         kept_original=kept_original,
         started_from_sha256=progress.started_from_sha256,
-        task="classes" if has_categories else "masks" if has_masks else "semantic",
-        classes=[] if has_masks else table.names,
-        ignores_unlabelled=False if has_masks else table.ignores_unlabelled,
         fft_blocks=list_blocks(model.sam.state_dict()),
         finestsam_version=__version__,
+        **run.task.describe_card(run.data),
     )
 
 

@@ -7,7 +7,7 @@ import math
 import pickle
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 
 from finestsam.errors import VALUE_ERRORS, UserError
-from finestsam.model.heads import ClassHead, SemanticHead
 from finestsam.model.saving import is_damaged, save_file, save_weights
 from finestsam.model.weights import refuse_inflated
 
 LAST = "last.ckpt"  # everything needed to continue
-PREVIOUS = "last.prev.ckpt"  # the one before, in case the last one is damaged
-BESIDE_WEIGHTS = (".json", SemanticHead.SUFFIX, ClassHead.SUFFIX)  # suffixes of files that belong to a file of weights
+PREVIOUS = "last.prev.ckpt"  # the one before, for the day on which the last one is damaged
 
 
 def save_last(path: Path, state: dict) -> None:
@@ -91,12 +89,14 @@ class TopWeights:
 
     Args:
         count: how many are kept.
+        suffixes: of the files that may lie beside one of them, under its name.
     """
 
-    def __init__(self, folder: Path, count: int):
+    def __init__(self, folder: Path, count: int, suffixes: Sequence[str] = (".json",)):
         self.folder = folder
         self.count = count
-        self._metrics: dict[str, dict[str, float]] = {}  # all metrics, by file name
+        self.suffixes = suffixes
+        self._metrics: dict[str, dict[str, float]] = {}  # by file name, all that was measured
 
     def save(
         self, state_dict: Mapping[str, Tensor], step: int, metrics: Mapping[str, float], best_metric: str
@@ -143,8 +143,8 @@ class TopWeights:
         return new
 
     def _list_files(self, name: str) -> list[Path]:
-        """Return the file of weights, and after it the files that may belong to it."""
-        return [self.folder / name, *((self.folder / name).with_suffix(suffix) for suffix in BESIDE_WEIGHTS)]
+        """Return the file of weights, and after it what may lie beside it."""
+        return [self.folder / name, *((self.folder / name).with_suffix(suffix) for suffix in self.suffixes)]
 
 
 def _read_metric(name: str, metrics: Mapping[str, float], best_metric: str) -> float:

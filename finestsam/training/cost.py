@@ -8,7 +8,7 @@ from finestsam.model.encoder import ChunkedImageEncoder
 from finestsam.training.memory import list_savings
 from finestsam.training.probe import GIGABYTE, TRAINING_BYTES, USABLE_SHARE, MemoryNeed
 from finestsam.training.step import Stepper
-from finestsam.training.trainable import decodes_masks, trains_encoder
+from finestsam.training.trainable import trains_encoder
 
 # Floats that a block of SAM's encoder keeps for its gradient, for each channel of a token: 18 to 23 were counted.
 KEPT_FLOATS = 23
@@ -33,7 +33,7 @@ def describe_cost(stepper: Stepper, need: MemoryNeed | None, chunk_objects: int,
     decoder_bytes = need.decoder_bytes + min(chunk_objects, len(need.sample)) * need.object_bytes
     total = need.training_bytes + need.encoder_bytes + decoder_bytes
     parts = {"gradients and optimizer": need.training_bytes, "image encoder": need.encoder_bytes}
-    parts["decoder and losses" if decodes_masks(stepper.model) else "head"] = decoder_bytes
+    parts["decoder and losses" if stepper.task.decodes_masks else "head"] = decoder_bytes
     listed = ", ".join(f"{name} {_format(value)}" for name, value in parts.items() if value)
     free = "" if free_bytes is None else f"; {_format(free_bytes)} are free"
     lines = [
@@ -52,7 +52,7 @@ def advise(stepper: Stepper, need: MemoryNeed, total: int, free_bytes: int) -> s
     """
     spare = USABLE_SHARE * free_bytes - total
     if spare < 0:
-        settings = list_savings(stepper.config, stepper.model)
+        settings = list_savings(stepper.task)
         if need.object_bytes and stepper.chunk_objects > 1:
             settings.insert(-1, "a smaller --chunk_objects")
         return f"memory is tight: a step needs less with {', '.join(settings)}"

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from finestsam.config import Config
 from finestsam.model.fft_attention import list_blocks
+from finestsam.model.heads import is_kept
 from finestsam.model.lora import list_lora
 from finestsam.model.sam import FinestSam
 
@@ -20,8 +21,8 @@ def describe_training(model: FinestSam, model_type: str) -> str:
         ranks = {layer.lora_A.out_features for _, layer in list_lora(part)}
         if count:
             parts.append(f"{name} {_in_millions(count)}" + "".join(f" (LoRA of rank {rank})" for rank in ranks))
-    for name in ("semantic_head", "class_head"):
-        if (head := getattr(model, name)) is not None:
+    for name, head in model.heads.items():
+        if is_kept(head):
             parts.append(f"{name} {_in_millions(sum(weight.numel() for weight in head.parameters()))}")
     blocks = list_blocks(model.sam.state_dict())
     fft = f"; FFT attention in blocks {', '.join(map(str, blocks))}" if blocks else ""
@@ -31,9 +32,13 @@ def describe_training(model: FinestSam, model_type: str) -> str:
     return f"{size}; trains {', '.join(parts)}{fft}{half}"
 
 
-def list_mismatches(config: Config, starts_from_nothing: bool) -> list[str]:
-    """Return warnings about settings that train outputs which prediction does not use."""
-    warnings = [] if config.task == "semantic" else _list_prompt_mismatches(config)
+def list_mismatches(config: Config, starts_from_nothing: bool, predicts_masks: bool = True) -> list[str]:
+    """Return warnings about settings that train what prediction will not read.
+
+    Args:
+        predicts_masks: whether prediction prompts the mask decoder.
+    """
+    warnings = _list_prompt_mismatches(config) if predicts_masks else []
     freeze = config.model_layer.freeze
     fft_attention = config.model_layer.fft_attention
     if fft_attention.blocks != "none" and fft_attention.distill_steps == 0 and freeze.image_encoder:

@@ -13,29 +13,17 @@ from tqdm import tqdm
 from finestsam.errors import UserError
 from finestsam.runtime.value_types import read_number
 from finestsam.runtime.whole_files import write_text
+from finestsam.tasks.base import Task
 
-TRAINING_COLUMNS = ("total_loss", "focal_loss", "dice_loss", "iou_loss", "iou", "predicted_iou")
-PROMPT_COLUMNS = ("val_per_mask_iou", "val_per_mask_dice", "val_best_iou", "val_boundary_iou")
-GENERATOR_FIGURES = (
-    "ap", "ap50", "ap75", "ar_10", "ar_100", "ar_1000", "ap_small", "ap_medium", "ap_large",
-    "ar_1000_small", "ar_1000_medium", "ar_1000_large", "f1", "masks", "objects",
-)  # fmt: skip
-GENERATOR_COLUMNS = tuple(f"val_generator_{name}" for name in GENERATOR_FIGURES)
-# With evaluate.all_prompts.
-BOX_AND_CLICK_COLUMNS = (
-    "val_box_iou", "val_box_dice", "val_box_boundary_iou",
-    "val_clicks_iou_1", "val_clicks_iou_2", "val_clicks_iou_3", "val_clicks_iou_5", "val_clicks_iou_8",
-)  # fmt: skip
-VALIDATION_COLUMNS = (*PROMPT_COLUMNS, *GENERATOR_COLUMNS)
-COLUMNS = ("epoch", "step", "seconds", "validation_seconds", "learning_rate", *TRAINING_COLUMNS, *VALIDATION_COLUMNS)
-CLASS_TRAINING_COLUMNS = (*TRAINING_COLUMNS, "class_loss", "class_accuracy")
-CLASS_VALIDATION_COLUMNS = ("val_classes_ap", "val_classes_ap50", "val_classes_ar_100")
-CLASS_COLUMNS = (*COLUMNS[:5], *CLASS_TRAINING_COLUMNS, *VALIDATION_COLUMNS, *CLASS_VALIDATION_COLUMNS)
-SEMANTIC_TRAINING_COLUMNS = ("total_loss", "cross_entropy_loss", "dice_loss", "pixel_accuracy")
-SEMANTIC_VALIDATION_COLUMNS = ("val_miou", "val_mdice", "val_pixel_accuracy")
-SEMANTIC_COLUMNS = (*COLUMNS[:5], *SEMANTIC_TRAINING_COLUMNS, *SEMANTIC_VALIDATION_COLUMNS)
+# Of every run, before what its task measures.
+RUN_COLUMNS = ("epoch", "step", "seconds", "validation_seconds", "learning_rate")
 
 Row = dict[str, float | None]
+
+
+def list_columns(task: Task) -> tuple[str, ...]:
+    """Return the columns of metrics.csv."""
+    return (*RUN_COLUMNS, *task.measures, *task.columns)
 
 
 class RunLog:
@@ -44,30 +32,24 @@ class RunLog:
     A full disk never ends a run: it is reported once, and the rows stay in memory until the next epoch.
 
     Args:
-        resumed_epoch: complete epochs of the checkpoint to continue from; their rows stay. None: a new run.
-        num_epochs: for the printed line.
-        columns: of metrics.csv; they depend on what is trained.
+        resumed_epoch: complete epochs of the checkpoint that the run continues from, whose rows stay; None: a new run.
+        num_epochs: for the line on the screen.
 
     Raises:
         UserError: the metrics.csv of a continued run is damaged.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        resumed_epoch: int | None = None,
-        num_epochs: int | None = None,
-        columns: tuple[str, ...] = COLUMNS,
-    ):
+    def __init__(self, folder: Path, task: Task, resumed_epoch: int | None = None, num_epochs: int | None = None):
         self.folder = folder
-        self.columns = columns
+        self.task = task
+        self.columns = list_columns(task)
         self.num_epochs = num_epochs
         self._is_resumed = resumed_epoch is not None
         self._rows: list[Row] = []
         self._tensorboard: TensorBoardLogger | None = None
         self._warned: set[str] = set()
         if resumed_epoch is not None:
-            self._rows = [row for row in read_metrics(self.path, columns) if row["epoch"] <= resumed_epoch]
+            self._rows = [row for row in read_metrics(self.path, self.columns) if row["epoch"] <= resumed_epoch]
             self._write_rows()
 
     @property
@@ -92,7 +74,7 @@ class RunLog:
         self._write_rows()
         measured = {f"validation/{name}": whole[name] for name in self.columns if name.startswith("val_")}
         self._send(measured, whole["step"], flush=True)
-        print(describe_epoch(whole, self.num_epochs, baseline), flush=True)
+        print(describe_epoch(whole, self.task.printed, self.num_epochs, baseline), flush=True)
 
     def read_rows(self) -> list[Row]:
         """Return the rows so far, the first epoch first."""
@@ -142,7 +124,7 @@ class RunLog:
             print(f"warning: {self.folder / what} not written: {reason}", file=sys.stderr)
 
 
-def read_metrics(path: Path, columns: tuple[str, ...] = COLUMNS) -> list[Row]:
+def read_metrics(path: Path, columns: tuple[str, ...]) -> list[Row]:
     """Return the rows of a metrics.csv; none where there is no such file."""
     if not path.exists():
         return []
@@ -161,7 +143,7 @@ def _parse_line(line: dict[str, str | None], columns: tuple[str, ...]) -> Row:
     return row | {"epoch": int(line["epoch"] or ""), "step": int(line["step"] or "")}
 
 
-# The printed values of an epoch: of its training, and of its validation.
+# What the screen shows of an epoch's training.
 TRAINING_FORMS = {
     "total_loss": "loss {:.3f}",
     "iou": "iou {:.2f}",
@@ -170,27 +152,20 @@ TRAINING_FORMS = {
     "learning_rate": "lr {:.1e}",
     "seconds": "{:.1f} s",
 }
-VALIDATION_FORMS = {
-    "val_per_mask_iou": "point IoU {:.2f}",
-    "val_generator_ap": "AP {:.3f}",
-    "val_generator_f1": "F1 {:.3f}",
-    "val_generator_ar_100": "AR@100 {:.3f}",
-    "val_classes_ap": "AP by category {:.3f}",
-    "val_classes_ar_100": "AR@100 by category {:.3f}",
-    "val_miou": "mIoU {:.3f}",
-    "val_generator_masks": "{:.1f} masks an image",
-}
 
 
-def describe_epoch(row: Row, num_epochs: int | None = None, baseline: Mapping[str, float] | None = None) -> str:
-    """Return the lines to print, without values that the row lacks.
+def describe_epoch(
+    row: Row, printed: Mapping[str, str], num_epochs: int | None = None, baseline: Mapping[str, float] | None = None
+) -> str:
+    """Return the lines for the screen, without what the row lacks.
 
         epoch 3/30 step 108 loss 0.412 iou 0.61 lr 4.0e-05 12.3 s
           validation (baseline): point IoU 0.58 (0.21), AP 0.412 (0.150), F1 0.530 (0.310), AR@100 0.44 (0.31),
           7.3 masks an image (20.1), which has 6.9 objects; 6.0 s
 
     Args:
-        baseline: the validation of the baseline (epoch 0).
+        printed: how the figures of a validation are shown, by column.
+        baseline: the validation of the baseline, which epoch 0 is.
     """
     is_baseline = row["epoch"] == 0
     title = f"epoch {row['epoch']}" + (f"/{num_epochs}" if num_epochs else "")
@@ -199,7 +174,7 @@ def describe_epoch(row: Row, num_epochs: int | None = None, baseline: Mapping[st
     known = {} if is_baseline or not baseline else baseline
     measured = [
         form.format(row[name]) + (f" ({_bare(form).format(known[name])})" if name in known else "")
-        for name, form in VALIDATION_FORMS.items()
+        for name, form in printed.items()
         if row.get(name) is not None
     ]
     if not measured:

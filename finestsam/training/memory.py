@@ -3,11 +3,10 @@
 from collections.abc import Iterable
 
 from finestsam.batch import Sample
-from finestsam.config import Config
 from finestsam.errors import printable
 from finestsam.model.lora import list_lora
-from finestsam.model.sam import FinestSam
-from finestsam.training.trainable import decodes_masks, trains_encoder
+from finestsam.tasks.base import Task
+from finestsam.training.trainable import trains_encoder
 
 
 class OutOfMemory(Exception):
@@ -23,9 +22,9 @@ def describe_samples(samples: Iterable[Sample]) -> str:
     )
 
 
-def list_savings(config: Config, model: FinestSam) -> list[str]:
-    """Return the settings with which a step needs less memory, besides decoding fewer objects at a time."""
-    savings = []
+def list_savings(task: Task) -> list[str]:
+    """Return the settings with which a step needs less memory, beside decoding fewer objects at a time."""
+    config, model, savings = task.config, task.model, []
     if trains_encoder(model):
         if not any(list_lora(model.sam.image_encoder)):
             savings.append("--model_layer.freeze.image_encoder true, alone or with --model_layer.lora.rank 8")
@@ -33,6 +32,6 @@ def list_savings(config: Config, model: FinestSam) -> list[str]:
             savings.append("--model_layer.recompute_encoder")
     if config.batch_size > 1:
         savings.append(f"--batch_size below {config.batch_size}")
-    if config.losses.resolution != "low" and decodes_masks(model):
+    if config.losses.resolution != "low" and task.decodes_masks:
         savings.append("--losses.resolution low")
     return [*savings, "a smaller --model.type"]

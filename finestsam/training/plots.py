@@ -15,26 +15,7 @@ from finestsam.runtime.whole_files import replacing
 
 Rows = Sequence[Mapping[str, float | None]]
 
-# Title and colour of each curve; the colours are Okabe and Ito's, which colour-blind people can distinguish.
-TITLES = {
-    "total_loss": "Total loss",
-    "focal_loss": "Focal loss",
-    "dice_loss": "Dice loss",
-    "iou_loss": "IoU loss",
-    "iou": "IoU",
-    "predicted_iou": "Predicted IoU",
-    "learning_rate": "Learning rate",
-}
-# Further curves of --task classes.
-CLASS_TITLES = TITLES | {"class_loss": "Class loss", "class_accuracy": "Class accuracy"}
-# The curves of --task semantic.
-SEMANTIC_TITLES = {
-    "total_loss": "Total loss",
-    "cross_entropy_loss": "Cross-entropy",
-    "dice_loss": "Dice loss",
-    "pixel_accuracy": "Pixel accuracy",
-    "learning_rate": "Learning rate",
-}
+# Colours (Okabe and Ito's, told apart by the colour-blind too) of what is plotted against epochs.
 COLORS = {
     "cross_entropy_loss": "#D55E00",
     "pixel_accuracy": "#009E73",
@@ -48,7 +29,8 @@ COLORS = {
     "predicted_iou": "#56B4E9",
     "learning_rate": "#666666",
 }
-# The curves of the validation: label and colour.
+OTHER_COLOR = "#882255"
+# Measured in validation: how a line is called, and its colour.
 VALIDATION = {
     "val_per_mask_iou": ("Validation IoU", "#E69F00"),
     "val_generator_ap": ("Generator AP", "#D55E00"),
@@ -66,17 +48,17 @@ MARKED_POINTS = 30  # lines with more points have no markers
 PANEL_HEIGHT, MARGIN, LEGEND_WIDTH = 3.6, 0.8, 2.4
 
 
-def plot_curves(rows: Rows, folder: Path) -> list[Path]:
+def plot_curves(rows: Rows, measures: Mapping[str, str], folder: Path) -> list[Path]:
     """Write a PNG for every curve, and one of all together, to `folder/plots`, and return their paths.
 
     Args:
         rows: of a RunLog; epoch 0 is the baseline.
+        measures: titles of what training measures, by column.
         folder: of the run.
     """
     plots = folder / "plots"
     plots.mkdir(parents=True, exist_ok=True)
-    kinds = {"cross_entropy_loss": SEMANTIC_TITLES, "class_loss": CLASS_TITLES}
-    titles = next((titles for name, titles in kinds.items() if any(name in row for row in rows)), TITLES)
+    titles = {**measures, "learning_rate": "Learning rate"}
     figures = {name: _plot_one(rows, name, title) for name, title in titles.items()}
     figures["all_metrics"] = _plot_all(rows, titles)
     paths = []
@@ -130,7 +112,8 @@ def _plot_line(axes: Axes, rows: Rows, name: str, label: str) -> None:
     epochs, values = _list_points(rows, name)
     marker = "o" if len(epochs) <= MARKED_POINTS else None
     if epochs:
-        axes.plot(epochs, values, color=COLORS[name], marker=marker, markersize=4, linewidth=1.6, label=label)
+        color = COLORS.get(name, OTHER_COLOR)
+        axes.plot(epochs, values, color=color, marker=marker, markersize=4, linewidth=1.6, label=label)
 
 
 def _plot_validation(axes: Axes, rows: Rows, names: Iterable[str]) -> None:

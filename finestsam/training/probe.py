@@ -15,10 +15,9 @@ from finestsam.data.dataset import SampleDataset
 from finestsam.errors import Defect, UserError
 from finestsam.images.frames import compute_input_size
 from finestsam.runtime.memory import is_out_of_memory, reporting_out_of_memory
-from finestsam.training.losses import count_frame_pixels, measure_piece_bytes
+from finestsam.tasks.losses import count_frame_pixels, measure_piece_bytes
 from finestsam.training.memory import describe_samples, list_savings
 from finestsam.training.step import Stepper
-from finestsam.training.trainable import decodes_masks
 
 # More at a time is no faster.
 MOST_OBJECTS = {"cpu": CHUNK_OBJECTS, "cuda": 64}
@@ -41,10 +40,10 @@ class MemoryNeed:
     sample: Sample
     largest: Sample  # the sample with the largest masks, whose loss must fit as well; may be the same one
     training_bytes: int  # gradients and the optimizer's means
-    encoder_bytes: int  # kept by the image encoder for its gradient, all images of a batch
-    decoder_bytes: int  # for any number of objects; in the semantic task all that the head keeps
-    object_bytes: int  # for each object that is decoded together with others
-    seconds: float  # of the whole step, about
+    encoder_bytes: int  # what the image encoder keeps for its gradient, all images of a batch
+    decoder_bytes: int  # for any number of objects; without masks all that the head keeps
+    object_bytes: int  # for each object that is decoded with the others
+    seconds: float  # of all of the step, about
 
     @property
     def fixed_bytes(self) -> int:
@@ -85,10 +84,10 @@ def measure_need(stepper: Stepper, dataset: SampleDataset) -> MemoryNeed | None:
     largest = sample = _find_first(dataset, lambda index: _count_pixels(dataset, index, resolution))
     if sample is None:
         return None
-    if decodes_masks(stepper.model):
-        sample = _find_first(dataset, lambda index: _weigh(dataset, index, resolution))
+    if stepper.task.decodes_masks:
+        sample = _find_first(dataset, lambda place: _weigh(dataset, place, resolution))
     sample = sample.to(stepper.model.device)
-    with reporting_out_of_memory(describe_samples([sample]), ", ".join(list_savings(stepper.config, stepper.model))):
+    with reporting_out_of_memory(describe_samples([sample]), ", ".join(list_savings(stepper.task))):
         return _measure(stepper, sample, largest)
 
 
@@ -102,8 +101,8 @@ def _measure(stepper: Stepper, sample: Sample, largest: Sample) -> MemoryNeed:
     trained = sum(weight.numel() for weight in stepper.model.parameters() if weight.requires_grad)
     training_bytes, encoder_bytes = TRAINING_BYTES * trained, encoder_bytes * batch_size
     encoder_seconds *= BACKWARD if embedding.requires_grad else 1
-    if not decodes_masks(stepper.model):
-        head_bytes, seconds, _ = _try(lambda: stepper.compute_image_losses(embedding, [sample]), known)
+    if not stepper.task.decodes_masks:
+        head_bytes, seconds, _ = _try(lambda: stepper.task.measure_images(embedding, [sample]), known)
         seconds = batch_size * (encoder_seconds + BACKWARD * seconds)
         return MemoryNeed(sample, sample, training_bytes, encoder_bytes, head_bytes * batch_size, 0, seconds)
     one, seconds, _ = _try(lambda: _decode(stepper, embedding, sample, 1), known)
@@ -161,7 +160,7 @@ def _decode(stepper: Stepper, embedding: Tensor, sample: Sample, count: int) -> 
         for _ in range(stepper.config.prompts.correction_clicks):
             prompts = stepper.correct(prompts, stepper.model(embedding, prompts), sample, 0)
     predictions = stepper.model(embedding, prompts)
-    return stepper.take_losses(predictions, sample, 0).total
+    return stepper.task.measure_objects(predictions, sample, 0).total
 
 
 class _Saved:
@@ -199,7 +198,7 @@ def _try(work: Callable[[], Tensor], known: set[int]) -> tuple[int, float, Tenso
 
 def _explain(stepper: Stepper, need: MemoryNeed, free_bytes: int) -> str:
     needed = (need.fixed_bytes + need.object_bytes) / GIGABYTE
-    savings = ", ".join(list_savings(stepper.config, stepper.model))
+    savings = ", ".join(list_savings(stepper.task))
     samples = [need.sample] if need.largest is need.sample else [need.sample, need.largest]
     return (
         f"{describe_samples(samples)} needs about {needed:.1f} GB of memory even one object at a time, "

@@ -47,10 +47,9 @@ STATE = {
     "model_type": str, "image_size": int, "model": dict[str, Tensor], "optimizer": dict, "scheduler": dict,
     "scaler": dict, "progress": dict, "random": dict, "config": str, "dataset": str,
 }  # fmt: skip
-MAY_BE_MISSING = {
-    "semantic_head": dict[str, Tensor] | None, "class_head": dict[str, Tensor] | None,
-    "training_head": dict[str, Tensor] | None, "categories": list[str] | None, "images_per_batch": int,
-}  # fmt: skip
+MAY_BE_MISSING = {"categories": list[str] | None, "images_per_batch": int}
+HEAD = dict[str, Tensor] | None  # of what is saved under the name of a head, which ends so:
+HEAD_ENDING = "_head"
 
 
 def load_state(folder: Path, progress_kind: type) -> dict[str, Any] | None:
@@ -74,6 +73,10 @@ def find_problem(state: dict[str, Any], progress_kind: type) -> str | None:
             return f"{name} is missing"
         if name in state and not fits(state[name], kind):
             return f"{name} is a {type(state[name]).__name__} of another kind"
+    heads = {name: value for name, value in state.items() if str(name).endswith(HEAD_ENDING)}
+    for name, value in heads.items():
+        if not fits(value, HEAD):
+            return f"{name} is a {type(value).__name__} of another kind"
     if state.get("images_per_batch", 1) < 1:
         return f"images_per_batch is {state['images_per_batch']}"
     problem = find_misfit(state["progress"], progress_kind, finite=False)

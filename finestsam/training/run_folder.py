@@ -1,17 +1,92 @@
-"""Make the folder of a run."""
+"""The folder of a run: how it is made and locked, and what is written into it."""
 
+import dataclasses
 import itertools
 import os
+import sys
 import time
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import yaml
 from filelock import FileLock
 
+from finestsam.config import Config
+from finestsam.data.fingerprint import SPLIT
+from finestsam.data.read import LabelledSet, describe_dataset
 from finestsam.errors import UserError
+from finestsam.records import write_report
 from finestsam.runtime.folders import lock_folder, make_output_folder, try_to_write
+from finestsam.runtime.whole_files import write_json, write_text
+from finestsam.tasks.base import Task
+from finestsam.training import checkpoint
+from finestsam.training.log import RunLog
+from finestsam.training.plots import plot_curves
+from finestsam.training.time_budget import TimeBudget
 
 SUBFOLDERS = ("adapter", "plots", "previous_logits")
+
+
+@dataclass
+class RunFolder:
+    """What a run keeps on disk. Only the first rank writes.
+
+    Attributes:
+        lock: which the first rank holds while the run lasts.
+        log: metrics.csv and what follows from it; None on the other ranks, and before the first epoch.
+    """
+
+    path: Path
+    lock: FileLock | None
+    top: checkpoint.TopWeights
+    is_first_rank: bool
+    log: RunLog | None = None
+    saving: TimeBudget = field(default_factory=TimeBudget)  # of last.ckpt
+    plotting: TimeBudget = field(default_factory=TimeBudget)  # of the curves
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best.pth"
+
+    def describe(self, config: Config, data: LabelledSet, fingerprint: dict[str, Any]) -> None:
+        """Write the settings of a run that begins, then the report and the split.
+
+        A run that is killed meanwhile can be continued from the first on.
+        """
+        if not self.is_first_rank:
+            return
+        settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "resume"}
+        write_text(self.path / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+        write_report(self.path / "dataset_report.json", describe_dataset(data.report, data.train + data.val))
+        write_json(self.path / SPLIT, fingerprint, indent=1)
+
+    def open_log(self, task: Task, num_epochs: int, resumed_epoch: int | None) -> None:
+        """Begin metrics.csv, or go on with it.
+
+        Args:
+            resumed_epoch: as of `RunLog`.
+        """
+        if self.is_first_rank:
+            self.log = RunLog(self.path, task, resumed_epoch, num_epochs)
+
+    def plot_curves(self) -> None:
+        if self.log is None:
+            return
+        try:
+            plot_curves(self.log.read_rows(), self.log.task.measures, self.path)
+        except OSError as error:
+            print(f"curves not drawn: {error}", file=sys.stderr)
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.log:
+            self.log.close()
+        if self.lock:
+            self.lock.release()
 
 
 def create_run_folder(sav_dir: Path, name: str | None, dataset: str | None = None) -> Path:

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from lightning.fabric import Fabric
@@ -17,8 +16,8 @@ from finestsam.model.sam import FinestSam
 from finestsam.prediction.clicks import add_clicks, show_preferred
 from finestsam.prediction.embedder import Embedder
 from finestsam.runtime.memory import is_out_of_memory
-from finestsam.training.log import COLUMNS, TRAINING_COLUMNS
-from finestsam.training.losses import ObjectLosses, object_losses
+from finestsam.tasks.base import Task
+from finestsam.tasks.losses import ObjectLosses
 from finestsam.training.memory import OutOfMemory, describe_samples
 from finestsam.training.random_state import random_state, restore_random_state
 from finestsam.training.trainable import trains_encoder
@@ -27,85 +26,89 @@ from finestsam.training.trainable import trains_encoder
 BUCKET_SIZE = 25_000_000
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """What a step has done.
+
+    Attributes:
+        sums: of the task's measures over the objects, or the images where no masks are decoded, of all ranks.
+        count: how many of them there were.
+        is_finite: whether loss and gradient were; otherwise the weights are as before.
+        wants_stop: whether any rank wants to.
+        broken_images: names of the images that made loss or gradient other than finite, as far as this rank knows.
+    """
+
+    sums: dict[str, float]
+    count: int
+    is_finite: bool
+    wants_stop: bool
+    broken_images: list[str]
+
+
 @dataclass
 class Stepper:
-    """Everything that a step needs and keeps.
+    """Takes optimizer steps.
 
     Args:
         previous_logits: where prompts.use_logits finds an epoch's answers; None: not used.
         chunk_objects: prompts decoded at a time, at most; halved where the memory does not suffice.
-
-    Attributes:
-        nonfinite_images: names of the images whose loss or gradient in the newest step is not finite, of this rank.
-        measures: what is summed over objects, in this order; the losses with their weights, so that they add up to the
-            total.
-        columns: of metrics.csv.
-        default_metrics: what the best weights are chosen by where the settings leave it open, by dataset.labels.
-        metric: what judges them where that is not measured.
     """
 
-    measures: ClassVar[tuple[str, ...]] = TRAINING_COLUMNS
-    columns: ClassVar[tuple[str, ...]] = COLUMNS
-    default_metrics: ClassVar[dict[str, str]] = {"complete": "val_generator_f1", "partial": "val_generator_ar_100"}
-    metric: ClassVar[str] = "val_per_mask_iou"
-    clip_norm: ClassVar[float] = 1.0  # largest norm of the gradient
-
     fabric: Fabric
-    config: Config
-    model: FinestSam
+    task: Task
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     embedder: Embedder
     previous_logits: PreviousLogits | None = None
     chunk_objects: int = CHUNK_OBJECTS
-    nonfinite_images: list[str] = field(default_factory=list)
 
-    @classmethod
-    def build_training_head(cls, model: FinestSam) -> nn.Module | None:
-        """Return a head that only training has; the samples then carry `cells`. None, as here: training has none."""
-        return None
+    @property
+    def config(self) -> Config:
+        return self.task.config
 
-    def step(self, batches: list[Batch], epoch: int, wants_stop: bool) -> tuple[dict[str, float], int, bool, bool]:
+    @property
+    def model(self) -> FinestSam:
+        return self.task.model
+
+    def step(self, batches: list[Batch], epoch: int, wants_stop: bool) -> StepResult:
         """Learn from the batches as one.
 
         Every rank calls this with the same number of batches. The loss is the mean over the objects of all of them, on
         all ranks, so that neither accumulation nor the number of ranks changes the gradient.
 
-        Returns:
-            Sums of `measures` over the objects, their number, whether the weights were changed (not where the loss or
-            the gradient is not finite), and whether any rank wants to stop.
-
         Raises:
             OutOfMemory: on every rank, where the memory of any is too small.
         """
-        count, stops = self._sum_over_ranks([sum(map(self.count, batches)), float(wants_stop)]).tolist()
+        count, stops = self._sum_over_ranks([sum(map(self._count, batches)), float(wants_stop)]).tolist()
         if count == 0:
-            return dict.fromkeys(self.measures, 0.0), 0, True, stops > 0
-        sums = self._find_gradients(batches, epoch, weight=1 / count)
+            return StepResult(dict.fromkeys(self.task.measures, 0.0), 0, True, stops > 0, [])
+        found = self._find_gradients(batches, epoch, weight=1 / count)
         self._sum_gradients_over_ranks()
-        sums = self._sum_over_ranks(sums.tolist())
+        sums = self._sum_over_ranks(found.sums.tolist())
         is_loss_finite = bool(sums.isfinite().all())
         is_finite = self._change_weights(is_loss_finite)
+        broken_images = found.broken_images
         if is_loss_finite and not is_finite:  # else the rank that has the image knows it
-            self.nonfinite_images = [sample.file_name for batch in batches for sample in batch.samples]
-        return dict(zip(self.measures, sums.tolist(), strict=True)), int(count), is_finite, stops > 0
+            broken_images = [sample.file_name for batch in batches for sample in batch.samples]
+        named = dict(zip(self.task.measures, sums.tolist(), strict=True))
+        return StepResult(named, int(count), is_finite, stops > 0, broken_images)
 
-    def count(self, batch: Batch) -> int:
-        """Return how many objects a batch has, over which losses are averaged."""
-        return batch.object_count
+    def _count(self, batch: Batch) -> int:
+        """Return how many there are of what losses are averaged over: objects, or images where no masks are decoded."""
+        return batch.object_count if self.task.decodes_masks else len(batch.samples)
 
-    def _find_gradients(self, batches: list[Batch], epoch: int, weight: float) -> Tensor:
-        """Leave the gradient of this rank's share in the weights, and return its sums of `measures`.
+    def _find_gradients(self, batches: list[Batch], epoch: int, weight: float) -> "_Measured":
+        """Leave the gradient of this rank's share in the weights, and return what was measured.
 
         Where the memory of any rank does not suffice, all begin again with half as many objects at a time.
         """
-        drawn = random_state()
+        before = random_state()
         while True:
             self.optimizer.zero_grad()
-            self.nonfinite_images = []
-            sums, problem = self._try_gradients(batches, epoch, weight)
+            found = _Measured(torch.zeros(len(self.task.measures), dtype=torch.float64))
+            problem = self._try_gradients(batches, epoch, weight, found)
             if self._sum_over_ranks([float(bool(problem))]).item() == 0:
-                return sums
+                return found
             if self.fabric.device.type == "cuda":
                 torch.cuda.empty_cache()  # what is left of the larger chunks is of no size that smaller ones ask for
             if self.chunk_objects == 1:
@@ -113,65 +116,67 @@ class Stepper:
             self.chunk_objects = (self.chunk_objects + 1) // 2
             if problem:
                 print(f"warning: {problem}; from here on {self.chunk_objects} objects at a time", file=sys.stderr)
-            restore_random_state(drawn)  # dropout leaves out the same again
+            restore_random_state(before)  # dropout leaves out the same again
 
-    def _try_gradients(self, batches: list[Batch], epoch: int, weight: float) -> tuple[Tensor, str]:
-        """Add gradients, and return sums of `measures` and what was too large for the memory, if anything was."""
-        sums = torch.zeros(len(self.measures), dtype=torch.float64)
+    def _try_gradients(self, batches: list[Batch], epoch: int, weight: float, found: "_Measured") -> str:
+        """Add gradients and measures, and return what was too large for the memory; empty: nothing was."""
+        add_gradients = self._add_object_gradients if self.task.decodes_masks else self._add_image_gradients
         for batch in batches:
             try:
-                sums += self._add_gradients(batch, epoch, weight)
+                add_gradients(batch, epoch, weight, found)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                return sums, f"{describe_samples(batch.samples)}: the memory of {self.fabric.device} is too small"
-        return sums, ""
+                return f"{describe_samples(batch.samples)}: the memory of {self.fabric.device} is too small"
+        return ""
 
-    def _add_gradients(self, batch: Batch, epoch: int, weight: float) -> Tensor:
-        """Add the gradient of `weight` times the batch's summed loss, in chunks of prompts.
+    def _add_image_gradients(self, batch: Batch, epoch: int, weight: float, found: "_Measured") -> None:
+        """Add the gradient of `weight` times the summed loss of a batch's images."""
+        if not batch.samples:
+            return
+        measures = self.task.measure_images(self.encode(batch.samples), batch.samples)
+        self.fabric.backward(self.scaler.scale(measures[:, 0].sum() * weight))
+        for sums, sample in zip(measures.detach().cpu().double(), batch.samples, strict=True):
+            found.add(sums, sample)
 
-        The decoder's gradients are taken chunk by chunk, and answer by answer where a chunk is corrected, against a
-        copy of the embeddings. The last answer is decoded from the embeddings themselves and carries what the others
-        left on the copy, so that the encoder is gone through once.
+    def _add_object_gradients(self, batch: Batch, epoch: int, weight: float, found: "_Measured") -> None:
+        """Add the gradient of `weight` times the summed loss of a batch's objects, in chunks of prompts.
+
+        The decoder's gradients are taken chunk by chunk, and after each correction of a chunk, against a copy of the
+        embeddings. The last prediction is decoded from the embeddings themselves and carries what the others left on
+        the copy, so that the encoder is gone through once.
         """
-        sums = torch.zeros(len(self.measures), dtype=torch.float64)
         samples = [sample for sample in batch.samples if len(sample)]
         if not samples:
-            return sums
+            return
         embeddings = self.encode(samples)
         copies = embeddings.detach().requires_grad_(embeddings.requires_grad)
-        chunks = list(self._list_chunks([len(sample) for sample in samples]))
-        for number, (place, first, end) in enumerate(chunks):
-            sample = samples[place]
-            prompts = sample.prompts[first:end]
-            shares = torch.tensor(sample.weights[first:end], device=embeddings.device) / (1 + sample.correction_clicks)
+        chunks = list(self._list_chunks(samples))
+        for chunk in chunks:
+            sample, prompts = samples[chunk.number], samples[chunk.number].prompts[chunk.first : chunk.end]
+            weights = torch.tensor(sample.weights[chunk.first : chunk.end], device=embeddings.device)
+            shares = weights / (1 + sample.correction_clicks)
             for corrections in range(1 + sample.correction_clicks):
-                is_final = number == len(chunks) - 1 and corrections == sample.correction_clicks
-                source = embeddings if is_final else copies
-                predictions = self.model(source[place : place + 1], prompts)
-                losses = self.take_losses(predictions, sample, first)
+                is_last = chunk is chunks[-1] and corrections == sample.correction_clicks
+                source = embeddings if is_last else copies
+                predictions = self.model(source[chunk.number : chunk.number + 1], prompts)
+                losses = self.task.measure_objects(predictions, sample, chunk.first)
                 loss = (losses.total * shares).sum() * weight
-                if is_final:
+                if is_last:
                     loss = loss + self._carry(embeddings, copies.grad)
-                    loss = loss + self.take_auxiliary_loss(embeddings, samples) * weight
-                    loss = loss + self._background_loss(embeddings, samples) * weight
+                    loss = loss + self.task.sum_image_losses(embeddings, samples) * weight
                 self.fabric.backward(self.scaler.scale(loss))
                 if corrections == 0:
-                    self._remember(epoch, sample.rows[first:end], predictions, losses)
-                sums += self._note(self._sum_measures(losses, shares), sample)
+                    self._remember(epoch, sample.rows[chunk.first : chunk.end], predictions, losses)
+                found.add(self._sum_measures(losses, shares), sample)
                 if corrections < sample.correction_clicks:
-                    prompts = self.correct(prompts, predictions, sample, first)
-        return sums
-
-    def take_losses(self, predictions: Predictions, sample: Sample, first: int) -> ObjectLosses:
-        """Return the losses of what was answered for the objects `first`, `first` + 1, ... of a sample."""
-        return object_losses(predictions, sample, first, self.config.losses, self.model.image_size)
+                    prompts = self.correct(prompts, predictions, sample, chunk.first)
 
     def _remember(self, epoch: int, rows: list[int], predictions: Predictions, losses: ObjectLosses) -> None:
-        """Keep the first answers for the next epoch; of several on one object the last."""
+        """Keep the first predictions for the next epoch; of several of one object the last."""
         if self.previous_logits is not None:
-            indices = torch.arange(len(rows), device=losses.best.device)
-            self.previous_logits.write(epoch, rows, predictions.logits[indices, losses.best])
+            numbers = torch.arange(len(rows), device=losses.best.device)
+            self.previous_logits.write(epoch, rows, predictions.logits[numbers, losses.best])
 
     def correct(self, prompts: Prompts, predictions: Predictions, sample: Sample, first: int) -> Prompts:
         """Return what the same objects are asked for with after a corrective click on each answer."""
@@ -184,44 +189,16 @@ class Stepper:
             return self.model.encode([sample.image for sample in samples])
         return self.embedder.embed(samples)
 
-    def _list_chunks(self, counts: list[int]) -> Iterator[tuple[int, int, int]]:
-        size = self.chunk_objects
-        for place, count in enumerate(counts):
-            for first in range(0, count, size):
-                yield place, first, min(first + size, count)
+    def _list_chunks(self, samples: list[Sample]) -> Iterator["_Chunk"]:
+        for number, sample in enumerate(samples):
+            for first in range(0, len(sample), self.chunk_objects):
+                yield _Chunk(number, first, min(first + self.chunk_objects, len(sample)))
 
     def _carry(self, embeddings: Tensor, gradient: Tensor | None) -> Tensor | float:
         if gradient is None:
             return 0.0
         # The gradient on the copies is scaled already, and the sum below will be scaled once more.
         return (embeddings * (gradient / self.scaler.get_scale())).sum()
-
-    def take_auxiliary_loss(self, embeddings: Tensor, samples: list[Sample]) -> Tensor | float:
-        """Return what `build_training_head` teaches beside the masks: its loss, summed over objects; here nothing."""
-        return 0.0
-
-    def _background_loss(self, embeddings: Tensor, samples: list[Sample]) -> Tensor | float:
-        """Return the losses of masks where no object is, an image's mean counted once for each of its objects.
-
-        So that they weigh as much beside the losses of objects however many objects an image has.
-        """
-        total = 0.0
-        for place, sample in enumerate(samples):
-            if len(sample.background):
-                total = (
-                    total + self.compute_background_loss(embeddings[place : place + 1], sample) * sample.object_count
-                )
-        return total
-
-    def compute_background_loss(self, embedding: Tensor, sample: Sample) -> Tensor:
-        """Return the loss of the masks that an image's background points are answered with: their squared scores."""
-        return self.config.losses.iou_ratio * self.model.score(embedding, sample.background).square().mean()
-
-    def _note(self, sums: Tensor, sample: Sample) -> Tensor:
-        """Return the sums of a sample's measures; where they are not finite the sample is suspected."""
-        if not sums.isfinite().all() and sample.file_name not in self.nonfinite_images:
-            self.nonfinite_images.append(sample.file_name)
-        return sums
 
     def _sum_gradients_over_ranks(self) -> None:
         """Make every rank's gradient that of all, with zeros for weights that no rank's objects have reached.
@@ -259,27 +236,42 @@ class Stepper:
         return is_finite
 
     def _sum_measures(self, losses: ObjectLosses, shares: Tensor) -> Tensor:
-        """Return the sums over objects; shares: N, of each prompt's answer in its object."""
-        columns = self.list_measures(losses)
+        """Return the sums over objects; shares: N, of each prompt's prediction in its object."""
+        columns = self.task.list_measures(losses)
         return torch.stack([(column.cpu().double() * shares.cpu().double()).sum() for column in columns])
-
-    def list_measures(self, losses: ObjectLosses) -> tuple[Tensor, ...]:
-        """Return the columns of `measures`, each N."""
-        weights = self.config.losses
-        return (
-            losses.total.detach(),
-            weights.focal_ratio * losses.focal,
-            weights.dice_ratio * losses.dice,
-            weights.iou_ratio * losses.iou_error,
-            losses.iou,
-            losses.score.clamp(max=1),  # no IoU is above 1
-        )
 
     def _sum_over_ranks(self, values: list[float]) -> Tensor:
         # float64 on the CPU and float32 where the device has no other (mps).
         dtype = torch.float32 if self.fabric.device.type == "mps" else torch.float64
         local = torch.tensor(values, dtype=dtype, device=self.fabric.device)
         return self.fabric.all_reduce(local, reduce_op="sum").cpu().double()
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Prompts of one sample that are decoded together."""
+
+    number: int  # of the sample
+    first: int
+    end: int
+
+
+@dataclass
+class _Measured:
+    """What this rank has measured in a step.
+
+    Attributes:
+        sums: of the task's measures.
+    """
+
+    sums: Tensor
+    broken_images: list[str] = field(default_factory=list)
+
+    def add(self, sums: Tensor, sample: Sample) -> None:
+        """Add the sums of a sample's measures, and note the sample where they are not finite."""
+        self.sums += sums
+        if not sums.isfinite().all() and sample.file_name not in self.broken_images:
+            self.broken_images.append(sample.file_name)
 
 
 def _fill_buckets(weights: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

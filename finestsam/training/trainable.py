@@ -7,10 +7,13 @@ from finestsam.model.lora import list_lora
 from finestsam.model.sam import FinestSam
 
 
-def freeze_(model: FinestSam, config: Config) -> None:
-    """Turn gradients off, in place, for the parts that the settings freeze and for weights that no prompt uses.
+def freeze_(model: FinestSam, config: Config, decodes_masks: bool = True) -> None:
+    """Turn gradients off, in place, for the parts that the settings freeze and for weights that no prompt can reach.
 
-    An unused weight would get a gradient of zero, and AdamW's weight decay would still shrink it.
+    A weight out of reach would get a gradient of zero, and AdamW's decay would still wear it down.
+
+    Args:
+        decodes_masks: whether a step prompts the mask decoder.
     """
     sam, freeze = model.sam, config.model_layer.freeze
     sam.image_encoder.requires_grad_(not freeze.image_encoder)
@@ -24,14 +27,9 @@ def freeze_(model: FinestSam, config: Config) -> None:
         layer.lora_B.requires_grad_(True)
     _freeze_unused_mask_tokens_(sam, config.multimask_output)
     _freeze_unused_prompts_(sam, config)
-    if not decodes_masks(model):
+    if not decodes_masks:
         sam.prompt_encoder.requires_grad_(False)
         sam.mask_decoder.requires_grad_(False)
-
-
-def decodes_masks(model: FinestSam) -> bool:
-    """Whether a step predicts masks, and not classes of pixels."""
-    return model.semantic_head is None
 
 
 def _freeze_unused_mask_tokens_(sam: Sam, multimask_output: bool) -> None:

@@ -14,10 +14,10 @@ from finestsam.data.synthetic import write_scenes
 from finestsam.model.card import read_card, write_card
 from finestsam.model.saving import save_file
 from finestsam.model.weights import load_state_dict
+from finestsam.tasks.base import Task
 from finestsam.training.checkpoint import LAST
-from finestsam.training.step import Stepper
 from recipes.builtin_weights.scenes import KINDS
-from recipes.builtin_weights.train import AffinityStepper, MaskStepper, train_stage
+from recipes.builtin_weights.train import AffinitiesAlone, MasksAndAffinities, train_stage
 
 NAME = "vit_tiny"
 SOURCE = "drawn scenes"  # what the card says that the weights were made from
@@ -81,7 +81,7 @@ class Stage:
     steps: int
     decays: tuple[int, ...]  # steps after which the learning rate falls to a third
     flags: tuple[str, ...]
-    stepper_kind: type[Stepper] = MaskStepper
+    task: type[Task] = MasksAndAffinities
 
 
 SCENES = Drawings(3600, 512, 4, ("plans", "shapes", "blobs", "plans", "things", "parcels"))
@@ -108,7 +108,7 @@ NATURAL_SCENES = Drawings(
     ),
 )  # fmt: skip
 STAGES = (
-    Stage("affinities", SCENES, 100, 1600, (1000, 1300, 1500), AFFINITIES, AffinityStepper),
+    Stage("affinities", SCENES, 100, 1600, (1000, 1300, 1500), AFFINITIES, AffinitiesAlone),
     Stage("details", SCENES, 100, 1950, (1500, 1750, 1880), DETAILS),
     Stage("practice", SCENES, 100, 3600, (2700, 3200, 3450), PRACTICE),
     Stage("large", SCENES, 50, 900, (450, 650, 800), LARGE),
@@ -152,7 +152,7 @@ def _train(folder: Path, stage: Stage, start: str, share: float) -> Path:
     else:
         command += ["--dataset", str(scenes), "--sav_dir", str(folder), "--run_name", stage.name]
         command += ["--model.checkpoint", start, "--sched.LambdaLR.decay_factor", "3", *COMMON, *stage.flags]
-    if train_stage(stage.stepper_kind, command) != 0:
+    if train_stage(stage.task, command) != 0:
         raise SystemExit(f"{run}: stopped; the same command goes on with it")
     return run
 

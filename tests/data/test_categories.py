@@ -34,7 +34,9 @@ def test_objects_come_with_their_classes_and_cells_with_those_of_all(records, au
     config = build_config({})
     table = number_categories({number: f"category {number}" for number in range(1, 6)})
     settings = SampleSettings(64, 16, 0, config.prompts, replace(config.dataset, prompts_per_object=2), max_objects=3)
-    sample = SampleDataset(records, replace(settings, categories=table, augment=augment))[(0, 1)]
+    sample = SampleDataset(records, replace(settings, label_cells=label_cells, categories=table, augment=augment))[
+        (0, 1)
+    ]
     plain = SampleDataset(records, replace(settings, augment=augment))[(0, 1)]
 
     by_id = {one.id: one.category_id for one in records[1].annotations}

@@ -35,7 +35,7 @@ def test_a_cell_belongs_to_the_smallest_object_in_its_middle(records):
 
 def test_cells_are_turned_and_flipped_with_the_image_and_hold_objects_that_are_not_requested(records):
     config = build_config({})
-    settings = SampleSettings(64, 16, 0, config.prompts, config.dataset, max_objects=1, wants_cells=True)
+    settings = SampleSettings(64, 16, 0, config.prompts, config.dataset, max_objects=1, label_cells=label_cells)
     position = next(place for place, record in enumerate(records) if record.size[0] == record.size[1])
 
     plain = SampleDataset(records, settings)[(0, position)]

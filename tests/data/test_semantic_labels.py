@@ -1,5 +1,7 @@
 """Label maps: overlaps, crowds, what is not labelled, and the cells that training sees."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -96,12 +98,12 @@ def test_cells_hold_the_class_in_their_middle_and_nothing_in_the_padding(tmp_pat
 
 def test_samples_of_classes_have_no_objects(records):
     config = build_config({})
-    table = number_classes({1: "shape"}, False)
-    settings = SampleSettings(64, 16, 0, config.prompts, config.dataset, classes=table)
+    label_cells = partial(render_label_cells, table=number_classes({1: "shape"}, False))
+    settings = SampleSettings(64, 16, 0, config.prompts, config.dataset, label_cells=label_cells, prompts_objects=False)
 
     sample = SampleDataset(records, settings)[(0, 0)]
 
-    assert sample.classes.shape == (16, 16)
+    assert sample.cells.shape == (16, 16)
     assert len(sample) == len(sample.prompts) == 0
     assert sample.image is not None
 

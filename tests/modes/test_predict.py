@@ -21,7 +21,7 @@ from finestsam.errors import UserError
 from finestsam.images.files import read_image, write_image
 from finestsam.masks import decode_rle, distance_inside, rle_area, rle_box, rle_from_json
 from finestsam.model.card import Card, write_card
-from finestsam.modes.predict import find_images, name_overlays
+from finestsam.prediction.files import find_images, name_overlays
 from finestsam.prediction.generator import generate_masks
 
 # Random weights give low scores and vague masks with the same box, which these let through.
@@ -490,7 +490,7 @@ def test_an_image_that_does_not_fit_into_the_memory_is_named_with_what_needs_les
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("finestsam.modes.predict.generate_masks", fail)
+    monkeypatch.setattr("finestsam.prediction.predict_masks.generate_masks", fail)
     code, _, err = predict("images/scene_0.png", **{"generator.points_per_batch": 64})
 
     assert code == 2
@@ -548,7 +548,7 @@ def test_a_prediction_that_was_interrupted_goes_on_where_it_stopped(predict, fol
             os.kill(os.getpid(), signal.SIGTERM)
         return generate_masks(*arguments)
 
-    monkeypatch.setattr("finestsam.modes.predict.generate_masks", interrupt)
+    monkeypatch.setattr("finestsam.prediction.predict_masks.generate_masks", interrupt)
     code, out, err = predict("images")
     assert (code, err) == (143, "finestsam: interrupted\n")
     assert list_shown(folder / "out") == ["scene_0.png", "scene_1.png"]
@@ -570,7 +570,7 @@ def test_a_finished_prediction_is_resumed_for_what_changed_alone(predict, folder
     predict("images")
     wanted = []
     monkeypatch.setattr(
-        "finestsam.modes.predict.generate_masks",
+        "finestsam.prediction.predict_masks.generate_masks",
         lambda model, image, *others: (wanted.append(image.shape), generate_masks(model, image, *others))[1],
     )
     (folder / "images/scene_1.png").write_bytes(whole)
@@ -608,7 +608,7 @@ def end_after(count, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return generate_masks(model, image, *others)
 
-    monkeypatch.setattr("finestsam.modes.predict.generate_masks", find)
+    monkeypatch.setattr("finestsam.prediction.predict_masks.generate_masks", find)
     return wanted
 
 

@@ -14,7 +14,7 @@ from finestsam.data.synthetic import render_scene
 from finestsam.images.files import write_image
 from finestsam.model.card import Card, write_card
 from finestsam.model.heads import SemanticHead, head_path
-from finestsam.modes.predict import name_outputs
+from finestsam.prediction.files import name_outputs
 
 CLASSES = ["background", "disc", "square"]
 

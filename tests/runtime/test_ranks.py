@@ -25,8 +25,9 @@ SCRIPT = """
     from dataclasses import replace
     import torch
     from finestsam.cli import main
-    from finestsam.training import run, step, train, validation
-    run.measure_need = lambda *arguments: None  # its losses would count as calls
+    from finestsam.tasks import masks
+    from finestsam.training import setup, train
+    setup.measure_need = lambda *arguments: None  # its losses would count as calls
 
     def at_call(module, name, call, rank, fault):
         function, calls = getattr(module, name), []
@@ -41,13 +42,13 @@ SCRIPT = """
         return lambda: os.kill(os.getpid(), number)
 
     def spoil(call, rank):
-        function, calls = step.object_losses, []
+        function, calls = masks.object_losses, []
         def called(*arguments):
             calls.append(1)
             losses = function(*arguments)
             is_now = len(calls) == call and os.environ.get("LOCAL_RANK", "0") == str(rank)
             return replace(losses, total=losses.total * float("nan")) if is_now else losses
-        step.object_losses = called
+        masks.object_losses = called
 
     def fail(error):
         def fault():
@@ -103,10 +104,10 @@ def whole(scenes, tmp_path_factory) -> Path:
     "fault",
     [
         "at_call(train, '_count_step', 2, 1, send(signal.SIGTERM))",
-        pytest.param("at_call(validation, 'score_batches', 1, 0, send(signal.SIGTERM))", marks=pytest.mark.slow),
+        pytest.param("at_call(masks, 'score_batches', 1, 0, send(signal.SIGTERM))", marks=pytest.mark.slow),
         pytest.param("at_call(train, '_count_step', 2, 0, send(signal.SIGTERM))", marks=pytest.mark.slow),
-        pytest.param("at_call(validation, 'score_batches', 2, 1, send(signal.SIGTERM))", marks=pytest.mark.slow),
-        pytest.param("at_call(validation, 'find_candidates', 1, 1, send(signal.SIGTERM))", marks=pytest.mark.slow),
+        pytest.param("at_call(masks, 'score_batches', 2, 1, send(signal.SIGTERM))", marks=pytest.mark.slow),
+        pytest.param("at_call(masks, 'find_candidates', 1, 1, send(signal.SIGTERM))", marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_to_one_process_stops_both_and_the_run_goes_on_exactly(scenes, whole, tmp_path, fault):
@@ -166,7 +167,7 @@ FULL = "fail(torch.OutOfMemoryError('CUDA out of memory'))"
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_processes_of_which_one_runs_out_of_memory_take_the_step_again_together(scenes, tmp_path, rank):
-    fault = f"at_call(step, 'object_losses', 2, {rank}, {FULL})"
+    fault = f"at_call(masks, 'object_losses', 2, {rank}, {FULL})"
     code, _, error = end(start_two(scenes, tmp_path, fault, "--num_epochs=1", "--chunk_objects=2"))
     assert code == 0, error
     assert error.count("from here on 1 objects at a time") == 1
@@ -181,7 +182,7 @@ def test_processes_of_which_one_runs_out_of_memory_take_the_step_again_together(
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_processes_of_which_one_has_too_little_memory_end_with_one_message(scenes, tmp_path, rank):
-    fault = f"at_call(step, 'object_losses', 2, {rank}, {FULL})"
+    fault = f"at_call(masks, 'object_losses', 2, {rank}, {FULL})"
 
     code, _, error = end(start_two(scenes, tmp_path, fault, "--chunk_objects=1"))
 
@@ -194,7 +195,7 @@ def test_processes_of_which_one_has_too_little_memory_end_with_one_message(scene
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_mistake_that_one_process_finds_ends_both_with_one_line(scenes, tmp_path, rank):
-    fault = f"at_call(run, 'read_training_set', 1, {rank}, fail(run.UserError('nothing to train on')))"
+    fault = f"at_call(setup, 'read_training_set', 1, {rank}, fail(setup.UserError('nothing to train on')))"
 
     code, _, error = end(start_two(scenes, tmp_path, fault))
 
@@ -250,7 +251,7 @@ def test_every_freeze_and_prompt_mix_learns_on_two_processes_what_one_learns(sce
 
     first, second = load_last(one), load_last(tmp_path / "sav" / "run")
     for part in ("model", "class_head", "semantic_head"):
-        for name, value in (first[part] or {}).items():
+        for name, value in (first.get(part) or {}).items():
             torch.testing.assert_close(second[part][name], value, rtol=1e-3, atol=1e-5)
 
 

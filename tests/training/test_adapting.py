@@ -15,7 +15,7 @@ from finestsam.model.architectures import build_sam
 from finestsam.model.heads import ClassHead
 from finestsam.model.load import load_model
 from finestsam.model.sam import FinestSam
-from finestsam.training import validation
+from finestsam.tasks.masks import MasksTask
 from finestsam.training.optim import build_optimizer
 from finestsam.training.trainable import freeze_, trains_encoder
 
@@ -143,7 +143,7 @@ def test_a_run_is_not_continued_with_other_layers(scenes, tmp_path, base, capsys
 def test_original_weights_come_back_with_low_rank_additions_too(scenes, tmp_path, base, monkeypatch):
     rising = itertools.count()
     names = ("val_per_mask_iou", "val_per_mask_dice", "val_best_iou")
-    monkeypatch.setattr(validation, "_validate_prompts", lambda run: dict.fromkeys(names, next(rising) / 100))
+    monkeypatch.setattr(MasksTask, "_validate_prompts", lambda *_: dict.fromkeys(names, next(rising) / 100))
     flags = [f"--model.checkpoint={base}", *as_flags(WAYS["lora"]), *BRIEF]
     flags += ["--dataset.val_size=0.2", "--evaluate.generator=false"]
     plain = run_training(scenes, tmp_path / "plain", *flags)

@@ -17,6 +17,7 @@ from finestsam.batch import Batch, Prompts, Sample
 from finestsam.cli import main
 from finestsam.config import DatasetConfig, build_config
 from finestsam.data.categories import number_categories
+from finestsam.data.cells import label_cells
 from finestsam.data.dataset import SampleDataset, SampleSettings
 from finestsam.data.read import read_training_set
 from finestsam.model.architectures import build_sam
@@ -25,9 +26,10 @@ from finestsam.model.load import load_model
 from finestsam.model.sam import FinestSam
 from finestsam.prediction.embedder import Embedder
 from finestsam.records import Record
-from finestsam.training.classes import ClassStepper, _mean_best_and_others, fit_classes, weigh_classes
-from finestsam.training.losses import object_losses
+from finestsam.tasks.classes import ClassesTask, _mean_best_and_others, fit_classes, weigh_classes
+from finestsam.tasks.losses import object_losses
 from finestsam.training.optim import build_optimizer
+from finestsam.training.step import Stepper
 from finestsam.training.trainable import freeze_
 
 TASK = "--task=classes"
@@ -63,7 +65,7 @@ def read_csv(run: Path) -> list[dict[str, str]]:
 def make_samples(records: list[Record], count: int = 3, **values: object) -> list[Sample]:
     config = build_config({"prompts.use_boxes": False} | values)
     table = number_categories({3: NAMES[0], 7: NAMES[1]})
-    settings = SampleSettings(64, 16, 0, config.prompts, config.dataset, categories=table)
+    settings = SampleSettings(64, 16, 0, config.prompts, config.dataset, label_cells=label_cells, categories=table)
     dataset = SampleDataset(records, settings)
     clicks = config.prompts.correction_clicks
     return [replace(dataset[(0, place)], correction_clicks=clicks) for place in range(count)]
@@ -206,23 +208,20 @@ def test_original_weights_come_back_with_the_best_head(shapes, tmp_path):
     assert head["classify.2.weight"].shape == (3, 32)
 
 
-def make_stepper(tiny_sam: FinestSam, **values: object) -> ClassStepper:
-    config = build_config(ALL_TRAIN | values)
+def make_stepper(tiny_sam: FinestSam, **values: object) -> Stepper:
+    config = build_config(ALL_TRAIN | {"opt.clip_norm": 0.0, "losses.class_ratio": 2.0} | values)
     fabric = Fabric(accelerator="cpu", devices=1)
     model = copy.deepcopy(tiny_sam).train()
     torch.manual_seed(2)
     model.class_head = ClassHead(32, 3)
     freeze_(model, config)
     _, optimizer = fabric.setup(model, build_optimizer(model, config.opt))
-    stepper = ClassStepper(
-        fabric, config, model, optimizer, torch.amp.GradScaler("cpu", enabled=False), Embedder(model),
-        chunk_objects=config.chunk_objects or 16, class_weights=torch.tensor([1.0, 0.7, 1.6]),
-    )  # fmt: skip
-    stepper.clip_norm = float("inf")  # so that a gradient can be compared with another one
-    return stepper
+    task, scaler = ClassesTask(config, model), torch.amp.GradScaler("cpu", enabled=False)
+    task.class_weights = torch.tensor([1.0, 0.7, 1.6])
+    return Stepper(fabric, task, optimizer, scaler, Embedder(model), chunk_objects=config.chunk_objects or 16)
 
 
-def compute_gradients(stepper: ClassStepper, samples: list[Sample]) -> dict[str, torch.Tensor]:
+def compute_gradients(stepper: Stepper, samples: list[Sample]) -> dict[str, torch.Tensor]:
     stepper.step([Batch(samples[:2]), Batch(samples[2:])], epoch=0, wants_stop=False)
     return {name: weight.grad for name, weight in stepper.model.named_parameters() if weight.requires_grad}
 

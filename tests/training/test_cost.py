@@ -1,6 +1,5 @@
 """What is said of memory and time before the first step, against what a step takes."""
 
-import copy
 import dataclasses
 import subprocess
 import sys
@@ -18,11 +17,12 @@ from finestsam.model.architectures import build_sam
 from finestsam.model.heads import SemanticHead
 from finestsam.model.sam import FinestSam
 from finestsam.prediction.embedder import Embedder
+from finestsam.tasks.base import Task
+from finestsam.tasks.masks import MasksTask
+from finestsam.tasks.semantic import SemanticTask
 from finestsam.training.cost import describe_cost
-from finestsam.training.memory import list_savings
 from finestsam.training.optim import build_optimizer
 from finestsam.training.probe import USABLE_SHARE, MemoryNeed, measure_need
-from finestsam.training.semantic import SemanticStepper
 from finestsam.training.step import Stepper
 from finestsam.training.trainable import freeze_
 
@@ -43,7 +43,7 @@ print(read_bytes("VmHWM") - before)
 """
 
 
-def build_stepper(model_type: str, values: dict | None = None, kind: type[Stepper] = Stepper) -> Stepper:
+def build_stepper(model_type: str, values: dict | None = None, kind: type[Task] = MasksTask) -> Stepper:
     config = build_config(TRAINS_ENCODER if values is None else values)
     model = FinestSam(build_sam(model_type)).train()
     freeze_(model, config)
@@ -51,7 +51,7 @@ def build_stepper(model_type: str, values: dict | None = None, kind: type[Steppe
     fabric = Fabric(accelerator="cpu", devices=1)
     _, optimizer = fabric.setup(model, build_optimizer(model, config.opt))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return kind(fabric, config, model, optimizer, scaler, Embedder(model))
+    return Stepper(fabric, kind(config, model), optimizer, scaler, Embedder(model))
 
 
 def read_dataset(scenes: str | Path, image_size: int) -> SampleDataset:
@@ -133,8 +133,8 @@ def test_where_an_encoder_trains_there_may_be_room_for_more_images_or_for_no_rec
     free = int((total + 4.5 * need.encoder_bytes) / USABLE_SHARE)
 
     assert "room for a --batch_size up to 5" in describe_cost(stepper, need, 1, free)[1]
-    recomputing = copy.copy(stepper)
-    recomputing.config = build_config(TRAINS_ENCODER | {"model_layer.recompute_encoder": True})
+    config = build_config(TRAINS_ENCODER | {"model_layer.recompute_encoder": True})
+    recomputing = dataclasses.replace(stepper, task=MasksTask(config, stepper.model))
     assert "--model_layer.recompute_encoder false is faster" in describe_cost(recomputing, need, 1, 10**10)[1]
 
 
@@ -147,13 +147,13 @@ def test_without_an_image_to_try_the_weights_are_counted(tiny_need):
 
 
 def test_the_semantic_task_counts_its_head(scenes):
-    stepper = build_stepper("vit_tiny_test", kind=SemanticStepper)
+    stepper = build_stepper("vit_tiny_test", kind=SemanticTask)
     stepper.model.semantic_head = SemanticHead(32, 2)
     dataset = read_dataset(scenes, 64)
-    dataset.settings = dataclasses.replace(dataset.settings, classes=number_classes({1: "shape"}, False))
+    stepper.task.table = number_classes({1: "shape"}, False)
+    dataset.settings = stepper.task.choose_targets(dataset.settings)
 
     need = measure_need(stepper, dataset)
 
     assert need.object_bytes == 0 and need.decoder_bytes > 16 * 16 * 4
     assert "head" in describe_cost(stepper, need, 16, None)[0]
-    assert not any("losses.resolution" in name for name in list_savings(stepper.config, stepper.model))

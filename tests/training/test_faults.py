@@ -18,8 +18,8 @@ from conftest import FROM_SCRATCH, read_only, run_training
 from finestsam.cli import main
 from finestsam.model import saving
 from finestsam.runtime.signals import WATCHED
-from finestsam.training import checkpoint, numbers, step, train, validation
-from finestsam.training import run as training_run
+from finestsam.tasks import masks
+from finestsam.training import checkpoint, numbers, setup, train
 from finestsam.training import time_budget as pace
 from finestsam.training.run_folder import lock_run
 
@@ -30,7 +30,7 @@ FLAGS = ["--num_epochs=2", "--dataset.val_size=0.4", "--generator.points_per_sid
 def countable(monkeypatch):
     """Save after every epoch, however short, and take no step that is not of the training: tests count them."""
     monkeypatch.setattr(pace, "SHARE", math.inf)
-    monkeypatch.setattr(training_run, "measure_need", lambda *_: None)
+    monkeypatch.setattr(setup, "measure_need", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def send_at_call(monkeypatch, place: str, call: int, number: int) -> None:
     monkeypatch.setattr(target, name, called)
 
 
-TRAIN, VALIDATION = "finestsam.training.train.", "finestsam.training.validation."
+TRAIN, VALIDATION = "finestsam.training.train.", "finestsam.tasks.masks."
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_signal_at_any_place_of_a_run_loses_nothing(
 
 @pytest.mark.parametrize(
     "place",
-    ["finestsam.data.read.assemble", "finestsam.training.run.load_model", "finestsam.training.run.encode_missing"],
+    ["finestsam.data.read.assemble", "finestsam.training.setup.load_model", "finestsam.training.setup.encode_missing"],
     ids=["dataset check", "weights", "embedding store"],
 )
 def test_a_signal_before_the_first_step_ends_at_once_and_the_run_can_begin_again(scenes, tmp_path, monkeypatch, place):
@@ -236,14 +236,14 @@ def test_a_mistake_of_the_user_is_no_crash(scenes, tmp_path, monkeypatch):
 
 def spoil_losses(monkeypatch, first: int, last: int = 10**9) -> None:
     """Make the loss of no number from the n-th image on."""
-    original, calls = step.object_losses, []
+    original, calls = masks.object_losses, []
 
     def spoiled(*arguments):
         calls.append(1)
         losses = original(*arguments)
         return replace(losses, total=losses.total * math.nan) if first <= len(calls) <= last else losses
 
-    monkeypatch.setattr(step, "object_losses", spoiled)
+    monkeypatch.setattr(masks, "object_losses", spoiled)
 
 
 def test_a_loss_that_is_no_number_is_skipped_reported_and_counted(scenes, tmp_path, monkeypatch, capsys):
@@ -308,14 +308,14 @@ def test_weights_that_a_step_breaks_are_neither_saved_nor_best(scenes, tmp_path,
 
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_figures_that_are_no_numbers_make_no_best_weights(scenes, tmp_path, monkeypatch, epoch):
-    summarize, calls = validation.summarize_scores, []
+    summarize, calls = masks.summarize_scores, []
 
     def spoiled(scores):
         calls.append(1)
         figures = summarize(scores)
         return dict.fromkeys(figures, math.nan) if len(calls) == 1 + epoch else figures
 
-    monkeypatch.setattr(validation, "summarize_scores", spoiled)
+    monkeypatch.setattr(masks, "summarize_scores", spoiled)
 
     assert start(scenes, tmp_path, "--evaluate.generator=false", "--save_top_k=3") == 0
 
@@ -353,7 +353,7 @@ def test_images_that_break_in_the_middle_of_a_run_are_named_and_leave_no_figures
 def test_a_step_that_does_not_fit_into_the_memory_saves_and_says_what_needs_less(
     scenes, whole, tmp_path, monkeypatch, capsys
 ):
-    original, calls = step.object_losses, []
+    original, calls = masks.object_losses, []
 
     def too_large(*arguments):
         calls.append(1)
@@ -361,7 +361,7 @@ def test_a_step_that_does_not_fit_into_the_memory_saves_and_says_what_needs_less
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(*arguments)
 
-    monkeypatch.setattr(step, "object_losses", too_large)
+    monkeypatch.setattr(masks, "object_losses", too_large)
 
     assert start(scenes, tmp_path, "--chunk_objects=500") == 2
 
@@ -377,7 +377,7 @@ def test_a_step_that_does_not_fit_into_the_memory_saves_and_says_what_needs_less
 
 
 def test_a_validation_that_does_not_fit_into_the_memory_loses_no_epoch(scenes, whole, tmp_path, monkeypatch, capsys):
-    find, calls = validation.find_candidates, []
+    find, calls = masks.find_candidates, []
 
     def too_large(*arguments):
         calls.append(1)
@@ -385,7 +385,7 @@ def test_a_validation_that_does_not_fit_into_the_memory_loses_no_epoch(scenes, w
             raise torch.OutOfMemoryError("CUDA out of memory")
         return find(*arguments)
 
-    monkeypatch.setattr(validation, "find_candidates", too_large)
+    monkeypatch.setattr(masks, "find_candidates", too_large)
 
     assert start(scenes, tmp_path) == 2
 
@@ -446,9 +446,9 @@ def test_a_run_that_cannot_be_written_any_more_says_what_helps(scenes, tmp_path,
 def test_best_weights_that_are_gone_are_reported_at_the_end(scenes, tmp_path, monkeypatch, capsys):
     finish = train.finish_epoch
 
-    def finish_and_lose(run, log):
-        finish(run, log)
-        (run.folder / "best.pth").unlink(missing_ok=True)
+    def finish_and_lose(run, state, folder):
+        finish(run, state, folder)
+        folder.best.unlink(missing_ok=True)
 
     monkeypatch.setattr(train, "finish_epoch", finish_and_lose)
 
@@ -533,8 +533,14 @@ def test_a_run_cut_by_max_steps_is_measured_once_and_goes_on_as_if_it_had_not_be
     flags += ["--best_metric=val_generator_ar_100", "--prompts.use_boxes=false", "--dataset.background_points=0"]
     assert start(scenes, tmp_path / "unbroken", *flags) == 0
     measured = []
-    validate = train.validate
-    monkeypatch.setattr(train, "validate", lambda run: (measured.append(run.progress.step), validate(run)))
+    commit = train.commit_validation
+
+    def note(run, state, folder, validation, *others, **named):
+        if validation:
+            measured.append(state.progress.step)
+        commit(run, state, folder, validation, *others, **named)
+
+    monkeypatch.setattr(train, "commit_validation", note)
     assert start(scenes, tmp_path, *flags, "--max_steps=6") == 0
     assert measured == [0, 4, 6]
     monkeypatch.undo()

@@ -9,8 +9,8 @@ from finestsam.config import LossesConfig
 from finestsam.images.frames import shrink_mask
 from finestsam.masks import encode_mask
 from finestsam.model.resample import upscale_logits
-from finestsam.training import losses as module
-from finestsam.training.losses import dice_loss, focal_loss, measure_overlap, object_losses
+from finestsam.tasks import losses as module
+from finestsam.tasks.losses import dice_loss, focal_loss, measure_overlap, object_losses
 
 ORIGINAL_SIZE, INPUT_SIZE, IMAGE_SIZE = (90, 120), (48, 64), 64
 

@@ -6,23 +6,26 @@ import cv2
 import numpy as np
 import pytest
 
-from finestsam.training.plots import COLORS, LEGEND_WIDTH, TITLES, VALIDATION, plot_curves
+from finestsam.tasks.masks import MasksTask
+from finestsam.training.plots import COLORS, LEGEND_WIDTH, VALIDATION, plot_curves
 
-NAMES = [*TITLES, "all_metrics"]
+MEASURES = MasksTask.measures
+CURVES = [*MEASURES, "learning_rate"]
+NAMES = [*CURVES, "all_metrics"]
 BASELINE = {"epoch": 0, "step": 0, "val_per_mask_iou": 0.4}
 
 
 def make_rows(epochs: int) -> list[dict[str, float | None]]:
     rows = [dict(BASELINE)]
     for epoch in range(1, epochs + 1):
-        values = {name: 0.1 + place / 20 + 1 / epoch for place, name in enumerate(TITLES)}
+        values = {name: 0.1 + place / 20 + 1 / epoch for place, name in enumerate(CURVES)}
         rows.append(values | {"epoch": epoch, "step": 5 * epoch, "val_per_mask_iou": 0.9 - 1 / (epoch + 1)})
     return rows
 
 
 def draw(rows: list, folder: Path) -> dict[str, np.ndarray]:
     """Draw and return {name: image, H x W x 3, RGB}."""
-    return {path.stem: cv2.imread(str(path))[..., ::-1] for path in plot_curves(rows, folder)}
+    return {path.stem: cv2.imread(str(path))[..., ::-1] for path in plot_curves(rows, MEASURES, folder)}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,7 @@ def count_pixels(image: np.ndarray, color: str) -> int:
 
 
 def test_every_curve_has_an_image_and_there_is_one_of_all(tmp_path):
-    paths = plot_curves(make_rows(5), tmp_path)
+    paths = plot_curves(make_rows(5), MEASURES, tmp_path)
     assert paths == [tmp_path / "plots" / f"{name}.png" for name in NAMES]
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == sorted(path.name for path in paths)
 
@@ -123,7 +126,7 @@ def test_many_epochs_are_drawn_as_a_line_without_points(tmp_path):
 def test_drawing_leaves_pyplot_and_the_settings_of_a_notebook_alone(tmp_path):
     script = (
         "import sys, matplotlib; from pathlib import Path; before = [*dict.items(matplotlib.rcParams)];"
-        "from finestsam.training.plots import plot_curves; plot_curves([], Path(sys.argv[1]));"
+        "from finestsam.training.plots import plot_curves; plot_curves([], {}, Path(sys.argv[1]));"
         "assert 'matplotlib.pyplot' not in sys.modules; assert [*dict.items(matplotlib.rcParams)] == before"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=300)
@@ -133,4 +136,4 @@ def test_drawing_leaves_pyplot_and_the_settings_of_a_notebook_alone(tmp_path):
 def test_a_place_that_cannot_be_written_is_an_os_error_for_the_caller(tmp_path):
     (tmp_path / "plots").touch()
     with pytest.raises(OSError, match="exists"):
-        plot_curves(make_rows(1), tmp_path)
+        plot_curves(make_rows(1), MEASURES, tmp_path)

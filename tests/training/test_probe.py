@@ -12,6 +12,7 @@ from finestsam.data.synthetic import write_scenes
 from finestsam.errors import UserError
 from finestsam.prediction.embedder import Embedder
 from finestsam.records import Record
+from finestsam.tasks.masks import MasksTask
 from finestsam.training import probe
 from finestsam.training.optim import build_optimizer
 from finestsam.training.probe import choose_chunk_objects, find_free_bytes, measure_need
@@ -28,7 +29,8 @@ def make_stepper(tiny_sam):
         model.sam.image_encoder.recomputes = config.model_layer.recompute_encoder
         optimizer = build_optimizer(model, config.opt)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        return Stepper(Fabric(accelerator="cpu", devices=1), config, model, optimizer, scaler, Embedder(model))
+        task = MasksTask(config, model)
+        return Stepper(Fabric(accelerator="cpu", devices=1), task, optimizer, scaler, Embedder(model))
 
     return make
 

@@ -16,7 +16,7 @@ from finestsam.data.read import LabelledSet
 from finestsam.errors import UserError
 from finestsam.records import DatasetReport
 from finestsam.training.resume import STATE, check_settings, find_problem, load_state, refuse_other_dataset
-from finestsam.training.run import Progress
+from finestsam.training.state import Progress
 
 REFUSED = "the dataset is not the one that the run was trained on"
 

@@ -20,8 +20,7 @@ from finestsam.model.architectures import build_sam
 from finestsam.model.heads import SemanticHead, head_path, load_semantic_head
 from finestsam.model.load import load_model
 from finestsam.model.resample import upscale_logits
-from finestsam.prediction.semantic import classify
-from finestsam.training.semantic import class_dice_loss, measure_classes
+from finestsam.tasks.semantic import class_dice_loss, classify, measure_classes
 
 TASK = "--task=semantic"
 

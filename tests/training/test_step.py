@@ -15,7 +15,8 @@ from finestsam.model.adapter import adapt_
 from finestsam.prediction.clicks import add_clicks, show_preferred
 from finestsam.prediction.embedder import Embedder
 from finestsam.runtime.memory import is_out_of_memory, reporting_out_of_memory
-from finestsam.training.losses import ObjectLosses, object_losses
+from finestsam.tasks.losses import ObjectLosses, object_losses
+from finestsam.tasks.masks import MasksTask
 from finestsam.training.memory import OutOfMemory
 from finestsam.training.optim import build_optimizer
 from finestsam.training.step import Stepper
@@ -34,12 +35,8 @@ def make_stepper(tiny_sam, **values: object) -> Stepper:
     freeze_(model, config)
     optimizer = build_optimizer(model, config.opt)
     _, optimizer = fabric.setup(model, optimizer)
-    stepper = Stepper(
-        fabric, config, model, optimizer, torch.amp.GradScaler("cpu", enabled=False), Embedder(model),
-        chunk_objects=config.chunk_objects or 16,
-    )  # fmt: skip
-    stepper.clip_norm = float("inf")  # so that a gradient can be compared with another one
-    return stepper
+    scaler, chunk_objects = torch.amp.GradScaler("cpu", enabled=False), config.chunk_objects or 16
+    return Stepper(fabric, MasksTask(config, model), optimizer, scaler, Embedder(model), chunk_objects=chunk_objects)
 
 
 @pytest.fixture
@@ -106,11 +103,12 @@ def test_a_step_lowers_the_loss_of_its_own_batch(tiny_sam, batches):
 
     losses = []
     for _ in range(15):
-        sums, objects, is_finite, _ = stepper.step(batches, epoch=0, wants_stop=False)
-        assert is_finite
-        losses.append(sums["total_loss"] / objects)
+        result = stepper.step(batches, epoch=0, wants_stop=False)
+        assert result.is_finite
+        losses.append(result.sums["total_loss"] / result.count)
 
     assert losses[-1] < 0.9 * losses[0]
+    sums = result.sums
     parts = sums["focal_loss"] + sums["dice_loss"] + sums["iou_loss"]
     assert parts == pytest.approx(sums["total_loss"], rel=1e-5)
 
@@ -121,9 +119,9 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(tiny_sam, batche
         stepper.model.sam.mask_decoder.iou_token.weight[0, 0] = float("nan")
     before = {name: value.clone() for name, value in stepper.model.state_dict().items()}
 
-    _, _, is_finite, _ = stepper.step(batches, epoch=0, wants_stop=False)
+    result = stepper.step(batches, epoch=0, wants_stop=False)
 
-    assert not is_finite
+    assert not result.is_finite
     for name, value in stepper.model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
 
@@ -132,10 +130,10 @@ def test_a_step_without_objects_changes_nothing(tiny_sam):
     stepper = make_stepper(tiny_sam)
     before = copy.deepcopy(stepper.model.state_dict())
 
-    _, objects, _, wants_stop = stepper.step([Batch([])], epoch=0, wants_stop=True)
+    result = stepper.step([Batch([])], epoch=0, wants_stop=True)
 
-    assert objects == 0
-    assert wants_stop
+    assert result.count == 0
+    assert result.wants_stop
     assert all(torch.equal(value, before[name]) for name, value in stepper.model.state_dict().items())
 
 
@@ -198,10 +196,10 @@ def test_an_object_weighs_one_however_often_it_is_requested(tiny_sam, records):
     assert len(means) < sum(len(sample) for batch in batches for sample in batch.samples)
     torch.stack(means).mean().backward()
 
-    sums, objects, _, _ = stepper.step(batches, epoch=0, wants_stop=False)
+    result = stepper.step(batches, epoch=0, wants_stop=False)
 
-    assert objects == len(means)
-    assert sums["total_loss"] / objects == pytest.approx(torch.stack(means).mean().item(), rel=1e-5)
+    assert result.count == len(means)
+    assert result.sums["total_loss"] / result.count == pytest.approx(torch.stack(means).mean().item(), rel=1e-5)
     for name, weight in stepper.model.named_parameters():
         expected = dict(plain.named_parameters())[name].grad
         if weight.requires_grad and expected is not None:
@@ -223,10 +221,10 @@ def test_corrections_are_learnt_from_clicks_and_the_logits_before(tiny_sam, reco
         objects += len(sample)
     (total / objects).backward()
 
-    sums, count, _, _ = stepper.step(batches, epoch=0, wants_stop=False)
+    result = stepper.step(batches, epoch=0, wants_stop=False)
 
-    assert count == objects
-    assert sums["total_loss"] == pytest.approx(total.item(), rel=1e-5)
+    assert result.count == objects
+    assert result.sums["total_loss"] == pytest.approx(total.item(), rel=1e-5)
     weights = dict(plain.named_parameters())
     assert weights["sam.prompt_encoder.mask_downscaling.6.weight"].grad.abs().max() > 0
     assert weights["sam.prompt_encoder.point_embeddings.0.weight"].grad.abs().max() > 0
@@ -350,7 +348,7 @@ def spoil_losses(monkeypatch, spoil) -> None:
         calls.append(1)
         return spoil(losses) if len(calls) % 2 == 0 else losses
 
-    monkeypatch.setattr("finestsam.training.step.object_losses", spoiled)
+    monkeypatch.setattr("finestsam.tasks.masks.object_losses", spoiled)
 
 
 def test_the_image_whose_loss_is_not_finite_is_suspected(tiny_sam, batches, monkeypatch):
@@ -358,21 +356,21 @@ def test_the_image_whose_loss_is_not_finite_is_suspected(tiny_sam, batches, monk
     spoil_losses(monkeypatch, lambda losses: replace(losses, total=losses.total * float("nan")))
     before = copy.deepcopy(stepper.model.state_dict())
 
-    _, _, is_finite, _ = stepper.step(batches, epoch=0, wants_stop=False)
+    result = stepper.step(batches, epoch=0, wants_stop=False)
 
-    assert not is_finite
-    assert stepper.nonfinite_images == [batches[0].samples[1].file_name]
+    assert not result.is_finite
+    assert result.broken_images == [batches[0].samples[1].file_name]
     assert all(torch.equal(value, before[name]) for name, value in stepper.model.state_dict().items())
     monkeypatch.undo()
-    assert stepper.step(batches, epoch=0, wants_stop=False)[2]
-    assert stepper.nonfinite_images == []
+    result = stepper.step(batches, epoch=0, wants_stop=False)
+    assert result.is_finite and result.broken_images == []
 
 
 def test_a_loss_that_is_not_finite_is_not_learnt_from_though_its_gradient_is(tiny_sam, batches, monkeypatch):
     stepper = make_stepper(tiny_sam, chunk_objects=500)
     spoil_losses(monkeypatch, lambda losses: replace(losses, total=losses.total + float("inf")))
 
-    assert not stepper.step(batches, epoch=0, wants_stop=False)[2]
+    assert not stepper.step(batches, epoch=0, wants_stop=False).is_finite
     assert all(torch.isfinite(weight.grad).all() for weight in stepper.model.parameters() if weight.requires_grad)
     assert stepper.optimizer.state_dict()["state"] == {}
 
@@ -382,8 +380,9 @@ def test_a_gradient_that_overflows_though_no_loss_does_puts_all_images_under_sus
     weight = stepper.model.sam.mask_decoder.iou_token.weight
     weight.register_hook(lambda gradient: gradient * float("inf"))
 
-    assert not stepper.step(batches, epoch=0, wants_stop=False)[2]
-    assert stepper.nonfinite_images == [sample.file_name for batch in batches for sample in batch.samples]
+    result = stepper.step(batches, epoch=0, wants_stop=False)
+    assert not result.is_finite
+    assert result.broken_images == [sample.file_name for batch in batches for sample in batch.samples]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -413,11 +412,11 @@ def test_half_precision_finds_its_scale_in_the_first_steps_and_goes_on(tiny_sam,
     scales, losses = [stepper.scaler.get_scale()], []
     for _ in range(30):
         before = copy.deepcopy(stepper.model.state_dict())
-        sums, objects, is_finite, _ = stepper.step(batches, epoch=0, wants_stop=False)
+        result = stepper.step(batches, epoch=0, wants_stop=False)
         scales.append(stepper.scaler.get_scale())
-        assert is_finite == (scales[-1] == scales[-2])
-        if is_finite:
-            losses.append(sums["total_loss"] / objects)
+        assert result.is_finite == (scales[-1] == scales[-2])
+        if result.is_finite:
+            losses.append(result.sums["total_loss"] / result.count)
         else:
             assert scales[-1] == scales[-2] / 2
             assert all(torch.equal(value, before[name]) for name, value in stepper.model.state_dict().items())
@@ -448,6 +447,6 @@ def test_no_predicted_iou_above_1_is_logged(tiny_sam):
     losses = ObjectLosses(ones, ones, ones, ones, ones, torch.tensor([1.2, 0.4]), ones.long(), ones[:, None])
 
     stepper = make_stepper(tiny_sam)
-    logged = dict(zip(stepper.measures, stepper.list_measures(losses), strict=True))
+    logged = dict(zip(stepper.task.measures, stepper.task.list_measures(losses), strict=True))
 
     torch.testing.assert_close(logged["predicted_iou"], torch.tensor([1.0, 0.4]))

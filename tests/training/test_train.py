@@ -373,8 +373,8 @@ def test_a_validation_that_takes_longer_than_its_epoch_says_how_to_make_it_cheap
 ):
     run_training(scenes, tmp_path / "cheap", "--num_epochs=1")
     assert "make it cheaper" not in capsys.readouterr().out
-    monkeypatch.setattr("finestsam.training.train.CHEAP_SECONDS", 0)
-    monkeypatch.setattr("finestsam.training.run.Progress.seconds", property(lambda _: 0.0, lambda *_: None))
+    monkeypatch.setattr("finestsam.training.messages.CHEAP_SECONDS", 0)
+    monkeypatch.setattr("finestsam.training.state.Progress.seconds", property(lambda _: 0.0, lambda *_: None))
 
     run_training(scenes, tmp_path / "dear", "--num_epochs=1")
 

@@ -1,25 +1,31 @@
-"""The task classes in training: which class each mask is taught, its loss, its step."""
+"""The task classes: masks with a category for each, or none, as no object."""
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from finestsam.batch import Predictions, Sample
-from finestsam.data.categories import number_categories
-from finestsam.data.cells import CROWD
+from finestsam.config import Config
+from finestsam.data.categories import list_category_ids, number_categories
+from finestsam.data.cells import CROWD, label_cells
+from finestsam.data.dataset import SampleSettings
+from finestsam.data.read import LabelledSet
 from finestsam.data.semantic import IGNORED, ClassTable
 from finestsam.errors import printable
+from finestsam.evaluation.class_scores import match_categories, refuse_strangers, score_classes
+from finestsam.evaluation.generator_scores import Tuned
+from finestsam.model.card import Card
 from finestsam.model.heads import NO_OBJECT, ClassHead, load_class_head
 from finestsam.model.load import LoadedModel
+from finestsam.model.sam import FinestSam
 from finestsam.records import Record
-from finestsam.training.log import CLASS_COLUMNS, CLASS_TRAINING_COLUMNS
-from finestsam.training.losses import ObjectLosses
-from finestsam.training.step import Stepper
+from finestsam.tasks.losses import ObjectLosses
+from finestsam.tasks.masks import COUNT_COLUMN, MasksTask
 
 # From this IoU on a mask is the object, as COCO counts it; below the other one it is none. Between them nobody can
 # tell, and nothing is taught.
@@ -39,22 +45,50 @@ class ClassLosses(ObjectLosses):
     is_right: Tensor  # 1 where the mask that is trained got the object's category, else 0
 
 
-@dataclass
-class ClassStepper(Stepper):
-    """A step that learns masks and their categories.
+class ClassesTask(MasksTask):
+    """A step trains masks and the category of each.
 
-    Args:
+    Attributes:
         class_weights: of each class in the cross-entropy, 1 + K.
     """
 
-    measures: ClassVar[tuple[str, ...]] = CLASS_TRAINING_COLUMNS
-    columns: ClassVar[tuple[str, ...]] = CLASS_COLUMNS
+    name = "classes"
+    measures: ClassVar[dict[str, str]] = MasksTask.measures | {
+        "class_loss": "Class loss",
+        "class_accuracy": "Class accuracy",
+    }
+    validation_columns: ClassVar[tuple[str, ...]] = (
+        *MasksTask.validation_columns, "val_classes_ap", "val_classes_ap50", "val_classes_ar_100",
+    )  # fmt: skip
+    printed: ClassVar[dict[str, str]] = {
+        **{name: form for name, form in MasksTask.printed.items() if name != COUNT_COLUMN},
+        "val_classes_ap": "AP by category {:.3f}",
+        "val_classes_ar_100": "AR@100 by category {:.3f}",
+        COUNT_COLUMN: MasksTask.printed[COUNT_COLUMN],
+    }
     default_metrics: ClassVar[dict[str, str]] = {"complete": "val_classes_ap", "partial": "val_classes_ar_100"}
 
-    class_weights: Tensor = field(default_factory=lambda: torch.ones(0))
+    def __init__(self, config: Config, model: FinestSam):
+        super().__init__(config, model)
+        self.class_weights = torch.ones(0)
 
-    def take_losses(self, predictions: Predictions, sample: Sample, first: int) -> ClassLosses:
-        losses = super().take_losses(predictions, sample, first)
+    def begin_training(self, loaded: LoadedModel, data: LabelledSet, names: Sequence[str] | None) -> None:
+        """Take the head that the weights have, where it is for the same categories; else a new one."""
+        table, card, model = number_categories(data.category_names, names), loaded.card, self.model
+        if card and card.task == self.name and set(table.names[1:]) == set(card.categories):
+            table = number_categories(data.category_names, card.categories)
+            head = load_class_head(loaded.path, card.categories, model.sam.prompt_encoder.embed_dim)
+        else:
+            head = ClassHead(model.sam.prompt_encoder.embed_dim, len(table.names))
+        model.class_head = head.to(model.device)
+        self.table = table
+        self.class_weights = weigh_classes(data.train, table)
+
+    def choose_targets(self, settings: SampleSettings) -> SampleSettings:
+        return replace(settings, label_cells=label_cells, categories=self.table)
+
+    def measure_objects(self, predictions: Predictions, sample: Sample, first: int) -> ClassLosses:
+        losses = super().measure_objects(predictions, sample, first)
         device, rows = losses.best.device, torch.arange(len(losses.best), device=losses.best.device)
         own = torch.tensor(sample.object_classes[first : first + len(rows)], device=device)
         targets = fit_classes(predictions.logits, sample)
@@ -73,7 +107,8 @@ class ClassStepper(Stepper):
         weights = self.class_weights.to(class_logits)
         return F.cross_entropy(class_logits.transpose(1, 2), targets, weights, ignore_index=IGNORED, reduction="none")
 
-    def compute_background_loss(self, embedding: Tensor, sample: Sample) -> Tensor:
+    def measure_background(self, embedding: Tensor, sample: Sample) -> Tensor:
+        """Return the loss of the masks predicted for an image's background points: of their scores and classes."""
         predictions = self.model(embedding, sample.background, learns_masks=False)
         targets = fit_classes(predictions.logits, sample)
         errors = self.measure_classes(predictions.class_logits, targets)
@@ -82,6 +117,26 @@ class ClassStepper(Stepper):
 
     def list_measures(self, losses: ClassLosses) -> tuple[Tensor, ...]:
         return *super().list_measures(losses), losses.class_error, losses.is_right
+
+    def measure_generator(self, records: list[Record], tuned: Tuned) -> dict[str, float]:
+        figures = super().measure_generator(records, tuned)
+        by_class = score_classes(records, tuned.found, self.table)
+        named = {f"val_classes_{name}": by_class[name] for name in ("ap", "ap50", "ar_100") if name in by_class}
+        return figures | named
+
+    def describe_start(self, data: LabelledSet) -> list[str]:
+        return [describe_categories(self.table, data.train)]
+
+    def describe_card(self, data: LabelledSet) -> dict[str, Any]:
+        return {"categories": self.table.names[1:], "category_ids": list_category_ids(self.table)}
+
+    def number_categories(self, card: Card) -> dict[int, str]:
+        return dict(zip(card.category_ids, card.categories, strict=True))
+
+    def match_categories(self, loaded: LoadedModel, data: LabelledSet) -> ClassTable:
+        table = match_categories(loaded, data)
+        refuse_strangers(table, data.category_names, loaded.source)
+        return table
 
 
 @torch.no_grad()
@@ -133,24 +188,6 @@ def weigh_classes(records: Sequence[Record], table: ClassTable) -> Tensor:
     weights = weights * counts.sum() / (weights * counts).sum()
     weights[NO_OBJECT] = 1.0
     return weights.float()
-
-
-def choose_categories(loaded: LoadedModel, categories: dict[int, str], names: Sequence[str] | None) -> ClassTable:
-    """Return the categories to train, and give the model a head for them: the one it has, or a new one.
-
-    Args:
-        categories: of the dataset, names by id.
-        names: of the head's categories in a run that is continued, which are the dataset's; None: it begins.
-    """
-    table = number_categories(categories, names)
-    card, model = loaded.card, loaded.model
-    if card and card.task == "classes" and set(table.names[1:]) == set(card.categories):
-        table = number_categories(categories, card.categories)
-        head = load_class_head(loaded.path, card.categories, model.sam.prompt_encoder.embed_dim)
-    else:
-        head = ClassHead(model.sam.prompt_encoder.embed_dim, len(table.names))
-    model.class_head = head.to(model.device)
-    return table
 
 
 def describe_categories(table: ClassTable, records: Sequence[Record]) -> str:
