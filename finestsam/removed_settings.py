@@ -63,9 +63,13 @@ REMOVED = {
     "check.point_count": Removed(1, "dataset.positive_points and negative_points are shown"),
 }
 
+RENAMED = {"evaluate.battery": "evaluate.all_prompts"}
+
 
 def explain_removed(name: str) -> str | None:
     """Return what decides now in place of a setting that is gone; None: it is none of those."""
+    if name in RENAMED:
+        return f"{name} is called {RENAMED[name]} now"
     removed = REMOVED.get(name)
     return f"{name} is gone: {removed.decides}" if removed else None
 
@@ -76,7 +80,7 @@ def drop_removed(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     Args:
         settings: by dotted name, as the run was begun with them.
     """
-    kept = {name: value for name, value in settings.items() if name not in REMOVED}
+    kept = {RENAMED.get(name, name): value for name, value in settings.items() if name not in REMOVED}
     problems = [
         f"{name} is {value} there, and every run has {now} now: {REMOVED[name].decides}"
         for name, value in settings.items()

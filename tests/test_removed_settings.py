@@ -6,7 +6,7 @@ import yaml
 from finestsam.cli import main, parse_command_line
 from finestsam.config import Config, flatten_config, list_settings
 from finestsam.errors import UserError
-from finestsam.removed_settings import REMOVED, drop_removed
+from finestsam.removed_settings import REMOVED, RENAMED, drop_removed
 
 CONSTANTS = {name: removed.value for name, removed in REMOVED.items()}
 OTHER = {bool: lambda value: not value, float: lambda value: value + 1, int: lambda value: value + 1}
@@ -86,3 +86,10 @@ def test_pixels_without_a_label_are_what_the_labels_say(labels, unlabelled, is_k
 
     assert kept == {"dataset.labels": labels}
     assert (problems == []) == is_kept
+
+
+def test_a_setting_with_another_name_is_reported_and_taken_over_from_a_run(tmp_path, capsys):
+    assert not RENAMED.keys() & {name for name, _ in list_settings()}
+    assert main(["--mode=check", "--dataset=d", "--evaluate.battery=true"]) == 2
+    assert capsys.readouterr().err == "finestsam: --evaluate.battery is called evaluate.all_prompts now\n"
+    assert drop_removed({"evaluate.battery": True}) == ({"evaluate.all_prompts": True}, [])

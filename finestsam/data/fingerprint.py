@@ -12,6 +12,8 @@ from finestsam.records import Record
 
 SPLIT = "split.json"  # in a run folder: the fingerprint of the training and validation images
 SIDES = ("train", "val")
+OLD_NAMES_TO_NEW = {"picture": "image"}
+NEW_NAMES_TO_OLD = {new: old for old, new in OLD_NAMES_TO_NEW.items()}
 NAMED = 3  # files of one kind of change that are listed by name
 
 
@@ -36,6 +38,27 @@ def _describe(record: Record) -> dict[str, Any]:
     }
 
 
+def read_fingerprint(path: Path) -> dict[str, Any]:
+    """Return the fingerprint that a run has written. The first runs have another name for the hash of an image.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError, AttributeError: it cannot be read, or it is none.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for side in SIDES:
+        content[side] = [
+            {OLD_NAMES_TO_NEW.get(name, name): value for name, value in entry.items()} for entry in content[side]
+        ]
+    return content
+
+
+def belongs_to(fingerprint: dict[str, Any], digest: str) -> bool:
+    """Return whether a hash is that of a fingerprint, also as the first runs have made it."""
+    old = {side: [{NEW_NAMES_TO_OLD.get(name, name): entry[name] for name in entry} for entry in fingerprint[side]]
+           for side in SIDES}  # fmt: skip
+    return digest in (hash_fingerprint(fingerprint), hash_fingerprint(fingerprint | old))
+
+
 def hash_fingerprint(fingerprint: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fingerprint, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
@@ -43,9 +66,9 @@ def hash_fingerprint(fingerprint: dict[str, Any]) -> str:
 def read_sides(run: Path) -> dict[str, frozenset[str]] | None:
     """Return the first `DIGITS` of the hashes of a run's `train` and `val` images; None: no valid `split.json`."""
     try:
-        content = json.loads((run / SPLIT).read_text(encoding="utf-8"))
+        content = read_fingerprint(run / SPLIT)
         return {side: frozenset(str(entry["image"]) for entry in content[side]) for side in SIDES}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

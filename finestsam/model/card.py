@@ -62,8 +62,8 @@ def read_card(weights: Path) -> Card | None:
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
-        if "baseline" in values:  # what version 0.1 calls the baseline
-            values.setdefault("baseline", values.pop("baseline"))
+        if "floor" in values:  # cards of the first runs have the baseline's metrics under this name
+            values.setdefault("baseline", values.pop("floor"))
         known = {entry.name for entry in dataclasses.fields(Card)}
         card = Card(**{name: value for name, value in values.items() if name in known})
         problem = _find_problem(card)

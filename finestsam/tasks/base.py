@@ -131,7 +131,7 @@ class Task:
         """Return the settings with what a validation sample carries."""
         return settings
 
-    def measure_objects(self, predictions: Predictions, sample: Sample, first: int) -> ObjectLosses:
+    def compute_losses(self, predictions: Predictions, sample: Sample, first: int) -> ObjectLosses:
         """Return the losses of the masks predicted for the objects `first`, `first` + 1, ... of a sample."""
         raise NotImplementedError
 
@@ -147,10 +147,10 @@ class Task:
         """
         return 0.0
 
-    def measure_images(self, embeddings: Tensor, samples: list[Sample]) -> Tensor:
+    def compute_image_losses(self, embeddings: Tensor, samples: list[Sample]) -> Tensor:
         """Return what `measures` names for each image, B x M; the first, the loss, has a gradient.
 
-        Called in place of `measure_objects` where no masks are decoded.
+        Called in place of `compute_losses` where no masks are decoded.
 
         Args:
             embeddings: B x C x g x g.

@@ -87,8 +87,8 @@ class ClassesTask(MasksTask):
     def choose_targets(self, settings: SampleSettings) -> SampleSettings:
         return replace(settings, label_cells=label_cells, categories=self.table)
 
-    def measure_objects(self, predictions: Predictions, sample: Sample, first: int) -> ClassLosses:
-        losses = super().measure_objects(predictions, sample, first)
+    def compute_losses(self, predictions: Predictions, sample: Sample, first: int) -> ClassLosses:
+        losses = super().compute_losses(predictions, sample, first)
         device, rows = losses.best.device, torch.arange(len(losses.best), device=losses.best.device)
         own = torch.tensor(sample.object_classes[first : first + len(rows)], device=device)
         targets = fit_classes(predictions.logits, sample)

@@ -72,7 +72,7 @@ class MasksTask(Task):
     def decodes_masks(self) -> bool:
         return True
 
-    def measure_objects(self, predictions: Predictions, sample: Sample, first: int) -> ObjectLosses:
+    def compute_losses(self, predictions: Predictions, sample: Sample, first: int) -> ObjectLosses:
         return object_losses(predictions, sample, first, self.config.losses, self.model.image_size)
 
     def list_measures(self, losses: ObjectLosses) -> tuple[Tensor, ...]:

@@ -89,7 +89,7 @@ class SemanticTask(Task):
     def choose_validation_targets(self, settings: SampleSettings) -> SampleSettings:
         return self.choose_targets(settings)
 
-    def measure_images(self, embeddings: Tensor, samples: list[Sample]) -> Tensor:
+    def compute_image_losses(self, embeddings: Tensor, samples: list[Sample]) -> Tensor:
         labels = torch.stack([sample.cells for sample in samples])
         return measure_classes(self.model(embeddings, None), labels)
 

@@ -102,7 +102,7 @@ def _measure(stepper: Stepper, sample: Sample, largest: Sample) -> MemoryNeed:
     training_bytes, encoder_bytes = TRAINING_BYTES * trained, encoder_bytes * batch_size
     encoder_seconds *= BACKWARD if embedding.requires_grad else 1
     if not stepper.task.decodes_masks:
-        head_bytes, seconds, _ = _try(lambda: stepper.task.measure_images(embedding, [sample]), known)
+        head_bytes, seconds, _ = _try(lambda: stepper.task.compute_image_losses(embedding, [sample]), known)
         seconds = batch_size * (encoder_seconds + BACKWARD * seconds)
         return MemoryNeed(sample, sample, training_bytes, encoder_bytes, head_bytes * batch_size, 0, seconds)
     one, seconds, _ = _try(lambda: _decode(stepper, embedding, sample, 1), known)
@@ -160,7 +160,7 @@ def _decode(stepper: Stepper, embedding: Tensor, sample: Sample, count: int) -> 
         for _ in range(stepper.config.prompts.correction_clicks):
             prompts = stepper.correct(prompts, stepper.model(embedding, prompts), sample, 0)
     predictions = stepper.model(embedding, prompts)
-    return stepper.task.measure_objects(predictions, sample, 0).total
+    return stepper.task.compute_losses(predictions, sample, 0).total
 
 
 class _Saved:

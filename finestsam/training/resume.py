@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from finestsam.config import IMAGE_SIZE_RANGE, PATCH_SIZE, Config, flatten_config
-from finestsam.data.fingerprint import SPLIT, hash_fingerprint, list_changes
+from finestsam.data.fingerprint import SPLIT, belongs_to, list_changes, read_fingerprint
 from finestsam.errors import VALUE_ERRORS, UserError
 from finestsam.model.architectures import ARCHITECTURES, build_sam
 from finestsam.model.card import find_generator_problem
@@ -62,8 +62,19 @@ def load_state(folder: Path, progress_kind: type) -> dict[str, Any] | None:
         UserError: there are checkpoints, and none can be read.
     """
     if any((folder / name).exists() for name in (checkpoint.LAST, checkpoint.PREVIOUS)):
-        return checkpoint.load_state(folder, lambda state: find_problem(state, progress_kind))
+        return checkpoint.load_state(folder, lambda state: find_problem(_rename_old_entries_(state), progress_kind))
     return None
+
+
+def _rename_old_entries_(state: dict[str, Any]) -> dict[str, Any]:
+    """Give the entries of a checkpoint of the first runs the names of today, in place, and return it."""
+    progress = state.get("progress")
+    for entries, old, new in ((state, "pictures_per_batch", "images_per_batch"), (progress, "floor", "baseline")):
+        if isinstance(entries, dict) and old in entries:
+            entries[new] = entries.pop(old)
+    if state.pop("affinity_head", None) is not None:
+        raise UserError("it was trained on affinities, which only the recipe of the built-in weights does now")
+    return state
 
 
 def find_problem(state: dict[str, Any], progress_kind: type) -> str | None:
@@ -179,13 +190,13 @@ def refuse_other_dataset(folder: Path, state: dict[str, Any], now: dict[str, Any
     Args:
         now: their fingerprint.
     """
-    if state["dataset"] == hash_fingerprint(now):
+    if belongs_to(now, state["dataset"]):
         return
     try:
-        before = json.loads((folder / SPLIT).read_text(encoding="utf-8"))
-        is_its_own = hash_fingerprint(before) == state["dataset"]
+        before = read_fingerprint(folder / SPLIT)
+        is_its_own = belongs_to(before, state["dataset"])
         changes = list_changes(before, now) or ["the order of the images"] if is_its_own else []
-    except (OSError, ValueError):
+    except (OSError, *VALUE_ERRORS):
         changes = []
     shown = f" ({'; '.join(changes)})" if changes else ""
     raise UserError(f"--resume: the dataset is not the one that the run was trained on{shown}; start a new run with it")

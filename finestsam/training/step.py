@@ -50,7 +50,7 @@ class Stepper:
     """Takes optimizer steps.
 
     Args:
-        previous_logits: where prompts.use_logits finds an epoch's answers; None: not used.
+        previous_logits: where prompts.use_logits finds the masks of the last epoch; None: not used.
         chunk_objects: prompts decoded at a time, at most; halved where the memory does not suffice.
     """
 
@@ -61,6 +61,7 @@ class Stepper:
     embedder: Embedder
     previous_logits: PreviousLogits | None = None
     chunk_objects: int = CHUNK_OBJECTS
+    clip_norm: ClassVar[float] = 1.0  # largest norm of the gradient
 
     @property
     def config(self) -> Config:
@@ -134,7 +135,7 @@ class Stepper:
         """Add the gradient of `weight` times the summed loss of a batch's images."""
         if not batch.samples:
             return
-        measures = self.task.measure_images(self.encode(batch.samples), batch.samples)
+        measures = self.task.compute_image_losses(self.encode(batch.samples), batch.samples)
         self.fabric.backward(self.scaler.scale(measures[:, 0].sum() * weight))
         for sums, sample in zip(measures.detach().cpu().double(), batch.samples, strict=True):
             found.add(sums, sample)
@@ -160,7 +161,7 @@ class Stepper:
                 is_last = chunk is chunks[-1] and corrections == sample.correction_clicks
                 source = embeddings if is_last else copies
                 predictions = self.model(source[chunk.number : chunk.number + 1], prompts)
-                losses = self.task.measure_objects(predictions, sample, chunk.first)
+                losses = self.task.compute_losses(predictions, sample, chunk.first)
                 loss = (losses.total * shares).sum() * weight
                 if is_last:
                     loss = loss + self._carry(embeddings, copies.grad)

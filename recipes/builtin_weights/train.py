@@ -55,7 +55,7 @@ class AffinitiesAlone(MasksAndAffinities):
     measures: ClassVar[dict[str, str]] = {"total_loss": "Total loss"}
     decodes_masks = False
 
-    def measure_images(self, embeddings: Tensor, samples: list[Sample]) -> Tensor:
+    def compute_image_losses(self, embeddings: Tensor, samples: list[Sample]) -> Tensor:
         return self.measure_affinities(embeddings, samples)[:, None]
 
 

@@ -63,7 +63,7 @@ class CoverageTask(Task):
 
     choose_validation_targets = choose_targets
 
-    def measure_images(self, embeddings: Tensor, samples: list[Sample]) -> Tensor:
+    def compute_image_losses(self, embeddings: Tensor, samples: list[Sample]) -> Tensor:
         covered = torch.stack([(one.cells > 0).sum() / (one.cells != PADDING).sum() for one in samples])
         error = self.model.coverage_head(embeddings) - covered
         return torch.stack([error.square(), error.abs().detach()], dim=1)
@@ -72,7 +72,7 @@ class CoverageTask(Task):
     def validate(self, given):
         def measure():
             samples = [sample for batch, _ in given.batches for sample in batch.samples]
-            return [self.measure_images(given.embedder.embed([one]), [one])[0, 1].item() for one in samples]
+            return [self.compute_image_losses(given.embedder.embed([one]), [one])[0, 1].item() for one in samples]
 
         errors = [error for share in given.ranks.gather(measure) for error in share]
         return Validation({"val_closeness": 1 - sum(errors) / len(errors)})

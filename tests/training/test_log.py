@@ -31,7 +31,7 @@ def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_every_epoch_has_a_row_and_the_untouched_model_only_its_validation(tmp_path):
+def test_every_epoch_has_a_row_and_the_unchanged_model_only_its_validation(tmp_path):
     log = RunLog(tmp_path, TASK)
     log.log_epoch(BASELINE)
     log.log_epoch(make_row(1, learning_rate=4e-05, step=1234567))
@@ -144,7 +144,7 @@ def test_a_column_that_nobody_knows_is_our_own_bug(tmp_path):
         RunLog(tmp_path, TASK).log_epoch({"epoch": 1, "step": 2, "accuracy": 1.0})
 
 
-def test_a_table_that_cannot_be_written_is_told_once_and_written_later(tmp_path, capsys):
+def test_a_table_that_cannot_be_written_is_reported_once_and_written_later(tmp_path, capsys):
     log = RunLog(tmp_path, TASK)
     log.path.mkdir()
     log.log_epoch(make_row(1))
