@@ -122,7 +122,7 @@ def one_parser():
 def no_curves(request, monkeypatch):
     """Plot no curves in tests that train, half of whose time they take; runs of module fixtures have them."""
     if request.path.parent.name in ("training", "evaluation"):
-        monkeypatch.setattr("finestsam.training.train.plot_curves", lambda *_: [])
+        monkeypatch.setattr("finestsam.training.run_folder.plot_curves", lambda *_: [])
 
 
 @pytest.fixture(scope="session")

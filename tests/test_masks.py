@@ -74,7 +74,9 @@ def render_zigzag(corners: int, width: float, height: float = 1.0) -> list[float
     ids=["within the image", "far out", "in many parts"],
 )
 def test_an_outline_that_runs_to_and_fro_is_refused_before_it_is_followed(parts):
-    with pytest.raises(Defect, match=r"an outline of [\d.e+]+ pixels in an image of 1000 x 500, at most 2000000"):
+    with pytest.raises(
+        Defect, match=r"an outline of [\d.e+]+ pixels in an image of 1000 x 500, expected at most 2000000"
+    ):
         segmentation_to_rle(parts, (500, 1000))
 
 

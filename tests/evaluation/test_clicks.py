@@ -27,7 +27,7 @@ def test_chunks_change_nothing_and_only_the_reported_counts_are_given(tiny_sam, 
 
 
 def test_a_model_that_returns_the_clicked_pixels_gets_better_with_each_click(tiny_sam, batches, monkeypatch):
-    """A stand-in for a decoder: an object is what lies near positive clicks and not near negative ones."""
+    """A stand-in for a decoder: a pixel belongs to the object if the click next to it is a positive one."""
     embedder = Embedder(tiny_sam)
     seen = []
 
@@ -35,8 +35,8 @@ def test_a_model_that_returns_the_clicked_pixels_gets_better_with_each_click(tin
         side = tiny_sam.image_size // 4
         y, x = torch.meshgrid(torch.arange(side) * 4.0, torch.arange(side) * 4.0, indexing="ij")
         distance = (x - prompts.points[..., 0, None, None]) ** 2 + (y - prompts.points[..., 1, None, None]) ** 2
-        sign = torch.where(prompts.labels == 1, 1.0, -1.0) * (prompts.labels >= 0)
-        votes = (sign[..., None, None] * torch.exp(-distance / 200)).sum(dim=1, keepdim=True) - 0.3
+        nearest = distance.masked_fill((prompts.labels < 0)[..., None, None], torch.inf).argmin(dim=1)
+        votes = torch.take_along_dim(2.0 * prompts.labels[..., None, None] - 1, nearest[:, None], dim=1)
         seen.append((prompts.points.shape[1], None if prompts.mask_logits is None else prompts.mask_logits.shape))
         return type("P", (), {"logits": votes, "scores": torch.ones(len(votes), 1)})
 

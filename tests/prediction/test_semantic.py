@@ -67,7 +67,7 @@ def test_a_broken_image_fails_a_strict_prediction_after_the_others_are_done(pred
     (folder / "images/scene_0.png").write_bytes(b"")
 
     code, _, err = predict("images")
-    assert (code, err.count("skipped images/scene_0.png: not an image")) == (0, 1)
+    assert (code, err.count("skipped images/scene_0.png: an empty file, not an image")) == (0, 1)
     code, out, _ = predict("images", strict="true")
 
     assert code == 2 and "1 images" in out

@@ -163,7 +163,10 @@ def test_case_70_an_annotation_file_is_opened_behind_a_link_where_the_user_names
     path.symlink_to(tmp_path / "elsewhere.json")
 
     code, text = check(zoo.root, tmp_path / "out", capsys)
-    assert (code, "annotations.json: a link that leads outside the dataset; --dataset.follow_symlinks" in text) == (
+    assert (
+        code,
+        "annotations.json: a link that leads outside the dataset; to open it, use --dataset.follow_symlinks" in text,
+    ) == (
         2,
         True,
     )
