@@ -115,7 +115,11 @@ class LambdaLRConfig:
         "optimizer steps after which the rate decays, rising; those below 1 are shares of all steps: [0.6, 0.85]",
         "(0, inf)",
     )
-    warmup_steps: int = setting(50, "optimizer steps of linear warm-up, whose first is above zero", "[0, inf)")
+    warmup_steps: int = setting(
+        50,
+        "optimizer steps of linear warm-up, whose first is above zero; at most a tenth of those of all epochs",
+        "[0, inf)",
+    )
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from finestsam.model.fft_attention import list_blocks
 from finestsam.model.heads import is_kept
 from finestsam.model.lora import list_lora
 from finestsam.model.sam import FinestSam
+from finestsam.training.optim import limit_warmup
 
 LARGE_IMAGE_SIZE = 1024
 # A validation prints a hint if the number of masks per annotated object is outside this range.
@@ -94,18 +95,20 @@ def warn_of_cpu(config: Config, device: str, model: FinestSam, model_type: str) 
     ]
 
 
-def warn_of_schedule(config: Config, last_step: int) -> list[str]:
+def warn_of_schedule(config: Config, last_step: int, epoch_steps: int) -> list[str]:
     """Return warnings about warm-up or decay steps that the run does not reach.
 
     Args:
         last_step: of the run.
+        epoch_steps: of all epochs, wherever max_steps ends the run.
     """
     if config.sched.type != "LambdaLR":
         return []
     schedule, warnings = config.sched.LambdaLR, []
-    if schedule.warmup_steps >= last_step:
+    warmup_steps = limit_warmup(schedule.warmup_steps, epoch_steps)
+    if warmup_steps >= last_step:
         warnings.append(
-            f"the run ends at step {last_step}, within the {schedule.warmup_steps} steps of its warm-up, before the "
+            f"the run ends at step {last_step}, within the {warmup_steps} steps of its warm-up, before the "
             "learning rate is what opt.learning_rate says; lower --sched.LambdaLR.warmup_steps"
         )
     beyond = [step for step in schedule.steps if step >= last_step]

@@ -18,6 +18,9 @@ SCORES = "mask_decoder.iou_prediction_head.layers.2.weight"
 ENCODER = "sam.image_encoder."
 HEADS = ("semantic_head.", "class_head.")  # of tasks, which start from random weights
 
+# Of the steps of all epochs, the largest share of the warm-up: a short run shall reach its learning rate too.
+WARMUP_SHARE = 0.1
+
 NamedParameters = list[tuple[str, nn.Parameter]]
 
 
@@ -69,7 +72,11 @@ def split_parameters(model: nn.Module) -> tuple[NamedParameters, NamedParameters
 
 
 def build_scheduler(
-    optimizer: torch.optim.Optimizer, sched: SchedConfig, eval_interval: int, total_steps: int
+    optimizer: torch.optim.Optimizer,
+    sched: SchedConfig,
+    eval_interval: int,
+    total_steps: int,
+    epoch_steps: int | None = None,
 ) -> LRScheduler:
     """Return the learning rate's schedule.
 
@@ -78,9 +85,15 @@ def build_scheduler(
     Args:
         eval_interval: epochs between validations; 0: none in between.
         total_steps: optimizer steps of the whole run; decay steps below 1 are shares of it.
+        epoch_steps: optimizer steps of all epochs, wherever max_steps ends the run; they limit the warm-up.
+            None: `total_steps`.
     """
     if sched.type == "LambdaLR":
-        schedule = replace(sched.LambdaLR, steps=[_count_steps(step, total_steps) for step in sched.LambdaLR.steps])
+        schedule = replace(
+            sched.LambdaLR,
+            steps=[_count_steps(step, total_steps) for step in sched.LambdaLR.steps],
+            warmup_steps=limit_warmup(sched.LambdaLR.warmup_steps, total_steps if epoch_steps is None else epoch_steps),
+        )
         return LambdaLR(optimizer, lambda step: lr_factor(step, schedule))
     plateau = sched.ReduceLROnPlateau
     return ReduceLROnPlateau(
@@ -92,6 +105,11 @@ def build_scheduler(
         cooldown=plateau.cooldown,
         min_lr=plateau.min_lr,
     )
+
+
+def limit_warmup(warmup_steps: int, epoch_steps: int) -> int:
+    """Return the steps of the warm-up, at most `WARMUP_SHARE` of the steps of all epochs."""
+    return min(warmup_steps, round(WARMUP_SHARE * epoch_steps))
 
 
 def _count_steps(step: float, total_steps: int) -> int:

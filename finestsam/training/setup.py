@@ -168,8 +168,10 @@ def _build_state(fabric: Fabric, ranks: Ranks, task: Task, given: _Given) -> Run
     freeze_(model, config, task.decodes_masks)
     # One pass over the weights in place of ten.
     optimizer = build_optimizer(model, config.opt, fused=fabric.device.type in ("cpu", "cuda"))
-    total_steps = count_steps(config, len(given.data.train), fabric.world_size)
-    scheduler = build_scheduler(optimizer, config.sched, config.eval_interval, total_steps)
+    steps = (
+        count_steps(one, len(given.data.train), fabric.world_size) for one in (config, replace(config, max_steps=0))
+    )
+    scheduler = build_scheduler(optimizer, config.sched, config.eval_interval, *steps)
     # It brings the first rank's weights to the others. What it returns would also add up gradients while they are
     # taken; a step does that afterwards, when every rank has its own.
     _, optimizer = fabric.setup(model, optimizer)

@@ -318,13 +318,17 @@ def test_a_large_model_on_a_cpu_that_nobody_requested_is_reported():
 def test_a_schedule_that_the_run_is_too_short_for_is_reported(scenes, tmp_path, capsys):
     config = build_config({"sched.LambdaLR.warmup_steps": 5, "sched.LambdaLR.steps": [10, 20]})
 
-    assert "within the 5 steps of its warm-up" in warn_of_schedule(config, 5)[0]
-    assert warn_of_schedule(config, 20) == ["sched.LambdaLR.steps [20] come after the run's last step, which is 20"]
-    assert warn_of_schedule(config, 21) == []
-    assert warn_of_schedule(build_config({"sched.type": "ReduceLROnPlateau"}), 1) == []
+    assert "within the 5 steps of its warm-up" in warn_of_schedule(config, 5, 100)[0]
+    assert warn_of_schedule(config, 20, 100) == [
+        "sched.LambdaLR.steps [20] come after the run's last step, which is 20"
+    ]
+    assert warn_of_schedule(config, 21, 100) == []
+    assert "warm-up" not in " ".join(warn_of_schedule(config, 5, 20))  # which is 2 of the 20 steps of all epochs
+    assert warn_of_schedule(build_config({"sched.type": "ReduceLROnPlateau"}), 1, 1) == []
 
-    run_training(scenes, tmp_path, "--num_epochs=1", "--dataset.val_size=0.4", "--opt.accumulate_batches=2")
-    assert "warning: the run ends at step 2, within the 50 steps" in capsys.readouterr().out
+    flags = ["--num_epochs=1", "--dataset.val_size=0.4", "--opt.accumulate_batches=2", "--sched.LambdaLR.steps=[60]"]
+    run_training(scenes, tmp_path, *flags)
+    assert "come after the run's last step, which is 2" in capsys.readouterr().out
 
 
 def test_a_run_with_the_store_learns_what_a_run_without_room_in_it_learns(scenes, tmp_path, monkeypatch):
