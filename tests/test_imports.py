@@ -10,11 +10,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "finestsam"
 # Lowest first. A room may import rooms of lower levels and its own.
 LEVELS = {
-    "__init__": 0, "errors": 0, "config": 0, "interruption": 0, "whole_files": 0,
-    "batch": 1, "masks": 1, "images": 1, "cache_folder": 1, "output_folder": 1, "download": 1, "archive": 1,
-    "processor": 1, "plain_yaml": 1, "screen": 1, "value_types": 1, "out_of_memory": 1,
-    "data": 2, "model": 2, "prediction": 3, "evaluation": 4, "tasks": 5, "training": 6, "modes": 7,
-    "cli": 8, "__main__": 9, "builtin": 9,
+    "__init__": 0, "errors": 0, "config": 0, "batch": 0, "removed_settings": 0, "runtime": 1, "masks": 1, "records": 2,
+    "images": 2, "presets": 2, "formats": 3, "model": 3, "data": 4, "prediction": 5, "evaluation": 6, "tasks": 7,
+    "export": 7, "training": 8, "modes": 9, "cli": 10, "__main__": 11,
 }  # fmt: skip
 # Where each library may be touched.
 LIBRARIES = {

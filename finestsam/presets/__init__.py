@@ -78,7 +78,7 @@ def describe_preset(name: str, values: dict[str, Any]) -> list[str]:
     Args:
         values: every setting's of the run.
     """
-    if name == "none":
+    if name in ("none", "auto"):  # settings that no command line has resolved still have `auto`: they have no preset
         return []
     preset = read_preset(name)
     listed = preset.list_settings(values) or "nothing, every setting is given"

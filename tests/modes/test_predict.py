@@ -648,15 +648,15 @@ def test_overlays_follow_the_order_of_the_images_and_the_opacity(predict, folder
     (folder / "more").mkdir()
     write_image(folder / "more/scene_0.png", render_scene(5, 5, (50, 40)).image)
     first, second = "images/scene_0.png", "more/scene_0.png"
-    predict(second, first, out_dir="turned", opacity=0.9)
+    predict(second, first, out_dir="turned", opacity=0.5)
     predict(first, second)
 
     code, out, _ = predict(second, first, resume="auto")
     assert code == 0 and "done already" not in out
     assert read_image(folder / "out/scene_0.png").shape == (50, 40, 3)
-    _, out, _ = predict(second, first, resume="auto", opacity=0.9)
+    _, out, _ = predict(second, first, resume="auto", opacity=0.5)
     assert "done already" not in out
-    _, out, _ = predict(second, first, resume="auto", opacity=0.9)
+    _, out, _ = predict(second, first, resume="auto", opacity=0.5)
     assert "2 of 2 images are done already" in out
 
     for name in list_shown(folder / "turned"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_training
+from conftest import build_vivid_sam, run_training
 from named_shapes import write_named_shapes
 from PIL import Image
 from torch import nn
@@ -161,7 +161,7 @@ def test_weights_without_a_head_cannot_tell_classes(tmp_path):
 def test_other_encoders_learn_with_a_head_and_predict_from_their_file_as_in_validation(
     scenes, tmp_path, flags, is_plain
 ):
-    start = build_sam("vit_tiny_test").state_dict()
+    start = build_vivid_sam().state_dict()
     torch.save(start, tmp_path / "start.pth")
     flags = [TASK, f"--model.checkpoint={tmp_path / 'start.pth'}", "--dataset.val_size=0.4", *flags]
     flags += ["--opt.learning_rate=1e-2", "--opt.head_learning_rate=1e-2", "--sched.LambdaLR.warmup_steps=0"]

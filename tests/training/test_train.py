@@ -223,7 +223,7 @@ def test_evaluation_gives_the_figures_of_validation(scenes, finished, tmp_path, 
     pairs |= {"box/boundary_iou": "box_boundary_iou", "clicks/iou_1": "clicks_iou_1", "clicks/iou_8": "clicks_iou_8"}
     for name, validated in pairs.items():
         # Other chunks round otherwise: a pixel more or less at a border, which can move the next click.
-        assert figures[name] == pytest.approx(card["metrics"][f"val_{validated}"], abs=1e-4), name
+        assert figures[name] == pytest.approx(card["metrics"][f"val_{validated}"], abs=1e-3), name
     assert 0 <= figures["box/iou"] <= figures["box/best_iou"] <= 1
 
 
