@@ -162,7 +162,7 @@ def _run(mode: str, config: Config) -> int:
         from finestsam.modes.download import fetch_coco
 
         fetch_coco(config.dataset.download, Path(config.dataset.path), config.dataset.download_images)
-    # Imported here: torch and lightning take seconds, and --help or a mistyped flag must answer at once.
+    # Imported here: torch and lightning take seconds, and the output for --help or a mistyped flag must come at once.
     if mode == "train":
         from finestsam.training.train import train as run
     elif mode == "predict":

@@ -72,7 +72,7 @@ class PromptsConfig:
     mix: bool = setting(
         True,
         "prompt the objects of each training image with one of the kinds that are turned on, another one from epoch to "
-        "epoch by chance, instead of with all of them together; prompts.use_logits: false",
+        "epoch at random, instead of with all of them together; prompts.use_logits: false",
     )
     correction_clicks: int = setting(
         0,
@@ -348,7 +348,7 @@ class GeneratorConfig:
     )
     no_object_thresh: float | None = setting(
         None,
-        "masks whose chance to be no object is above this are dropped, before duplicates are; of models that give "
+        "masks whose probability to be no object is above this are dropped, before duplicates are; of models that give "
         "masks a category. 1: none is",
         "[0, 1]",
     )
@@ -487,9 +487,7 @@ class Config:
         "training's decoder and losses are always float32. auto: bf16-mixed on GPUs and CPUs that compute in it, "
         "else 32-true",
     )
-    seed_device: int | None = setting(
-        1337, "seed of everything drawn by chance; null: another one each time", "[0, 4294967295]"
-    )
+    seed_device: int | None = setting(1337, "seed of everything random; null: another one each time", "[0, 4294967295]")
     sav_dir: str = setting("sav", "folder of the runs")
     run_name: str | None = setting(None, "folder of this run below sav_dir; default: the time it started")
     out_dir: str = setting("out", "folder of predictions, evaluations, reports, converted datasets, exported weights")

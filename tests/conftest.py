@@ -108,8 +108,8 @@ def one_parser():
             action.default = default
         return parser
 
-    def find_action(asked, dest, exclude=None):
-        return remember(dest, exclude) if asked is parser else find(asked, dest, exclude)
+    def find_action(action_parser, dest, exclude=None):
+        return remember(dest, exclude) if action_parser is parser else find(action_parser, dest, exclude)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(cli, "_build_parser", restore)

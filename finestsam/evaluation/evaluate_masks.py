@@ -66,7 +66,7 @@ class _Measured:
 
 
 def _write_outputs(config: Config, ours: _Measured, data: LabelledSet, run: OwnRun | None, folder: Path) -> int:
-    """Measure what ours is compared with, print and write everything, and store the thresholds where that is asked."""
+    """Measure the baseline, print and write everything, and store the thresholds if the settings say so."""
     baseline = find_baseline(config, ours.loaded, run.goal if run else "")
     theirs, sam = _measure_baseline(config, baseline, data) if baseline else (None, None)
     evaluation = _collect_evaluation(config, ours, theirs, sam, run)

@@ -36,7 +36,7 @@ class HeadFile:
     """How the head of a task is loaded from the file beside SAM's weights."""
 
     name: str  # of its attribute of FinestSam
-    outputs: str  # the field of the card that names what it tells apart
+    outputs: str  # the field of the card with the names of its classes
     load: Callable[[Path, Sequence[str], int], nn.Module]  # takes the weights, those names and the embedding's channels
 
 

@@ -27,7 +27,7 @@ NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 class CheckpointNotSaved(OSError):
-    """The disk is full or fails; what was there before is untouched, and training can go on.
+    """The disk is full or fails; the older file is whole, and training can go on.
 
     Args:
         reason: the `errno` of the system.

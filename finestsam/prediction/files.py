@@ -130,8 +130,8 @@ def name_outputs(paths: list[Path], out_dir: Path, suffixes: tuple[str, ...]) ->
         suffixes: of the files that each image gets.
     """
     # Without regard to case, as on Windows and macOS, where a.png is A.png. An input may be a link to what lies there.
-    places = [place for path in paths for place in (path, Path(os.path.realpath(path)))]
-    taken = {place.name.casefold() for place in places if place.parent.samefile(out_dir)}
+    files = [file for path in paths for file in (path, Path(os.path.realpath(path)))]
+    taken = {file.name.casefold() for file in files if file.parent.samefile(out_dir)}
     lies_beside = bool(taken)
     outputs = []
     for path in paths:

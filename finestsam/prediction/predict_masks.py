@@ -92,7 +92,7 @@ def _list_jobs(paths: list[Path], overlays: list[Path]) -> list[_Job]:
 
 def _take_up(jobs: list[_Job], results: Results, journal: Journal, out_dir: Path, config: Config) -> list[_Job]:
     """Put into `results` what an earlier call has done, and return the jobs that are left."""
-    # A journal has what its call took over from a finished file, which no longer tells what the overlays are of.
+    # A journal has what its call took over from a finished file, which no longer says what the overlays are of.
     entries = journal.read()
     if entries is None:
         entries = read_finished(out_dir / RESULTS_NAME, results.origin)
@@ -108,7 +108,7 @@ def _take_up(jobs: list[_Job], results: Results, journal: Journal, out_dir: Path
 
 
 def _is_done(job: _Job, image: dict, config: Config) -> bool:
-    """Tell whether an earlier call has predicted this very image, and drawn the overlay that is asked for."""
+    """Return whether an earlier call has predicted this very image and rendered the wanted overlay."""
     try:
         made = _describe_made(job, hash_image(job.path, config.dataset.images), config)
     except Defect:
@@ -226,7 +226,7 @@ def _find_score_map(config: Config, card: Card | None) -> list[list[float]]:
     """Return what corrects the scores, as it is stored beside the weights; nothing where the settings do not ask.
 
     Raises:
-        UserError: a correction is asked for and there is none.
+        UserError: a correction is wanted and there is none.
     """
     if not config.correct_scores:
         return []

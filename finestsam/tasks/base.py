@@ -83,7 +83,7 @@ class Task:
         metric: what best weights are chosen by where that is not measured, and between equals.
         prompts_objects: whether prediction prompts SAM with points, so that training should as well.
         no_thresholds: why no thresholds can be stored beside the weights; empty: they can.
-        table: the classes that the model tells apart; None: it tells none apart.
+        table: the classes that the model distinguishes; None: it distinguishes none.
     """
 
     name: ClassVar[str]

@@ -144,8 +144,8 @@ def fit_classes(logits: Tensor, sample: Sample) -> Tensor:
     """Return the class of the image's object that each mask is, N x M, of those that are in sight.
 
     `NO_OBJECT` where it is none, and `IGNORED` where nobody can tell: between the two thresholds, for an empty mask and
-    for one that lies in a crowd region. All objects of the image count, whichever was asked for: a click on a part
-    may be answered with the whole.
+    for one that lies in a crowd region. All objects of the image count, whichever the prompt is for: a click on a part
+    may give the mask of the whole.
 
     Args:
         logits: N x M x 4g x 4g.

@@ -15,7 +15,7 @@ from finestsam.runtime.whole_files import replacing
 
 Rows = Sequence[Mapping[str, float | None]]
 
-# Colours (Okabe and Ito's, told apart by the colour-blind too) of what is plotted against epochs.
+# Colours (Okabe and Ito's, which the colour-blind can distinguish too) of what is plotted against epochs.
 COLORS = {
     "cross_entropy_loss": "#D55E00",
     "pixel_accuracy": "#009E73",

@@ -181,7 +181,7 @@ class Stepper:
             self.previous_logits.write(epoch, rows, predictions.logits[numbers, losses.best])
 
     def correct(self, prompts: Prompts, predictions: Predictions, sample: Sample, first: int) -> Prompts:
-        """Return what the same objects are asked for with after a corrective click on each answer."""
+        """Return the prompts of the same objects with one corrective click more on each mask."""
         truth = [decode_rle(rle) for rle in sample.rles[first : first + len(prompts)]]
         return add_clicks(prompts, show_preferred(predictions, sample, self.model.image_size), truth, sample)
 

@@ -48,7 +48,7 @@ def train(config: Config, task: type[Task] | None = None) -> int:
         task: what is trained; None: what the setting `task` names.
     """
     if config.device != "tpu":
-        choose_device(config.device)  # so that a device that is not there is told in our words
+        choose_device(config.device)  # so that the message about a missing device is ours
     try:
         fabric = Fabric(
             accelerator=config.device,

@@ -139,7 +139,7 @@ def test_an_id_that_is_none_is_reported(everything, read, value):
     results[3]["category_id"] = value
     with pytest.raises(UserError, match=r"results.json: result 3: its category_id is .*, expected a whole number"):
         read(results)
-    assert sum(read(results, task="masks")[0]) == len(results)  # where nobody asks for it
+    assert sum(read(results, task="masks")[0]) == len(results)  # where it does not count
 
 
 def test_an_id_beyond_all_images_is_counted_and_said(everything, read):

@@ -117,8 +117,8 @@ def test_a_fourth_task_is_trained_and_predicts_what_it_learned(coverage, scenes,
     assert (run / "best.coverage.pth").is_file() and (run / "plots" / "error.png").is_file()
 
     images = scenes / "data" / "images"
-    asked = replace(coverage, task="auto", input=[str(images)], out_dir=str(tmp_path / "out"))
-    assert predict(replace(asked, model=replace(asked.model, checkpoint=str(run)))) == 0
+    wanted = replace(coverage, task="auto", input=[str(images)], out_dir=str(tmp_path / "out"))
+    assert predict(replace(wanted, model=replace(wanted.model, checkpoint=str(run)))) == 0
 
     assert "mean coverage" in capsys.readouterr().out
     for path in images.iterdir():

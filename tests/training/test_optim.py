@@ -14,7 +14,7 @@ SPARED = {
     "image_encoder.neck.1.weight",  # LayerNorm2d
     "image_encoder.neck.3.weight",
     *(f"prompt_encoder.point_embeddings.{kind}.weight" for kind in range(4)),
-    "mask_decoder.iou_prediction_head.layers.2.weight",  # rows of masks that nobody asks for must stay
+    "mask_decoder.iou_prediction_head.layers.2.weight",  # rows of masks that no prompt uses must stay
     "prompt_encoder.not_a_point_embed.weight",
     "prompt_encoder.no_mask_embed.weight",
     "prompt_encoder.mask_downscaling.1.weight",
