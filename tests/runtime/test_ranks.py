@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FROM_SCRATCH, run_training, wait_for_epoch
+from conftest import FROM_SCRATCH, SMALL_STEPS, run_training, wait_for_epoch
 from test_signals import wait_for_end
 
 from finestsam.cli import main
@@ -244,7 +244,7 @@ def test_processes_without_a_validation_image_and_with_empty_last_batches_wait_f
     ],
 )
 def test_every_freeze_and_prompt_mix_learns_on_two_processes_what_one_learns(scenes, tmp_path, flags):
-    flags = [*flags, "--num_epochs=1"]
+    flags = [*flags, "--num_epochs=1", *SMALL_STEPS]
     code, _, error = end(start_two(scenes, tmp_path, "pass", *flags))
     assert code == 0, error
     one = run_training(scenes, tmp_path, "--run_name=one", "--batch_size=2", *FLAGS, *flags)
