@@ -24,7 +24,7 @@ BOTH = pytest.mark.parametrize(
 
 def list_arguments(scenes: Path, folder: Path, *flags: str) -> list[str]:
     arguments = [f"--dataset={scenes}", "--model.type=vit_tiny_test", f"--sav_dir={folder}", "--device=cpu"]
-    return [*arguments, "--num_workers=0", *FROM_SCRATCH, *flags]
+    return [*arguments, "--num_workers=0", "--evaluate.generator=false", *FROM_SCRATCH, *flags]
 
 
 def load_last(run: Path) -> dict:
