@@ -39,8 +39,8 @@ FROM_SCRATCH = [
 ]
 
 
-# Before a norm the gradient of a bias is rounding alone, of which AdamW makes whole steps: they are small where runs are
-# compared that add up in another order.
+# Before a norm the gradient of a bias is rounding alone, of which AdamW makes whole steps. Runs that add up in another
+# order are compared after small steps.
 SMALL_STEPS = ["--opt.learning_rate=5e-5", "--opt.head_learning_rate=5e-5"]
 
 
