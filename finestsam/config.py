@@ -117,7 +117,7 @@ class LambdaLRConfig:
     )
     warmup_steps: int = setting(
         50,
-        "optimizer steps of linear warm-up, whose first is above zero; at most a tenth of those of all epochs",
+        "optimizer steps of linear warm-up, the first above zero; at most a tenth of the run where steps are shares",
         "[0, inf)",
     )
 

@@ -105,7 +105,7 @@ def warn_of_schedule(config: Config, last_step: int, epoch_steps: int) -> list[s
     if config.sched.type != "LambdaLR":
         return []
     schedule, warnings = config.sched.LambdaLR, []
-    warmup_steps = limit_warmup(schedule.warmup_steps, epoch_steps)
+    warmup_steps = limit_warmup(schedule, epoch_steps)
     if warmup_steps >= last_step:
         warnings.append(
             f"the run ends at step {last_step}, within the {warmup_steps} steps of its warm-up, before the "

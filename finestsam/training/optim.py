@@ -18,7 +18,7 @@ SCORES = "mask_decoder.iou_prediction_head.layers.2.weight"
 ENCODER = "sam.image_encoder."
 HEADS = ("semantic_head.", "class_head.")  # of tasks, which start from random weights
 
-# Of the steps of all epochs, the largest share of the warm-up: a short run shall reach its learning rate too.
+# Largest share of the warm-up in the steps of all epochs: a short run shall reach its learning rate too.
 WARMUP_SHARE = 0.1
 
 NamedParameters = list[tuple[str, nn.Parameter]]
@@ -92,7 +92,7 @@ def build_scheduler(
         schedule = replace(
             sched.LambdaLR,
             steps=[_count_steps(step, total_steps) for step in sched.LambdaLR.steps],
-            warmup_steps=limit_warmup(sched.LambdaLR.warmup_steps, total_steps if epoch_steps is None else epoch_steps),
+            warmup_steps=limit_warmup(sched.LambdaLR, total_steps if epoch_steps is None else epoch_steps),
         )
         return LambdaLR(optimizer, lambda step: lr_factor(step, schedule))
     plateau = sched.ReduceLROnPlateau
@@ -107,9 +107,14 @@ def build_scheduler(
     )
 
 
-def limit_warmup(warmup_steps: int, epoch_steps: int) -> int:
-    """Return the steps of the warm-up, at most `WARMUP_SHARE` of the steps of all epochs."""
-    return min(warmup_steps, round(WARMUP_SHARE * epoch_steps))
+def limit_warmup(schedule: LambdaLRConfig, epoch_steps: int) -> int:
+    """Return the steps of the warm-up.
+
+    They are at most `WARMUP_SHARE` of the steps of all epochs where the decay is in shares as well. Where it is in
+    steps the schedule does not depend on the length of the run, so that a run may be continued beyond its end.
+    """
+    is_in_shares = any(step < 1 for step in schedule.steps)
+    return min(schedule.warmup_steps, round(WARMUP_SHARE * epoch_steps)) if is_in_shares else schedule.warmup_steps
 
 
 def _count_steps(step: float, total_steps: int) -> int:

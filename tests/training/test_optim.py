@@ -65,10 +65,10 @@ def test_the_rate_follows_a_table_written_by_hand(schedule, factors):
     assert rates == pytest.approx([0.5 * factor for factor in factors])
 
 
-def test_the_warm_up_of_a_short_run_is_a_tenth_of_its_epochs_wherever_max_steps_ends_it():
+def test_the_warm_up_of_a_schedule_in_shares_is_a_tenth_of_all_epochs_wherever_max_steps_ends_the_run():
     rates = []
-    for total_steps in (20, 4):
-        optimizer, sched = make_optimizer(), SchedConfig(LambdaLR=LambdaLRConfig(warmup_steps=50))
+    for total_steps in (20, 10):
+        optimizer, sched = make_optimizer(), SchedConfig(LambdaLR=LambdaLRConfig(warmup_steps=50, steps=[0.9]))
         scheduler = build_scheduler(optimizer, sched, eval_interval=1, total_steps=total_steps, epoch_steps=20)
         rates.append(follow_rates(optimizer, scheduler, 4))
 
@@ -88,7 +88,7 @@ def test_decay_steps_below_one_are_shares_of_the_run():
 
 def test_the_first_step_of_a_warm_up_trains():
     optimizer = make_optimizer()
-    build_scheduler(optimizer, SchedConfig(), eval_interval=1, total_steps=100, epoch_steps=1000)
+    build_scheduler(optimizer, SchedConfig(), eval_interval=1, total_steps=100)
     assert optimizer.param_groups[0]["lr"] == 1 / 50
 
 

@@ -323,7 +323,8 @@ def test_a_schedule_that_the_run_is_too_short_for_is_reported(scenes, tmp_path, 
         "sched.LambdaLR.steps [20] come after the run's last step, which is 20"
     ]
     assert warn_of_schedule(config, 21, 100) == []
-    assert "warm-up" not in " ".join(warn_of_schedule(config, 5, 20))  # which is 2 of the 20 steps of all epochs
+    config = build_config({"sched.LambdaLR.warmup_steps": 5, "sched.LambdaLR.steps": [0.5]})
+    assert warn_of_schedule(config, 5, 20) == []  # a warm-up of 2 of the 20 steps of all epochs
     assert warn_of_schedule(build_config({"sched.type": "ReduceLROnPlateau"}), 1, 1) == []
 
     flags = ["--num_epochs=1", "--dataset.val_size=0.4", "--opt.accumulate_batches=2", "--sched.LambdaLR.steps=[60]"]
