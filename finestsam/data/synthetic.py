@@ -1,8 +1,7 @@
 """Drawn images with exact instance masks: for the demo, the notebook, the tests, and checks without a download.
 
-A scene is a pure function of (seed, index, size, kind). Each kind draws a canvas (H x W x 3, float32, 0 to 255) and
-label maps (each H x W, int: 0 is background, k the k-th object), one for each level of detail. Masks are read off the
-label maps: those of one level never overlap, and the blur and noise of the canvas do not reach them.
+A scene is a pure function of (seed, index, size, kind). Each kind renders a canvas (H x W x 3, float32, 0 to 255) and
+label maps (each H x W, int: 0 is background, k the k-th object), one for each level of detail, without blur or noise.
 """
 
 from __future__ import annotations
