@@ -251,7 +251,7 @@ class BrokenFiles:
 
     def read_yaml(self, count: int) -> tuple[str, Tally]:
         """Read broken settings files and files of class names."""
-        settings = yaml.safe_dump({"mode": "check", "dataset": {"path": "d"}} | _nest(flatten_config(Config())))
+        settings = yaml.safe_dump({"mode": "check", "dataset": {"path": "d"}} | nest_settings(flatten_config(Config())))
         names = yaml.safe_dump({"path": ".", "train": "images/train", "names": {0: "nut", 1: "fig"}, "nc": 2})
         dataset = self.folder / "yolo"
         for part in ("images", "labels"):
@@ -302,7 +302,8 @@ class BrokenFiles:
         return "outlines", read_all(make_trials(), self.folder / "outline.json", read)
 
 
-def _nest(flat: dict) -> dict:
+def nest_settings(flat: dict) -> dict:
+    """Return settings by dotted name in sections, as a file of settings has them."""
     nested: dict = {}
     for name, value in flat.items():
         *sections, last = name.split(".")

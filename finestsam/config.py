@@ -412,8 +412,8 @@ class EvaluateConfig:
     )
     all_prompts: bool = setting(
         False,
-        "in each validation of a training as well, ask for every object with a box, and correct the model on it with "
-        "so many clicks: one more prediction for each object and click",
+        "in each validation of a training as well, prompt with the box of every object, and correct its mask click "
+        "by click: one more prediction for each object and click",
     )
     predictions: str | None = setting(
         None, "score this COCO results file, of any program, instead of the generator's masks of a model"

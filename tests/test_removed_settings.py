@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.broken_files import nest_settings
 from finestsam.cli import main, parse_command_line
 from finestsam.config import Config, flatten_config, list_settings
 from finestsam.errors import UserError
@@ -12,24 +13,12 @@ CONSTANTS = {name: removed.value for name, removed in REMOVED.items()}
 OTHER = {bool: lambda value: not value, float: lambda value: value + 1, int: lambda value: value + 1}
 
 
-def nest(flat: dict[str, object]) -> dict:
-    """Return nested dictionaries of {dotted name: value}."""
-    nested: dict = {}
-    for name, value in flat.items():
-        *sections, last = name.split(".")
-        place = nested
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[last] = value
-    return nested
-
-
 def write_run(folder: Path, **changed: object) -> Path:
     """Write the settings of a run from when it had all of those that are gone."""
     folder.mkdir(parents=True)
     settings = flatten_config(Config()) | CONSTANTS | {"dataset.path": "d", "num_epochs": 7} | changed
     del settings["resume"], settings["preset"]
-    (folder / "config.yaml").write_text(yaml.safe_dump(nest(settings), sort_keys=False))
+    (folder / "config.yaml").write_text(yaml.safe_dump(nest_settings(settings), sort_keys=False))
     (folder / "split.json").write_text("{}")
     return folder
 
@@ -45,7 +34,7 @@ def test_no_setting_is_there_and_gone():
 
 def test_a_flag_or_a_file_that_names_one_gets_one_line_with_what_decides_now(tmp_path, capsys):
     path = tmp_path / "config.yaml"  # of no run
-    path.write_text(yaml.safe_dump(nest(CONSTANTS)))
+    path.write_text(yaml.safe_dump(nest_settings(CONSTANTS)))
 
     for flags, place in (([f"--{name}=1" for name in REMOVED], "--"), ([f"--config={path}"], f"{path}: ")):
         assert main(["--mode=check", "--dataset=d", *flags]) == 2

@@ -12,8 +12,7 @@ from finestsam.records import Record
 
 SPLIT = "split.json"  # in a run folder: the fingerprint of the training and validation images
 SIDES = ("train", "val")
-OLD_NAMES_TO_NEW = {"picture": "image"}
-NEW_NAMES_TO_OLD = {new: old for old, new in OLD_NAMES_TO_NEW.items()}
+IMAGE, OLD_IMAGE = "image", "picture"  # the name of an image's hash, and its name in the first runs
 NAMED = 3  # files of one kind of change that are listed by name
 
 
@@ -33,30 +32,31 @@ def _describe(record: Record) -> dict[str, Any]:
     return {
         "id": record.image_id,
         "file_name": record.file_name,
-        "image": record.digest[:DIGITS],
+        IMAGE: record.digest[:DIGITS],
         "labels": labels.hexdigest()[:DIGITS],
     }
 
 
 def read_fingerprint(path: Path) -> dict[str, Any]:
-    """Return the fingerprint that a run has written. The first runs have another name for the hash of an image.
+    """Return the fingerprint that a run has written, with the names of today.
 
     Raises:
         OSError, ValueError, KeyError, TypeError, AttributeError: it cannot be read, or it is none.
     """
-    content = json.loads(path.read_text(encoding="utf-8"))
-    for side in SIDES:
-        content[side] = [
-            {OLD_NAMES_TO_NEW.get(name, name): value for name, value in entry.items()} for entry in content[side]
-        ]
-    return content
+    return _rename(json.loads(path.read_text(encoding="utf-8")), OLD_IMAGE, IMAGE)
 
 
 def belongs_to(fingerprint: dict[str, Any], digest: str) -> bool:
-    """Return whether a hash is that of a fingerprint, also as the first runs have made it."""
-    old = {side: [{NEW_NAMES_TO_OLD.get(name, name): entry[name] for name in entry} for entry in fingerprint[side]]
-           for side in SIDES}  # fmt: skip
-    return digest in (hash_fingerprint(fingerprint), hash_fingerprint(fingerprint | old))
+    """Return whether a hash is that of a fingerprint, under the names of today or of the first runs."""
+    return digest in map(hash_fingerprint, (fingerprint, _rename(fingerprint, IMAGE, OLD_IMAGE)))
+
+
+def _rename(fingerprint: dict[str, Any], before: str, after: str) -> dict[str, Any]:
+    """Return the fingerprint with another name of one entry of each image."""
+    return fingerprint | {
+        side: [{after if name == before else name: value for name, value in entry.items()} for entry in entries]
+        for side, entries in ((side, fingerprint[side]) for side in SIDES)
+    }
 
 
 def hash_fingerprint(fingerprint: dict[str, Any]) -> str:
@@ -67,7 +67,7 @@ def read_sides(run: Path) -> dict[str, frozenset[str]] | None:
     """Return the first `DIGITS` of the hashes of a run's `train` and `val` images; None: no valid `split.json`."""
     try:
         content = read_fingerprint(run / SPLIT)
-        return {side: frozenset(str(entry["image"]) for entry in content[side]) for side in SIDES}
+        return {side: frozenset(str(entry[IMAGE]) for entry in content[side]) for side in SIDES}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -82,7 +82,7 @@ def list_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         "new": (added["train"] | added["val"]) - moved,
         "gone": (removed["train"] | removed["val"]) - moved,
         "on the other side of the split": moved,
-        "another file": _list_different("image", old, new),
+        "another file": _list_different(IMAGE, old, new),
         "with other labels": _list_different("labels", old, new),
     }
     changes = [f"{kind}: {_format_names(names)}" for kind, names in differences.items() if names]

@@ -91,7 +91,7 @@ def _write_outputs(config: Config, ours: _Measured, data: LabelledSet, run: OwnR
 
 
 def _measure_baseline(config: Config, baseline: Subject, data: LabelledSet) -> tuple[Outcome, Measurement | None]:
-    """Return the baseline, and with SAM's own thresholds where these give noticeably different masks."""
+    """Return the baseline, and the baseline with SAM's own thresholds where these give clearly different masks."""
     loaded = baseline.loaded
     print(f"baseline: {printable(loaded.source)} ({loaded.model_type} at {loaded.model.image_size} pixels)")
     table = match_categories(loaded, data)
@@ -110,7 +110,7 @@ def _measure_baseline(config: Config, baseline: Subject, data: LabelledSet) -> t
 def _collect_evaluation(
     config: Config, ours: _Measured, theirs: Outcome | None, sam: Measurement | None, run: OwnRun | None
 ) -> Evaluation:
-    """Return everything measured, on the images that all models could be measured on."""
+    """Return all measurements, on the images that all models were measured on."""
     name = config.evaluate.predictions or ours.loaded.source
     mine, other, differences = ours.outcome.measurement, None, None
     if theirs:

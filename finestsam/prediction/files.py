@@ -1,4 +1,4 @@
-"""The files of a prediction: which images are predicted, and where what is predicted of each goes."""
+"""The files of a prediction: the images to predict, and the names of each image's outputs."""
 
 import glob
 import itertools
@@ -22,7 +22,7 @@ def find_images(inputs: list[str], out_dir: Path | None = None) -> list[Path]:
     """Return the images that files, folders and patterns name, each once, in the order given.
 
     Args:
-        out_dir: what a pattern with `**` finds there from outside is left out, and said: overlays of an earlier run.
+        out_dir: overlays of an earlier run that a pattern with `**` finds there are left out with a message.
 
     Raises:
         UserError: with a line for each input that names no image.
@@ -60,20 +60,20 @@ def _expand(text: str, out_dir: Path | None) -> list[Path]:
 def _match(pattern: str) -> set[str]:
     """Return the names that match a pattern.
 
-    `**` looks into each folder once, by whatever name it comes to it: links that lead back have no end.
+    `**` reads each folder once, whatever links lead to it: links to a parent folder would have no end.
     """
     parts = Path(pattern).parts
     if "**" not in parts:
         return set(glob.glob(pattern))
-    place = parts.index("**")
-    starts = glob.glob(os.path.join(*parts[:place])) if place else ["."]
-    rest = parts[place + 1 :] or ("*",)
+    index = parts.index("**")
+    starts = glob.glob(os.path.join(*parts[:index])) if index else ["."]
+    rest = parts[index + 1 :] or ("*",)
     folders = itertools.chain.from_iterable(map(_walk, starts))
     return {name for folder in folders for name in _match(os.path.join(glob.escape(folder), *rest))}
 
 
 def _walk(start: str) -> Iterator[str]:
-    """Yield a folder and all below it that are not hidden, those behind links after the others, each once."""
+    """Yield a folder and all folders below it that are not hidden, each once; linked folders come last."""
     waiting, seen = deque([start]), set()
     while waiting:
         folder = waiting.popleft()
@@ -91,7 +91,7 @@ def _walk(start: str) -> Iterator[str]:
 
 
 def _leave_out(images: list[Path], pattern: Path, out_dir: Path) -> list[Path]:
-    """Return those that do not lie in `out_dir`; all of them where the pattern itself starts there."""
+    """Return the paths outside `out_dir`; all of them where the pattern itself starts there."""
     root, start = out_dir.resolve(), Path(*itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts))
     if start.resolve().is_relative_to(root):
         return images
@@ -112,7 +112,7 @@ def _list_folder(folder: Path) -> list[Path]:
 
 
 def _is_image(path: Path) -> bool:
-    """Whether a name is an image's; links to nowhere count, so that they are reported."""
+    """Whether a name is an image's; broken links count, so that they are reported."""
     is_ours = path.name.endswith((BESIDE_MARK + OVERLAY_SUFFIX, BESIDE_MARK + LABELS_SUFFIX))
     is_named_so = path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
     return is_named_so and not is_ours and not os.path.isdir(path)
@@ -124,12 +124,12 @@ def name_overlays(paths: list[Path], out_dir: Path) -> list[Path]:
 
 
 def name_outputs(paths: list[Path], out_dir: Path, suffixes: tuple[str, ...]) -> list[tuple[Path, ...]]:
-    """Return where the files of each image go: named after it, no two alike, none over an input or a foreign file.
+    """Return the paths of each image's outputs: named after it, unique, never over an input or another program's file.
 
     Args:
         suffixes: of the files that each image gets.
     """
-    # Without regard to case, as on Windows and macOS, where a.png is A.png. An input may be a link to what lies there.
+    # Case is ignored, because on Windows and macOS a.png is A.png. An input may be a link to a file in that folder.
     files = [file for path in paths for file in (path, Path(os.path.realpath(path)))]
     taken = {file.name.casefold() for file in files if file.parent.samefile(out_dir)}
     lies_beside = bool(taken)
@@ -149,7 +149,7 @@ def name_outputs(paths: list[Path], out_dir: Path, suffixes: tuple[str, ...]) ->
 
 
 def _list_names(stem: str, mark: str, suffixes: tuple[str, ...]) -> Iterator[list[str]]:
-    """Yield names of the files of an image, without a number, then with 2, 3, ..."""
+    """Yield names for an image's outputs: without a number, then with 2, 3, ..."""
     for tail in itertools.chain([""], (f"_{number}" for number in itertools.count(2))):
         yield [f"{stem}{tail}{mark}{suffix}" for suffix in suffixes]
 

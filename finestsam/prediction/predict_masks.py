@@ -91,8 +91,8 @@ def _list_jobs(paths: list[Path], overlays: list[Path]) -> list[_Job]:
 
 
 def _take_up(jobs: list[_Job], results: Results, journal: Journal, out_dir: Path, config: Config) -> list[_Job]:
-    """Put into `results` what an earlier call has done, and return the jobs that are left."""
-    # A journal has what its call took over from a finished file, which no longer says what the overlays are of.
+    """Add the entries of an earlier run to `results`, and return the jobs that are left."""
+    # The journal comes first: it has the entries of a finished file as well, which may no longer match the overlays.
     entries = journal.read()
     if entries is None:
         entries = read_finished(out_dir / RESULTS_NAME, results.origin)
@@ -108,7 +108,7 @@ def _take_up(jobs: list[_Job], results: Results, journal: Journal, out_dir: Path
 
 
 def _is_done(job: _Job, image: dict, config: Config) -> bool:
-    """Return whether an earlier call has predicted this very image and rendered the wanted overlay."""
+    """Return whether an earlier run has predicted this image and rendered the wanted overlay."""
     try:
         made = _describe_made(job, hash_image(job.path, config.dataset.images), config)
     except Defect:
@@ -117,7 +117,7 @@ def _is_done(job: _Job, image: dict, config: Config) -> bool:
 
 
 def _describe_made(job: _Job, digest: str, config: Config) -> dict:
-    """Return what an image's entry holds to tell a later call what is done."""
+    """Return what an image's entry stores so that a later run can skip it."""
     return {"digest": digest, "overlay": job.overlay.name, "opacity": config.opacity}
 
 
@@ -135,9 +135,9 @@ class _Image:
 
 
 def _predict_all(jobs: list[_Job], embedder: Embedder, config: Config, results: Results, journal: Journal) -> int:
-    """Predict image by image into `results`, skip what cannot be read, and return how many could be.
+    """Predict the images one by one into `results`, skip unreadable ones, and return how many were predicted.
 
-    The next image is read, and the last overlay drawn and written, while the model works on this one.
+    The next image is read, and the last overlay rendered and written, while the model works on this one.
     """
     done = 0
     with ThreadPoolExecutor(max_workers=1) as reader, ThreadPoolExecutor(max_workers=1) as writer:
@@ -157,8 +157,8 @@ def _predict_all(jobs: list[_Job], embedder: Embedder, config: Config, results: 
                 written.result()
             made = _describe_made(job, image.digest, config)
             entry = results.add(job.name, image.pixels.shape[:2], masks, made)
-            drawn = functools.partial(_draw, image.pixels, masks, results, config.opacity)
-            written = writer.submit(_write, job.overlay, drawn, journal, entry)
+            render = functools.partial(_render, image.pixels, masks, results, config.opacity)
+            written = writer.submit(_write, job.overlay, render, journal, entry)
             done += 1
             if len(masks) == 0:
                 tqdm.write(f"{printable(job.path)}: no masks: {masks.report.explain_no_masks(results.settings)}")
@@ -187,17 +187,17 @@ def _find_masks(embedder: Embedder, image: _Image, path: Path, results: Results)
         return generate_masks(embedder.model, image.pixels, results.settings, embedding)
 
 
-def _draw(pixels: np.ndarray, masks: GeneratedMasks, results: Results, opacity: float) -> np.ndarray:
-    """Return the overlay: of a model that knows categories with their colours and names."""
+def _render(pixels: np.ndarray, masks: GeneratedMasks, results: Results, opacity: float) -> np.ndarray:
+    """Return the overlay; a model with categories gives them their colours and a legend."""
     if masks.has_classes:
         return render_named_overlay(pixels, masks.rles, masks.classes, list(results.categories.values()), opacity)
     return render_overlay(pixels, masks.rles, opacity)
 
 
-def _write(path: Path, draw: Callable[[], np.ndarray], journal: Journal, entry: dict) -> None:
-    """Write an overlay, and that its image is done."""
+def _write(path: Path, render: Callable[[], np.ndarray], journal: Journal, entry: dict) -> None:
+    """Write an overlay, and note in the journal that its image is finished."""
     with _writing(path):
-        write_image(path, draw())
+        write_image(path, render())
         journal.add(entry)
 
 
@@ -210,7 +210,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _warn_of_thresholds(config: Config, card: Card | None) -> None:
-    """Say so where nobody has chosen the generator's thresholds for these weights."""
+    """Print a hint where the generator's thresholds were not tuned for these weights."""
     is_given = None not in (config.generator.pred_iou_thresh, config.generator.stability_score_thresh)
     if is_given or (card and "pred_iou_thresh" in card.generator):
         return
@@ -223,7 +223,7 @@ def _warn_of_thresholds(config: Config, card: Card | None) -> None:
 
 
 def _find_score_map(config: Config, card: Card | None) -> list[list[float]]:
-    """Return what corrects the scores, as it is stored beside the weights; nothing where the settings do not ask.
+    """Return the score map that is stored beside the weights; empty where the settings do not ask for it.
 
     Raises:
         UserError: a correction is wanted and there is none.

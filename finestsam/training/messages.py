@@ -2,7 +2,6 @@
 
 import math
 import shlex
-from dataclasses import replace
 
 from finestsam.config import flatten_config
 from finestsam.data.labels import describe_labels
@@ -35,9 +34,7 @@ def print_start(run: Run, progress: Progress, folder: RunFolder) -> None:
     if task.prompts_objects:
         lines.append(f"objects decoded at a time: up to {run.stepper.chunk_objects}")
     lines += run.cost
-    steps = [
-        count_steps(one, len(run.data.train), run.fabric.world_size) for one in (config, replace(config, max_steps=0))
-    ]
+    steps = count_steps(config, len(run.data.train), run.fabric.world_size)
     warnings = list_mismatches(config, progress.started_from == RANDOM_WEIGHTS, task.prompts_objects)
     warnings += warn_of_cpu(config, run.fabric.device.type, loaded.model, loaded.model_type)
     lines += [f"warning: {warning}" for warning in warnings + warn_of_schedule(config, *steps)]

@@ -62,23 +62,23 @@ def load_state(folder: Path, progress_kind: type) -> dict[str, Any] | None:
         UserError: there are checkpoints, and none can be read.
     """
     if any((folder / name).exists() for name in (checkpoint.LAST, checkpoint.PREVIOUS)):
-        return checkpoint.load_state(folder, lambda state: find_problem(_rename_old_entries_(state), progress_kind))
+        return checkpoint.load_state(folder, lambda state: _take_up(state, progress_kind))
     return None
 
 
-def _rename_old_entries_(state: dict[str, Any]) -> dict[str, Any]:
-    """Give the entries of a checkpoint of the first runs the names of today, in place, and return it."""
+def _take_up(state: dict[str, Any], progress_kind: type) -> str | None:
+    """Give the entries of a checkpoint today's names, in place; then return what `find_problem` does."""
     progress = state.get("progress")
     for entries, old, new in ((state, "pictures_per_batch", "images_per_batch"), (progress, "floor", "baseline")):
         if isinstance(entries, dict) and old in entries:
             entries[new] = entries.pop(old)
-    if state.pop("affinity_head", None) is not None:
-        raise UserError("it was trained on affinities, which only the recipe of the built-in weights does now")
-    return state
+    return find_problem(state, progress_kind)
 
 
 def find_problem(state: dict[str, Any], progress_kind: type) -> str | None:
     """Return what is wrong with a checkpoint, in words; None: nothing."""
+    if state.get("affinity_head") is not None:
+        return "it was trained on affinities, which only the recipe of the built-in weights does now"
     for name, kind in (STATE | MAY_BE_MISSING).items():
         if name not in state and name in STATE:
             return f"{name} is missing"

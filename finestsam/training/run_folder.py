@@ -77,7 +77,7 @@ class RunFolder:
         try:
             plot_curves(self.log.read_rows(), self.log.task.measures, self.path)
         except OSError as error:
-            print(f"curves not drawn: {error}", file=sys.stderr)
+            print(f"curves not plotted: {error}", file=sys.stderr)
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -115,10 +115,10 @@ def take_up_run(folder: Path) -> FileLock | None:
     Raises:
         UserError: what it would learn could not be kept, or another process has it.
     """
-    for place in (folder, *(folder / name for name in SUBFOLDERS)):
-        problem = try_to_write(place) if place == folder or os.path.lexists(place) else ""
+    for path in (folder, *(folder / name for name in SUBFOLDERS)):
+        problem = try_to_write(path) if path == folder or os.path.lexists(path) else ""
         if problem:
-            raise UserError(f"--resume: {place} cannot be written: {problem}; what it learns could not be kept")
+            raise UserError(f"--resume: {path} cannot be written: {problem}; what it learns could not be kept")
     return lock_run(folder)
 
 

@@ -168,9 +168,7 @@ def _build_state(fabric: Fabric, ranks: Ranks, task: Task, given: _Given) -> Run
     freeze_(model, config, task.decodes_masks)
     # One pass over the weights in place of ten.
     optimizer = build_optimizer(model, config.opt, fused=fabric.device.type in ("cpu", "cuda"))
-    steps = (
-        count_steps(one, len(given.data.train), fabric.world_size) for one in (config, replace(config, max_steps=0))
-    )
+    steps = count_steps(config, len(given.data.train), fabric.world_size)
     scheduler = build_scheduler(optimizer, config.sched, config.eval_interval, *steps)
     # It brings the first rank's weights to the others. What it returns would also add up gradients while they are
     # taken; a step does that afterwards, when every rank has its own.
@@ -183,11 +181,11 @@ def _build_state(fabric: Fabric, ranks: Ranks, task: Task, given: _Given) -> Run
     return RunState(model, optimizer, scheduler, scaler, progress)
 
 
-def count_steps(config: Config, images: int, world_size: int) -> int:
-    """Return the optimizer steps of a run that nothing stops early, where each has an object."""
+def count_steps(config: Config, images: int, world_size: int) -> tuple[int, int]:
+    """Return the optimizer steps of a run, which max_steps may end, and of all its epochs; nothing else stops it."""
     batches = math.ceil(images / (config.batch_size * world_size))
     steps = config.num_epochs * math.ceil(batches / config.opt.accumulate_batches)
-    return min(steps, config.max_steps) if config.max_steps else steps
+    return min(steps, config.max_steps or steps), steps
 
 
 def _begin_progress(fabric: Fabric, loaded: LoadedModel) -> Progress:

@@ -1,9 +1,11 @@
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
+from scene_laws import check_masks, check_seed_and_index_decide, check_sizes_differ
 
 from finestsam.data.synthetic import FACADES, SHAPES, render_scene, write_scenes
 from finestsam.images.files import read_image
@@ -14,35 +16,18 @@ EVERY_KIND = pytest.mark.parametrize("kind", [SHAPES, FACADES], ids=["shapes", "
 
 @EVERY_KIND
 def test_a_scene_is_a_function_of_its_seed_and_index(kind):
-    first, again = render_scene(3, 7, (96, 128), kind), render_scene(3, 7, (96, 128), kind)
-
-    np.testing.assert_array_equal(first.image, again.image)
-    np.testing.assert_array_equal(first.masks, again.masks)
-    for other in (render_scene(3, 8, (96, 128), kind), render_scene(4, 7, (96, 128), kind)):
-        assert (first.image != other.image).any()
-        assert len(first.masks) != len(other.masks) or (np.stack(first.masks) != other.masks).any()
+    check_seed_and_index_decide(partial(render_scene, kind=kind))
 
 
 @EVERY_KIND
 @pytest.mark.parametrize("size", [(64, 64), (256, 256), (180, 260)])
 def test_masks_are_bool_large_enough_to_see_and_disjoint_within_their_level(kind, size):
-    for index in range(6):
-        scene = render_scene(0, index, size, kind)
-
-        assert scene.image.shape == (*size, 3) and scene.image.dtype == np.uint8
-        assert all(mask.shape == size and mask.dtype == bool for mask in scene.masks)
-        assert min(mask.mean() for mask in scene.masks) >= 0.002
-        assert np.sum(scene.masks, axis=0).max() <= 1
+    check_masks(partial(render_scene, kind=kind), size, most_levels=1)
 
 
 @EVERY_KIND
 def test_every_kind_draws_objects_of_many_sizes(kind):
-    scenes = [render_scene(1, index, (128, 128), kind) for index in range(20)]
-
-    assert all(5 <= len(scene.masks) <= 60 for scene in scenes)
-    fractions = [mask.mean() for scene in scenes for mask in scene.masks]
-    assert max(fractions) < 0.25
-    assert max(fractions) > 20 * min(fractions)
+    check_sizes_differ(partial(render_scene, kind=kind))
 
 
 def test_without_a_kind_a_scene_shows_shapes():

@@ -107,6 +107,16 @@ def test_a_card_holds_what_a_setting_may_hold(tmp_path, changes, message):
     assert len(str(caught.value)) < 500
 
 
+def test_a_card_of_the_first_runs_has_the_baseline_under_another_name(tmp_path):
+    path = save_run(tmp_path, "run", age_seconds=0)
+    card = json.loads(path.with_suffix(".json").read_text())
+    card |= {"floor": {"val_per_mask_iou": 0.25}}
+    del card["baseline"]
+    path.with_suffix(".json").write_text(json.dumps(card))
+
+    assert read_card(path).baseline == {"val_per_mask_iou": 0.25}
+
+
 @pytest.mark.parametrize("text", ["[" * 100_000, "null", "[]", "7", '"x"', "{}", "\x00", "9" * 5000])
 def test_what_is_no_card_is_named(tmp_path, text):
     path = save_run(tmp_path, "run", age_seconds=0)

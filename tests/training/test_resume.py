@@ -151,6 +151,35 @@ def test_a_state_for_other_weights_is_one_line(run, tmp_path, capsys, place, val
     assert "divides the weights otherwise" in capsys.readouterr().err
 
 
+def rename(entries: dict, new: str, old: str) -> dict:
+    return {old if name == new else name: value for name, value in entries.items()}
+
+
+def test_a_run_whose_files_have_the_first_names_goes_on_exactly(scenes, tmp_path):
+    flags = ["--dataset.val_size=0.4", "--num_epochs=2", "--generator.points_per_side=4"]
+    whole = run_training(scenes, tmp_path / "whole", *flags)
+    broken = run_training(scenes, tmp_path / "broken", "--max_steps=2", *flags)
+    split = json.loads((broken / SPLIT).read_text())
+    split |= {side: [rename(entry, "image", "picture") for entry in split[side]] for side in ("train", "val")}
+    (broken / SPLIT).write_text(json.dumps(split))
+    state = rename(torch.load(broken / "last.ckpt", weights_only=True), "images_per_batch", "pictures_per_batch")
+    progress = rename(state["progress"], "baseline", "floor")
+    torch.save(state | {"progress": progress, "dataset": hash_fingerprint(split)}, broken / "last.ckpt")
+    (broken / "last.prev.ckpt").unlink()
+
+    assert main(["--mode=train", f"--resume={broken}", "--max_steps=0"]) == 0
+
+    first, second = (torch.load(folder / "last.ckpt", weights_only=True) for folder in (whole, broken))
+    assert all(torch.equal(value, second["model"][name]) for name, value in first["model"].items())
+    assert first["progress"]["baseline"] == second["progress"]["baseline"]
+
+
+def test_a_checkpoint_with_affinities_is_refused_in_one_line(run):
+    state = torch.load(run / "last.ckpt", weights_only=True) | {"affinity_head": {"weight": torch.zeros(1)}}
+
+    assert find_problem(state, Progress).startswith("it was trained on affinities, which only the recipe")
+
+
 def test_top_weights_of_an_old_kind_are_ranked_by_their_names(run, tmp_path, capsys):
     copied = tmp_path / "run"
     shutil.copytree(run, copied)
